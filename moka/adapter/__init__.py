@@ -1,0 +1,23 @@
+"""The MokA adapter, on torch and peft alone. Importing it registers ``PeftType.MOKA``."""
+
+from ._register import register  # isort: skip
+
+register()
+
+from .config import MokaConfig  # noqa: E402
+from .layer import MokaLayer, MokaLinear  # noqa: E402
+from .model import MokaModel  # noqa: E402
+from .router import routing  # noqa: E402
+
+__all__ = ["MokaConfig", "MokaLayer", "MokaLinear", "MokaModel", "routing"]
+
+
+def _register_method() -> None:
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+    from peft.utils import PeftType, register_peft_method
+
+    if PeftType.MOKA not in PEFT_TYPE_TO_TUNER_MAPPING:
+        register_peft_method(name="moka", config_cls=MokaConfig, model_cls=MokaModel)
+
+
+_register_method()

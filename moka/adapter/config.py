@@ -1,0 +1,196 @@
+"""``MokaConfig``: the settings of one MokA adapter, a ``peft.PeftConfig`` that survives a JSON round trip."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from peft.config import PeftConfig
+from peft.utils import PeftType
+
+from moka.errors import MokaError, nearest
+
+# Raised by one whenever a saved adapter can no longer be read by older code.
+FORMAT_VERSION = 1
+
+TEXT = "text"
+INTERACTIONS = ("question", "none", "reversed", "mean")
+SCALE_POSITIONS = ("output", "input")
+# transformers' convention for `mm_token_type_ids`: 0 text, 1 image, 2 video, 3 audio.
+DEFAULT_MODALITIES = {TEXT: [0], "visual": [1, 2], "audio": [3]}
+# The linear projections of a decoder block that the paper adapts (arXiv 2506.05191, appendix I).
+DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+PRESETS = {
+    "paper": {"scale_position": "output", "interaction_weight": 1.0, "modalities": DEFAULT_MODALITIES},
+    "official-avt": {"scale_position": "input", "interaction_weight": 1.0, "modalities": DEFAULT_MODALITIES},
+    "official-vt": {
+        "scale_position": "output",
+        "interaction_weight": 0.05,
+        "modalities": {TEXT: [0], "visual": [1, 2]},
+    },
+}
+
+
+@dataclass
+class MokaConfig(PeftConfig):
+    """Configuration of a MokA adapter (Wei et al., NeurIPS 2025, https://arxiv.org/abs/2506.05191).
+
+    Baselines of the paper are one changed field away: ``interaction="none"`` (MokA without cross-attention),
+    ``share_b=False`` (multiple LoRA), ``adapt=["visual"]`` (uni-modal LoRA), ``interaction="reversed"`` (text queries
+    the media), ``interaction="mean"`` (naive interaction).
+
+    Raises:
+        MokaError: a field is out of its range; the message names the field, the value and what is allowed.
+    """
+
+    r: int = field(default=4, metadata={"help": "Rank: width of the low-rank space, shared by all modalities."})
+    alpha: float = field(default=16, metadata={"help": "Scale numerator: the update is multiplied by alpha / r."})
+    dropout: float = field(default=0.05, metadata={"help": "Dropout on the input of A, as in LoRA (0 <= p < 1)."})
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Names (or one regex) of the linear layers to adapt. Default: the seven projections of each decoder "
+            "block of the language model (q, k, v, o, gate, up, down); encoders are left alone."
+        },
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names (or one regex) of layers to leave out."}
+    )
+    modalities: dict[str, list[int]] = field(
+        default_factory=lambda: {name: list(ids) for name, ids in DEFAULT_MODALITIES.items()},
+        metadata={"help": "Modality name -> its values in mm_token_type_ids. Must contain 'text'."},
+    )
+    modality_token_ids: dict[str, list[int]] | None = field(
+        default=None,
+        metadata={
+            "help": "Modality name -> placeholder token ids, to derive the routing from input_ids when no "
+            "mm_token_type_ids are given. Default: the model's own image / video / audio token ids."
+        },
+    )
+    interaction: Literal["question", "none", "reversed", "mean"] = field(
+        default="question",
+        metadata={"help": "What non-text tokens add in the low-rank space: attention over the question's text tokens."},
+    )
+    interaction_weight: float | dict[str, float] = field(
+        default=1.0, metadata={"help": "lambda, the weight of the interaction: one number, or modality -> number."}
+    )
+    scale_position: Literal["output", "input"] = field(
+        default="output",
+        metadata={"help": "Where alpha / r sits: after B ('output'), or on z before the interaction ('input')."},
+    )
+    share_b: bool = field(
+        default=True, metadata={"help": "One B for all modalities (MokA), or one each (False: multiple LoRA)."}
+    )
+    adapt: list[str] | None = field(
+        default=None, metadata={"help": "Modalities whose tokens go through the adapter. Default: all of them."}
+    )
+    use_rslora: bool = field(default=False, metadata={"help": "Scale by alpha / sqrt(r) instead of alpha / r."})
+    init_weights: bool = field(
+        default=True,
+        metadata={"help": "True: A Kaiming-uniform, B zero (the update starts at zero). False: B random too (tests)."},
+    )
+    bias: Literal["none", "all", "moka_only"] = field(default="none", metadata={"help": "Which biases are trained."})
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules trained in full and saved with the adapter, such as projectors."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the decoder blocks to adapt. Default: all."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the list of blocks, where it is none of the usual ones."}
+    )
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "Layer name or regex -> a rank other than r."}
+    )
+    alpha_pattern: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "Layer name or regex -> an alpha other than alpha."}
+    )
+    format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the saved layout."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.MOKA
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, (list, tuple)):
+                setattr(self, name, set(value))
+        _check(self)
+
+    @classmethod
+    def preset(cls, name: str, **overrides) -> MokaConfig:
+        """A published variant by name: ``paper`` (default), ``official-avt`` or ``official-vt``; overrides win."""
+        if name not in PRESETS:
+            raise MokaError(f"Unknown preset {name!r}; known: {', '.join(PRESETS)}.{nearest(name, PRESETS)}")
+        values = {"r": 4, "alpha": 16, "dropout": 0.05, **PRESETS[name]}
+        values["modalities"] = {key: list(ids) for key, ids in values["modalities"].items()}
+        return cls(**{**values, **overrides})
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs) -> MokaConfig:
+        """As in peft; a damaged adapter folder is refused here, before any model is touched."""
+        from .checks import check_adapter_folder
+
+        check_adapter_folder(pretrained_model_name_or_path, subfolder)
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+
+    @property
+    def adapted(self) -> list[str]:
+        """Names of the modalities whose tokens go through the adapter, in the order of ``modalities``."""
+        return [name for name in self.modalities if self.adapt is None or name in self.adapt]
+
+    @property
+    def text_row(self) -> int:
+        """Index of the text modality in the stacked ``moka_A`` [M, r, in]."""
+        return list(self.modalities).index(TEXT)
+
+    def weight_of(self, modality: str) -> float:
+        """lambda of one modality's queries."""
+        if isinstance(self.interaction_weight, dict):
+            return float(self.interaction_weight.get(modality, 1.0))
+        return float(self.interaction_weight)
+
+
+def _check(config: MokaConfig) -> None:
+    if config.format_version > FORMAT_VERSION:
+        raise MokaError(
+            f"format_version: this adapter was saved in format {config.format_version}, and this moka reads up to "
+            f"{FORMAT_VERSION}. Upgrade with `pip install -U moka-peft`."
+        )
+    for name, rank in [("r", config.r), *((f"rank_pattern[{key!r}]", r) for key, r in config.rank_pattern.items())]:
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0:
+            raise MokaError(f"{name}: the rank must be a positive integer, got {rank!r}.")
+    if not 0 <= config.dropout < 1:
+        raise MokaError(f"dropout: must be in [0, 1), got {config.dropout!r}.")
+    for name, allowed in (("interaction", INTERACTIONS), ("scale_position", SCALE_POSITIONS)):
+        value = getattr(config, name)
+        if value not in allowed:
+            raise MokaError(f"{name}: {value!r} is not one of {', '.join(allowed)}.{nearest(str(value), allowed)}")
+    if isinstance(config.target_modules, str) and config.layers_to_transform is not None:
+        raise MokaError("layers_to_transform cannot be used when target_modules is a regex; put the indices into it.")
+    _check_modalities(config)
+
+
+def _check_modalities(config: MokaConfig) -> None:
+    names = list(config.modalities)
+    if TEXT not in config.modalities:
+        raise MokaError(f"modalities: 'text' is missing; given: {names}. Add \"text\": [0].")
+    owner: dict[int, str] = {}
+    for name, ids in config.modalities.items():
+        if not ids or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
+            raise MokaError(f"modalities[{name!r}]: needs at least one id, each an integer >= 0; got {ids!r}.")
+        for i in ids:
+            if i in owner:
+                raise MokaError(f"modalities: id {i} is claimed by both {owner[i]!r} and {name!r}; give each its own.")
+            owner[i] = name
+    named = {
+        "adapt": config.adapt or [],
+        "interaction_weight": config.interaction_weight if isinstance(config.interaction_weight, dict) else [],
+        "modality_token_ids": config.modality_token_ids or {},
+    }
+    for field_name, used in named.items():
+        for name in used:
+            if name not in config.modalities:
+                raise MokaError(f"{field_name}: unknown modality {name!r}; known: {names}.{nearest(name, names)}")
+    if config.adapt is not None and not config.adapt:
+        raise MokaError(f"adapt: the list is empty; name at least one of {names}, or leave it out for all.")

@@ -1,0 +1,224 @@
+"""The MokA layer.
+
+        x_t [in] ──────────────── W0 (frozen) ───────────────────────────┐
+         │                                                               (+)── y_t [out]
+         │      A_text   ┐                                                │
+         └─ ──  A_visual ├─ z_t [r] ──(+)── z~_t [r] ── B (shared) ── s ──┘
+                A_audio  ┘             │
+              by the token's      lambda * softmax(z_t . z_j / sqrt(r)) z_j
+                modality          over the question's text tokens j; for non-text tokens only
+
+    y_t = W0 x_t + b + s B z~_t,     s = alpha / r        (padding: y_t = W0 x_t + b)
+
+Source: Wei, Miao, Zhou, Hu, "MokA: Multimodal Low-Rank Adaptation for MLLMs", NeurIPS 2025, section 3,
+https://arxiv.org/abs/2506.05191.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.utils import quantization_extra_repr, resolve_quantization_backend
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from moka.errors import MokaError
+
+from .config import MokaConfig
+from .interaction import interact
+from .routing import View
+
+
+class MokaLayer(BaseTunerLayer):
+    """Adapter state of one linear map. ``moka_A``: name -> [M, r, in]; ``moka_B``: name -> [out, r], or [M, out, r]
+    without sharing. All modalities are stacked in one tensor, so each gets a gradient at every step on every rank."""
+
+    adapter_layer_names = ("moka_A", "moka_B")
+    other_param_names = ("moka_r", "moka_alpha", "moka_scaling", "moka_dropout", "moka_config")
+
+    def __init__(self, base_layer: nn.Module, router, **kwargs) -> None:
+        self.base_layer = base_layer
+        self.moka_router = router
+        self.moka_A = nn.ParameterDict({})
+        self.moka_B = nn.ParameterDict({})
+        self.moka_dropout = nn.ModuleDict({})
+        self.moka_r: dict[str, int] = {}
+        self.moka_alpha: dict[str, float] = {}
+        self.moka_scaling: dict[str, float] = {}
+        self.moka_config: dict[str, MokaConfig] = {}
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self.quantization_backend = resolve_quantization_backend(
+            self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
+        )
+        self.kwargs = kwargs
+        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+
+    def update_layer(
+        self, adapter_name: str, r: int, alpha: float, config: MokaConfig, inference_mode: bool = False, **kwargs
+    ) -> None:
+        """Add the adapter called ``adapter_name`` to this layer, with its own rank and alpha."""
+        if r <= 0:
+            raise MokaError(f"r: the rank must be a positive integer, got {r!r}.")
+        modalities = len(config.modalities)
+        self.moka_r[adapter_name] = r
+        self.moka_alpha[adapter_name] = alpha
+        self.moka_scaling[adapter_name] = alpha / math.sqrt(r) if config.use_rslora else alpha / r
+        self.moka_config[adapter_name] = config
+        self.moka_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout > 0 else nn.Identity()
+        b_shape = (self.out_features, r) if config.share_b else (modalities, self.out_features, r)
+        self.moka_A[adapter_name] = nn.Parameter(torch.empty(modalities, r, self.in_features))
+        self.moka_B[adapter_name] = nn.Parameter(torch.empty(b_shape))
+        self.reset_moka_parameters(adapter_name, config.init_weights)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def reset_moka_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
+        """A: Kaiming-uniform (a = sqrt(5)) for each modality; B: zeros, so that the update starts at zero."""
+        for modality in self.moka_A[adapter_name]:
+            nn.init.kaiming_uniform_(modality, a=math.sqrt(5))
+        if init_weights:
+            nn.init.zeros_(self.moka_B[adapter_name])
+        else:
+            nn.init.normal_(self.moka_B[adapter_name], std=0.02)
+
+
+class MokaLinear(nn.Module, MokaLayer):
+    """A linear map (``nn.Linear``, ``Conv1D``, or a quantised linear) with MokA adapters."""
+
+    def __init__(
+        self, base_layer, adapter_name: str, router, r: int, alpha: float, config: MokaConfig, **kwargs
+    ) -> None:
+        super().__init__()
+        MokaLayer.__init__(self, base_layer, router, **kwargs)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, r, alpha, config, **kwargs)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """x: [batch, seq, in] (or [batch * seq, in]) -> [..., out], in the dtype of the base layer's result."""
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        result = self.base_layer(x, *args, **kwargs)
+        if self.quantization_backend is not None:
+            result = self.quantization_backend.maybe_clone_base_result(result)
+        for name in self.merged_adapters if self.merged else self.active_adapters:
+            if name in self.moka_A:
+                update = self._update(name, x)
+                if update is not None:
+                    result = result + update.to(result.dtype)
+        return result
+
+    def _update(self, name: str, x: torch.Tensor) -> torch.Tensor | None:
+        """s B z~ of one adapter; of a merged one, the residual s (B z~ - B_text A_text x), None where that is zero."""
+        config, view = self.moka_config[name], self.moka_router.view(name)
+        folded = self.merged and "text" in config.adapted
+        shape = x.shape[:-1]
+        if view is None or (view.row is None and view.adapted is None):
+            if folded:
+                return None
+            text = config.text_row
+            B = self.moka_B[name] if config.share_b else self.moka_B[name][text]  # [out, r]
+            z = self._project(name, x, self.moka_A[name][text])  # [..., r]
+        else:
+            batch, seq = self.moka_router.routing.shape
+            if math.prod(shape) != batch * seq:
+                raise MokaError(
+                    f"A MokA layer got {list(shape)} tokens, but the routing of this forward is for [{batch}, {seq}]. "
+                    "Is a layer outside the language model adapted? Name it in MokaConfig.exclude_modules."
+                )
+            A = self.moka_A[name]  # [M, r, in]
+            z_all = self._project(name, x.reshape(batch, seq, -1), A.flatten(0, 1))  # [batch, seq, M * r]
+            z = _mix(z_all.unflatten(-1, A.shape[:2]), view, config, folded)
+            B = self.moka_B[name] if config.share_b else self.moka_B[name].transpose(0, 1).flatten(1)  # [out, M * r]
+        update = F.linear(z, B.to(z.dtype)).reshape(*shape, -1)
+        return update * self.moka_scaling[name] if config.scale_position == "output" else update
+
+    def _project(self, name: str, x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+        if not self.merged:
+            x = self.moka_dropout[name](x)
+        z = F.linear(x, A.to(x.dtype))
+        return z * self.moka_scaling[name] if self.moka_config[name].scale_position == "input" else z
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """The text path s B A_text as a weight update, float32, in the layout of the base weight."""
+        config = self.moka_config[adapter]
+        text = config.text_row
+        A = self.moka_A[adapter][text].float()  # [r, in]
+        B = (self.moka_B[adapter] if config.share_b else self.moka_B[adapter][text]).float()  # [out, r]
+        delta = (B @ A) * self.moka_scaling[adapter]
+        return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Fold the text path into the base weight. Media tokens keep their residual, so no output changes.
+
+        Raises:
+            MokaError: a quantised base layer; with ``safe_merge``, an adapter that is not finite.
+        """
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self.moka_A:
+                continue
+            if self.quantization_backend is not None:
+                raise MokaError(
+                    f"Folding into a {self.quantization_backend.backend_name} weight would round it again. "
+                    "Dequantise the backbone first (model.dequantize()), then load the adapter and merge."
+                )
+            if "text" in self.moka_config[name].adapted:
+                delta = self.get_delta_weight(name)
+                if safe_merge and not torch.isfinite(delta).all():
+                    raise MokaError(f"Adapter {name!r} holds values that are not finite; it was not merged.")
+                weight = self.get_base_weight()
+                self.set_base_weight((weight + delta.to(weight.device)).to(weight.dtype))
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Take the folded text paths out of the base weight again."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        while self.merged_adapters:
+            name = self.merged_adapters.pop()
+            if name in self.moka_A and "text" in self.moka_config[name].adapted:
+                weight = self.get_base_weight()
+                self.set_base_weight((weight - self.get_delta_weight(name).to(weight.device)).to(weight.dtype))
+
+    def __repr__(self) -> str:
+        return "moka." + super().__repr__()
+
+    def extra_repr(self) -> str:
+        return quantization_extra_repr(self)
+
+
+def _mix(z_all: torch.Tensor, view: View, config: MokaConfig, folded: bool) -> torch.Tensor:
+    """From every modality's projection to what B takes.
+
+    z_all: [batch, seq, M, r] -> z~ [batch, seq, r] with a shared B, or each token's z~ in its modality's slot,
+    [batch, seq, M * r], without. With ``folded`` the text path of every token is subtracted: the base weight has it.
+    """
+    text, rank = config.text_row, z_all.shape[-1]
+    z_text = z_all[:, :, text]  # [batch, seq, r]
+    if view.row is None:
+        row, z = None, z_text
+    else:
+        row = view.row[..., None, None]  # [batch, seq, 1, 1]
+        z = z_all.gather(2, row.expand(-1, -1, 1, rank)).squeeze(2)  # [batch, seq, r]
+    if view.pairs is not None:
+        z = interact(z, view.pairs, config.interaction)
+    if view.adapted is not None:
+        z = z * view.adapted
+    if config.share_b:
+        return z - z_text if folded else z
+    slots = torch.zeros_like(z_all)
+    if row is None:
+        slots[:, :, text] = z
+    else:
+        slots = slots.scatter(2, row.expand(-1, -1, 1, rank), z.unsqueeze(2))
+    if folded:
+        slots = slots - F.one_hot(torch.tensor(text), z_all.shape[2]).to(z_all)[:, None] * z_text.unsqueeze(2)
+    return slots.flatten(2)

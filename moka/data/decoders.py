@@ -1,0 +1,299 @@
+"""Readers of media files: images by Pillow, sound and video by PyAV, ready-made audio features from ``.npy``.
+
+A file that cannot be used raises `BadMediaError`, one line that names the file and what is wrong.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from moka.errors import MokaError
+from moka.modeling.media import AudioFeatures, Waveform
+
+# Containers whose header states the length, so that a shorter stream means a cut file. Ogg, MP3 and ADTS state none:
+# there a cut file cannot be told from a shorter recording.
+_STATES_LENGTH = ("flac", "aiff", "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
+_PEAK_LIMIT = 10.0  # float sound overshoots 1.0 a little; beyond this its samples are integers in disguise
+_SLACK = 0.1  # share of the length, and seconds, that may lack before a file counts as cut
+_SEEK_OVER_S = 2.0  # nearer targets usually share a group of pictures, which a seek would decode again
+
+
+class BadMediaError(MokaError):
+    """A media file that cannot be used: ``file`` is its path and ``reason`` what is wrong with it."""
+
+    # A single positional argument is enough, since loader workers rebuild an exception from its message.
+    def __init__(self, message: str, file: str = "", reason: str = "") -> None:
+        super().__init__(message)
+        self.file = file
+        self.reason = reason
+
+
+def file_problem(path: str | os.PathLike[str]) -> str | None:
+    """Why ``path`` cannot be read as a file (absent, a folder, empty, ...), or None; the content is not looked at."""
+    try:
+        info = os.stat(path)
+        if stat.S_ISDIR(info.st_mode):
+            return "is a folder, a file is due"
+        if not stat.S_ISREG(info.st_mode):
+            return "is not a regular file"
+        if info.st_size == 0:
+            return "is empty (0 bytes)"
+        return None if os.access(path, os.R_OK) else "may not be read (permission denied)"
+    except FileNotFoundError:
+        return "does not exist"
+    except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
+        return f"cannot be read ({getattr(error, 'strerror', None) or error})"
+
+
+def load_image(path: str | os.PathLike[str]) -> Image.Image:
+    """An image file, fully decoded, upright by its EXIF orientation, in its own mode; of an animation, frame one.
+
+    Raises:
+        BadMediaError: absent, empty, not an image, truncated, or with more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``.
+    """
+    _check_file(path)
+    try:
+        with Image.open(path) as image:
+            _check_pixels(path, *image.size)
+            image.load()
+            return ImageOps.exif_transpose(image)
+    except (BadMediaError, MemoryError):
+        raise
+    except Image.DecompressionBombError as error:
+        raise _bad(path, f"is too large: {error}") from error
+    except Image.UnidentifiedImageError as error:
+        raise _bad(path, "is not an image that Pillow can read, whatever its name says") from error
+    except Exception as error:  # on damaged data Pillow's readers raise SyntaxError, struct.error, KeyError and more
+        raise _bad(path, f"is a damaged or truncated image ({_one_line(error)})") from error
+
+
+def load_audio(path: str | os.PathLike[str], rate: int | None = None) -> Waveform:
+    """The first audio stream of a sound or video file, as the mean of its channels.
+
+    Args:
+        path: any container and codec that FFmpeg reads (wav, flac, mp3, ogg, mp4, ...).
+        rate: samples a second (Hz) to resample to; the file's own by default.
+
+    Returns:
+        `Waveform` with float32 samples [n] in -1 ... 1 at ``rate``.
+
+    Raises:
+        BadMediaError: absent, empty, no audio stream, damaged, or shorter than its header says (wav, flac, aiff, mp4,
+            mkv; the other containers do not say).
+        MokaError: PyAV is not installed, or ``rate`` is not a positive integer.
+    """
+    if rate is not None and (not isinstance(rate, int) or rate <= 0):
+        raise MokaError(f"rate is {rate!r}; a positive integer in Hz is due, such as 16000.")
+    with _opened(path, "audio") as (container, stream):
+        # The channels are averaged below: the resampler's own downmix to mono makes float sound 3 dB louder.
+        resampler = _av().AudioResampler(format="fltp", rate=rate or stream.rate)
+        seconds, chunks = 0.0, []
+        for frame in _frames(container, stream):
+            seconds += frame.samples / frame.sample_rate
+            chunks += [out.to_ndarray().mean(axis=0) for out in resampler.resample(frame)]  # [channels, n] -> [n]
+        chunks += [out.to_ndarray().mean(axis=0) for out in resampler.resample(None) if out is not None]
+        stated = None if stream.duration is None else float(stream.duration * stream.time_base)
+        _check_length(path, container, stated, seconds)
+    samples = np.concatenate(chunks).astype(np.float32, copy=False) if chunks else np.zeros(0, np.float32)
+    if not samples.size:
+        raise _bad(path, "holds no sound that can be decoded")
+    peak = np.abs(samples).max()
+    if not peak <= _PEAK_LIMIT:  # also true of NaN
+        raise _bad(path, f"has samples up to {peak:g}, where -1 ... 1 is due: scale float sound before it is saved")
+    return Waveform(np.clip(samples, -1.0, 1.0), rate or stream.rate)
+
+
+def load_features(path: str | os.PathLike[str], kind: str = "mfcc") -> AudioFeatures:
+    """Audio features from a ``.npy`` file: floats [frames, bins], of the front end called ``kind``.
+
+    Raises:
+        BadMediaError: absent, empty, not a plain ``.npy`` array, truncated, not 2-D, not of floats, or not finite.
+    """
+    _check_file(path)
+    try:
+        # Mapping compares the shape in the header with the size of the file before any memory is taken.
+        mapped = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError, SyntaxError) as error:
+        raise _bad(path, f"is not a readable .npy array ({_one_line(error)})") from error
+    if not isinstance(mapped, np.ndarray):
+        mapped.close()
+        raise _bad(path, "is an .npz archive; save one array with numpy.save")
+    if mapped.ndim != 2 or mapped.dtype.kind != "f":
+        raise _bad(path, f"holds {mapped.dtype} {list(mapped.shape)}; audio features are floats [frames, bins]")
+    values = np.array(mapped, dtype=np.float32)
+    if not np.isfinite(values).all():
+        raise _bad(path, "holds values that are not finite")
+    return AudioFeatures(values, kind)
+
+
+def load_video(path: str | os.PathLike[str], frames: int = 10) -> list[Image.Image]:
+    """``frames`` RGB images from the first video stream, upright, at the middles of as many equal stretches of time.
+
+    Each is the frame nearest in time; a video with fewer frames repeats them. Long videos are sought through, not
+    decoded whole.
+
+    Raises:
+        BadMediaError: absent, empty, no video stream, damaged, or ending before its header says.
+        MokaError: PyAV is not installed, or ``frames`` is not a positive integer.
+    """
+    if not isinstance(frames, int) or frames <= 0:
+        raise MokaError(f"frames is {frames!r}; a positive integer is due, such as 10.")
+    start, end = _video_span(path)
+    times = [start + (k + 0.5) * (end - start) / frames for k in range(frames)]
+    taken, images = None, []
+    with _opened(path, "video") as (container, stream):
+        _check_pixels(path, stream.width, stream.height)
+        for wanted, frame in zip(times, _frames_near(container, stream, times), strict=False):
+            stops = _frame_end(frame)
+            if stops < wanted - _SLACK * (end - start) - _SLACK:
+                raise _bad(path, f"is truncated: its video ends at {stops - start:.1f} s of {end - start:.1f} s")
+            images.append(images[-1] if frame is taken else _upright(frame))
+            taken = frame
+    if not images:
+        raise _bad(path, "holds no video frame that can be decoded")
+    return images
+
+
+def _frames_near(container: Any, stream: Any, times: list[float]) -> Iterator[Any]:
+    """The frame nearest to each of the ascending ``times`` (seconds); nothing when none can be decoded."""
+    decoded = _frames(container, stream)
+    before = after = None  # the frames on both sides of the wanted time
+    for wanted in times:
+        if times[-1] - times[0] > _SEEK_OVER_S * len(times):
+            container.seek(int(wanted / stream.time_base), stream=stream)  # to the key frame at or before it
+            decoded, after = _frames(container, stream), None
+        while after is None or after.time <= wanted:
+            before = after or before
+            after = next(decoded, None)
+            if after is None:
+                break
+        sides = [frame for frame in (before, after) if frame is not None]
+        if not sides:
+            return
+        yield min(sides, key=lambda frame: abs(frame.time - wanted))
+
+
+def _bad(path: str | os.PathLike[str], reason: str) -> BadMediaError:
+    file = os.fspath(path)
+    return BadMediaError(f"{file}: {reason}. Mend or replace the file, or remove the sample.", file, reason)
+
+
+def _one_line(error: BaseException) -> str:
+    text = getattr(error, "strerror", None) or str(error)  # FFmpeg's str() repeats number and file
+    return " ".join(text.split()) or type(error).__name__
+
+
+def _check_file(path: str | os.PathLike[str]) -> None:
+    if problem := file_problem(path):
+        raise _bad(path, problem)
+
+
+def _check_pixels(path: str | os.PathLike[str], width: int, height: int) -> None:
+    limit = Image.MAX_IMAGE_PIXELS  # Pillow's own knob: above it Pillow only warns
+    if limit is not None and width * height > limit:
+        raise _bad(path, f"has {width} x {height} pixels, more than PIL.Image.MAX_IMAGE_PIXELS ({limit})")
+
+
+def _av() -> Any:
+    try:
+        import av
+    except ImportError as error:
+        raise MokaError(
+            f"Sound and video files need PyAV, which is not importable ({error}). pip install 'moka-peft[media]'"
+        ) from error
+    return av
+
+
+@contextmanager
+def _opened(path: str | os.PathLike[str], kind: str) -> Iterator[tuple[Any, Any]]:
+    """The PyAV container of a file and its first stream of ``kind``; whatever FFmpeg raises inside becomes one line."""
+    av = _av()
+    _check_file(path)
+    _check_riff(path)
+    try:
+        # A playlist renamed to .mp4 must not make training fetch addresses.
+        options = {"protocol_whitelist": "file"}
+        with av.open(os.fspath(path), metadata_errors="ignore", options=options) as container:
+            # The cover picture of a song is a video stream too.
+            streams = [
+                s for s in container.streams if s.type == kind and not s.disposition & s.disposition.attached_pic
+            ]
+            if not streams:
+                found = ", ".join(sorted({s.type for s in container.streams})) or "no streams at all"
+                raise _bad(path, f"has no {kind} stream (it has {found})")
+            stream = streams[0]
+            if stream.codec_context is None:
+                raise _bad(path, f"holds {kind} of a codec that this FFmpeg cannot decode")
+            stream.codec_context.thread_count = 1  # loader workers are the parallelism; threads on top slow all down
+            yield container, stream
+    except BadMediaError:
+        raise
+    except (av.error.FFmpegError, ValueError, OSError) as error:
+        raise _bad(
+            path, f"cannot be decoded as {kind}: damaged, truncated or not media ({_one_line(error)})"
+        ) from error
+
+
+def _frames(container: Any, stream: Any) -> Iterator[Any]:
+    """Decoded frames with time stamps. Like FFmpeg's own tools, passes over packets that are damaged."""
+    invalid = _av().error.InvalidDataError
+    for packet in container.demux(stream):
+        try:
+            frames = packet.decode()
+        except invalid:
+            continue
+        yield from (frame for frame in frames if frame.time is not None)
+
+
+def _frame_end(frame: Any) -> float:
+    return frame.time + float((frame.duration or 0) * frame.time_base)
+
+
+def _upright(frame: Any) -> Image.Image:
+    image = frame.to_image()
+    return image.rotate(frame.rotation, expand=True) if frame.rotation else image  # both count counterclockwise
+
+
+def _video_span(path: str | os.PathLike[str]) -> tuple[float, float]:
+    """When the video stream begins and ends, in seconds; from its packets where the header does not say (mkv, webm)."""
+    with _opened(path, "video") as (container, stream):
+        if stream.duration:
+            start = float((stream.start_time or 0) * stream.time_base)
+            return start, start + float(stream.duration * stream.time_base)
+        spans = {True: [], False: []}  # of the video stream, of the others
+        for packet in container.demux():
+            if packet.pts is not None:
+                begins = float(packet.pts * packet.time_base)
+                ends = begins + float((packet.duration or 0) * packet.time_base)
+                spans[packet.stream.index == stream.index].append((begins, ends))
+        if not spans[True]:
+            raise _bad(path, "holds no video with time stamps")
+        _check_length(
+            path, container, (container.duration or 0) / 1e6, max(ends for span in spans.values() for _, ends in span)
+        )
+        return min(begins for begins, _ in spans[True]), max(ends for _, ends in spans[True])
+
+
+def _check_length(path: str | os.PathLike[str], container: Any, stated: float | None, found: float) -> None:
+    """Compares the seconds found with those that the header states (None: it does not)."""
+    if stated is not None and container.format.name in _STATES_LENGTH and found < (1 - _SLACK) * stated - _SLACK:
+        raise _bad(path, f"is truncated: {found:.2f} s can be decoded of the {stated:.2f} s that its header states")
+
+
+def _check_riff(path: str | os.PathLike[str]) -> None:
+    """A cut WAV or AVI file: FFmpeg silently takes the size of the file for the size stated in the header."""
+    with open(path, "rb") as file:
+        head = file.read(8)
+    stated = int.from_bytes(head[4:], "little")
+    # Streamed files state a size near the maximum, or none.
+    if head[:4] == b"RIFF" and stated < 0x7FFFF000 and os.path.getsize(path) < (1 - _SLACK) * stated:
+        raise _bad(
+            path, f"is truncated: it has {os.path.getsize(path)} bytes of the {stated + 8} that its header states"
+        )
