@@ -2,9 +2,9 @@
 
     values [items, *input_shape]  ->  encoder  ->  features [items, num_tokens, width]
 
-Three small ones are trained together with the adapter (`conv-image`, `patch-image`, `conv-audio`); `clip` and `whisper` are the
-encoder halves of the Hugging Face models, frozen unless told otherwise. None uses batch statistics: an item's features are the
-same whatever else is in its batch.
+Three small ones are trained together with the adapter (`conv-image`, `patch-image`, `conv-audio`); `clip` and
+`whisper` are the encoder halves of the Hugging Face models, frozen unless told otherwise. None uses batch statistics:
+an item's features are the same whatever else is in its batch.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from moka.errors import MokaError, nearest
 
 
 def about(help: str, minimum: float | None = None, maximum: float | None = None, choices: Sequence[str] = ()) -> dict:
-    """Metadata of a configuration field: help text, and what `read_config` allows (bounds hold for each item of a list)."""
+    """Metadata of a configuration field: help text, and what `read_config` allows (bounds hold for each list item)."""
     return {"help": help, "minimum": minimum, "maximum": maximum, "choices": tuple(choices)}
 
 
-def read_config(config: Mapping[str, Any], known: Mapping[str, type], what: str) -> tuple[type, Any]:
+def read_config(config: Mapping[str, Any], known: Mapping[str, type], what: str) -> tuple[Any, Any]:
     """`{"type": ..., **fields}` -> the class of that type in `known` and an instance of its `Config`.
 
-    Raises `MokaError` for an unknown type or field and for a value of the wrong type or out of bounds. `what` names the part in
-    messages ("encoder", "projector").
+    Raises `MokaError` for an unknown type or field and for a value of the wrong type or out of bounds. `what` names the
+    part in messages ("encoder", "projector").
     """
     values = dict(config)
     name = values.pop("type", None)
-    if name not in known:
+    if str(name) not in known:
         raise MokaError(f"{what} type: given {name!r}; known: {', '.join(known)}.{nearest(str(name), known)}")
     cls = known[name].Config  # type: ignore[attr-defined]
     hints = typing.get_type_hints(cls)
@@ -53,14 +53,13 @@ def read_config(config: Mapping[str, Any], known: Mapping[str, type], what: str)
 def check_value(where: str, value: Any, hint: Any, field: dataclasses.Field) -> None:
     """Raises `MokaError` unless `value` has the annotated type and keeps to the field's bounds or choices."""
     if not _matches(value, hint):
-        raise MokaError(
-            f"{where}: given {value!r}; expected {getattr(hint, '__name__', None) or hint} ({field.metadata['help']})."
-        )
+        expected = str(hint) if typing.get_args(hint) else hint.__name__
+        raise MokaError(f"{where}: given {value!r}; expected {expected} ({field.metadata['help']}).")
     minimum, maximum, choices = (field.metadata[key] for key in ("minimum", "maximum", "choices"))
     for item in value if isinstance(value, (list, tuple)) else [value]:
         if item is None:
             continue
-        if minimum is not None and item < minimum or maximum is not None and item > maximum:
+        if (minimum is not None and item < minimum) or (maximum is not None and item > maximum):
             bounds = f"at least {minimum}" + ("" if maximum is None else f" and at most {maximum}")
             raise MokaError(f"{where}: given {value!r}; allowed: {bounds}.")
         if choices and item not in choices:
@@ -78,7 +77,7 @@ def _matches(value: Any, hint: Any) -> bool:
 
 
 class Encoder(nn.Module):
-    """Base of all encoders: `forward` checks, casts and keeps a frozen encoder frozen; subclasses write `build` and `encode`."""
+    """Base of all encoders: `forward` checks, casts and keeps frozen; subclasses write `build` and `encode`."""
 
     @dataclass
     class Config:
@@ -110,7 +109,7 @@ class Encoder(nn.Module):
         raise NotImplementedError
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
-        """[items, *input_shape] -> [items, num_tokens, width], in the type of the encoder's parameters (float32 by default).
+        """[items, *input_shape] -> [items, num_tokens, width], in the type of the parameters (float32 by default).
 
         Raises `MokaError` for values of another shape.
         """
@@ -133,7 +132,7 @@ class Encoder(nn.Module):
         return torch.zeros(items, *self.input_shape, device=next(self.parameters()).device)
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration, fit for JSON; `build_encoder(encoder.to_dict(), pretrained=False)` gives the same modules."""
+        """The configuration, fit for JSON: `build_encoder(that, pretrained=False)` rebuilds the modules."""
         return {"type": self.name, **dataclasses.asdict(self.config)}
 
 
@@ -146,8 +145,8 @@ class PictureConfig(Encoder.Config):
     polarity: str | None = field(
         default=None,
         metadata=about(
-            "'light-on-dark': pictures are drawings; the front end inverts dark ink on a light ground, crops to the ink and "
-            "centres it as MNIST does. None: pictures are only fitted to the size",
+            "'light-on-dark': pictures are drawings; the front end inverts dark ink on a light ground, crops to the "
+            "ink and centres it as MNIST does. None: pictures are only fitted to the size",
             choices=("light-on-dark",),
         ),
     )
@@ -157,8 +156,8 @@ class PictureConfig(Encoder.Config):
 class ConvImageEncoder(Encoder):
     """Small convolutional network for pictures such as 28 x 28 drawings; about 98,000 parameters by default.
 
-    Each stage halves height and width. The last map is pooled to a grid of `num_tokens` cells of 3 x 3 features; a cell keeps
-    its nine places apart, as where a stroke lies tells digits apart.
+    Each stage halves height and width. The last map is pooled to a grid of `num_tokens` cells of 3 x 3 features; a cell
+    keeps its nine places apart, as where a stroke lies tells digits apart.
     """
 
     @dataclass
@@ -178,8 +177,8 @@ class ConvImageEncoder(Encoder):
         config = self.config
         if config.image_size < 2 ** len(config.channels):
             raise MokaError(
-                f"encoder 'conv-image': image_size {config.image_size} is too small for {len(config.channels)} stages, which "
-                f"need at least {2 ** len(config.channels)}. Give a larger image_size or fewer channels."
+                f"encoder 'conv-image': image_size {config.image_size} is too small for {len(config.channels)} stages, "
+                f"which need at least {2 ** len(config.channels)}. Give a larger image_size or fewer channels."
             )
         self.input_shape = (1 if config.grey else 3, config.image_size, config.image_size)
         self.width, self.num_tokens = config.width, config.num_tokens
@@ -291,7 +290,7 @@ class ConvAudioEncoder(Encoder):
     def encode(self, values: torch.Tensor) -> torch.Tensor:
         mask = values[:, -1:]  # [items, 1, frames]
         features = values[:, :-1] * mask  # [items, bins, frames]
-        for convolution, norm in zip(self.convolutions, self.norms):
+        for convolution, norm in zip(self.convolutions, self.norms, strict=True):
             features = norm(convolution(features).transpose(1, 2)).transpose(1, 2)
             features = F.gelu(features) * mask  # [items, channels, frames]
         weights = self.window_weights(mask.float()).to(features.dtype)
@@ -300,7 +299,7 @@ class ConvAudioEncoder(Encoder):
         return self.norm(self.head(self.dropout(pooled)))
 
     def window_weights(self, mask: torch.Tensor) -> torch.Tensor:
-        """[items, 1, frames] -> [items, windows, frames]: each window's weights over the frames of sound, which sum to 1."""
+        """[items, 1, frames] -> [items, windows, frames]: each window's weights over the frames; they sum to 1."""
         windows = self.windows_per_token * self.num_tokens
         length = mask.sum(-1, keepdim=True).clamp(min=1)
         place = (mask.cumsum(-1) - 0.5) * windows / length  # [items, 1, frames], from 0 to `windows`
@@ -311,7 +310,7 @@ class ConvAudioEncoder(Encoder):
 
 
 class TowerEncoder(Encoder):
-    """Base of the encoders taken from `transformers`: weights from `name_or_path`, or random ones from `model_config`."""
+    """Base of the encoders of `transformers`: weights from `name_or_path`, or random ones from `model_config`."""
 
     @dataclass
     class Config(Encoder.Config):
@@ -338,7 +337,7 @@ class TowerEncoder(Encoder):
 
     @classmethod
     def resolve_model_config(cls, config: Any, use_name: bool) -> Any:
-        """The `transformers` configuration: read from `name_or_path` when `use_name`, or when `model_config` is not given."""
+        """The `transformers` configuration: of `name_or_path` when `use_name` or without `model_config`, else that."""
         if config.name_or_path and (use_name or config.model_config is None):
             source = str(config.name_or_path)
             with _loading(cls.name, source):
@@ -353,7 +352,8 @@ class TowerEncoder(Encoder):
                 return cls.model_config_class().from_pretrained(source)
         if config.model_config is None:
             raise MokaError(
-                f"encoder {cls.name!r}: give name_or_path (the model whose weights to load) or model_config (random weights)."
+                f"encoder {cls.name!r}: give name_or_path (the model whose weights to load) or model_config "
+                "(random weights)."
             )
         return cls.model_config_class().from_dict(config.model_config)
 
@@ -379,8 +379,8 @@ class TowerEncoder(Encoder):
     def check_layer(self, layers: int) -> None:
         if not -layers - 1 <= self.config.layer <= layers:
             raise MokaError(
-                f"encoder {self.name!r}: given layer {self.config.layer}; the model has {layers} layers, so -{layers + 1} to "
-                f"{layers} are allowed (0 is the embeddings, -1 the last layer)."
+                f"encoder {self.name!r}: given layer {self.config.layer}; the model has {layers} layers, so "
+                f"-{layers + 1} to {layers} are allowed (0 is the embeddings, -1 the last layer)."
             )
 
     def load(self, name_or_path: str) -> tuple[nn.Module, set[str]]:
@@ -419,7 +419,8 @@ class ClipEncoder(TowerEncoder):
     def load(self, name_or_path: str) -> tuple[nn.Module, set[str]]:
         from transformers import CLIPVisionModel
 
-        model, info = CLIPVisionModel.from_pretrained(name_or_path, dtype=torch.float32, output_loading_info=True)
+        loaded: Any = CLIPVisionModel.from_pretrained(name_or_path, dtype=torch.float32, output_loading_info=True)
+        model, info = loaded
         return model, set(info["missing_keys"])
 
     def create(self, model_config: Any) -> nn.Module:
@@ -454,7 +455,8 @@ class WhisperEncoder(TowerEncoder):
     def load(self, name_or_path: str) -> tuple[nn.Module, set[str]]:
         from transformers import WhisperModel
 
-        model, info = WhisperModel.from_pretrained(name_or_path, dtype=torch.float32, output_loading_info=True)
+        loaded: Any = WhisperModel.from_pretrained(name_or_path, dtype=torch.float32, output_loading_info=True)
+        model, info = loaded
         return model.encoder, {key for key in info["missing_keys"] if key.startswith("encoder.")}
 
     def create(self, model_config: Any) -> nn.Module:
@@ -472,8 +474,8 @@ def _loading(name: str, source: str) -> Iterator[None]:
         raise
     except (OSError, ValueError) as error:
         raise MokaError(
-            f"encoder {name!r}: cannot load {source!r}: neither a folder with a model nor a model on the hub that can be "
-            f"reached. Check the name, or download it first. ({str(error).strip().splitlines()[0]})"
+            f"encoder {name!r}: cannot load {source!r}: neither a folder with a model nor a model on the hub that can "
+            f"be reached. Check the name, or download it first. ({str(error).strip().splitlines()[0]})"
         ) from error
 
 
@@ -485,9 +487,9 @@ ENCODERS: dict[str, type[Encoder]] = {
 def build_encoder(config: Mapping[str, Any], pretrained: bool = True) -> Encoder:
     """The encoder that `config` describes: its "type" and the fields of that class's `Config`.
 
-    `pretrained=False` never loads weights: for rebuilding a saved model, whose state dict brings them. With the `model_config`
-    that `Encoder.to_dict` stores, that needs no network. Raises `MokaError` for an unknown type or field, a bad value, or a
-    `name_or_path` that cannot be loaded.
+    `pretrained=False` never loads weights: for rebuilding a saved model, whose state dict brings them. With the
+    `model_config` that `Encoder.to_dict` stores, that needs no network. Raises `MokaError` for an unknown type or
+    field, a bad value, or a `name_or_path` that cannot be loaded.
     """
     cls, parsed = read_config(config, ENCODERS, "encoder")
     return cls(parsed, pretrained)

@@ -61,7 +61,7 @@ def resample(samples: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
         from_rate, to_rate: samples a second (Hz).
 
     Returns:
-        float32 [about n * to_rate / from_rate]; the same array when the rates are equal.
+        float32 [about n * to_rate / from_rate], possibly empty; the same array when the rates are equal.
 
     Raises:
         MokaError: no samples, not one-dimensional, not finite, a rate below 1, or PyAV is not installed.
@@ -83,7 +83,8 @@ def resample(samples: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
     frame.sample_rate = from_rate
     # The second call, with None, empties what the filter still holds.
     frames = [*resampler.resample(frame), *resampler.resample(None)]
-    return np.concatenate([f.to_ndarray()[0] for f in frames]).astype(np.float32)
+    # A handful of samples may give none at a lower rate, hence the empty array to begin with.
+    return np.concatenate([np.zeros(0, np.float32), *(frame.to_ndarray()[0] for frame in frames)])
 
 
 def _checked(samples: np.ndarray, rate: int) -> np.ndarray:
@@ -106,7 +107,7 @@ def _checked(samples: np.ndarray, rate: int) -> np.ndarray:
 def mel_bands() -> np.ndarray:
     """Triangular bands, evenly spaced in HTK mel, each with peak 1 (no normalisation by area): float64 [201, 128].
 
-    Some of the lowest bands are narrower than a bin of the FFT and stay empty; the stored features have them too.
+    The lowest bands are as narrow as one bin of the FFT (20 Hz), so some of them hear a single bin, and faintly.
     """
     bins = np.linspace(0, RATE / 2, WINDOW // 2 + 1)  # [201], Hz
     top = 2595 * np.log10(1 + RATE / 2 / 700)

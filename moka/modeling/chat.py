@@ -1,0 +1,120 @@
+"""From chat messages to segments with known roles, through any Jinja chat template.
+
+The template is rendered with a mark in the place of every content part, and the text between the marks is the
+template's own scaffold. So each token's role is known by construction: nothing is found again by comparing strings,
+and what a user types can neither imitate a placeholder nor a special token.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from jinja2 import TemplateError
+
+from moka.errors import MokaError, nearest
+
+from .configuration import MEDIA_TYPE_IDS
+
+# Private-use characters: they survive a template's `trim` and stand in no real text of a template.
+_OPEN, _CLOSE = "\ue000", "\ue001"
+_MARK = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
+
+TEMPLATES = {
+    # ChatML without the default system prompt that some models add: short prompts for small machines.
+    "chatml": (
+        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
+    # For base models that ship no template.
+    "plain": (
+        "{{ bos_token or '' }}{% for message in messages %}{% if message['role'] == 'assistant' %}"
+        "{{ 'Answer: ' + message['content'] + (eos_token or '') + '\n' }}{% else %}{{ message['content'] + '\n' }}"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'Answer: ' }}{% endif %}"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of the prompt of one kind.
+
+    ``role``: "template" (scaffold), or the role of the message; ``turn``: number of the user turn it belongs to, from 1
+    (0: before the first); ``medium``: "image", "video" or "audio" and its decoded ``value``, else None and ``text``.
+    """
+
+    role: str
+    turn: int
+    text: str = ""
+    medium: str | None = None
+    value: object = None
+
+
+def segments(messages: list[dict], tokenizer, template: str | None, add_generation_prompt: bool) -> list[Segment]:
+    """Render ``messages`` (content: text or typed parts) with the tokenizer's or the given template.
+
+    Raises:
+        MokaError: a part without its medium, an unknown part type, or a template that refuses the messages.
+    """
+    parts: list[Segment] = []
+    marked = []
+    turn, answered = 0, True
+    for message in messages:
+        role = message["role"]
+        if role == "user" and answered:
+            turn, answered = turn + 1, False
+        answered = answered or role == "assistant"
+        content = message["content"]
+        content = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        marks = ""
+        for part in content:
+            marks += f"{_OPEN}{len(parts)}{_CLOSE}"
+            parts.append(_segment(part, role, turn))
+        marked.append({"role": role, "content": marks})
+    try:
+        rendered = tokenizer.apply_chat_template(
+            marked, tokenize=False, add_generation_prompt=add_generation_prompt, chat_template=template
+        )
+    except (TemplateError, ValueError) as error:
+        raise MokaError(f"The chat template refuses these messages: {error}") from error
+    pieces = _MARK.split(rendered)  # scaffold, number, scaffold, number, ..., scaffold
+    order = [int(number) for number in pieces[1::2]]
+    if order != list(range(len(parts))):
+        raise MokaError(
+            "The chat template drops, repeats or reorders message contents, so tokens have no certain role. Choose "
+            f"another with the template setting: {', '.join(TEMPLATES)}, or a Jinja file."
+        )
+    result = [Segment("template", 0, pieces[0])] if pieces[0] else []
+    for number, scaffold in zip(order, pieces[2::2], strict=True):
+        result.append(parts[number])
+        if scaffold:
+            result.append(Segment("template", parts[number].turn, scaffold))
+    return result
+
+
+def _segment(part: dict, role: str, turn: int) -> Segment:
+    kind = part.get("type")
+    if kind == "text":
+        return Segment(role, turn, text=part["text"])
+    if kind not in MEDIA_TYPE_IDS:
+        known = ["text", *MEDIA_TYPE_IDS]
+        raise MokaError(f"Unknown content part {kind!r}; known: {', '.join(known)}.{nearest(str(kind), known)}")
+    if part.get(kind) is None:
+        raise MokaError(f'A content part of type {kind!r} has no {kind!r}: write {{"type": "{kind}", "{kind}": ...}}.')
+    if isinstance(part[kind], str):
+        raise MokaError(
+            f"The processor takes decoded media, and got the path {part[kind]!r}; decode it with "
+            "moka.data.media.decode_sample, or use moka.load(...).generate, which does."
+        )
+    return Segment(role, turn, medium=kind, value=part[kind])
+
+
+def resolve_template(name: str | None, tokenizer) -> str | None:
+    """A template by name ("chatml", "plain"), as Jinja text, or None: the tokenizer's own, "plain" without one."""
+    if name is None:
+        return None if tokenizer.chat_template else TEMPLATES["plain"]
+    if name in TEMPLATES:
+        return TEMPLATES[name]
+    if "{" in name:
+        return name
+    raise MokaError(f"Unknown chat template {name!r}; known: {', '.join(TEMPLATES)}, or Jinja text.{nearest(name, TEMPLATES)}")

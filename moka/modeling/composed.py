@@ -1,0 +1,260 @@
+"""The composed multimodal LLM: encoder -> projector -> placeholder positions of the embeddings -> language model."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from moka.errors import MokaError
+
+from .configuration import MokaModelConfig
+from .encoders import build_encoder
+from .projectors import build_projector
+
+
+class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """Any decoder-only language model with an encoder and a projector for each medium.
+
+    The adapter attaches as to any model: ``get_peft_model(model, MokaConfig(...))``.
+    """
+
+    config_class = MokaModelConfig
+    base_model_prefix = "language_model"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+    def __init__(
+        self,
+        config: MokaModelConfig,
+        language_model: PreTrainedModel | None = None,
+        encoders: dict[str, nn.Module] | None = None,
+    ) -> None:
+        super().__init__(config)
+        self._has_loaded_parts = language_model is not None
+        self.language_model = language_model or AutoModelForCausalLM.from_config(config.text_config)
+        self.encoders = nn.ModuleDict()
+        self.projectors = nn.ModuleDict()
+        width = config.text_config.hidden_size
+        for name, spec in config.modalities.items():
+            encoder = (encoders or {}).get(name) or build_encoder(spec["encoder"], pretrained=False)
+            self.encoders[name] = encoder
+            self.projectors[name] = build_projector(spec["projector"], encoder.num_tokens, encoder.width, width)
+        inputs = [encoder.input_name for encoder in self.encoders.values()]
+        if len(set(inputs)) < len(inputs):
+            raise MokaError(f"modalities: two encoders take the same input ({inputs}); use encoders of different media.")
+        self.generation_config = copy.deepcopy(self.language_model.generation_config)
+        self.post_init()
+
+    @classmethod
+    def from_backbone(
+        cls, backbone: str, modalities: dict[str, dict], *, name: str | None = None, pretrained: bool = True, **kwargs: Any
+    ) -> MokaForConditionalGeneration:
+        """Compose a model around a causal language model on disk or on the hub.
+
+        Args:
+            backbone: folder or hub name, read by ``AutoModelForCausalLM.from_pretrained``.
+            modalities: see ``MokaModelConfig``.
+            name: what to record as the backbone's name, where it differs from its folder.
+            pretrained: load published encoders' weights (False: their configuration alone).
+            kwargs: for ``AutoModelForCausalLM.from_pretrained`` (dtype, quantization_config, ...).
+        """
+        language_model = AutoModelForCausalLM.from_pretrained(backbone, **kwargs)
+        config = MokaModelConfig(language_model.config, modalities, backbone=name or str(backbone))
+        encoders = {n: build_encoder(s["encoder"], pretrained=pretrained) for n, s in config.modalities.items()}
+        for modality, encoder in encoders.items():
+            config.modalities[modality]["encoder"] = encoder.to_dict()
+        bos = language_model.config.bos_token_id
+        config.fill_token_id = bos if isinstance(bos, int) else 0
+        return cls(config, language_model, encoders)
+
+    def initialize_weights(self) -> None:
+        # Parts that come with their weights must keep them.
+        if not self._has_loaded_parts:
+            super().initialize_weights()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Encoders and projectors initialise themselves; the language model has its own rule."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_output_embeddings(value)
+
+    def get_decoder(self) -> nn.Module:
+        return self.language_model
+
+    def derive_type_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """``mm_token_type_ids`` [batch, seq] from the placeholder ids, which lie beyond the vocabulary."""
+        return (input_ids - (self.config.vocab_size - 1)).clamp(min=0)
+
+    def encode_media(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        """values [items, ...] of one modality -> tokens of the language model [items, tokens, hidden]."""
+        return self.projectors[name](self.encoders[name](values))
+
+    def merge_embeddings(
+        self, input_ids: torch.Tensor, mm_token_type_ids: torch.Tensor, **media: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Token embeddings with media features in their placeholders' positions: [batch, seq, hidden].
+
+        Raises:
+            MokaError: more or fewer placeholders than the given media fill.
+        """
+        embed = self.get_input_embeddings()
+        embeds = embed(input_ids.masked_fill(mm_token_type_ids > 0, 0))  # [batch, seq, hidden]
+        for name, spec in self.config.modalities.items():
+            encoder, projector = self.encoders[name], self.projectors[name]
+            values = media.get(encoder.input_name)
+            here = torch.isin(mm_token_type_ids, torch.tensor(spec["type_ids"], device=mm_token_type_ids.device))
+            items = 0 if values is None else values.shape[0]
+            if int(here.sum()) != items * projector.num_tokens:
+                raise MokaError(
+                    f"{name}: the text has {int(here.sum())} placeholder tokens, and {items} media give "
+                    f"{items * projector.num_tokens} ({projector.num_tokens} each). Pass one medium for each placeholder."
+                )
+            if items:
+                features = self.encode_media(name, values.to(embeds.device))  # [items, tokens, hidden]
+                embeds = embeds.masked_scatter(here[..., None], features.to(embeds.dtype))
+            elif self.training and torch.is_grad_enabled():
+                # Every rank touches every encoder and projector in every step, or DDP and ZeRO-3 wait for ever.
+                embeds = embeds + 0.0 * self.encode_media(name, encoder.dummy_input()).sum().to(embeds.dtype)
+        return embeds
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        mm_token_type_ids: torch.LongTensor | None = None,
+        interaction_ids: torch.LongTensor | None = None,
+        question_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        input_features: torch.Tensor | None = None,
+        prompt_embeds: torch.FloatTensor | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits, and the loss with ``labels``.
+
+        Args:
+            input_ids: [batch, seq]; placeholders have ids beyond the vocabulary, or any id where
+                ``mm_token_type_ids`` is not 0.
+            mm_token_type_ids: [batch, seq] 0 text, 1 image, 2 video, 3 audio.
+            interaction_ids, question_mask: [batch, seq], for a MokA adapter; without one they have no effect.
+            pixel_values: [pictures and frames, ...] of the whole batch, in order of appearance.
+            input_features: [sounds, ...] likewise.
+            prompt_embeds: [batch, prompt, hidden] the merged embeddings of the whole prompt (``generate`` makes them).
+
+        In training the logits cover the supervised positions alone (``logits_to_keep``); in evaluation all positions.
+        """
+        if inputs_embeds is None:
+            if input_ids is None:
+                raise MokaError("forward: pass input_ids or inputs_embeds.")
+            if prompt_embeds is not None:
+                inputs_embeds = self._continue_prompt(input_ids, prompt_embeds, past_key_values)
+            else:
+                types = mm_token_type_ids if mm_token_type_ids is not None else self.derive_type_ids(input_ids)
+                inputs_embeds = self.merge_embeddings(
+                    input_ids, types, pixel_values=pixel_values, input_features=input_features
+                )
+        if position_ids is None and past_key_values is None and _is_mask(attention_mask, inputs_embeds):
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        targets = None
+        if labels is not None:
+            targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)  # [batch, seq] what each position predicts
+            if self.training and isinstance(logits_to_keep, int) and logits_to_keep == 0:
+                logits_to_keep = (targets != -100).any(0).nonzero().squeeze(1)
+                targets = targets[:, logits_to_keep]
+        num_items = kwargs.pop("num_items_in_batch", None)
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **{**kwargs, "return_dict": True},
+        )
+        if targets is not None:
+            outputs["loss"] = self.loss_function(
+                logits=outputs.logits,
+                labels=None,
+                shift_labels=targets,
+                vocab_size=self.config.vocab_size,
+                num_items_in_batch=num_items,
+            )
+        return outputs
+
+    def _continue_prompt(self, input_ids: torch.Tensor, prompt_embeds: torch.Tensor, cache: Any) -> torch.Tensor:
+        """Embeddings of the tokens of one generation step: of the prompt where it reaches, of the ids beyond it."""
+        start = int(cache.get_seq_length()) if cache is not None else 0
+        prompt = prompt_embeds[:, start : start + input_ids.shape[1]]
+        decoded = input_ids[:, prompt.shape[1] :]
+        return torch.cat([prompt, self.get_input_embeddings()(decoded).to(prompt.dtype)], dim=1)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        *,
+        mm_token_type_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        input_features: torch.Tensor | None = None,
+        **kwargs: Any,
+    ):
+        """As ``GenerationMixin.generate``. Media are encoded once; beams, chunked prefill and caches share the result."""
+        input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
+        if input_ids is None:
+            raise MokaError("generate: pass input_ids, as MokaProcessor makes them.")
+        types = mm_token_type_ids if mm_token_type_ids is not None else self.derive_type_ids(input_ids)
+        embeds = self.merge_embeddings(input_ids, types, pixel_values=pixel_values, input_features=input_features)
+        return super().generate(
+            input_ids=input_ids.masked_fill(types > 0, self.config.fill_token_id),
+            prompt_embeds=embeds,
+            mm_token_type_ids=types,
+            **kwargs,
+        )
+
+    def backbone_fingerprint(self) -> str:
+        """A short hash of the language model's shape and a sample of its weights, to recognise it again."""
+        return fingerprint(self.language_model)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """sha256 (16 hex digits) over parameter names, shapes, and a few values of each, adapters left out."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        if ".moka_" in name or ".lora_" in name:
+            continue
+        name = name.replace(".base_layer.", ".")
+        flat = tensor.detach().flatten()
+        values = flat[:: max(1, flat.numel() // 16)][:16].float().cpu()
+        digest.update(f"{name}{list(tensor.shape)}".encode() + values.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _is_mask(mask: Any, embeds: torch.Tensor) -> bool:
+    return isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[1] == embeds.shape[1]
+
+
+AutoConfig.register("moka", MokaModelConfig)
+AutoModel.register(MokaModelConfig, MokaForConditionalGeneration)

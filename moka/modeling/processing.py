@@ -1,0 +1,262 @@
+"""``MokaProcessor``: chat messages with decoded media in, model inputs out, in one pass."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer, BatchFeature
+
+from moka.errors import MokaError
+
+from .chat import Segment, resolve_template, segments
+from .configuration import MEDIA_TYPE_IDS, MokaModelConfig
+from .encoders import ENCODERS
+from .frontends import build_front_end
+
+CONFIG_NAME = "moka_processor.json"
+IGNORE = -100
+INTERACTIONS = ("own_turn", "first_turn")
+
+
+class TooLongError(MokaError):
+    """A sample that does not fit the context even with its text shortened."""
+
+
+class MokaProcessor:
+    """Renders the chat template, expands media placeholders, and writes ids, labels and media tensors.
+
+    Args:
+        tokenizer: the backbone's tokenizer.
+        modalities: name -> {"encoder": its configuration, "type_ids": [...], "tokens": placeholders per item}.
+        vocab_size: of the backbone; placeholder ids start there.
+        chat_template: "chatml", "plain", Jinja text, or None for the tokenizer's own.
+        interaction: "own_turn": a medium interacts with the question of its own user turn (default);
+            "first_turn": with the first question of the chat. For one sample a turn see ``split_turns``.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        modalities: dict[str, dict],
+        vocab_size: int,
+        chat_template: str | None = None,
+        interaction: str = "own_turn",
+    ) -> None:
+        if interaction not in INTERACTIONS:
+            raise MokaError(f"interaction: {interaction!r} is not one of {', '.join(INTERACTIONS)}.")
+        self.tokenizer = tokenizer
+        self.modalities = modalities
+        self.vocab_size = vocab_size
+        self.interaction = interaction
+        self.chat_template = resolve_template(chat_template, tokenizer)
+        self.front_ends = {name: build_front_end(spec["encoder"]) for name, spec in modalities.items()}
+        self._owner = {type_id: name for name, spec in modalities.items() for type_id in spec["type_ids"]}
+        self._scaffold_ids: dict[str, list[int]] = {}
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+
+    @classmethod
+    def from_model(cls, model, tokenizer: Any, **kwargs: Any) -> MokaProcessor:
+        """The processor that fits a ``MokaForConditionalGeneration``."""
+        config: MokaModelConfig = model.config
+        modalities = {
+            name: {
+                "encoder": spec["encoder"],
+                "type_ids": spec["type_ids"],
+                "tokens": model.projectors[name].num_tokens,
+            }
+            for name, spec in config.modalities.items()
+        }
+        return cls(tokenizer, modalities, config.vocab_size, **kwargs)
+
+    def __call__(
+        self,
+        messages: list[dict] | list[list[dict]],
+        *,
+        add_generation_prompt: bool = True,
+        max_length: int | None = None,
+        padding_side: str = "left",
+    ) -> BatchFeature:
+        """One chat or a list of chats to a padded batch of tensors; see ``encode`` for the fields."""
+        chats = [messages] if messages and isinstance(messages[0], dict) else messages
+        encoded = [self.encode(c, add_generation_prompt=add_generation_prompt, max_length=max_length) for c in chats]
+        return self.pad(encoded, padding_side=padding_side)
+
+    def encode(
+        self,
+        messages: list[dict],
+        *,
+        add_generation_prompt: bool = False,
+        max_length: int | None = None,
+        truncate: bool = False,
+    ) -> dict[str, Any]:
+        """One chat to unpadded model inputs.
+
+        Returns: lists of equal length ``input_ids``, ``attention_mask``, ``labels`` (-100 except in assistant
+        messages), ``mm_token_type_ids``, ``interaction_ids``; and, of each medium present, ``pixel_values`` and
+        ``input_features`` [items, ...] float32.
+
+        Raises:
+            TooLongError: longer than ``max_length`` tokens; with ``truncate`` only when shortening the text (never a
+                media span, never to nothing) does not help.
+            MokaError: a medium that this model has no encoder for.
+        """
+        runs = [
+            self._run(segment)
+            for segment in segments(messages, self.tokenizer, self.chat_template, add_generation_prompt)
+        ]
+        self._close_answers(runs)
+        total = sum(len(run["ids"]) for run in runs)
+        if max_length is not None and total > max_length:
+            self._shorten(runs, total, max_length, truncate)
+        out: dict[str, Any] = {
+            "input_ids": [i for run in runs for i in run["ids"]],
+            "labels": [i for run in runs for i in (run["ids"] if run["supervised"] else [IGNORE] * len(run["ids"]))],
+            "mm_token_type_ids": [run["type"] for run in runs for _ in run["ids"]],
+            "interaction_ids": [run["group"] for run in runs for _ in run["ids"]],
+        }
+        out["attention_mask"] = [1] * len(out["input_ids"])
+        for name in self.modalities:
+            items = [item for run in runs if run["modality"] == name for item in run["items"]]
+            if items:
+                out[self._input_name(name)] = np.stack(items)
+        return out
+
+    def pad(self, encoded: Sequence[dict[str, Any]], padding_side: str = "left") -> BatchFeature:
+        """Encoded chats to one batch: ids padded to the longest, media stacked over the whole batch."""
+        longest = max(len(one["input_ids"]) for one in encoded)
+        fill = {"input_ids": self.tokenizer.pad_token_id, "labels": IGNORE}
+        batch: dict[str, torch.Tensor] = {}
+        for name in ("input_ids", "attention_mask", "labels", "mm_token_type_ids", "interaction_ids"):
+            rows = []
+            for one in encoded:
+                missing = [fill.get(name, 0)] * (longest - len(one[name]))
+                rows.append(missing + one[name] if padding_side == "left" else one[name] + missing)
+            batch[name] = torch.tensor(rows)
+        for name in self.modalities:
+            key = self._input_name(name)
+            items = [one[key] for one in encoded if key in one]
+            if items:
+                batch[key] = torch.from_numpy(np.concatenate(items))
+        return BatchFeature(batch)
+
+    def split_turns(self, messages: list[dict]) -> list[list[dict]]:
+        """One chat for each answered question: all media so far, that question, that answer (the authors' way)."""
+        system = [m for m in messages if m["role"] == "system"]
+        media: list[dict] = []
+        question: list[dict] = []
+        chats = []
+        for message in messages:
+            content = message["content"]
+            content = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            if message["role"] == "user":
+                media += [part for part in content if part["type"] != "text"]
+                question += [part for part in content if part["type"] == "text"]
+            elif message["role"] == "assistant":
+                chats.append([*system, {"role": "user", "content": [*media, *question]}, message])
+                question = []
+        return chats
+
+    def decode(self, token_ids: Any) -> str:
+        """Generated token ids to text, special tokens removed."""
+        return self.tokenizer.decode(token_ids, skip_special_tokens=True).strip()
+
+    def batch_decode(self, sequences: Any) -> list[str]:
+        return [self.decode(ids) for ids in sequences]
+
+    def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
+        """Write the tokenizer's files and ``moka_processor.json``."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.tokenizer.save_pretrained(folder)
+        settings = {
+            "modalities": self.modalities,
+            "vocab_size": self.vocab_size,
+            "chat_template": self.chat_template,
+            "interaction": self.interaction,
+        }
+        (folder / CONFIG_NAME).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **kwargs: Any) -> MokaProcessor:
+        """Read what ``save_pretrained`` wrote; keyword arguments override saved settings."""
+        path = Path(folder) / CONFIG_NAME
+        if not path.is_file():
+            raise MokaError(f"{folder} holds no {CONFIG_NAME}: it is no folder of a moka processor.")
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        return cls(AutoTokenizer.from_pretrained(folder), **{**settings, **kwargs})
+
+    def _input_name(self, modality: str) -> str:
+        return ENCODERS[self.modalities[modality]["encoder"]["type"]].input_name
+
+    def _run(self, segment: Segment) -> dict[str, Any]:
+        """Token ids of one segment, with what is known of them."""
+        run = {
+            "segment": segment,
+            "type": 0,
+            "group": 0,
+            "modality": None,
+            "items": [],
+            "supervised": segment.role == "assistant",
+        }
+        if segment.medium is not None:
+            type_id = MEDIA_TYPE_IDS[segment.medium]
+            name = self._owner.get(type_id)
+            if name is None:
+                raise MokaError(
+                    f"This model has no encoder for {segment.medium}; its modalities: {', '.join(self.modalities)}. Add "
+                    "one under model.modalities, or leave the medium out."
+                )
+            frames = segment.value if isinstance(segment.value, (list, tuple)) else [segment.value]
+            run["items"] = [np.asarray(self.front_ends[name](frame), dtype=np.float32) for frame in frames]
+            run["modality"], run["type"] = name, type_id
+            run["ids"] = [self.vocab_size + type_id - 1] * (self.modalities[name]["tokens"] * len(frames))
+        elif segment.role == "template":
+            if segment.text not in self._scaffold_ids:
+                self._scaffold_ids[segment.text] = self.tokenizer(segment.text, add_special_tokens=False)["input_ids"]
+            run["ids"] = list(self._scaffold_ids[segment.text])
+        else:
+            # What people write is text, also where it looks like a special token.
+            run["ids"] = self.tokenizer(segment.text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        if segment.medium is not None or segment.role == "user":
+            run["group"] = 1 if self.interaction == "first_turn" and segment.medium is not None else segment.turn
+            if self.interaction == "first_turn" and segment.medium is None and segment.turn > 1:
+                run["group"] = 0
+        return run
+
+    def _close_answers(self, runs: list[dict[str, Any]]) -> None:
+        """Supervise the token that ends an answer: the template's own, or the tokenizer's end of sequence."""
+        special = set(self.tokenizer.all_special_ids)
+        for index, run in reversed(list(enumerate(runs))):
+            last = index + 1 == len(runs) or runs[index + 1]["segment"].role != "assistant"
+            if run["segment"].role != "assistant" or run["segment"].medium is not None or not last:
+                continue
+            after = runs[index + 1] if index + 1 < len(runs) else None
+            ids = after["ids"] if after is not None else []
+            end = next((position for position, token in enumerate(ids) if token in special), None)
+            if end is None:
+                closing = [self.tokenizer.eos_token_id]
+            else:
+                closing, after["ids"] = ids[: end + 1], ids[end + 1 :]
+            runs.insert(index + 1, {**run, "ids": closing, "items": [], "closing": True})
+
+    def _shorten(self, runs: list[dict[str, Any]], total: int, max_length: int, truncate: bool) -> None:
+        question = sum(len(r["ids"]) for r in runs if r["segment"].role == "user" and r["segment"].medium is None)
+        sizes = f"the sample has {total} tokens (question: {question}), the context {max_length}"
+        if not truncate:
+            raise TooLongError(f"Too long: {sizes}. Shorten the question, or raise the context length.")
+        excess = total - max_length
+        # The answer's end goes first, then the question's; at least one token of each stays.
+        for role in ("assistant", "system", "user"):
+            for run in reversed(runs):
+                if run["segment"].role == role and run["segment"].medium is None and not run.get("closing"):
+                    cut = min(excess, max(0, len(run["ids"]) - 1))
+                    run["ids"] = run["ids"][: len(run["ids"]) - cut]
+                    excess -= cut
+        if excess > 0:
+            raise TooLongError(f"Too long: {sizes}, and media spans are never cut. Raise the context length.")

@@ -1,0 +1,248 @@
+"""Projectors: an encoder's features to tokens as wide as the language model's embeddings.
+
+    features [items, in_tokens, in_width]  ->  projector  ->  tokens [items, num_tokens, out_width]
+
+`linear` and `mlp` are LLaVA's; `qformer` is the one of BLIP-2, which gives a fixed number of tokens whatever comes in,
+and can take the weights that the MokA authors published (`import_official`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from moka.errors import MokaError
+from moka.modeling.encoders import about, read_config
+
+
+class Projector(nn.Module):
+    """Base of all projectors: `forward` checks and casts; subclasses write `build` and `project`.
+
+    `output` is the last linear layer of each: scale its weights to give new tokens the scale of the model's embeddings.
+    """
+
+    @dataclass
+    class Config:
+        pass
+
+    name: ClassVar[str]  # the `type` in a configuration
+    num_tokens: int  # tokens per item
+    output: nn.Linear
+
+    def __init__(self, config: Any, in_tokens: int, in_width: int, out_width: int):
+        super().__init__()
+        self.config = config
+        self.in_tokens, self.in_width, self.out_width = in_tokens, in_width, out_width
+        self.build()
+        nn.init.normal_(self.output.weight, std=0.02)
+        nn.init.zeros_(self.output.bias)
+
+    def build(self) -> None:
+        """Creates the modules and sets `num_tokens`."""
+        raise NotImplementedError
+
+    def project(self, features: torch.Tensor) -> torch.Tensor:
+        """[items, in_tokens, in_width] -> [items, num_tokens, out_width]."""
+        raise NotImplementedError
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """[items, in_tokens, in_width] -> [items, num_tokens, out_width], in the type of the projector's parameters.
+
+        Raises `MokaError` for features of another shape.
+        """
+        if tuple(features.shape[1:]) != (self.in_tokens, self.in_width):
+            raise MokaError(
+                f"projector {self.name!r}: given features of shape {list(features.shape)}; expected "
+                f"[items, {self.in_tokens}, {self.in_width}]. It was built for another encoder."
+            )
+        return self.project(features.to(self.output.weight.dtype))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration, fit for JSON, as `build_projector` takes it."""
+        return {"type": self.name, **dataclasses.asdict(self.config)}
+
+
+class LinearProjector(Projector):
+    """One linear layer: over each feature vector by itself, or from all of an item's features to `tokens` tokens."""
+
+    @dataclass
+    class Config(Projector.Config):
+        tokens: int | None = field(
+            default=None,
+            metadata=about("tokens per item, each made from all features; none: one from each feature", minimum=1),
+        )
+
+    name = "linear"
+
+    def build(self) -> None:
+        tokens = self.config.tokens
+        self.num_tokens = tokens or self.in_tokens
+        if tokens:
+            self.output = nn.Linear(self.in_tokens * self.in_width, tokens * self.out_width)
+        else:
+            self.output = nn.Linear(self.in_width, self.out_width)
+
+    def project(self, features: torch.Tensor) -> torch.Tensor:
+        if self.config.tokens:
+            features = features.flatten(1)  # [items, in_tokens * in_width]
+        return self.output(features).reshape(len(features), self.num_tokens, self.out_width)
+
+
+class MlpProjector(Projector):
+    """Two linear layers with GELU between, over each feature vector; optionally averages the features to fewer first.
+
+    Source: Liu et al., Improved Baselines with Visual Instruction Tuning (2023), `mlp2x_gelu`.
+    """
+
+    @dataclass
+    class Config(Projector.Config):
+        tokens: int | None = field(
+            default=None,
+            metadata=about("average the features, in their order, to this many; none: one token each", minimum=1),
+        )
+
+    name = "mlp"
+
+    def build(self) -> None:
+        self.num_tokens = self.config.tokens or self.in_tokens
+        if self.num_tokens > self.in_tokens:
+            raise MokaError(
+                f"projector 'mlp': given tokens {self.num_tokens}; the encoder gives {self.in_tokens} feature vectors "
+                f"per item, so at most {self.in_tokens} are allowed. For more, use projector 'linear' or 'qformer'."
+            )
+        self.hidden = nn.Linear(self.in_width, self.out_width)
+        self.output = nn.Linear(self.out_width, self.out_width)
+
+    def project(self, features: torch.Tensor) -> torch.Tensor:
+        if self.num_tokens < self.in_tokens:
+            features = F.adaptive_avg_pool1d(features.transpose(1, 2), self.num_tokens).transpose(1, 2)
+        return self.output(F.gelu(self.hidden(features)))
+
+
+class QFormerProjector(Projector):
+    """Learned queries read the features by cross-attention; a two-layer MLP widens what they found.
+
+        features -> layer norm -> | queries: self-attention, cross-attention, MLP |  x layers -> MLP with GELU -> tokens
+
+    For several frames of one video, give the frames as items, as the MokA authors do: `queries` tokens for each frame.
+
+    Source: Li et al., BLIP-2 (2023); `transformers`' `Blip2QFormerModel`.
+    """
+
+    @dataclass
+    class Config(Projector.Config):
+        queries: int = field(default=32, metadata=about("learned queries: tokens per item", minimum=1))
+        hidden_size: int = field(default=768, metadata=about("width of the queries", minimum=1))
+        layers: int = field(default=2, metadata=about("transformer layers", minimum=1))
+        heads: int = field(default=12, metadata=about("attention heads", minimum=1))
+        intermediate_size: int = field(default=3072, metadata=about("width inside the layers' MLPs", minimum=1))
+        cross_attention_frequency: int = field(
+            default=1, metadata=about("cross-attention in every n-th layer, from the first", minimum=1)
+        )
+        dropout: float = field(
+            default=0.1, metadata=about("share dropped of attention and features in training", minimum=0, maximum=1)
+        )
+
+    name = "qformer"
+
+    def build(self) -> None:
+        from transformers import Blip2QFormerConfig, Blip2QFormerModel
+
+        config = self.config
+        if config.hidden_size % config.heads:
+            raise MokaError(
+                f"projector 'qformer': hidden_size {config.hidden_size} is not a multiple of heads {config.heads}."
+            )
+        self.num_tokens = config.queries
+        self.norm = nn.LayerNorm(self.in_width)
+        self.queries = nn.Parameter(0.02 * torch.randn(1, config.queries, config.hidden_size))
+        self.qformer = Blip2QFormerModel(
+            Blip2QFormerConfig(
+                hidden_size=config.hidden_size,
+                num_hidden_layers=config.layers,
+                num_attention_heads=config.heads,
+                intermediate_size=config.intermediate_size,
+                cross_attention_frequency=config.cross_attention_frequency,
+                encoder_hidden_size=self.in_width,
+                hidden_dropout_prob=config.dropout,
+                attention_probs_dropout_prob=config.dropout,
+            )
+        )
+        self.hidden = nn.Linear(config.hidden_size, self.out_width)
+        self.output = nn.Linear(self.out_width, self.out_width)
+
+    def project(self, features: torch.Tensor) -> torch.Tensor:
+        features = self.norm(features.to(self.norm.weight.dtype))
+        queries = self.queries.expand(len(features), -1, -1)  # [items, queries, hidden_size]
+        found = self.qformer(queries, encoder_hidden_states=features).last_hidden_state
+        # transformers may keep the Q-Former itself in float32
+        found = found.to(self.output.weight.dtype)
+        return self.output(F.gelu(self.hidden(found)))
+
+
+# The authors' names, without "model.vl_projector." and "visual_" (or "al" and "audio"), to ours. Their Q-Former is a
+# BERT whose text half (word embeddings, feed-forward layers of text, masked-word head) queries never pass through.
+OFFICIAL_NAMES = (
+    (r"query_tokens", "queries"),
+    (r"ln\.(weight|bias)", r"norm.\1"),
+    (r"proj\.0\.(weight|bias)", r"hidden.\1"),
+    (r"proj\.2\.(weight|bias)", r"output.\1"),
+    (r"Qformer\.bert\.embeddings\.LayerNorm\.(weight|bias)", r"qformer.layernorm.\1"),
+    (r"Qformer\.bert\.(encoder\.layer\.\d+\.(?:cross)?attention)\.self\.(.+)", r"qformer.\1.attention.\2"),
+    (r"Qformer\.bert\.(encoder\.layer\.\d+\.(?:cross)?attention\.output\..+)", r"qformer.\1"),
+    (r"Qformer\.bert\.(encoder\.layer\.\d+\.(?:intermediate|output)_query\..+)", r"qformer.\1"),
+)
+OFFICIAL_UNUSED = (
+    r"Qformer\.cls\..+",
+    r"Qformer\.bert\.embeddings\.(position_ids|(word|position)_embeddings\.weight)",
+    r"Qformer\.bert\.encoder\.layer\.\d+\.(intermediate|output)\..+",
+)
+
+
+def import_official(state_dict: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """The MokA authors' `visual_pretrain.bin` or `audio_pretrain.bin`, as `torch.load` gives it, in our names.
+
+    Returns:
+        the state dict for a `qformer` projector, to load strictly, and the names left out (the text half, which
+        queries never use).
+
+    Raises:
+        MokaError: a name that belongs to neither.
+    """
+    state, unused = {}, []
+    for key, value in state_dict.items():
+        short = re.sub(r"^(model\.)?((vl|al)_projector\.)?(visual|audio)_", "", key)
+        if any(re.fullmatch(pattern, short) for pattern in OFFICIAL_UNUSED):
+            unused.append(key)
+            continue
+        for pattern, name in OFFICIAL_NAMES:
+            match = re.fullmatch(pattern, short)
+            if match:
+                state[match.expand(name)] = value
+                break
+        else:
+            raise MokaError(
+                f"not one of the weights of the MokA authors' projectors: {key!r}. Give one of their files "
+                f"visual_pretrain.bin and audio_pretrain.bin."
+            )
+    return state, unused
+
+
+PROJECTORS: dict[str, type[Projector]] = {cls.name: cls for cls in (LinearProjector, MlpProjector, QFormerProjector)}
+
+
+def build_projector(config: Mapping[str, Any], in_tokens: int, in_width: int, out_width: int) -> Projector:
+    """The projector that `config` describes: its "type" and the fields of that class's `Config`.
+
+    `in_tokens` and `in_width` are the encoder's `num_tokens` and `width`; `out_width` is the width of the language
+    model's embeddings. Raises `MokaError` for an unknown type or field, or a value that does not fit the encoder.
+    """
+    cls, parsed = read_config(config, PROJECTORS, "projector")
+    return cls(parsed, in_tokens, in_width, out_width)
