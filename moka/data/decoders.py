@@ -85,8 +85,8 @@ def load_audio(path: str | os.PathLike[str], rate: int | None = None) -> Wavefor
         `Waveform` with float32 samples [n] in -1 ... 1 at ``rate``.
 
     Raises:
-        BadMediaError: absent, empty, no audio stream, damaged, or shorter than its header says (wav, flac, aiff, mp4,
-            mkv; the other containers do not say).
+        BadMediaError: absent, empty, no audio stream, damaged, or shorter than its header says (wav, flac, aiff, mp4;
+            the other containers do not say, or for all their streams together).
         MokaError: PyAV is not installed, or ``rate`` is not a positive integer.
     """
     if rate is not None and (not isinstance(rate, int) or rate <= 0):
@@ -99,8 +99,10 @@ def load_audio(path: str | os.PathLike[str], rate: int | None = None) -> Wavefor
             seconds += frame.samples / frame.sample_rate
             chunks += [out.to_ndarray().mean(axis=0) for out in resampler.resample(frame)]  # [channels, n] -> [n]
         chunks += [out.to_ndarray().mean(axis=0) for out in resampler.resample(None) if out is not None]
-        stated = None if stream.duration is None else float(stream.duration * stream.time_base)
-        _check_length(path, container, stated, seconds)
+        if stream.duration is not None:
+            _check_length(path, container, float(stream.duration * stream.time_base), seconds)
+        elif len(container.streams) == 1:  # mkv states only the length of the longest stream
+            _check_length(path, container, (container.duration or 0) / 1e6, seconds)
     samples = np.concatenate(chunks).astype(np.float32, copy=False) if chunks else np.zeros(0, np.float32)
     if not samples.size:
         raise _bad(path, "holds no sound that can be decoded")
@@ -125,9 +127,11 @@ def load_features(path: str | os.PathLike[str], kind: str = "mfcc") -> AudioFeat
     if not isinstance(mapped, np.ndarray):
         mapped.close()
         raise _bad(path, "is an .npz archive; save one array with numpy.save")
-    if mapped.ndim != 2 or mapped.dtype.kind != "f":
-        raise _bad(path, f"holds {mapped.dtype} {list(mapped.shape)}; audio features are floats [frames, bins]")
-    values = np.array(mapped, dtype=np.float32)
+    given = f"{mapped.dtype} {list(mapped.shape)}"
+    values = np.array(mapped, dtype=np.float32) if mapped.ndim == 2 and mapped.dtype.kind == "f" else None
+    del mapped  # the traceback of an error would keep the file open
+    if values is None or not values.size:
+        raise _bad(path, f"holds {given}; audio features are floats [frames, bins]")
     if not np.isfinite(values).all():
         raise _bad(path, "holds values that are not finite")
     return AudioFeatures(values, kind)
@@ -147,11 +151,12 @@ def load_video(path: str | os.PathLike[str], frames: int = 10) -> list[Image.Ima
         raise MokaError(f"frames is {frames!r}; a positive integer is due, such as 10.")
     start, end = _video_span(path)
     times = [start + (k + 0.5) * (end - start) / frames for k in range(frames)]
-    taken, images = None, []
+    images: list[Image.Image] = []
+    taken = None
     with _opened(path, "video") as (container, stream):
         _check_pixels(path, stream.width, stream.height)
         for wanted, frame in zip(times, _frames_near(container, stream, times), strict=False):
-            stops = _frame_end(frame)
+            stops = frame.time + float((frame.duration or 0) * frame.time_base)
             if stops < wanted - _SLACK * (end - start) - _SLACK:
                 raise _bad(path, f"is truncated: its video ends at {stops - start:.1f} s of {end - start:.1f} s")
             images.append(images[-1] if frame is taken else _upright(frame))
@@ -167,8 +172,7 @@ def _frames_near(container: Any, stream: Any, times: list[float]) -> Iterator[An
     before = after = None  # the frames on both sides of the wanted time
     for wanted in times:
         if times[-1] - times[0] > _SEEK_OVER_S * len(times):
-            container.seek(int(wanted / stream.time_base), stream=stream)  # to the key frame at or before it
-            decoded, after = _frames(container, stream), None
+            decoded, after = _sought(container, stream, wanted)
         while after is None or after.time <= wanted:
             before = after or before
             after = next(decoded, None)
@@ -178,6 +182,17 @@ def _frames_near(container: Any, stream: Any, times: list[float]) -> Iterator[An
         if not sides:
             return
         yield min(sides, key=lambda frame: abs(frame.time - wanted))
+
+
+def _sought(container: Any, stream: Any, wanted: float) -> tuple[Iterator[Any], Any]:
+    """The frames from a key frame at or before ``wanted`` (seconds) on, and the first of them."""
+    for earlier in (0.0, 10.0, wanted):  # seeking in MPEG-TS often lands too late
+        container.seek(int((wanted - earlier) / stream.time_base), stream=stream)
+        frames = _frames(container, stream)
+        first = next(frames, None)
+        if first is not None and first.time <= wanted:
+            break
+    return frames, first
 
 
 def _bad(path: str | os.PathLike[str], reason: str) -> BadMediaError:
@@ -218,13 +233,10 @@ def _opened(path: str | os.PathLike[str], kind: str) -> Iterator[tuple[Any, Any]
     _check_file(path)
     _check_riff(path)
     try:
-        # A playlist renamed to .mp4 must not make training fetch addresses.
-        options = {"protocol_whitelist": "file"}
-        with av.open(os.fspath(path), metadata_errors="ignore", options=options) as container:
+        with av.open(os.fspath(path), metadata_errors="ignore") as container:
             # The cover picture of a song is a video stream too.
-            streams = [
-                s for s in container.streams if s.type == kind and not s.disposition & s.disposition.attached_pic
-            ]
+            cover = av.stream.Disposition.attached_pic
+            streams = [s for s in container.streams if s.type == kind and not s.disposition & cover]
             if not streams:
                 found = ", ".join(sorted({s.type for s in container.streams})) or "no streams at all"
                 raise _bad(path, f"has no {kind} stream (it has {found})")
@@ -252,10 +264,6 @@ def _frames(container: Any, stream: Any) -> Iterator[Any]:
         yield from (frame for frame in frames if frame.time is not None)
 
 
-def _frame_end(frame: Any) -> float:
-    return frame.time + float((frame.duration or 0) * frame.time_base)
-
-
 def _upright(frame: Any) -> Image.Image:
     image = frame.to_image()
     return image.rotate(frame.rotation, expand=True) if frame.rotation else image  # both count counterclockwise
@@ -267,23 +275,23 @@ def _video_span(path: str | os.PathLike[str]) -> tuple[float, float]:
         if stream.duration:
             start = float((stream.start_time or 0) * stream.time_base)
             return start, start + float(stream.duration * stream.time_base)
-        spans = {True: [], False: []}  # of the video stream, of the others
+        spans, last = [], 0.0  # of the video packets; the end of all streams
         for packet in container.demux():
             if packet.pts is not None:
                 begins = float(packet.pts * packet.time_base)
                 ends = begins + float((packet.duration or 0) * packet.time_base)
-                spans[packet.stream.index == stream.index].append((begins, ends))
-        if not spans[True]:
+                last = max(last, ends)
+                if packet.stream.index == stream.index:
+                    spans.append((begins, ends))
+        if not spans:
             raise _bad(path, "holds no video with time stamps")
-        _check_length(
-            path, container, (container.duration or 0) / 1e6, max(ends for span in spans.values() for _, ends in span)
-        )
-        return min(begins for begins, _ in spans[True]), max(ends for _, ends in spans[True])
+        _check_length(path, container, (container.duration or 0) / 1e6, last)
+        return min(begins for begins, _ in spans), max(ends for _, ends in spans)
 
 
-def _check_length(path: str | os.PathLike[str], container: Any, stated: float | None, found: float) -> None:
-    """Compares the seconds found with those that the header states (None: it does not)."""
-    if stated is not None and container.format.name in _STATES_LENGTH and found < (1 - _SLACK) * stated - _SLACK:
+def _check_length(path: str | os.PathLike[str], container: Any, stated: float, found: float) -> None:
+    """Compares the seconds found with those that the header states."""
+    if container.format.name in _STATES_LENGTH and found < (1 - _SLACK) * stated - _SLACK:
         raise _bad(path, f"is truncated: {found:.2f} s can be decoded of the {stated:.2f} s that its header states")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import shutil
 import sys
 import zipfile
 from dataclasses import dataclass
@@ -225,6 +226,8 @@ def _convert(source: Path, target: Path) -> None:
     LlamaConfig(**config, **special).save_pretrained(target)
     GenerationConfig(**special).save_pretrained(target)
     save_file(_weights(reader, heads, kv_heads), target / "model.safetensors", metadata={"format": "pt"})
+    # safetensors lets only the owner read its file, which would spoil a cache that several people share.
+    shutil.copymode(target / "config.json", target / "model.safetensors")
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     tokenizer.model_max_length = field("llama.context_length")
     tokenizer.save_pretrained(target)

@@ -105,8 +105,8 @@ class JsonlDataset:
             raise MokaError(f"{where}: {kind} path {medium!r} is not a path that can be followed: {error}.") from error
         if not path.is_relative_to(self.media_root):
             raise MokaError(
-                f"{where}: {kind} path {medium!r} leads to {path}, outside the media root {self.media_root}. Give a path "
-                "inside it, or set media_root to a folder that holds all the media."
+                f"{where}: {kind} path {medium!r} leads to {path}, outside the media root {self.media_root}. "
+                "Give a path inside it, or set media_root to a folder that holds all the media."
             )
         return str(path)
 

@@ -60,8 +60,7 @@ def check_sample(sample: Any, where: str, require_answer: bool = True) -> dict[s
             _fail(where, key, f"stands beside the messages and would be ignored. {_REMEDY_MEDIA_LIST}")
     messages = sample.get("messages")
     if messages is None:
-        hint = nearest("messages", [str(key) for key in sample])
-        _fail(where, "messages", f"is missing; the sample has {_keys(sample)}.{hint} {_REMEDY_MESSAGES}")
+        _fail(where, "messages", f"is missing; the sample has {_keys(sample)}. {_REMEDY_MESSAGES}")
     if not isinstance(messages, list):
         _fail(where, "messages", f"is {_show(messages)}; a list is due. {_REMEDY_MESSAGES}")
     if not messages:

@@ -96,8 +96,6 @@ class Encoder(nn.Module):
         super().__init__()
         self.config = config
         self.build(pretrained)
-        if not self.config.trainable:
-            self.requires_grad_(False)
         self.train()
 
     def build(self, pretrained: bool) -> None:
@@ -118,13 +116,20 @@ class Encoder(nn.Module):
                 f"encoder {self.name!r}: given {self.input_name} of shape {list(values.shape)}; "
                 f"expected [items, {', '.join(map(str, self.input_shape))}]. Use the front end of this encoder."
             )
+        dtype = next(self.parameters()).dtype
+        if not len(values):  # a batch without this modality; not every tower takes it
+            return values.new_zeros(0, self.num_tokens, self.width, dtype=dtype)
         # The trainer's autocast would lower the precision behind the back of "float32 by default".
         grad = self.config.trainable and torch.is_grad_enabled()
         with torch.set_grad_enabled(grad), torch.autocast(values.device.type, enabled=False):
-            return self.encode(values.to(next(self.parameters()).dtype))
+            return self.encode(values.to(dtype))
 
     def train(self, mode: bool = True) -> Encoder:
-        """As `nn.Module.train`, but a frozen encoder stays in evaluation mode."""
+        """As `nn.Module.train`, but a frozen encoder stays in evaluation mode and frozen."""
+        # Here and not only at the start: `PreTrainedModel.from_pretrained` makes weights anew, which require gradients,
+        # and ends in `eval()`.
+        if not self.config.trainable:
+            self.requires_grad_(False)
         return super().train(mode and self.config.trainable)
 
     def dummy_input(self, items: int = 1) -> torch.Tensor:
@@ -295,7 +300,7 @@ class ConvAudioEncoder(Encoder):
             features = F.gelu(features) * mask  # [items, channels, frames]
         weights = self.window_weights(mask.float()).to(features.dtype)
         pooled = weights @ features.transpose(1, 2)  # [items, windows, channels]
-        pooled = pooled.reshape(len(values), self.num_tokens, -1)
+        pooled = pooled.unflatten(1, (self.num_tokens, -1)).flatten(2)  # [items, num_tokens, 3 * channels]
         return self.norm(self.head(self.dropout(pooled)))
 
     def window_weights(self, mask: torch.Tensor) -> torch.Tensor:

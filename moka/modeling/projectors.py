@@ -62,7 +62,10 @@ class Projector(nn.Module):
                 f"projector {self.name!r}: given features of shape {list(features.shape)}; expected "
                 f"[items, {self.in_tokens}, {self.in_width}]. It was built for another encoder."
             )
-        return self.project(features.to(self.output.weight.dtype))
+        dtype = self.output.weight.dtype
+        if not len(features):  # a batch without this modality
+            return features.new_zeros(0, self.num_tokens, self.out_width, dtype=dtype)
+        return self.project(features.to(dtype))
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration, fit for JSON, as `build_projector` takes it."""

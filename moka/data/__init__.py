@@ -1,0 +1,26 @@
+"""Samples: their schema, readers, media decoding, collation, and the embedded data sets."""
+
+from .embedded import resolve_backbone
+from .embedded_tasks import EmbeddedTask, export_jsonl
+from .jsonl import JsonlDataset
+from .media import BadMediaPolicy, DecodedDataset, decode_sample, load_audio, load_image, load_video
+from .schema import check_sample
+from .sources import Collator, EncodedDataset, attribution, open_source
+
+__all__ = [
+    "BadMediaPolicy",
+    "Collator",
+    "DecodedDataset",
+    "EmbeddedTask",
+    "EncodedDataset",
+    "JsonlDataset",
+    "attribution",
+    "check_sample",
+    "decode_sample",
+    "export_jsonl",
+    "load_audio",
+    "load_image",
+    "load_video",
+    "open_source",
+    "resolve_backbone",
+]

@@ -1,0 +1,145 @@
+"""From a configuration to a model with its adapter."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoTokenizer
+
+from moka.adapter import MokaConfig
+from moka.adapter.config import DEFAULT_MODALITIES, DEFAULT_TARGETS, TEXT
+from moka.data import resolve_backbone
+from moka.errors import MokaError
+from moka.modeling import MokaForConditionalGeneration, MokaProcessor
+
+from .arguments import AdapterSection, ModelSection, RunConfig
+from .connector import load_connector, trained_parts
+
+
+def choose_dtype(name: str) -> torch.dtype:
+    """float32, bfloat16, or for "auto" what the device computes in: bfloat16 is about 40 times slower on most CPUs."""
+    if name == "auto":
+        return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if name not in dtypes:
+        raise MokaError(f"model.dtype: {name!r} is not one of auto, {', '.join(dtypes)}.")
+    return dtypes[name]
+
+
+def build_model(section: ModelSection, pretrained: bool = True) -> tuple[MokaForConditionalGeneration, MokaProcessor]:
+    """The composed model with fresh projectors, and its processor.
+
+    Raises:
+        MokaError: a backbone that is not there, an unknown encoder or projector.
+    """
+    folder = resolve_backbone(section.backbone)
+    extra: dict[str, Any] = {}
+    if section.attn_implementation:
+        extra["attn_implementation"] = section.attn_implementation
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = MokaForConditionalGeneration.from_backbone(
+            str(folder),
+            section.modalities,
+            name=section.backbone,
+            pretrained=pretrained,
+            dtype=choose_dtype(section.dtype),
+            **extra,
+        )
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise MokaError(
+            f"model.backbone: {section.backbone!r} cannot be loaded ({reason}). Give a folder of a causal language model, "
+            "a hub name that this machine can reach, or embedded:smollm2-135m."
+        ) from error
+    # Encoders and projectors compute in float32, whatever the backbone's type: they are small and newly trained.
+    model.encoders.float()
+    model.projectors.float()
+    processor = MokaProcessor.from_model(
+        model, tokenizer, chat_template=section.chat_template, interaction=section.interaction
+    )
+    return model, processor
+
+
+def context_length(section: ModelSection, model: MokaForConditionalGeneration) -> int | None:
+    """Longest sample in tokens: the configured one, within the backbone's context."""
+    context = getattr(model.config.text_config, "max_position_embeddings", None)
+    if section.max_length and context and section.max_length > context:
+        raise MokaError(f"model.max_length: {section.max_length} exceeds the backbone's context of {context} tokens.")
+    return section.max_length or context
+
+
+def adapter_modalities(model: MokaForConditionalGeneration) -> dict[str, list[int]]:
+    """Text and the model's own modalities, as ``MokaConfig.modalities`` wants them."""
+    return {TEXT: list(DEFAULT_MODALITIES[TEXT]), **{name: list(ids) for name, ids in model.config.type_ids.items()}}
+
+
+def attach_adapter(model: MokaForConditionalGeneration, section: AdapterSection) -> PeftModel:
+    """Freeze the model, add the adapter of ``section.method``, keep projectors and trainable encoders training."""
+    common = {"modules_to_save": trained_parts(model), "task_type": "CAUSAL_LM"}
+    if section.method == "lora":
+        config: Any = LoraConfig(
+            r=section.r,
+            lora_alpha=section.alpha,
+            lora_dropout=section.dropout,
+            target_modules=_within_language_model(section.target_modules),
+            exclude_modules=section.exclude_modules,
+            use_rslora=section.use_rslora,
+            **common,
+        )
+    else:
+        optional = {
+            name: getattr(section, name)
+            for name in ("interaction", "interaction_weight", "scale_position", "adapt")
+            if getattr(section, name) is not None
+        }
+        config = MokaConfig.preset(
+            section.preset,
+            r=section.r,
+            alpha=section.alpha,
+            dropout=section.dropout,
+            target_modules=_within_language_model(section.target_modules),
+            exclude_modules=section.exclude_modules,
+            share_b=section.share_b,
+            use_rslora=section.use_rslora,
+            modalities=adapter_modalities(model),
+            **optional,
+            **common,
+        )
+    adapted = get_peft_model(model, config)
+    adapted.peft_config["default"].base_model_name_or_path = model.config.backbone
+    return adapted
+
+
+def _within_language_model(targets: list[str] | str | None) -> str:
+    """Plain names reach encoders too (CLIP has a q_proj of its own); a regex on the path does not."""
+    if isinstance(targets, str):
+        return targets
+    names = "|".join(re.escape(name) for name in (targets or DEFAULT_TARGETS))
+    return rf"language_model\.(?:.*\.)?(?:{names})"
+
+
+def count_parameters(model: torch.nn.Module) -> dict[str, int]:
+    """Trainable parameters by part (adapter, encoders, projectors) and the total of all."""
+    counts = {"adapter": 0, "encoders": 0, "projectors": 0, "total": 0}
+    for name, parameter in model.named_parameters():
+        if ".original_module." in name:
+            continue  # peft's untrained copy
+        counts["total"] += parameter.numel()
+        if parameter.requires_grad:
+            part = next((p for p in ("encoders", "projectors") if f"{p}." in name), "adapter")
+            counts[part] += parameter.numel()
+    return counts
+
+
+def build_for_stage_two(config: RunConfig) -> tuple[MokaForConditionalGeneration, MokaProcessor]:
+    """The composed model with every projector filled from the connectors that the configuration names."""
+    model, processor = build_model(config.model)
+    filled = [part for folder in config.model.connectors for part in load_connector(model, folder)]
+    empty = [part for part in trained_parts(model) if part not in filled]
+    if empty and config.model.connectors:
+        raise MokaError(f"model.connectors: none of {config.model.connectors} holds {', '.join(empty)}; add its stage 1.")
+    return model, processor

@@ -1,0 +1,458 @@
+"""Decoding of real small files: what sounds and moves arrives right, and each bad file is one line with its name."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+
+from moka.data.media import (
+    BadMediaError,
+    BadMediaPolicy,
+    DecodedDataset,
+    decode_sample,
+    load_audio,
+    load_features,
+    load_image,
+    load_video,
+)
+from moka.data.schema import check_sample, media_parts
+from moka.errors import MokaError
+from moka.modeling.media import AudioFeatures, Waveform
+
+TONE_HZ = 440
+CLOCKWISE = (0, 65536, 0, -65536, 0, 0, 0, 0, 1 << 30)  # QuickTime's matrix of a phone held upright
+
+
+def tone(seconds, rate, amplitude=0.5):
+    return (amplitude * np.sin(2 * np.pi * TONE_HZ * np.arange(int(seconds * rate)) / rate)).astype(np.float32)
+
+
+def peak_hz(waveform):
+    spectrum = np.abs(np.fft.rfft(waveform.samples))
+    return spectrum.argmax() * waveform.rate / waveform.samples.size
+
+
+def grey_ramp(count):
+    """Frames [48, 64, 3] from dark to bright: the mean of an image tells which one it is."""
+    return [np.full((48, 64, 3), 20 + 200 * i // count, np.uint8) for i in range(count)]
+
+
+def write_video(path, frames, rate=5, codec="libx264", gop=250, sound=None, matrix=None, options=None):
+    """A video, with a sine of ``sound`` = (codec, Hz) if given."""
+    with av.open(str(path), "w", options=options or {}) as container:
+        video = container.add_stream(codec, rate=rate)
+        video.width, video.height, video.pix_fmt, video.gop_size = 64, 48, "yuv420p", gop
+        if matrix:
+            video.set_display_matrix(matrix)
+        if sound:
+            audio = container.add_stream(sound[0], rate=sound[1], layout="mono")
+        for frame in frames:
+            container.mux(video.encode(av.VideoFrame.from_ndarray(frame)))
+        container.mux(video.encode(None))
+        if sound:
+            samples = tone(len(frames) / rate, sound[1])[None]
+            for at in range(0, samples.shape[1], 960):
+                block = np.ascontiguousarray(samples[:, at : at + 960])
+                frame = av.AudioFrame.from_ndarray(block, format="fltp", layout="mono")
+                frame.rate, frame.pts, frame.time_base = sound[1], at, Fraction(1, sound[1])
+                container.mux(audio.encode(frame))
+            container.mux(audio.encode(None))
+    return path
+
+
+def means(images):
+    return np.array([np.asarray(image).mean() for image in images])
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "1", "I;16"])
+def test_an_image_keeps_its_mode_and_pixels(tmp_path, mode):
+    pixels = np.arange(30, dtype=np.uint8).reshape(5, 6) * 8
+    made = Image.fromarray(pixels.astype(np.uint16)) if mode == "I;16" else Image.fromarray(pixels).convert(mode)
+    made.save(tmp_path / "x.png")
+    image = load_image(tmp_path / "x.png")
+    assert image.mode == made.mode
+    np.testing.assert_array_equal(np.asarray(image), np.asarray(made))
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    pixels = np.zeros((16, 32, 3), np.uint8)
+    pixels[:, :16] = 255  # bright on the left
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned clockwise by a quarter
+    Image.fromarray(pixels).save(tmp_path / "x.jpg", exif=exif, quality=95)
+    image = load_image(tmp_path / "x.jpg")
+    assert image.size == (16, 32)
+    shown = np.asarray(image)
+    assert shown[:12].mean() > 240  # left has become top
+    assert shown[20:].mean() < 15
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_an_image_with_too_many_pixels_is_refused(tmp_path, monkeypatch):
+    Image.new("1", (400, 300)).save(tmp_path / "bomb.png")
+    for limit in (100_000, 10_000):  # Pillow warns above the limit and raises above twice the limit
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with pytest.raises(BadMediaError, match=r"bomb\.png: .*pixels"):
+            load_image(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 120_000)
+    assert load_image(tmp_path / "bomb.png").size == (400, 300)
+
+
+@pytest.mark.parametrize("source_rate", [8000, 22050, 44100, 48000])
+@pytest.mark.parametrize("rate", [None, 16000])
+def test_a_tone_survives_resampling(tmp_path, source_rate, rate):
+    soundfile.write(tmp_path / "x.wav", tone(1.0, source_rate), source_rate)
+    waveform = load_audio(tmp_path / "x.wav", rate)
+    assert waveform.rate == (rate or source_rate)
+    assert waveform.samples.dtype == np.float32
+    assert abs(waveform.samples.size - waveform.rate) <= 2
+    assert peak_hz(waveform) == pytest.approx(TONE_HZ, abs=1.5)
+    expected = tone(1.0, waveform.rate)
+    inner = slice(1000, 7000)  # the filter rings at the ends
+    np.testing.assert_allclose(waveform.samples[inner], expected[inner], atol=2e-3)
+
+
+def test_resampling_does_not_fold_high_tones_down(tmp_path):
+    high = np.sin(2 * np.pi * 15000 * np.arange(48000) / 48000).astype(np.float32)
+    soundfile.write(tmp_path / "x.wav", high, 48000)
+    assert np.abs(load_audio(tmp_path / "x.wav", 16000).samples[500:-500]).max() < 0.01
+
+
+@pytest.mark.parametrize("extension", ["flac", "ogg", "mp3", "aiff"])
+def test_other_sound_formats(tmp_path, extension):
+    soundfile.write(tmp_path / f"x.{extension}", tone(1.0, 44100), 44100)
+    waveform = load_audio(tmp_path / f"x.{extension}", 16000)
+    assert peak_hz(waveform) == pytest.approx(TONE_HZ, abs=1.5)
+    assert waveform.samples.size == pytest.approx(16000, rel=0.05)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 6])
+@pytest.mark.parametrize("rate", [None, 8000])
+def test_channels_are_averaged(tmp_path, channels, rate):
+    sound = np.stack([tone(0.5, 16000) * (c + 1) / channels for c in range(channels)], axis=1)
+    soundfile.write(tmp_path / "x.wav", sound, 16000, subtype="FLOAT")
+    waveform = load_audio(tmp_path / "x.wav", rate)
+    expected = tone(0.5, waveform.rate) * (channels + 1) / (2 * channels)
+    np.testing.assert_allclose(waveform.samples[500:3500], expected[500:3500], atol=2e-3)
+
+
+def test_samples_stay_within_one_and_integers_in_disguise_are_refused(tmp_path):
+    soundfile.write(tmp_path / "hot.wav", tone(0.1, 16000, amplitude=1.5), 16000, subtype="FLOAT")
+    assert np.abs(load_audio(tmp_path / "hot.wav").samples).max() == 1.0
+    for name, value in [("int.wav", 20000.0), ("nan.wav", np.nan)]:
+        soundfile.write(tmp_path / name, np.array([0.0, value, 0.0], np.float32), 16000, subtype="FLOAT")
+        with pytest.raises(BadMediaError, match=rf"{name}: has samples up to"):
+            load_audio(tmp_path / name)
+
+
+def test_a_streamed_wav_that_states_no_length_is_read(tmp_path):
+    soundfile.write(tmp_path / "x.wav", tone(1.0, 16000), 16000)
+    data = bytearray((tmp_path / "x.wav").read_bytes())
+    data[4:8] = data[40:44] = b"\xff\xff\xff\xff"
+    (tmp_path / "x.wav").write_bytes(data)
+    assert load_audio(tmp_path / "x.wav").samples.size == 16000
+
+
+SOUNDTRACKS = {"x.mp4": ("libx264", ("aac", 44100)), "y.mp4": ("mpeg4", ("aac", 22050))}
+SOUNDTRACKS |= {"x.mkv": ("libx264", ("aac", 16000)), "x.ts": ("libx264", ("aac", 16000))}
+
+
+@pytest.mark.parametrize("name", SOUNDTRACKS)
+def test_video_frames_come_in_order_at_their_times_and_its_sound_is_read(tmp_path, name):
+    codec, sound = SOUNDTRACKS[name]
+    path = write_video(tmp_path / name, grey_ramp(50), codec=codec, gop=12, sound=sound)  # 10 s
+    found = means(load_video(path))
+    assert len(found) == 10
+    assert (np.diff(found) > 0).all()
+    wanted = 20 + 200 * (np.arange(10) + 0.5) / 10
+    np.testing.assert_allclose(found, wanted, atol=9)  # within two frames, as MPEG-TS rounds its length
+    waveform = load_audio(path, 16000)
+    assert peak_hz(waveform) == pytest.approx(TONE_HZ, abs=0.5)
+    assert waveform.samples.size == pytest.approx(160_000, rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["x.mp4", "x.mkv", "x.ts"])
+@pytest.mark.parametrize("gop", [7, 250])
+def test_seeking_finds_the_frames_that_decoding_all_finds(tmp_path, name, gop):
+    path = write_video(tmp_path / name, grey_ramp(100), gop=gop)  # 20 s
+    every = means(load_video(path, 100))
+    few = means(load_video(path, 4))  # 5 s apart: sought
+    assert (np.diff(every) >= 0).all()
+    np.testing.assert_allclose(few, every[[12, 37, 62, 87]], atol=2.5)
+
+
+def test_a_long_video_is_not_decoded_whole(tmp_path, monkeypatch):
+    from moka.data import decoders
+
+    path = write_video(tmp_path / "x.mp4", grey_ramp(300), gop=10)  # 60 s
+    decoded = []
+    original = decoders._frames
+    monkeypatch.setattr(decoders, "_frames", lambda c, s: (decoded.append(f) or f for f in original(c, s)))
+    load_video(path, 3)
+    assert 0 < len(decoded) <= 3 * 15
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_short_video_repeats_its_frames(tmp_path, count):
+    path = write_video(tmp_path / "x.mp4", grey_ramp(count))
+    images = load_video(path, 9)
+    assert len(images) == 9
+    levels = np.round(means(images)).astype(int)
+    assert len(set(levels)) == count
+    assert (np.diff(levels) >= 0).all()
+
+
+def test_a_turned_video_is_set_upright(tmp_path):
+    frame = np.zeros((48, 64, 3), np.uint8)
+    frame[:, :32] = 255  # bright on the left
+    path = write_video(tmp_path / "x.mp4", [frame] * 5, matrix=CLOCKWISE)
+    (image,) = load_video(path, 1)
+    assert image.size == (48, 64)
+    shown = np.asarray(image)
+    assert shown[:28].mean() > 230  # left has become top
+    assert shown[36:].mean() < 25
+
+
+def test_a_gif_is_a_video_too(tmp_path):
+    first, *rest = [Image.fromarray(frame) for frame in grey_ramp(10)]
+    first.save(tmp_path / "x.gif", save_all=True, append_images=rest, duration=1000)
+    assert (np.diff(means(load_video(tmp_path / "x.gif"))) > 0).all()
+
+
+def bad_files(folder):
+    """Name -> (loader, words of the reason); the files are made in ``folder``."""
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8))
+    for name in ("cut.png", "cut.jpg", "cut.webp"):
+        noise.save(folder / name)
+    for name in ("cut.wav", "cut.flac", "cut.aiff"):
+        soundfile.write(folder / name, tone(2.0, 16000), 16000)
+    sound = ("aac", 16000)
+    write_video(folder / "cut.mp4", grey_ramp(50), sound=sound)
+    write_video(folder / "cut_web.mp4", grey_ramp(50), sound=sound, options={"movflags": "faststart"})
+    write_video(folder / "cut.mkv", grey_ramp(50))
+    write_video(folder / "cut.avi", grey_ramp(50), codec="mpeg4")
+    np.save(folder / "cut.npy", rng.normal(size=(20, 13)))
+    for path in list(folder.iterdir()):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size * 6 // 10])
+
+    noise.save(folder / "image.wav", format="png")
+    write_video(folder / "silent.mp4", grey_ramp(5))
+    soundfile.write(folder / "song.wav", tone(0.2, 16000), 16000)
+    np.save(folder / "flat.npy", np.zeros(5))
+    np.save(folder / "whole.npy", np.zeros((5, 2), int))
+    np.save(folder / "nan.npy", np.full((5, 2), np.nan))
+    np.save(folder / "pickle.npy", np.array([[{}]], dtype=object), allow_pickle=True)
+    np.savez(folder / "many.npz", a=np.zeros((2, 2)))
+    (folder / "many.npz").rename(folder / "many.npy")
+    (folder / "playlist.mp4").write_text("#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1:9/x.ts\n")
+    for extension in ("png", "wav", "mp4", "npy"):
+        (folder / f"text.{extension}").write_text("Not found\n" * 40)
+        (folder / f"zero.{extension}").touch()
+        (folder / f"folder.{extension}").mkdir()
+
+    loaders = {"png": load_image, "wav": load_audio, "mp4": load_video, "npy": load_features}
+    expected = {
+        "cut.png": (load_image, "truncated"),
+        "cut.jpg": (load_image, "truncated"),
+        "cut.webp": (load_image, ""),
+        "cut.wav": (load_audio, "truncated"),
+        "cut.flac": (load_audio, "truncated"),
+        "cut.aiff": (load_audio, "truncated"),
+        "cut.mp4": (load_video, "truncated"),
+        "cut_web.mp4": (load_video, "is truncated: its video ends at"),
+        "cut.mkv": (load_video, "is truncated"),
+        "cut.avi": (load_video, "truncated"),
+        "cut.npy": (load_features, "not a readable .npy"),
+        "image.wav": (load_audio, "no audio stream (it has video)"),
+        "silent.mp4": (load_audio, "no audio stream (it has video)"),
+        "song.wav": (load_video, "no video stream (it has audio)"),
+        "flat.npy": (load_features, "float64 [5]; audio features are floats [frames, bins]"),
+        "whole.npy": (load_features, "int64 [5, 2]"),
+        "nan.npy": (load_features, "not finite"),
+        "pickle.npy": (load_features, "not a readable .npy"),
+        "many.npy": (load_features, ".npz archive"),
+        "playlist.mp4": (load_video, "cannot be decoded"),
+    }
+    for extension, loader in loaders.items():
+        expected[f"gone.{extension}"] = (loader, "does not exist")
+        expected[f"zero.{extension}"] = (loader, "is empty (0 bytes)")
+        expected[f"folder.{extension}"] = (loader, "is a folder")
+        expected[f"text.{extension}"] = (loader, " not ")
+    return expected
+
+
+def test_each_bad_file_is_one_line_that_names_it_and_ffmpeg_is_quiet(tmp_path, capfd):
+    expected = bad_files(tmp_path)
+    capfd.readouterr()
+    for name, (loader, words) in expected.items():
+        with pytest.raises(BadMediaError) as caught:
+            loader(tmp_path / name)
+        message = str(caught.value)
+        assert message.startswith(f"{tmp_path / name}: "), message
+        assert words in caught.value.reason, message
+        assert "\n" not in message
+        assert len(message) < 300 + len(str(tmp_path))
+        assert caught.value.file == str(tmp_path / name)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_sound_cut_short_inside_a_video_file_is_refused(tmp_path):
+    path = write_video(tmp_path / "x.mp4", grey_ramp(50), sound=("aac", 16000), options={"movflags": "faststart"})
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(BadMediaError, match="is truncated"):
+        load_audio(path)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts open files in /proc")
+def test_no_file_stays_open(tmp_path):
+    expected = bad_files(tmp_path)
+    write_video(tmp_path / "good.mp4", grey_ramp(5), sound=("aac", 16000))
+    before = len(os.listdir("/proc/self/fd"))
+    errors = []  # kept, with their tracebacks
+    for name, (loader, _) in expected.items():
+        with pytest.raises(BadMediaError) as caught:
+            loader(tmp_path / name)
+        errors.append(caught)
+    load_video(tmp_path / "good.mp4")
+    load_audio(tmp_path / "good.mp4")
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_without_pyav_the_remedy_is_told(tmp_path, monkeypatch):
+    soundfile.write(tmp_path / "x.wav", tone(0.1, 16000), 16000)
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(MokaError, match=r"pip install 'moka-peft\[media\]'") as caught:
+        load_audio(tmp_path / "x.wav")
+    assert not isinstance(caught.value, BadMediaError)  # not to be counted as a bad file
+
+
+@pytest.mark.parametrize("given", [0, -1, 16000.0])
+def test_rates_and_frame_counts_are_positive_integers(tmp_path, given):
+    with pytest.raises(MokaError, match="rate is"):
+        load_audio(tmp_path / "x.wav", given)
+    with pytest.raises(MokaError, match="frames is"):
+        load_video(tmp_path / "x.mp4", given)
+
+
+def asks(name, **media):
+    content = [{"type": kind, kind: medium} for kind, medium in media.items()]
+    content.append({"type": "text", "text": f"Question {name}"})
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "yes"}]
+    return check_sample({"id": name, "messages": messages}, "made:1")
+
+
+def test_decode_sample_replaces_each_path_by_its_medium(tmp_path):
+    Image.new("L", (3, 2)).save(tmp_path / "x.png")
+    soundfile.write(tmp_path / "x.wav", tone(0.5, 8000), 8000)
+    write_video(tmp_path / "x.mp4", grey_ramp(5))
+    np.save(tmp_path / "x.npy", np.ones((7, 13)))
+    kept = Image.new("RGB", (1, 1))
+    first = asks("a", image=str(tmp_path / "x.png"), audio=str(tmp_path / "x.wav"), video=str(tmp_path / "x.mp4"))
+    image, sound, video = (medium for _, medium in media_parts(decode_sample(first, video_frames=4, audio_rate=16000)))
+    assert image.size == (3, 2)
+    assert isinstance(sound, Waveform)
+    assert sound.rate == 16000
+    assert len(video) == 4
+    second = decode_sample(asks("b", image=kept, audio=str(tmp_path / "x.npy")))
+    image, features = (medium for _, medium in media_parts(second))
+    assert image is kept
+    assert isinstance(features, AudioFeatures)
+    assert (features.kind, features.values.shape, features.values.dtype) == ("mfcc", (7, 13), np.float32)
+    assert second["messages"][0]["content"][-1]["text"] == "Question b"
+
+
+def image_samples(folder, count, bad=()):
+    for i in range(count):
+        path = folder / f"{i}.png"
+        if i in bad:
+            path.write_text("text")
+        else:
+            Image.new("L", (2, 2), i).save(path)
+    return [asks(f"s{i}", image=str(folder / f"{i}.png")) for i in range(count)]
+
+
+def test_under_error_the_first_bad_file_stops_with_sample_and_file(tmp_path):
+    dataset = DecodedDataset(image_samples(tmp_path, 3, bad={1}))
+    assert dataset[0]["id"] == "s0"
+    with pytest.raises(BadMediaError) as caught:
+        dataset[1]
+    assert str(caught.value).startswith(f"sample 's1': {tmp_path / '1.png'}: ")
+    assert dataset.report == [
+        {"index": 1, "id": "s1", "file": str(tmp_path / "1.png"), "reason": caught.value.reason},
+    ]
+    assert dataset[-1]["id"] == "s2"
+    with pytest.raises(IndexError):
+        dataset[3]
+
+
+def test_a_substitute_is_a_whole_good_sample_fixed_by_seed_and_index(tmp_path):
+    bad = {2, 5, 6}
+    samples = image_samples(tmp_path, 20, bad)
+    policy = BadMediaPolicy("substitute", budget=0.15)
+    dataset = DecodedDataset(samples, policy, seed=3)
+    found = [dataset[i] for i in range(20)]
+    assert len(found) == len(dataset)
+    for i, sample in enumerate(found):
+        number = int(sample["id"][1:])
+        assert number not in bad
+        if i not in bad:
+            assert number == i
+        (_, image), *_ = media_parts(sample)
+        assert image.getpixel((0, 0)) == number  # medium, text and id are of one sample
+        assert sample["messages"][0]["content"][-1]["text"] == f"Question s{number}"
+    assert {record["index"] for record in dataset.report} == bad
+    again = DecodedDataset(samples, policy, seed=3)
+    assert [again[i]["id"] for i in reversed(range(20))] == [sample["id"] for sample in reversed(found)]
+    choices = {tuple(DecodedDataset(samples, policy, seed=s)[i]["id"] for i in sorted(bad)) for s in range(5)}
+    assert len(choices) > 1
+
+
+def test_the_budget_counts_bad_samples_once_and_ends_the_run_when_exceeded(tmp_path):
+    dataset = DecodedDataset(image_samples(tmp_path, 40, bad={0, 1, 2}), BadMediaPolicy("substitute", 0.05), seed=1)
+    for _ in range(4):
+        dataset[0], dataset[1]
+    assert len(dataset.report) == 2
+    with pytest.raises(MokaError, match=r"3 of 40 samples .* budget of 0\.05 allows \(2\)") as caught:
+        dataset[2]
+    assert str(tmp_path / "2.png") in str(caught.value)
+    with pytest.raises(MokaError, match="budget of 0 "):
+        DecodedDataset(dataset.dataset, BadMediaPolicy("substitute", 0.0))[0]
+
+
+def test_processes_share_report_and_budget_through_the_report_file(tmp_path):
+    samples = image_samples(tmp_path, 20, bad={0, 1, 2})
+    path = tmp_path / "bad_media.jsonl"
+    one, other = (DecodedDataset(samples, BadMediaPolicy("substitute", 0.1), 0, report_path=path) for _ in range(2))
+    one[0], other[0], other[1]
+    assert {record["id"] for record in one.report} == {record["id"] for record in other.report} == {"s0", "s1"}
+    with pytest.raises(MokaError, match="3 of 20"):
+        one[2]
+    assert {json.loads(line)["file"] for line in path.read_text().splitlines()} == {
+        str(tmp_path / f"{i}.png") for i in range(3)
+    }
+
+
+def test_mistakes_that_are_not_bad_media_are_never_substituted(tmp_path):
+    class Broken(list):
+        def __getitem__(self, index):
+            raise MokaError("train.jsonl:3: messages is empty.")
+
+    dataset = DecodedDataset(Broken([1, 2]), BadMediaPolicy("substitute", 1.0))
+    with pytest.raises(MokaError, match=r"train\.jsonl:3"):
+        dataset[0]
+    assert dataset.report == []
+
+
+@pytest.mark.parametrize(("given", "words"), [(("substitut",), "Did you mean 'substitute'"), (("error", 2), "0 to 1")])
+def test_unknown_policies_and_budgets_are_refused(given, words):
+    with pytest.raises(MokaError, match=words):
+        BadMediaPolicy(*given)
