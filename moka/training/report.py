@@ -1,0 +1,107 @@
+"""What a person looks at after a run: a plot of the loss, and a model card."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import moka
+from moka.data import attribution
+
+from .arguments import RunConfig
+from .folder import ADAPTER, RunFolder
+
+
+def plot_loss(folder: RunFolder) -> Path | None:
+    """RUN/loss.png: training and validation loss over the learning rate, a column for each stage."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    records = folder.metrics()
+    stages = sorted({r["stage"] for r in records if "loss" in r})
+    if not stages:
+        return None
+    figure = Figure(figsize=(5 * len(stages), 5), layout="constrained")
+    axes = figure.subplots(2, len(stages), squeeze=False, sharex="col", height_ratios=[3, 1])
+    for column, stage in enumerate(stages):
+        loss, rate = axes[0][column], axes[1][column]
+        for key, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o--")):
+            points = [(r["step"], r[key]) for r in records if r["stage"] == stage and key in r]
+            if points:
+                loss.plot(*zip(*points, strict=True), style, label=label)
+        points = [(r["step"], r["learning_rate"]) for r in records if r["stage"] == stage and "learning_rate" in r]
+        rate.plot(*zip(*points, strict=True), color="grey")
+        loss.set(title=f"stage {stage}", ylabel="loss")
+        loss.legend()
+        rate.set(xlabel="step", ylabel="learning rate")
+    path = folder / "loss.png"
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def write_card(folder: RunFolder, config: RunConfig, summary: dict[str, Any]) -> None:
+    """RUN/README.md and the adapter's README.md: what it is, how to load it, how it was made, its numbers."""
+    method = config.adapter.method
+    evaluation = folder / "evaluation.json"
+    numbers = _evaluation_table(json.loads(evaluation.read_text("utf-8"))) if evaluation.exists() else "Not evaluated yet."
+    data = "".join(sorted({attribution(s) for s in (config.data.train, config.data.alignment) if s}))
+    header = {"library_name": "peft", "tags": ["moka", "multimodal", method], "base_model": config.model.backbone}
+    text = f"""---
+{yaml.safe_dump(header, sort_keys=False).strip()}
+---
+
+# {folder.path.name}
+
+A {_name(method)} adapter for `{config.model.backbone}` with the modalities text, {", ".join(config.model.modalities)}, \
+trained with moka {moka.__version__}.
+
+## Use
+
+```python
+import moka
+
+model = moka.load("{folder.path.name}")
+print(model.generate("Your question?", image="picture.png", audio="sound.wav"))
+```
+
+With peft alone, after `import moka`: `PeftModel.from_pretrained(moka.load_base("{folder.path.name}"), \
+"{folder.path.name}/{ADAPTER}")`.
+
+## Training
+
+| | |
+|---|---|
+{"".join(f"| {key} | {value} |{chr(10)}" for key, value in summary.items())}
+The resolved configuration is in `config.yaml`, every logged number in `metrics.jsonl`.
+
+## Evaluation
+
+{numbers}
+
+## Data and licences
+
+{data or "Not recorded."}
+"""
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    if (folder / ADAPTER).is_dir():
+        (folder / ADAPTER / "README.md").write_text(text, encoding="utf-8")
+
+
+def _name(method: str) -> str:
+    return {"moka": "MokA (https://arxiv.org/abs/2506.05191)", "lora": "LoRA"}.get(method, method)
+
+
+def _evaluation_table(result: dict[str, Any]) -> str:
+    lines = ["| questions | right | N | accuracy | 95 % interval |", "|---|---|---|---|---|"]
+    for condition, scores in result["conditions"].items():
+        for category, s in scores.items():
+            low, high = s["interval"]
+            lines.append(
+                f"| {condition}: {category} | {s['right']} | {s['n']} | {100 * s['accuracy']:.1f} % | "
+                f"{100 * low:.1f} - {100 * high:.1f} % |"
+            )
+    return "\n".join(lines)
