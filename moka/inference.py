@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from safetensors import safe_open
 
 from moka.adapter.checks import check_adapter_folder
 from moka.data import check_sample, decode_sample
+from moka.data.media import BadMediaError
 from moka.errors import MokaError
 from moka.modeling import MokaForConditionalGeneration, MokaProcessor
 from moka.training.arguments import ModelSection
@@ -63,10 +63,13 @@ class LoadedModel:
     @torch.no_grad()
     def generate_batch(self, chats: Sequence[list[dict]], max_new_tokens: int = 64, **kwargs: Any) -> list[str]:
         """Answer several chats at once; each ends in a user's turn."""
-        decoded = [
-            decode_sample(check_sample({"id": f"chat {i}", "messages": chat}, f"chat:{i}", require_answer=False))
-            for i, chat in enumerate(chats)
-        ]
+        try:
+            decoded = [
+                decode_sample(check_sample({"id": str(i), "messages": chat}, f"chat {i}", require_answer=False))
+                for i, chat in enumerate(chats)
+            ]
+        except BadMediaError as error:
+            raise MokaError(f"{error.file}: {error.reason}") from error
         room = self.context - max_new_tokens if self.context else None
         batch = self.processor([sample["messages"] for sample in decoded], max_length=room).to(self.model.device)
         batch.pop("labels")
@@ -112,9 +115,7 @@ def _model_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def load_base(
-    run: str | Path, *, dtype: str = "auto", backbone: str | None = None
-) -> MokaForConditionalGeneration:
+def load_base(run: str | Path, *, dtype: str = "auto", backbone: str | None = None) -> MokaForConditionalGeneration:
     """The composed model that an adapter folder belongs to, for ``PeftModel.from_pretrained(base, folder)``.
 
     Its projectors (and trainable encoders) are untrained until the adapter is loaded, which brings them.
@@ -157,10 +158,8 @@ def load(
     _check_complete_folder(folder)
     base = load_base(folder, dtype=dtype, backbone=backbone)
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Could not find a config file")
-            model = PeftModel.from_pretrained(base, folder)
-            expected = set(get_peft_model_state_dict(model))
+        model = PeftModel.from_pretrained(base, folder)
+        expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     except KeyError as error:
         raise MokaError(f"{folder}: the weights lack {error}; the file lost tensors. Copy or save it again.") from error
     except RuntimeError as error:
@@ -170,7 +169,9 @@ def load(
         ) from error
     missing = sorted(expected - _tensor_names(folder))
     if missing:
-        raise MokaError(f"{folder}: the weights lack {len(missing)} tensors ({missing[0]}, ...). Copy or save it again.")
+        raise MokaError(
+            f"{folder}: the weights lack {len(missing)} tensors ({missing[0]}, ...). Copy or save it again."
+        )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return LoadedModel(model.to(device).eval(), MokaProcessor.from_pretrained(folder), folder)
 
@@ -186,4 +187,6 @@ def _check_complete_folder(folder: Path) -> None:
     names = _tensor_names(folder)
     absent = [part for part in parts if not any(f".{part}." in name for name in names)]
     if absent:
-        raise MokaError(f"{folder}: the weights of {', '.join(absent)} are not in it, and would stay random. Save it again.")
+        raise MokaError(
+            f"{folder}: the weights of {', '.join(absent)} are not in it, and would stay random. Save it again."
+        )

@@ -13,11 +13,14 @@ __all__ = ["MokaConfig", "MokaLayer", "MokaLinear", "MokaModel", "routing"]
 
 
 def _register_method() -> None:
-    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
     from peft.utils import PeftType, register_peft_method
 
     if PeftType.MOKA not in PEFT_TYPE_TO_TUNER_MAPPING:
         register_peft_method(name="moka", config_cls=MokaConfig, model_cls=MokaModel)
+    # A second import (a reload) makes new classes, and peft must use the ones that the caller sees.
+    PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.MOKA] = MokaConfig
+    PEFT_TYPE_TO_TUNER_MAPPING[PeftType.MOKA] = MokaModel
 
 
 _register_method()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -17,18 +18,26 @@ _LISTED = 3
 
 
 def check_adapter_folder(folder: str, subfolder: str | None = None) -> None:
-    """Refuse a local adapter folder whose weights file is absent, empty or truncated. Hub names pass."""
+    """Refuse a local adapter folder whose weights are absent, empty, truncated or not finite.
+
+    Names on the Hub pass, and so does a folder with nothing but the configuration, which needs no weights to be read.
+    """
     path = Path(folder) / (subfolder or "")
-    if not (path / "adapter_config.json").is_file():
+    if not (path / CONFIG_NAME).is_file():
         return
     weights = path / SAFETENSORS_WEIGHTS_NAME
     if not weights.exists():
-        if not (path / WEIGHTS_NAME).exists():
-            raise MokaError(f"{path} has no {SAFETENSORS_WEIGHTS_NAME}; copy the whole adapter folder, or save it again.")
+        config_alone = [file.name for file in path.iterdir()] == [CONFIG_NAME]
+        if not config_alone and not (path / WEIGHTS_NAME).exists():
+            raise MokaError(
+                f"{path} has no {SAFETENSORS_WEIGHTS_NAME}; copy the whole adapter folder, or save it again."
+            )
         return
     try:
         with safe_open(weights, "pt") as file:
-            empty = [key for key in file.keys() if 0 in file.get_slice(key).get_shape()]  # noqa: SIM118
+            keys = list(file.keys())
+            empty = [key for key in keys if 0 in file.get_slice(key).get_shape()]
+            damaged = [key for key in keys if not torch.isfinite(file.get_tensor(key)).all()]
     except (SafetensorError, OSError) as error:
         raise MokaError(
             f"{weights} cannot be read ({error}); it is truncated or damaged. Copy it again, or save the adapter again."
@@ -37,6 +46,23 @@ def check_adapter_folder(folder: str, subfolder: str | None = None) -> None:
         raise MokaError(
             f"{weights} holds {len(empty)} empty tensors ({_some(empty)}): it was saved from a sharded model without "
             "gathering (ZeRO-3, FSDP). Save through the trainer."
+        )
+    if damaged:
+        raise MokaError(
+            f"{weights} holds values that are not finite ({_some(damaged)}); the adapter is damaged or its training "
+            "diverged. Take an earlier checkpoint."
+        )
+    _check_saved_modules(path, weights, keys)
+
+
+def _check_saved_modules(path: Path, weights: Path, keys: list[str]) -> None:
+    # peft itself answers a lost module with a bare KeyError, as it looks the tensors up before asking the tuner.
+    names = json.loads((path / CONFIG_NAME).read_text()).get("modules_to_save") or []
+    lost = [name for name in names if not any(f".{name}." in f".{key}" for key in keys)]
+    if lost:
+        raise MokaError(
+            f"{weights} lacks the modules {lost}, which its configuration lists in modules_to_save: it lost them. "
+            "Copy it again, or save the adapter again."
         )
 
 
@@ -53,14 +79,14 @@ def check_adapter_tensors(model: nn.Module, adapter_name: str, state_dict: dict[
     missing = sorted(set(expected) - set(given))
     if missing:
         raise MokaError(
-            f"The adapter lacks {len(missing)} of {len(expected)} tensors of this model ({_some(missing)}). It was made "
-            "for another backbone or other target_modules, or the file lost them; use the model it was trained on."
+            f"The adapter lacks {len(missing)} of {len(expected)} tensors of this model ({_some(missing)}). It was "
+            "made for another backbone or other target_modules, or the file lost them; use the model it was trained on."
         )
     extra = sorted(key for key in given if ".moka_" in key and key not in expected)
     if extra:
         raise MokaError(
-            f"The adapter holds {len(extra)} tensors that this model has no place for ({_some(extra)}). It was made for "
-            "another backbone or other target_modules; use the model it was trained on."
+            f"The adapter holds {len(extra)} tensors that this model has no place for ({_some(extra)}). It was made "
+            "for another backbone or other target_modules; use the model it was trained on."
         )
     for key, shape in expected.items():
         if tuple(given[key].shape) != shape:

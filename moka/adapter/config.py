@@ -16,6 +16,7 @@ FORMAT_VERSION = 1
 TEXT = "text"
 INTERACTIONS = ("question", "none", "reversed", "mean")
 SCALE_POSITIONS = ("output", "input")
+BIASES = ("none", "all", "moka_only")
 # transformers' convention for `mm_token_type_ids`: 0 text, 1 image, 2 video, 3 audio.
 DEFAULT_MODALITIES = {TEXT: [0], "visual": [1, 2], "audio": [3]}
 # The linear projections of a decoder block that the paper adapts (arXiv 2506.05191, appendix I).
@@ -50,8 +51,8 @@ class MokaConfig(PeftConfig):
     target_modules: list[str] | str | None = field(
         default=None,
         metadata={
-            "help": "Names (or one regex) of the linear layers to adapt. Default: the seven projections of each decoder "
-            "block of the language model (q, k, v, o, gate, up, down); encoders are left alone."
+            "help": "Names (or one regex) of the linear layers to adapt. Default: the seven projections of each "
+            "decoder block of the language model (q, k, v, o, gate, up, down); encoders are left alone."
         },
     )
     exclude_modules: list[str] | str | None = field(
@@ -59,7 +60,10 @@ class MokaConfig(PeftConfig):
     )
     modalities: dict[str, list[int]] = field(
         default_factory=lambda: {name: list(ids) for name, ids in DEFAULT_MODALITIES.items()},
-        metadata={"help": "Modality name -> its values in mm_token_type_ids. Must contain 'text'."},
+        metadata={
+            "help": "Modality name -> its values in mm_token_type_ids. Must contain 'text'. Rows of moka_A are in the "
+            "order of each name's smallest id."
+        },
     )
     modality_token_ids: dict[str, list[int]] | None = field(
         default=None,
@@ -116,6 +120,8 @@ class MokaConfig(PeftConfig):
             if isinstance(value, (list, tuple)):
                 setattr(self, name, set(value))
         _check(self)
+        # JSON files sort their keys, so the rows of moka_A must follow something that survives: the ids.
+        self.modalities = dict(sorted(self.modalities.items(), key=lambda item: min(item[1])))
 
     @classmethod
     def preset(cls, name: str, **overrides) -> MokaConfig:
@@ -131,13 +137,20 @@ class MokaConfig(PeftConfig):
         """As in peft; a damaged adapter folder is refused here, before any model is touched."""
         from .checks import check_adapter_folder
 
+        # The configuration first: a newer format may also hold its tensors otherwise.
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         check_adapter_folder(pretrained_model_name_or_path, subfolder)
-        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        return config
 
     @property
     def adapted(self) -> list[str]:
         """Names of the modalities whose tokens go through the adapter, in the order of ``modalities``."""
         return [name for name in self.modalities if self.adapt is None or name in self.adapt]
+
+    @property
+    def interacts(self) -> bool:
+        """Whether any token can attend to another: it takes an adapted text token and an adapted one that is not."""
+        return self.interaction != "none" and TEXT in self.adapted and len(self.adapted) > 1
 
     @property
     def text_row(self) -> int:
@@ -162,7 +175,7 @@ def _check(config: MokaConfig) -> None:
             raise MokaError(f"{name}: the rank must be a positive integer, got {rank!r}.")
     if not 0 <= config.dropout < 1:
         raise MokaError(f"dropout: must be in [0, 1), got {config.dropout!r}.")
-    for name, allowed in (("interaction", INTERACTIONS), ("scale_position", SCALE_POSITIONS)):
+    for name, allowed in (("interaction", INTERACTIONS), ("scale_position", SCALE_POSITIONS), ("bias", BIASES)):
         value = getattr(config, name)
         if value not in allowed:
             raise MokaError(f"{name}: {value!r} is not one of {', '.join(allowed)}.{nearest(str(value), allowed)}")
@@ -177,7 +190,11 @@ def _check_modalities(config: MokaConfig) -> None:
         raise MokaError(f"modalities: 'text' is missing; given: {names}. Add \"text\": [0].")
     owner: dict[int, str] = {}
     for name, ids in config.modalities.items():
-        if not ids or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
+        if (
+            not isinstance(ids, (list, tuple))
+            or not ids
+            or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids)
+        ):
             raise MokaError(f"modalities[{name!r}]: needs at least one id, each an integer >= 0; got {ids!r}.")
         for i in ids:
             if i in owner:

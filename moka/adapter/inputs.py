@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from moka.errors import MokaError
 
-from .config import MokaConfig
+from .config import TEXT, MokaConfig
 from .routing import modality_rows, question_to_interaction, text_before_answer
 
 
@@ -20,14 +21,34 @@ class RoutingInputs:
     interaction_ids: torch.Tensor | None  # [batch, seq]
     question_mask: torch.Tensor | None  # [batch, seq]
     valid: torch.Tensor | None  # [batch, seq] bool
-    whole_prompt: bool  # the ids are those of a whole prompt: what follows is decoded text
+    # Set by generate: the ids are those of a whole prompt that begins at this position; what follows it is decoded.
+    start: int | None = None
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """Where the tokens of one forward lie in their sequence."""
+
+    shape: tuple[int, int]  # batch, seq
+    offset: int  # tokens before them, in the cache
+    scope: RoutingInputs | None
+    first: bool  # nothing of the prompt was fed before
+
+    @property
+    def by_position(self) -> bool:
+        return self.scope is not None and self.scope.start is not None
 
 
 Resolved = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
 
 def resolve(
-    configs: dict[str, MokaConfig], bound: dict, given: dict, scope: RoutingInputs | None, training: bool
+    configs: dict[str, MokaConfig],
+    bound: dict,
+    given: dict,
+    scope: RoutingInputs | None,
+    training: bool,
+    cached: int = 0,
 ) -> Resolved | None:
     """Type ids, interaction ids and validity [batch, seq] of the tokens of this forward; None: nothing is known.
 
@@ -37,36 +58,40 @@ def resolve(
         given: the routing arguments it got (values may be None).
         scope: ids in force from outside.
         training: gradients are wanted, so a missing question is an error and not "the whole prompt".
+        cached: how many of these tokens the cache holds already (a second turn given whole): no keys among them.
     """
     config = next(iter(configs.values()))
     tokens = bound.get("input_ids")
     tokens = tokens if tokens is not None else bound.get("inputs_embeds")
-    offset = _cache_length(bound.get("past_key_values"))
-    shape = None if tokens is None else (tokens.shape[0], tokens.shape[1])
+    offset = cache_length(bound.get("past_key_values"))
 
     source = dict(given)
-    by_position = scope is not None and scope.whole_prompt
+    prompt = scope is not None and scope.start is not None
     if scope is not None:
         outside = {name: getattr(scope, name) for name in source}
         # In generate the whole prompt is known and position decides; otherwise the forward's own arguments win.
-        first, second = (outside, given) if by_position else (given, outside)
+        first, second = (outside, given) if prompt else (given, outside)
         source = {name: first[name] if first[name] is not None else second[name] for name in source}
+    for name, ids in source.items():
+        _check_integer(name, ids)
 
     whole_types = source["mm_token_type_ids"]
+    if tokens is None and whole_types is None and all(ids is None for ids in source.values()):
+        return None
+    known = tokens if tokens is not None else whole_types
+    if known is None:
+        raise MokaError(_NO_TYPES)
+    at = _Tokens((known.shape[0], known.shape[1]), offset, scope, _is_first(bound, offset, scope))
     if whole_types is not None:
-        shape = shape or (whole_types.shape[0], whole_types.shape[1])
-        type_ids = _align("mm_token_type_ids", whole_types, shape, offset, by_position)
+        type_ids = _align("mm_token_type_ids", whole_types, at, past_end=config.modalities[TEXT][0])
     elif bound.get("input_ids") is not None:
         type_ids = whole_types = _types_from_tokens(config, bound["input_ids"])
     elif source["question_mask"] is not None or source["interaction_ids"] is not None:
-        raise MokaError(
-            "interaction_ids or question_mask came without mm_token_type_ids, and there are no input_ids to derive "
-            "them from. Pass mm_token_type_ids [batch, seq] (0 text, 1 image, 2 video, 3 audio)."
-        )
+        raise MokaError(_NO_TYPES)
     else:
         return None
 
-    valid = _validity(bound.get("attention_mask"), scope, shape, offset)
+    valid = _validity(bound.get("attention_mask"), at)
     is_text = modality_rows(config, type_ids) == config.text_row
     if bool(is_text.all()):
         return type_ids, None, valid
@@ -76,21 +101,51 @@ def resolve(
         question = source["question_mask"]
         if question.shape != whole_types.shape:
             raise MokaError(
-                f"question_mask is {list(question.shape)}, mm_token_type_ids {list(whole_types.shape)}; they must agree."
+                f"question_mask is {list(question.shape)}, mm_token_type_ids {list(whole_types.shape)}; "
+                "they must agree."
             )
         ids = question_to_interaction(question, modality_rows(config, whole_types) == config.text_row)
     if ids is not None:
-        _refuse_split_groups(configs, ids, whole_types, shape[1], offset)
-        return type_ids, _align("interaction_ids", ids, shape, offset, by_position), valid
-    return type_ids, _derived_interaction(configs, bound.get("labels"), is_text, valid, training), valid
+        aligned = _align("interaction_ids", ids, at)
+        _refuse_split_groups(configs, ids, whole_types, at)
+        return type_ids, aligned, valid
+    derived = _derived_interaction(configs, bound.get("labels"), is_text, valid, training)
+    if derived is not None and cached:
+        derived[:, :cached] = 0
+    return type_ids, derived, valid
 
 
-def _cache_length(cache) -> int:
+_NO_TYPES = (
+    "interaction_ids or question_mask came without mm_token_type_ids, and there are no input_ids to derive them from. "
+    "Pass mm_token_type_ids [batch, seq] (0 text, 1 image, 2 video, 3 audio)."
+)
+
+
+def _check_integer(name: str, ids) -> None:
+    if ids is None:
+        return
+    integer = isinstance(ids, torch.Tensor) and not ids.is_floating_point()
+    # An integer 0/1 question mask is as clear as a bool one; bool type ids are not.
+    if not integer or (ids.dtype == torch.bool and name != "question_mask"):
+        kind = "bool" if name == "question_mask" else "integer"
+        given = str(ids.dtype) if isinstance(ids, torch.Tensor) else type(ids).__name__
+        raise MokaError(f"{name}: needs a [batch, seq] {kind} tensor, got {given}.")
+
+
+def _is_first(bound: dict, offset: int, scope: RoutingInputs | None) -> bool:
+    """Whether a step of generate feeds the prompt's first tokens; without a cache every step feeds them again."""
+    if scope is None or scope.start is None or offset != scope.start:
+        return False
+    return bound.get("past_key_values") is not None or bool(bound.get("use_cache"))
+
+
+def cache_length(cache) -> int:
+    """How many tokens a transformers cache holds."""
     return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
 
 
 def _types_from_tokens(config: MokaConfig, input_ids: torch.Tensor) -> torch.Tensor:
-    type_ids = torch.full_like(input_ids, config.modalities["text"][0])
+    type_ids = torch.full_like(input_ids, config.modalities[TEXT][0])
     for name, token_ids in (config.modality_token_ids or {}).items():
         if token_ids:
             type_ids = torch.where(
@@ -101,40 +156,64 @@ def _types_from_tokens(config: MokaConfig, input_ids: torch.Tensor) -> torch.Ten
     return type_ids
 
 
-def _align(name: str, ids: torch.Tensor, shape: tuple[int, int], offset: int, by_position: bool) -> torch.Tensor:
-    """Cut [batch, *] ids to the tokens of this forward, which start at position ``offset`` of the sequence.
+def _align(name: str, ids: torch.Tensor, at: _Tokens, past_end: int = 0) -> torch.Tensor:
+    """Cut [batch, *] ids to the tokens of this forward.
 
-    ``by_position``: the ids are those of a whole prompt, and what lies past their end is decoded text, 0; beams repeat
-    each row. Otherwise they cover these tokens, or these and all cached ones.
+    In generate position decides: what lies past the prompt is decoded text, and beams repeat each row. Otherwise the
+    ids cover these tokens, or these and all cached ones; ids of a ``moka.routing`` block may end before them.
     """
-    batch, seq = shape
-    if ids.dim() == 2 and by_position and ids.shape[0] and batch % ids.shape[0] == 0:
-        part = ids.repeat_interleave(batch // ids.shape[0], dim=0)[:, offset : offset + seq]
-        return torch.nn.functional.pad(part, (0, seq - part.shape[1]))
-    if tuple(ids.shape) == shape:
+    (batch, seq), offset = at.shape, at.offset
+    if ids.dim() == 2 and at.by_position and ids.shape[0] and batch % ids.shape[0] == 0:
+        begin = offset - at.scope.start
+        if at.first and seq > ids.shape[1]:
+            raise MokaError(
+                f"{name} covers a prompt of {ids.shape[1]} tokens, but the model was fed {seq}: it expands media "
+                "inside. Pass the ids of the expanded tokens with moka.routing(model, mm_token_type_ids=...)."
+            )
+        return _cut(ids.repeat_interleave(batch // ids.shape[0], dim=0), begin, seq, past_end)
+    if tuple(ids.shape) == at.shape:
         return ids
     if tuple(ids.shape) == (batch, offset + seq):
         return ids[:, offset:]
-    allowed = f"[{batch}, {seq}]" + (f" or, with the {offset} cached tokens, [{batch}, {offset + seq}]" if offset else "")
+    if at.scope is not None and ids.dim() == 2 and ids.shape[0] == batch and ids.shape[1] <= offset:
+        return _cut(ids, offset, seq, past_end)
+    cached = f" or, with the {offset} cached tokens, [{batch}, {offset + seq}]" if offset else ""
+    allowed = f"[{batch}, {seq}]{cached}"
     raise MokaError(f"{name} is {list(ids.shape)}, but the tokens are {allowed}; the shapes must agree.")
 
 
-def _validity(mask, scope: RoutingInputs | None, shape: tuple[int, int], offset: int) -> torch.Tensor | None:
-    by_position = scope is not None and scope.whole_prompt
-    if not (isinstance(mask, torch.Tensor) and mask.dim() == 2):
-        # Ready-made 4-D masks (static caches, packing) do not tell padding; the prompt's own mask does.
-        if scope is None or scope.valid is None:
-            return None
-        mask = scope.valid
-    # A mask may be longer than the sequence so far (static caches); positions past a prompt's mask are valid.
-    by_position = by_position or mask.shape[1] > offset + shape[1]
-    return ~_align("attention_mask", mask == 0, shape, offset, by_position)
+def _cut(ids: torch.Tensor, begin: int, seq: int, past_end: int) -> torch.Tensor:
+    part = ids[:, begin : begin + seq]
+    return F.pad(part, (0, seq - part.shape[1]), value=past_end)
+
+
+def _validity(mask, at: _Tokens) -> torch.Tensor | None:
+    """[batch, seq] bool, False at padding; None: no padding is known of."""
+    (batch, seq), end = at.shape, at.offset + at.shape[1]
+    if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+        if tuple(mask.shape) == at.shape:
+            return mask != 0
+        if mask.shape[0] == batch and mask.shape[1] >= end:
+            return mask[:, at.offset : end] != 0  # a static cache's mask may be longer than the sequence so far
+        raise MokaError(
+            f"attention_mask is {list(mask.shape)}, but the tokens are [{batch}, {seq}] after {at.offset} cached ones; "
+            "the shapes must agree."
+        )
+    # Ready-made 4-D masks (static caches, packing) do not tell padding; the prompt's own mask does.
+    if at.scope is None or at.scope.valid is None:
+        return None
+    return ~_align("attention_mask", ~at.scope.valid, at)
 
 
 def _derived_interaction(configs, labels, is_text, valid, training: bool) -> torch.Tensor | None:
-    if all(config.interaction == "none" for config in configs.values()):
+    if not any(config.interacts for config in configs.values()):
         return None
     if labels is not None:
+        if labels.shape != is_text.shape:
+            raise MokaError(
+                f"labels is {list(labels.shape)}, but the tokens are {list(is_text.shape)}; the shapes must agree, or "
+                "pass interaction_ids."
+            )
         keys = text_before_answer(is_text, labels, valid)
     elif training:
         raise MokaError(
@@ -146,24 +225,25 @@ def _derived_interaction(configs, labels, is_text, valid, training: bool) -> tor
     return question_to_interaction(keys, is_text)
 
 
-def _refuse_split_groups(configs, ids: torch.Tensor, types: torch.Tensor, seq: int, offset: int) -> None:
+def _refuse_split_groups(configs, ids: torch.Tensor, types: torch.Tensor, at: _Tokens) -> None:
     """Chunked prefill: a media token whose question lies in another chunk would silently lose it."""
-    length = ids.shape[1]
-    if length <= seq or length <= offset or types.shape != ids.shape:
+    (_, seq), length = at.shape, ids.shape[1]
+    begin = at.offset - at.scope.start if at.by_position else at.offset
+    if length <= seq or length <= begin or types.shape != ids.shape:
         return
-    if all(config.interaction == "none" for config in configs.values()):
+    config = next((config for config in configs.values() if config.interacts), None)
+    if config is None:
         return
-    config = next(iter(configs.values()))
     is_text = modality_rows(config, types) == config.text_row
     queries, keys = (is_text, ~is_text) if config.interaction == "reversed" else (~is_text, is_text)
     inside = torch.zeros_like(is_text)
-    inside[:, offset : offset + seq] = True
+    inside[:, begin : begin + seq] = True
     for row, group in enumerate(ids):
         asked = set(group[queries[row] & inside[row]].tolist()) - {0}
         split = asked & set(group[keys[row] & ~inside[row]].tolist())
         if split:
             raise MokaError(
-                f"Chunked prefill: positions {offset} to {offset + seq - 1} hold media tokens whose question "
-                f"(interaction id {min(split)}) lies in another chunk, so they cannot attend to it. Raise "
+                f"Positions {at.offset} to {at.offset + seq - 1} hold media tokens whose question (interaction id "
+                f"{min(split)}) lies in another chunk of the prompt, so they cannot attend to it. Raise "
                 f"prefill_chunk_size to at least {length}, or prefill in one go."
             )

@@ -117,7 +117,8 @@ class MokaLinear(nn.Module, MokaLayer):
 
     def _update(self, name: str, x: torch.Tensor) -> torch.Tensor | None:
         """s B z~ of one adapter; of a merged one, the residual s (B z~ - B_text A_text x), None where that is zero."""
-        config, view = self.moka_config[name], self.moka_router.view(name)
+        config = self.moka_config[name]
+        view, routed = self.moka_router.view(name)
         folded = self.merged and "text" in config.adapted
         shape = x.shape[:-1]
         if view is None or (view.row is None and view.adapted is None):
@@ -127,11 +128,12 @@ class MokaLinear(nn.Module, MokaLayer):
             B = self.moka_B[name] if config.share_b else self.moka_B[name][text]  # [out, r]
             z = self._project(name, x, self.moka_A[name][text])  # [..., r]
         else:
-            batch, seq = self.moka_router.routing.shape
+            batch, seq = routed
             if math.prod(shape) != batch * seq:
                 raise MokaError(
                     f"A MokA layer got {list(shape)} tokens, but the routing of this forward is for [{batch}, {seq}]. "
-                    "Is a layer outside the language model adapted? Name it in MokaConfig.exclude_modules."
+                    "Either a layer outside the language model is adapted (name it in MokaConfig.exclude_modules), or "
+                    "the model expands media inside (pass the ids of the expanded tokens with moka.routing)."
                 )
             A = self.moka_A[name]  # [M, r, in]
             z_all = self._project(name, x.reshape(batch, seq, -1), A.flatten(0, 1))  # [batch, seq, M * r]

@@ -122,7 +122,12 @@ def default_targets(model: nn.Module) -> set[str] | str:
     Raises:
         MokaError: the model has no such layers.
     """
-    names = [name for name, module in model.named_modules() if _is_target(name, module)]
+    # An adapter that is there already wraps its layer: the wrapper has the name, not the `base_layer` inside.
+    names = [
+        name
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] in DEFAULT_TARGETS and hasattr(module, "weight")
+    ]
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     prefix = next((name for name, module in model.named_modules() if module is decoder), "")
     inside = [name for name in names if not prefix or name.startswith(prefix + ".")]
@@ -134,11 +139,6 @@ def default_targets(model: nn.Module) -> set[str] | str:
     if len(inside) == len(names):
         return {name.rpartition(".")[2] for name in inside}
     return rf"{re.escape(prefix)}\.(?:.*\.)?(?:{'|'.join(DEFAULT_TARGETS)})"
-
-
-def _is_target(name: str, module: nn.Module) -> bool:
-    leaf = name.removesuffix(".base_layer").rpartition(".")[2]
-    return leaf in DEFAULT_TARGETS and hasattr(module, "weight")
 
 
 def placeholder_ids(model: nn.Module, config: MokaConfig) -> dict[str, list[int]]:

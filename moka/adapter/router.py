@@ -7,13 +7,16 @@ and ``generate`` of the adapted model (instance attributes; nothing is patched i
         -> Routing, built once -> read by every layer while the forward runs
     generate(...)        -> the same ids stay in force for every step; position in the sequence decides
     gradient checkpoint  -> the recomputation runs under the routing of its own forward, whenever it happens
+
+A foreign multimodal model may call the ``forward`` or ``generate`` of a language model inside it and never its own:
+submodules that can generate are wrapped as well, and take over where the outer model did not route.
 """
 
 from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,8 +25,10 @@ from torch import nn
 
 from moka.errors import MokaError
 
+from .checkpointing import route_checkpoints, unroute_checkpoints
 from .config import MokaConfig
-from .inputs import RoutingInputs, resolve
+from .inputs import RoutingInputs, cache_length, resolve
+from .layer import MokaLayer
 from .routing import Routing, View, build_routing
 
 ROUTING_ARGUMENTS = ("mm_token_type_ids", "interaction_ids", "question_mask")
@@ -41,23 +46,25 @@ class MokaRouter:
 
     def __init__(self) -> None:
         self.routing: Routing | None = None  # of the forward that is running
+        self.running = False  # a forward, or its recomputation, is running; its routing may be None
         self.scope: RoutingInputs | None = None  # of the enclosing `with moka.routing(...)` or generate
         self.configs: dict[str, MokaConfig] = {}
         self._seen_routing = False
         self._warned = False
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "routing": None, "scope": None}
+        return {**self.__dict__, "routing": None, "running": False, "scope": None}
 
     @contextmanager
     def active(self, routing: Routing | None) -> Iterator[None]:
         """Run a forward, or its recomputation, under ``routing``."""
-        before, self.routing = self.routing, routing
+        before = self.routing, self.running
+        self.routing, self.running = routing, True
         self._seen_routing = self._seen_routing or routing is not None
         try:
             yield
         finally:
-            self.routing = before
+            self.routing, self.running = before
 
     @contextmanager
     def scoped(self, scope: RoutingInputs) -> Iterator[None]:
@@ -68,19 +75,35 @@ class MokaRouter:
         finally:
             self.scope = before
 
-    def view(self, adapter_name: str) -> View | None:
-        """The running forward's tokens as ``adapter_name`` sees them; None: nothing is known, all is text."""
-        if self.routing is not None:
-            return self.routing.views.get(adapter_name)
-        if self._seen_routing and _in_backward():
-            raise MokaError(
-                "A MokA layer is recomputed in the backward pass without the routing of its forward. Use the model's "
-                "own gradient_checkpointing_enable(), or keep `with moka.routing(...)` open until backward is done."
-            )
+    def view(self, adapter_name: str) -> tuple[View | None, tuple[int, int] | None]:
+        """The running forward's tokens as ``adapter_name`` sees them, and their [batch, seq].
+
+        (None, None): nothing is known, all is text.
+        """
+        routing = self.routing
+        if not self.running:
+            if self._seen_routing and _in_backward():
+                raise MokaError(
+                    "A MokA layer is recomputed in the backward pass without the routing of its forward. Use the "
+                    "model's own gradient_checkpointing_enable(), or let your network checkpoint its blocks through "
+                    "an attribute `_gradient_checkpointing_func`, as transformers' blocks do."
+                )
+            if self.scope is not None:
+                routing = self._routing_of_scope(adapter_name)
+        if routing is not None:
+            return routing.views[adapter_name], routing.shape
         if not self._warned and len(self.configs[adapter_name].modalities) > 1:
             self._warned = True
             warnings.warn(_NO_ROUTING, stacklevel=2)
-        return None
+        return None, None
+
+    def _routing_of_scope(self, adapter_name: str) -> Routing | None:
+        """For networks that reach their layers through a method other than ``forward``."""
+        configs = {adapter_name: self.configs[adapter_name]}
+        given = dict.fromkeys(ROUTING_ARGUMENTS)
+        inputs = resolve(configs, {}, given, self.scope, torch.is_grad_enabled())
+        self._seen_routing = True
+        return None if inputs is None else build_routing(configs, *inputs)
 
 
 def _in_backward() -> bool:
@@ -111,20 +134,34 @@ class RoutedForward:
         return inspect.Signature([p for p in own if p.kind is not p.VAR_KEYWORD] + extra + catch_all)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        given = {name: kwargs.get(name) for name in ROUTING_ARGUMENTS}
+        bound = {**dict(zip(self.positional, args, strict=False)), **kwargs}
+        given = {name: bound.get(name) for name in ROUTING_ARGUMENTS}
         for name in ROUTING_ARGUMENTS:
             if name not in self.named:
                 kwargs.pop(name, None)
         call = self.wrapped or type(self.model).forward.__get__(self.model)
-        configs = _active_configs(self.model)
-        if not configs:
+        if self.router.running:
             return call(*args, **kwargs)
-        bound = {**dict(zip(self.positional, args, strict=False)), **kwargs}
-        inputs = resolve(configs, bound, given, self.router.scope, self.model.training and torch.is_grad_enabled())
+        configs = active_configs(self.model, self.router)
+        if not configs or self._leave_to_inner(bound, given):
+            return call(*args, **kwargs)
+        training = self.model.training and torch.is_grad_enabled()
+        inputs = resolve(configs, bound, given, self.router.scope, training)
         routing = None if inputs is None else build_routing(configs, *inputs)
-        route_checkpoints(self.model, self.router)
+        if self.model.training:
+            route_checkpoints(self.model, self.router)
         with self.router.active(routing):
             return call(*args, **kwargs)
+
+    def _leave_to_inner(self, bound: dict, given: dict) -> bool:
+        """Ids of the expanded prompt are in force, and these tokens are not expanded yet: an inner model routes."""
+        scope, tokens = self.router.scope, bound.get("input_ids")
+        if scope is None or scope.mm_token_type_ids is None or given["mm_token_type_ids"] is not None or tokens is None:
+            return False
+        if scope.start is not None or tokens.shape == scope.mm_token_type_ids.shape:
+            return False
+        inner = (module for module in self.model.modules() if module is not self.model)
+        return any(isinstance(module.__dict__.get("forward"), RoutedForward) for module in inner)
 
 
 class RoutedGenerate:
@@ -139,67 +176,55 @@ class RoutedGenerate:
         return inspect.signature(type(self.model).generate.__get__(self.model))
 
     def __call__(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        bound = {**kwargs, "input_ids": inputs if inputs is not None else kwargs.get("input_ids")}
         given = {name: kwargs.get(name) for name in ROUTING_ARGUMENTS}
         for name in ROUTING_ARGUMENTS:
             if name not in self.named:
                 kwargs.pop(name, None)
-        configs = _active_configs(self.model)
-        bound = {**kwargs, "input_ids": inputs if inputs is not None else kwargs.get("input_ids")}
-        # The prompt's ids decide, not those of the tokens fed in one step: drop the cache while resolving them.
-        bound.pop("past_key_values", None)
-        resolved = resolve(configs, bound, given, self.router.scope, training=False) if configs else None
         if inputs is not None:
             args = (inputs, *args)
         generate = type(self.model).generate.__get__(self.model)
+        configs = active_configs(self.model, self.router)
+        scope = self._scope_of_prompt(configs, bound, given) if configs else None
+        if scope is None:
+            return generate(*args, **kwargs)
+        with self.router.scoped(scope):
+            return generate(*args, **kwargs)
+
+    def _scope_of_prompt(self, configs: dict[str, MokaConfig], bound: dict, given: dict) -> RoutingInputs | None:
+        outer = self.router.scope
+        if outer is not None and outer.start is not None:
+            return outer  # generate inside generate: the outer one knows the prompt
+        cached = cache_length(bound.get("past_key_values"))
+        tokens = bound["input_ids"] if bound["input_ids"] is not None else bound.get("inputs_embeds")
+        mask = bound.get("attention_mask")
+        # As transformers tells them apart: a mask longer than the tokens means that these are the new ones alone.
+        new_only = cached > 0 and mask is not None and tokens is not None and mask.shape[1] != tokens.shape[1]
+        if not new_only:
+            bound = {**bound, "past_key_values": None}
+        if outer is not None and outer.mm_token_type_ids is not None and given["mm_token_type_ids"] is None:
+            # The block's ids are those of the expanded prompt, which a foreign model makes of these tokens only later.
+            own_mask = mask is not None and mask.shape == outer.mm_token_type_ids.shape
+            bound = {"attention_mask": mask if own_mask else None}
+        resolved = resolve(configs, bound, given, outer, training=False, cached=0 if new_only else cached)
         if resolved is None:
-            return generate(*args, **kwargs)
+            return None
         type_ids, interaction_ids, valid = resolved
-        with self.router.scoped(RoutingInputs(type_ids, interaction_ids, None, valid, whole_prompt=True)):
-            return generate(*args, **kwargs)
+        start = mask.shape[1] - type_ids.shape[1] if new_only else 0
+        return RoutingInputs(type_ids, interaction_ids, None, valid, start=start)
 
 
-class RoutedCheckpoint:
-    """Stands in for a block's ``_gradient_checkpointing_func``: the recomputation gets the routing of its forward.
-
-    Whatever the checkpoint captures is safe under any order of forwards and backwards; module state and hooks are
-    not (peft#2826, #2860).
-    """
-
-    def __init__(self, checkpoint: Callable, router: MokaRouter) -> None:
-        self.checkpoint, self.router = checkpoint, router
-
-    def __call__(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
-        return self.checkpoint(_UnderRouting(function, self.router, self.router.routing), *args, **kwargs)
-
-
-class _UnderRouting:
-    def __init__(self, function: Callable, router: MokaRouter, routing: Routing | None) -> None:
-        self.function, self.router, self.routing = function, router, routing
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self.router.active(self.routing):
-            return self.function(*args, **kwargs)
-
-
-def route_checkpoints(model: nn.Module, router: MokaRouter) -> None:
-    """Wrap the checkpointing function of every block that has one and is not wrapped yet."""
-    for module in model.modules():
-        function = module.__dict__.get("_gradient_checkpointing_func")
-        if function is not None and not isinstance(function, RoutedCheckpoint):
-            module._gradient_checkpointing_func = RoutedCheckpoint(function, router)
-
-
-def _active_configs(model: nn.Module) -> dict[str, MokaConfig]:
-    """The active adapters and their configurations, as the first MokA layer knows them."""
-    from .layer import MokaLayer
-
+def active_configs(model: nn.Module, router: MokaRouter) -> dict[str, MokaConfig]:
+    """The active (or merged) adapters and their configurations; none while they are disabled."""
+    names: dict[str, None] = {}
     for module in model.modules():
         if isinstance(module, MokaLayer):
             if module.disable_adapters:
                 return {}
-            names = dict.fromkeys([*module.active_adapters, *module.merged_adapters])
-            return {name: module.moka_config[name] for name in names if name in module.moka_config}
-    return {}
+            # Adapters may target different layers, so every layer is asked.
+            used = module.merged_adapters or module.active_adapters
+            names |= {name: None for name in used if name in module.moka_A}
+    return {name: router.configs[name] for name in names}
 
 
 def attach_router(model: nn.Module) -> MokaRouter:
@@ -208,9 +233,12 @@ def attach_router(model: nn.Module) -> MokaRouter:
     if router is None:
         router = MokaRouter()
         object.__setattr__(model, ROUTER_ATTRIBUTE, router)
-        object.__setattr__(model, "forward", RoutedForward(model, router))
-        if hasattr(type(model), "generate"):
-            object.__setattr__(model, "generate", RoutedGenerate(model, router))
+        for module in model.modules():
+            generates = hasattr(type(module), "generate")
+            if module is model or (generates and ROUTER_ATTRIBUTE not in module.__dict__):
+                object.__setattr__(module, "forward", RoutedForward(module, router))
+                if generates:
+                    object.__setattr__(module, "generate", RoutedGenerate(module, router))
     return router
 
 
@@ -218,14 +246,15 @@ def detach_router(model: nn.Module) -> None:
     """Take the router off again: the model is as it was before the first adapter."""
     if model.__dict__.pop(ROUTER_ATTRIBUTE, None) is None:
         return
-    forward = model.__dict__.pop("forward")
-    if isinstance(forward, RoutedForward) and forward.wrapped is not None:
-        object.__setattr__(model, "forward", forward.wrapped)
-    model.__dict__.pop("generate", None)
     for module in model.modules():
-        function = module.__dict__.get("_gradient_checkpointing_func")
-        if isinstance(function, RoutedCheckpoint):
-            module._gradient_checkpointing_func = function.checkpoint
+        forward = module.__dict__.get("forward")
+        if isinstance(forward, RoutedForward):
+            del module.__dict__["forward"]
+            if forward.wrapped is not None:
+                object.__setattr__(module, "forward", forward.wrapped)
+        if isinstance(module.__dict__.get("generate"), RoutedGenerate):
+            del module.__dict__["generate"]
+    unroute_checkpoints(model)
 
 
 @contextmanager
@@ -241,22 +270,20 @@ def routing(
 
     Args:
         model: an adapted model, or any module that holds one.
-        mm_token_type_ids: [batch, seq] int: 0 text, 1 image, 2 video, 3 audio.
+        mm_token_type_ids: [batch, seq] int: 0 text, 1 image, 2 video, 3 audio. Tokens decoded past them are text.
         interaction_ids: [batch, seq] int: 0 takes no part; media tokens with k attend to text tokens with k.
         question_mask: [batch, seq] bool: shorthand for one question.
         attention_mask: [batch, seq]: 0 marks padding.
     Raises:
         MokaError: no MokA adapter in ``model``.
-
-    With torch's own ``checkpoint`` inside, keep the block open until backward is done.
     """
-    routers = [m.__dict__[ROUTER_ATTRIBUTE] for m in model.modules() if ROUTER_ATTRIBUTE in m.__dict__]
+    routers = {id(m.moka_router): m.moka_router for m in model.modules() if isinstance(m, MokaLayer)}
     if not routers:
         raise MokaError(f"moka.routing: {type(model).__name__} holds no MokA adapter; attach one with get_peft_model.")
     valid = None if attention_mask is None else attention_mask.bool()
-    scope = RoutingInputs(mm_token_type_ids, interaction_ids, question_mask, valid, whole_prompt=False)
-    before = [(router, router.scope) for router in routers]
-    for router in routers:
+    scope = RoutingInputs(mm_token_type_ids, interaction_ids, question_mask, valid)
+    before = [(router, router.scope) for router in routers.values()]
+    for router, _ in before:
         router.scope = scope
     try:
         yield

@@ -18,7 +18,7 @@ import torch
 
 from moka.errors import MokaError
 
-from .config import TEXT, MokaConfig
+from .config import MokaConfig
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def _build_view(
         return View(row=None, adapted=None if adapted is None else adapted[..., None], pairs=None)
 
     pairs = None
-    if interaction_ids is not None and config.interaction != "none":
+    if interaction_ids is not None and config.interacts:
         takes_part = interaction_ids > 0
         if adapted is not None:
             takes_part = takes_part & adapted
@@ -147,8 +147,3 @@ def text_before_answer(is_text: torch.Tensor, labels: torch.Tensor, valid: torch
     before = (labels != -100).long().cumsum(1) == 0
     keys = is_text & before
     return keys if valid is None else keys & valid
-
-
-def text_ids(config: MokaConfig) -> list[int]:
-    """The values of ``mm_token_type_ids`` that mean text."""
-    return config.modalities[TEXT]

@@ -1,6 +1,6 @@
 """From a name in the configuration to a data set of model inputs.
 
-    "embedded:audio-visual-text" | "train.jsonl"  ->  samples with decoded media  ->  EncodedDataset  ->  Collator
+"embedded:audio-visual-text" | "train.jsonl"  ->  samples with decoded media  ->  EncodedDataset  ->  Collator
 """
 
 from __future__ import annotations

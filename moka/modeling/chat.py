@@ -117,4 +117,6 @@ def resolve_template(name: str | None, tokenizer) -> str | None:
         return TEMPLATES[name]
     if "{" in name:
         return name
-    raise MokaError(f"Unknown chat template {name!r}; known: {', '.join(TEMPLATES)}, or Jinja text.{nearest(name, TEMPLATES)}")
+    raise MokaError(
+        f"Unknown chat template {name!r}; known: {', '.join(TEMPLATES)}, or Jinja text.{nearest(name, TEMPLATES)}"
+    )

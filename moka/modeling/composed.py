@@ -50,13 +50,21 @@ class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
             self.projectors[name] = build_projector(spec["projector"], encoder.num_tokens, encoder.width, width)
         inputs = [encoder.input_name for encoder in self.encoders.values()]
         if len(set(inputs)) < len(inputs):
-            raise MokaError(f"modalities: two encoders take the same input ({inputs}); use encoders of different media.")
+            raise MokaError(
+                f"modalities: two encoders take the same input ({inputs}); use encoders of different media."
+            )
         self.generation_config = copy.deepcopy(self.language_model.generation_config)
         self.post_init()
 
     @classmethod
     def from_backbone(
-        cls, backbone: str, modalities: dict[str, dict], *, name: str | None = None, pretrained: bool = True, **kwargs: Any
+        cls,
+        backbone: str,
+        modalities: dict[str, dict],
+        *,
+        name: str | None = None,
+        pretrained: bool = True,
+        **kwargs: Any,
     ) -> MokaForConditionalGeneration:
         """Compose a model around a causal language model on disk or on the hub.
 

@@ -84,7 +84,9 @@ def check_modalities(modalities: dict[str, dict]) -> dict[str, dict]:
         for key in spec:
             if key not in MODALITY_FIELDS:
                 allowed = ", ".join(MODALITY_FIELDS)
-                raise MokaError(f"modalities.{name}: unknown key {key!r}; known: {allowed}.{nearest(key, MODALITY_FIELDS)}")
+                raise MokaError(
+                    f"modalities.{name}: unknown key {key!r}; known: {allowed}.{nearest(key, MODALITY_FIELDS)}"
+                )
         for key in ("encoder", "projector"):
             if not isinstance(spec.get(key), dict) or "type" not in spec[key]:
                 raise MokaError(f"modalities.{name}.{key}: needs a mapping with a 'type'; got {spec.get(key)!r}.")

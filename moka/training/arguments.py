@@ -149,7 +149,11 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
 def config_from_dict(raw: dict[str, Any], where: str = "config") -> RunConfig:
     """A checked ``RunConfig`` from plain values; ``where`` begins the messages."""
     config = _build(RunConfig, raw, where, "")
-    if not config.stages or any(stage not in (1, 2) for stage in config.stages) or config.stages != sorted(set(config.stages)):
+    if (
+        not config.stages
+        or any(stage not in (1, 2) for stage in config.stages)
+        or config.stages != sorted(set(config.stages))
+    ):
         raise MokaError(f"{where}: stages: {config.stages} is not one of [1], [2], [1, 2].")
     for section in ("alignment", "training"):
         setattr(config, section, _training_section(getattr(config, section), where, section))
@@ -165,7 +169,9 @@ def _one_of(where: str, key: str, value: str, allowed: tuple[str, ...]) -> None:
 def _apply(raw: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise MokaError(f"Override {override!r} is not of the form section.key=value, such as training.learning_rate=1e-4.")
+        raise MokaError(
+            f"Override {override!r} is not of the form section.key=value, such as training.learning_rate=1e-4."
+        )
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -193,7 +199,9 @@ def _build(cls: type, raw: Any, where: str, prefix: str) -> Any:
     values = {}
     for key, value in raw.items():
         if key not in known:
-            raise MokaError(f"{where}: unknown key {prefix + str(key)!r}; known: {', '.join(known)}.{nearest(str(key), known)}")
+            raise MokaError(
+                f"{where}: unknown key {prefix + str(key)!r}; known: {', '.join(known)}.{nearest(str(key), known)}"
+            )
         hint = hints[key]
         if dataclasses.is_dataclass(hint):
             values[key] = _build(hint, value, where, f"{prefix}{key}.")

@@ -141,5 +141,7 @@ def build_for_stage_two(config: RunConfig) -> tuple[MokaForConditionalGeneration
     filled = [part for folder in config.model.connectors for part in load_connector(model, folder)]
     empty = [part for part in trained_parts(model) if part not in filled]
     if empty and config.model.connectors:
-        raise MokaError(f"model.connectors: none of {config.model.connectors} holds {', '.join(empty)}; add its stage 1.")
+        raise MokaError(
+            f"model.connectors: none of {config.model.connectors} holds {', '.join(empty)}; add its stage 1."
+        )
     return model, processor

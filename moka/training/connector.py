@@ -62,7 +62,9 @@ def save_connector(model: MokaForConditionalGeneration, folder: str | Path, stat
     (folder / METADATA).write_text(json.dumps(describe_connector(model), indent=2) + "\n", encoding="utf-8")
     for key, tensor in load_file(folder / WEIGHTS).items():
         if tensor.numel() == 0 or not torch.isfinite(tensor).all():
-            raise MokaError(f"{folder / WEIGHTS}: {key} was saved empty or not finite; training diverged or was sharded.")
+            raise MokaError(
+                f"{folder / WEIGHTS}: {key} was saved empty or not finite; training diverged or was sharded."
+            )
 
 
 def load_connector(model: MokaForConditionalGeneration, folder: str | Path) -> list[str]:
@@ -73,7 +75,9 @@ def load_connector(model: MokaForConditionalGeneration, folder: str | Path) -> l
     """
     folder = Path(folder)
     if not (folder / METADATA).is_file() or not (folder / WEIGHTS).is_file():
-        raise MokaError(f"{folder} holds no stage-1 result ({METADATA}, {WEIGHTS}); give RUN/connector of a stage-1 run.")
+        raise MokaError(
+            f"{folder} holds no stage-1 result ({METADATA}, {WEIGHTS}); give RUN/connector of a stage-1 run."
+        )
     meta = json.loads((folder / METADATA).read_text(encoding="utf-8"))
     own = describe_connector(model)
     if meta["format_version"] > FORMAT_VERSION:

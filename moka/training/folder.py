@@ -1,14 +1,14 @@
 """The run folder: what a run leaves behind, and the self-contained adapter folder in it.
 
-    RUN/config.yaml         the resolved configuration
-    RUN/connector/          stage 1: trained encoders and projectors
-    RUN/adapter/            adapter, projectors, encoders, processor, model configuration
-    RUN/metrics.jsonl       one line for each logging step
-    RUN/loss.png            loss and learning rate
-    RUN/samples.jsonl       answers to validation questions
-    RUN/evaluation.json     written by `moka eval`
-    RUN/README.md           model card
-    RUN/checkpoints/        for --resume
+RUN/config.yaml         the resolved configuration
+RUN/connector/          stage 1: trained encoders and projectors
+RUN/adapter/            adapter, projectors, encoders, processor, model configuration
+RUN/metrics.jsonl       one line for each logging step
+RUN/loss.png            loss and learning rate
+RUN/samples.jsonl       answers to validation questions
+RUN/evaluation.json     written by `moka eval`
+RUN/README.md           model card
+RUN/checkpoints/        for --resume
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ def save_adapter(model: PeftModel, processor: Any, folder: str | Path, state_dic
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder, state_dict=state_dict)
+    # "auto" would look the backbone's name up on the hub, which an embedded one is not on.
+    model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
     processor.save_pretrained(folder)
     base = model.get_base_model()
     (folder / MODEL_CONFIG).write_text(
@@ -103,7 +104,9 @@ def save_adapter(model: PeftModel, processor: Any, folder: str | Path, state_dic
     )
     for key, tensor in load_file(folder / "adapter_model.safetensors").items():
         if tensor.numel() == 0 or not torch.isfinite(tensor).all():
-            raise MokaError(f"{folder}: {key} was saved empty or not finite; training diverged, or shards were not gathered.")
+            raise MokaError(
+                f"{folder}: {key} was saved empty or not finite; training diverged, or shards were not gathered."
+            )
 
 
 def check_trained(folder: str | Path) -> None:

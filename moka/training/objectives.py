@@ -52,7 +52,9 @@ class EmbeddingAlignment(nn.Module):
         """Mean embeddings of the distinct captions in the batch, and which one each row has."""
         # The token that closes an answer is the same in all captions and tells nothing.
         longest = (labels != -100).sum(1).max().clamp(min=2) - 1
-        rows = torch.stack([F.pad(r[r != -100][:-1], (0, int(longest) - int((r != -100).sum()) + 1), value=-1) for r in labels])
+        rows = torch.stack(
+            [F.pad(r[r != -100][:-1], (0, int(longest) - int((r != -100).sum()) + 1), value=-1) for r in labels]
+        )
         distinct, which = rows.unique(dim=0, return_inverse=True)  # [captions, longest]
         mask = (distinct >= 0).float()[..., None]
         embedded = self.model.get_input_embeddings()(distinct.clamp(min=0)).float() * mask

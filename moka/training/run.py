@@ -92,7 +92,9 @@ def _open_data(config: RunConfig) -> dict[str, Any]:
         if stage in config.stages:
             source = getattr(data, name)
             if source is None:
-                raise MokaError(f"data.{name} is not set, and stage {stage} trains on it: a JSONL file or embedded:TASK.")
+                raise MokaError(
+                    f"data.{name} is not set, and stage {stage} trains on it: a JSONL file or embedded:TASK."
+                )
             size = data.train_size if name == "train" else None
             datasets[name] = open_source(source, "train", stage=stage, size=size, **common)
     if data.validation is not None:
@@ -180,7 +182,9 @@ def _stage_two(config, folder, model, processor, datasets, arguments, resume: bo
     """Train the adapter with projectors and trainable encoders."""
     fresh = 1 not in config.stages and not config.model.connectors
     if fresh and trained_parts(model):
-        print(f"note: {', '.join(trained_parts(model))} start untrained: neither stage 1 nor model.connectors is given.")
+        print(
+            f"note: {', '.join(trained_parts(model))} start untrained: neither stage 1 nor model.connectors is given."
+        )
     adapted = attach_adapter(model, config.adapter) if config.adapter.method != "none" else None
     if adapted is None:
         raise MokaError("adapter.method: none has nothing to train in stage 2; use stages=[1], or moka or lora.")
@@ -231,5 +235,3 @@ def _environment(config: RunConfig, seconds: float) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
-
-

@@ -61,9 +61,11 @@ class MokaTrainer(Trainer):
         else:
             composed = composed_of(model)
             if state_dict is not None:
-                state_dict = {key.removeprefix("model."): value for key, value in state_dict.items()} if (
-                    isinstance(model, EmbeddingAlignment)
-                ) else state_dict
+                state_dict = (
+                    {key.removeprefix("model."): value for key, value in state_dict.items()}
+                    if (isinstance(model, EmbeddingAlignment))
+                    else state_dict
+                )
             save_connector(composed, folder, state_dict)
         torch.save(self.args, folder / "training_args.bin")
 

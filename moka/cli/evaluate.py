@@ -1,0 +1,65 @@
+"""Evaluate a trained run on its test questions, and again with each modality blanked.
+
+  moka eval runs/quickstart
+
+Prints a table and writes RUN/evaluation.json, RUN/predictions.jsonl and the model card.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import transformers
+
+import moka
+from moka.data import open_source
+from moka.errors import MokaError
+from moka.evaluation import evaluate, show, write
+from moka.training import load_config
+from moka.training.folder import CONFIG, RunFolder
+from moka.training.report import write_card
+
+HELP = "measure a trained run on unseen questions"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", help="run folder of `moka train`")
+    parser.add_argument("--split", choices=["test", "validation"], default="test", help="which data (default test)")
+    parser.add_argument("--data", metavar="FILE", help="another JSONL file of questions with answers")
+    parser.add_argument("--size", type=int, help="number of questions (default: evaluation.size, or all)")
+    parser.add_argument("--blank-size", type=int, help="questions repeated with a modality blanked")
+    parser.add_argument("--no-blank", action="store_true", help="leave the blanked repetitions out")
+    parser.add_argument("--batch-size", type=int, help="questions generated at once")
+    parser.add_argument("--device", help="cpu, cuda, ... (default: an accelerator if there is one)")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    folder = Path(arguments.run)
+    if not (folder / CONFIG).is_file():
+        raise MokaError(f"{folder} is no run folder (no {CONFIG}); give one that `moka train` made.")
+    config = load_config(folder / CONFIG)
+    settings = config.evaluation
+    source = arguments.data or getattr(config.data, arguments.split)
+    if source is None:
+        raise MokaError(f"data.{arguments.split} is not set in {folder / CONFIG}; give --data FILE.")
+    transformers.utils.logging.disable_progress_bar()
+    samples = open_source(
+        source, arguments.split, media_root=config.data.media_root, video_frames=config.data.video_frames
+    )
+    result = evaluate(
+        moka.load(folder, device=arguments.device),
+        samples,
+        size=arguments.size or settings.size,
+        blank=settings.blank and not arguments.no_blank,
+        blank_size=arguments.blank_size or settings.blank_size,
+        batch_size=arguments.batch_size or settings.batch_size,
+        max_new_tokens=settings.max_new_tokens,
+    )
+    result["protocol"]["data"] = f"{source}, {arguments.split}"
+    show(result, f"{folder}: {source}, {arguments.split}")
+    path = write(result, folder)
+    summary = folder / "summary.json"
+    write_card(RunFolder(folder), config, json.loads(summary.read_text("utf-8")) if summary.exists() else {})
+    print(f"written: {path}")

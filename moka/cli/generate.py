@@ -1,0 +1,45 @@
+"""Ask a trained model about your own media; the answer is printed on standard output.
+
+moka generate runs/quickstart --image digit.png --audio digit.wav "What is the sum of both digits?"
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import transformers
+
+import moka
+from moka.data.media import file_problem
+from moka.errors import MokaError
+
+HELP = "answer a question about pictures, sounds and videos"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", help="run folder of `moka train`, or an adapter folder")
+    parser.add_argument("question")
+    for kind in ("image", "audio", "video"):
+        parser.add_argument(f"--{kind}", action="append", metavar="FILE", help=f"{kind} file; may be repeated")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer, in tokens (default 64)")
+    parser.add_argument("--num-beams", type=int, default=1, help="beam search with that many beams (default 1: greedy)")
+    parser.add_argument("--device", help="cpu, cuda, ... (default: an accelerator if there is one)")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    transformers.utils.logging.disable_progress_bar()
+    # Loading a model takes seconds; a wrong path is told before.
+    for path in [*(arguments.image or []), *(arguments.audio or []), *(arguments.video or [])]:
+        problem = file_problem(path)
+        if problem:
+            raise MokaError(f"{path}: {problem}")
+    loaded = moka.load(arguments.run, device=arguments.device)
+    answer = loaded.generate(
+        arguments.question,
+        image=arguments.image,
+        audio=arguments.audio,
+        video=arguments.video,
+        max_new_tokens=arguments.max_new_tokens,
+        num_beams=arguments.num_beams,
+    )
+    print(answer)

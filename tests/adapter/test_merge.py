@@ -1,0 +1,228 @@
+"""Merging folds the text path into the weight; no output changes, for any token."""
+
+import copy
+import itertools
+import warnings
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.pytorch_utils import Conv1D
+
+import moka
+from moka.adapter import MokaLayer
+
+ROUTED = ("input_ids", "mm_token_type_ids", "interaction_ids", "attention_mask")
+
+
+def logits(model, batch):
+    with torch.no_grad():
+        return model(**batch.kwargs(*ROUTED)).logits
+
+
+def weights(model):
+    return {name: p.clone() for name, p in model.named_parameters() if "moka_" not in name}
+
+
+def changed(before, model):
+    return sorted(name for name, p in model.named_parameters() if "moka_" not in name and not p.equal(before[name]))
+
+
+@pytest.mark.parametrize("adapt", [None, ["text"], ["visual"], ["text", "audio"], ["visual", "audio"]], ids=str)
+@pytest.mark.parametrize("share_b", [True, False], ids=["one B", "own B"])
+def test_merge_changes_no_output_and_unmerge_restores_the_weight(tiny, batch, share_b, adapt):
+    """Text, media and padding, in batches with padding and without, and the media's gradient-free residual."""
+    full = batch.row(0)  # no padding
+    text = tiny.rows(["t t q", "q q"])
+    for position, interaction in itertools.product(("output", "input"), ("question", "none", "reversed", "mean")):
+        settings = {"share_b": share_b, "adapt": adapt, "scale_position": position, "interaction": interaction}
+        model = tiny.adapted(**settings)
+        before = weights(model)
+        plain = [logits(model, rows) for rows in (batch, full, text)]
+        with model.disable_adapter():
+            assert (logits(model, batch) - plain[0]).abs().max() > 0.05
+        model.merge_adapter()
+        assert len(changed(before, model)) == (0 if adapt and "text" not in adapt else 14)
+        for rows, expected in zip((batch, full, text), plain, strict=True):
+            torch.testing.assert_close(logits(model, rows), expected, atol=1e-4, rtol=1e-4, msg=str(settings))
+        model.unmerge_adapter()
+        for name, weight in before.items():
+            torch.testing.assert_close(model.get_parameter(name), weight, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(logits(model, batch), plain[0], atol=1e-4, rtol=1e-4)
+
+
+def test_padding_keeps_the_bare_path_when_merged(model, batch):
+    """Padding tokens' own outputs, not only those of the tokens that see no padding."""
+    outputs = []
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    layer.register_forward_hook(lambda m, args, out: outputs.append(out))
+    logits(model, batch)
+    model.merge_adapter()
+    logits(model, batch)
+    torch.testing.assert_close(outputs[0], outputs[1], atol=1e-5, rtol=1e-5)
+
+
+def test_merged_generation_equals_unmerged(model, batch):
+    steps = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    before = torch.stack(model.generate(**batch.kwargs(*ROUTED), **steps).logits)
+    model.merge_adapter()
+    after = torch.stack(model.generate(**batch.kwargs(*ROUTED), **steps).logits)
+    torch.testing.assert_close(after, before, atol=1e-4, rtol=1e-4)
+
+
+def count_adapter_work(model, run):
+    """How many of the matrix products in ``run`` involve a tensor of an adapter."""
+    adapter = {p.data_ptr() for name, p in model.named_parameters() if "moka_" in name}
+
+    class Count(torch.overrides.TorchFunctionMode):
+        products = 0
+
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            storages = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
+            self.products += function is torch.nn.functional.linear and bool(storages & adapter)
+            return function(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Count() as count:
+        run()
+    return count.products
+
+
+def test_decoding_with_merged_weights_does_no_adapter_work(model, batch):
+    prompt = batch.row(0)
+    with torch.no_grad():
+        cache = model(**prompt.kwargs(*ROUTED), use_cache=True).past_key_values
+
+    def step():
+        model(input_ids=torch.tensor([[5]]), past_key_values=copy.deepcopy(cache))
+
+    assert count_adapter_work(model, step) == 28  # A and B of each of the 14 layers
+    model.merge_adapter()
+    assert count_adapter_work(model, step) == 0
+    assert count_adapter_work(model, lambda: logits(model, prompt)) == 28
+
+
+def test_merge_and_unload_keeps_the_text_path_and_says_what_is_lost(model, tiny):
+    text, media = tiny.rows(["t t q q", "q t q t"]), tiny.rows(["i i q q"])
+    with_text, with_media = logits(model, text), logits(model, media)
+    with pytest.warns(UserWarning, match="'default'.*Lost: the visual, audio projections.*Use merge_adapter"):
+        bare = model.merge_and_unload()
+    assert_bare(bare)
+    ids = {"input_ids": text.input_ids, "attention_mask": text.attention_mask}
+    torch.testing.assert_close(bare(**ids).logits, with_text, atol=1e-4, rtol=1e-4)
+    assert (bare(media.input_ids).logits - with_media).abs().max() > 0.05
+
+
+def assert_bare(backbone):
+    assert not any(isinstance(module, MokaLayer) for module in backbone.modules())
+    for module in backbone.modules():
+        assert not {"moka_router", "forward", "generate"} & set(vars(module))
+    assert "moka" not in repr(backbone)
+    assert not hasattr(backbone, "peft_config")
+
+
+def test_merge_and_unload_of_a_text_adapter_is_silent(tiny):
+    for settings in ({"modalities": {"text": [0]}, "modality_token_ids": {}}, {"adapt": ["text"]}):
+        model = tiny.adapted(**settings)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model.merge_and_unload()
+
+
+def test_unload_gives_the_backbone_back(model, tiny, batch):
+    original = tiny.backbone()
+    backbone = model.unload()
+    assert_bare(backbone)
+    assert all(p.equal(original.get_parameter(name)) for name, p in backbone.named_parameters())
+    again = tiny.adapted(backbone=backbone)
+    assert torch.equal(logits(again, batch), logits(tiny.adapted(), batch))
+
+
+def test_disabling_a_merged_adapter_gives_the_backbone(model, tiny, batch):
+    ids = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    bare = tiny.backbone()(**ids).logits
+    model.merge_adapter()
+    with model.disable_adapter():
+        torch.testing.assert_close(logits(model, batch), bare, atol=1e-4, rtol=1e-4)
+
+
+def test_two_adapters_merge_together_and_one_of_two(model, tiny, batch):
+    model.add_adapter("other", tiny.config(scale_position="input", share_b=False, interaction="mean"))
+    tiny.strong_(model, seed=8)
+    for names in (["default", "other"], ["other"]):
+        model.base_model.set_adapter(names)
+        before = logits(model, batch)
+        model.merge_adapter(adapter_names=names)
+        torch.testing.assert_close(logits(model, batch), before, atol=1e-4, rtol=1e-4)
+        model.unmerge_adapter()
+        torch.testing.assert_close(logits(model, batch), before, atol=1e-4, rtol=1e-4)
+
+
+def test_a_merged_adapter_that_is_not_active_keeps_its_residual(model, tiny, batch):
+    """Merging fixes what the model computes; media tokens must not lose their part of it."""
+    model.add_adapter("other", tiny.config(target_modules=["down_proj"]))
+    tiny.strong_(model, seed=8)
+    model.set_adapter("other")
+    expected = logits(model, batch)
+    model.set_adapter("default")
+    model.merge_adapter(adapter_names=["other"])
+    layer = model.base_model.model.model.layers[0].mlp.down_proj
+    assert layer.merged_adapters == ["other"]
+    # down_proj runs "other" alone, the rest runs "default": turn that off to compare.
+    for module in model.modules():
+        if isinstance(module, MokaLayer) and not module.merged:
+            module.set_adapter([])
+    torch.testing.assert_close(logits(model, batch), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_safe_merge_refuses_values_that_are_not_finite(model):
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    layer.moka_B["default"].data[0, 0] = float("nan")
+    with pytest.raises(moka.MokaError, match="'default' holds values that are not finite; it was not merged"):
+        model.merge_adapter(safe_merge=True)
+    assert layer.merged_adapters == []
+
+
+def test_merging_twice_changes_nothing_more(model, batch):
+    model.merge_adapter()
+    merged = weights(model)
+    with pytest.warns(UserWarning, match="already merged"):
+        model.merge_adapter()
+    assert changed(merged, model) == []
+
+
+def test_bfloat16_backbone_merges_within_its_precision(tiny, batch):
+    model = tiny.adapted(backbone=tiny.backbone().bfloat16())
+    before = logits(model, batch).float()
+    model.merge_adapter()
+    after = logits(model, batch).float()
+    real = batch.attention_mask.bool()
+    assert model.base_model.model.lm_head.weight.dtype == torch.bfloat16
+    assert ((after - before)[real].abs().mean() / before[real].abs().mean()).item() < 0.05
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    torch.manual_seed(0)
+    config = GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=128, n_positions=64, initializer_range=0.1)
+    return GPT2LMHeadModel(config).eval()
+
+
+@pytest.mark.parametrize("share_b", [True, False])
+def test_conv1d(gpt2, tiny, batch, share_b):
+    """GPT-2's layers hold their weight transposed, in x out."""
+    settings = {"target_modules": ["c_attn", "c_proj", "c_fc"], "share_b": share_b}
+    model = tiny.adapted(backbone=copy.deepcopy(gpt2), **settings)
+    layer = model.base_model.model.transformer.h[0].attn.c_attn
+    assert isinstance(layer.base_layer, Conv1D)
+    assert layer.moka_A["default"].shape == (3, 4, 32)
+    assert layer.moka_B["default"].shape[-2:] == (96, 4)
+    before = logits(model, batch)
+    assert (before - gpt2(batch.input_ids, attention_mask=batch.attention_mask).logits).abs().max() > 0.05
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model, batch), before, atol=1e-4, rtol=1e-4)
+    model.unmerge_adapter()
+    for name, weight in gpt2.named_parameters():
+        head, _, leaf = name.rpartition(".")
+        module = model.base_model.model.get_submodule(head)
+        ours = module.get_base_layer() if isinstance(module, MokaLayer) else module
+        torch.testing.assert_close(getattr(ours, leaf), weight)

@@ -1,0 +1,323 @@
+"""The peft citizen: every verb that works for LoRA works for MokA."""
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model, get_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from safetensors.torch import load_file
+from torch import nn
+
+import moka
+from moka.adapter import MokaLayer, MokaModel
+
+ROUTED = ("input_ids", "mm_token_type_ids", "interaction_ids", "attention_mask")
+LAYERS = 14
+
+
+def logits(model, batch):
+    with torch.no_grad():
+        return model(**batch.kwargs(*ROUTED)).logits
+
+
+def in_a_fresh_process(code):
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_registration():
+    assert PeftType("MOKA") is PeftType.MOKA
+    assert PeftType.MOKA in list(PeftType)
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.MOKA] is moka.MokaConfig
+    assert PEFT_TYPE_TO_TUNER_MAPPING[PeftType.MOKA] is MokaModel
+
+
+def test_registration_is_idempotent_after_reload_and_reimport():
+    out = in_a_fresh_process(
+        """
+        import importlib, pickle, sys
+        import moka, peft
+        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+        before = list(peft.PeftType)
+        importlib.reload(moka.adapter)
+        importlib.reload(moka.adapter._register)
+        importlib.reload(moka)
+        for name in [name for name in sys.modules if name.split(".")[0] == "moka"]:
+            del sys.modules[name]
+        import moka as again
+        assert again is not moka and again.MokaConfig is not moka.MokaConfig
+        assert list(peft.PeftType) == before and before[-1] == "MOKA", before
+        assert PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType.MOKA] is again.MokaConfig
+        assert pickle.loads(pickle.dumps(peft.PeftType.MOKA)) is peft.PeftType.MOKA
+        import torch
+        net = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        model = peft.get_peft_model(net, again.MokaConfig(target_modules=["0"]))
+        assert isinstance(model.base_model, again.adapter.MokaModel)
+        with again.routing(model, mm_token_type_ids=torch.tensor([[0, 1]]), question_mask=torch.tensor([[1, 0]])):
+            print(tuple(model(torch.ones(1, 2, 4)).shape))
+        """
+    )
+    assert "".join(out) == "(1,2,4)"
+
+
+def test_peft_stays_as_it_is_without_moka():
+    assert in_a_fresh_process("import peft; print('MOKA' in peft.PeftType.__members__)") == ["False"]
+
+
+def test_parameters_are_stacked_and_nothing_else_is_saved(model, tiny):
+    layer = model.base_model.model.model.layers[0].self_attn.k_proj
+    assert isinstance(layer.moka_A, nn.ParameterDict)
+    assert layer.moka_A["default"].shape == (3, 4, 64)
+    assert layer.moka_B["default"].shape == (32, 4)
+    apart = tiny.adapted(share_b=False).base_model.model.model.layers[0].self_attn.k_proj
+    assert apart.moka_B["default"].shape == (3, 32, 4)
+    new = {name for name in model.state_dict() if ".base_layer." not in name}
+    own = {f"base_model.model.{name}" for name in tiny.backbone().state_dict()}
+    assert {name.rpartition(".")[0].rpartition(".")[2] for name in new - own} == {"moka_A", "moka_B"}
+    attributes = set(vars(layer)) | set(layer._modules) | set(layer._parameters)
+    others = set(vars(nn.Linear(1, 1))) | {"base_layer", "in_features", "out_features", "kwargs"}
+    others |= {"_disable_adapters", "merged_adapters", "quantization_backend", "_active_adapter"}  # peft's own
+    assert {name for name in attributes - others if not name.startswith("moka_")} == set()
+
+
+def test_trainable_parameters(model):
+    ours = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert ours == {name for name, _ in model.named_parameters() if "moka_" in name}
+    per_layer = 3 * 4 * 64 + 4 * 64  # q, o
+    expected = 2 * (2 * per_layer + 2 * (3 * 4 * 64 + 4 * 32) + 2 * (3 * 4 * 64 + 4 * 96) + 3 * 4 * 96 + 4 * 64)
+    trainable, everything = model.get_nb_trainable_parameters()
+    assert (trainable, everything) == (expected, sum(p.numel() for p in model.parameters()))
+
+
+@pytest.mark.parametrize("name", ["default", "mine", "moka", "q_proj", "a-b_c"])
+@pytest.mark.parametrize("lean", [False, True], ids=["", "low_cpu_mem_usage"])
+def test_save_and_load_under_any_name(model, tiny, batch, tmp_path, name, lean):
+    model.save_pretrained(tmp_path)
+    assert isinstance(PeftConfig.from_pretrained(tmp_path), moka.MokaConfig)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert len(saved) == 2 * LAYERS
+    assert all(key.endswith((".moka_A", ".moka_B")) for key in saved)
+    loaded = PeftModel.from_pretrained(tiny.backbone(), tmp_path, adapter_name=name, low_cpu_mem_usage=lean)
+    assert torch.equal(logits(loaded, batch), logits(model, batch))
+    assert not any(p.requires_grad for p in loaded.parameters())
+    assert not loaded.training
+    kept = get_peft_model_state_dict(loaded, adapter_name=name)
+    assert kept.keys() == saved.keys()
+    assert all(torch.equal(kept[key], saved[key]) for key in saved)
+
+
+def test_saved_config_has_no_junk(model, tiny, tmp_path):
+    """The defaults are written out as plain names, also of an adapter added to adapted layers."""
+    model.add_adapter("second", tiny.config())
+    seven = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    for config in model.peft_config.values():
+        assert config.target_modules == seven
+    model.save_pretrained(tmp_path)
+    assert moka.MokaConfig.from_pretrained(tmp_path / "second").target_modules == seven
+
+
+def test_loaded_adapter_trains_on_when_asked(model, tiny, batch, tmp_path):
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny.backbone(), tmp_path, is_trainable=True)
+    assert {n for n, p in loaded.named_parameters() if p.requires_grad} == {
+        n for n, p in model.named_parameters() if p.requires_grad
+    }
+
+
+def test_several_adapters(model, tiny, batch, tmp_path):
+    model.save_pretrained(tmp_path)
+    first = logits(model, batch)
+    # Another rank, other layers, other settings: the routing must serve each.
+    model.add_adapter(
+        "second", tiny.config(r=2, target_modules=["o_proj"], interaction="mean", adapt=["audio", "text"])
+    )
+    tiny.strong_(model, seed=5)
+    assert torch.equal(logits(model, batch), logits(model, batch))
+    assert model.active_adapters == ["default"]
+    model.load_adapter(str(tmp_path), "third")
+    model.set_adapter("third")
+    torch.testing.assert_close(logits(model, batch), first)
+    model.set_adapter("second")
+    second = logits(model, batch)
+    alone = tiny.config(r=2, target_modules=["o_proj"], interaction="mean", adapt=["audio", "text"])
+    other = get_peft_model(tiny.backbone(), alone)
+    state = {k.replace(".second", ".default"): v for k, v in model.state_dict().items() if k.endswith(".second")}
+    other.load_state_dict(state, strict=False)
+    torch.testing.assert_close(logits(other.eval(), batch), second)
+    assert (second - first).abs().max() > 0.05
+    model.delete_adapter("second")
+    assert not any("second" in name for name in model.state_dict())
+    assert "second" not in model.base_model.model.moka_router.configs
+    model.set_adapter("third")
+    torch.testing.assert_close(logits(model, batch), first)
+    status = model.get_model_status()
+    assert (status.active_adapters, sorted(status.available_adapters)) == (["third"], ["default", "third"])
+    assert (status.num_adapter_layers, status.enabled, status.peft_types["third"]) == (LAYERS, True, "MOKA")
+
+
+def test_two_active_adapters_add_up(tiny, batch):
+    """On one layer, where the sum is exact: the updates of both, each under its own settings."""
+    model = tiny.adapted(target_modules=["layers.0.self_attn.q_proj"])
+    model.add_adapter(
+        "b", tiny.config(target_modules=["layers.0.self_attn.q_proj"], interaction_weight=3.0, adapt=["audio", "text"])
+    )
+    tiny.strong_(model, seed=5)
+    layer, out = model.base_model.model.model.layers[0].self_attn.q_proj, []
+    layer.register_forward_hook(lambda m, args, y: out.append(y))
+    for names in (["default"], ["b"], ["default", "b"], []):
+        model.base_model.set_adapter(names)
+        logits(model, batch)
+    a, b, both, bare = out
+    torch.testing.assert_close(both - bare, (a - bare) + (b - bare), atol=1e-4, rtol=1e-4)
+    assert (a - b).abs().max() > 0.05
+
+
+def test_a_new_adapter_leaves_the_others_trainability_alone(model, tiny):
+    model.add_adapter("second", tiny.config())
+    assert all(p.requires_grad == name.endswith(".default") for name, p in model.named_parameters() if "moka_" in name)
+    model.set_adapter("second")
+    assert all(p.requires_grad == name.endswith(".second") for name, p in model.named_parameters() if "moka_" in name)
+
+
+def test_disable_adapter_is_the_backbone(model, tiny, batch):
+    adapted = logits(model, batch)
+    bare = tiny.backbone()(batch.input_ids, attention_mask=batch.attention_mask).logits
+    with model.disable_adapter():
+        assert torch.equal(logits(model, batch), bare)
+    assert torch.equal(logits(model, batch), adapted)
+    assert (adapted - bare).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("name", ["default", "other"])
+def test_modules_to_save(tiny, batch, tmp_path, name):
+    model = tiny.adapted(modules_to_save=["lm_head"])
+    with torch.no_grad():
+        model.base_model.model.lm_head.modules_to_save["default"].weight.add_(0.1)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny.backbone(), tmp_path, adapter_name=name)
+    assert torch.equal(logits(loaded, batch), logits(model, batch))
+
+
+def test_biases_are_trained_and_saved_when_asked(tiny, batch, tmp_path):
+    model = tiny.adapted("qwen2", bias="moka_only")
+    biases = {name for name, p in model.named_parameters() if p.requires_grad and "moka_" not in name}
+    assert len(biases) == 6
+    with torch.no_grad():
+        for name in biases:
+            model.get_parameter(name).add_(0.2)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny.backbone("qwen2"), tmp_path)
+    assert torch.equal(logits(loaded, batch), logits(model, batch))
+
+
+@pytest.mark.parametrize(
+    ("settings", "layers"),
+    [
+        ({"exclude_modules": ["down_proj", "o_proj"]}, 10),
+        ({"layers_to_transform": [1]}, 7),
+        ({"target_modules": r".*layers\.0\..*(q|v)_proj"}, 2),
+        ({"target_modules": "all-linear"}, 14),
+        ({"target_modules": ["lm_head", "q_proj"]}, 3),
+    ],
+)
+def test_choice_of_layers(tiny, settings, layers):
+    model = tiny.adapted(**settings)
+    assert sum(isinstance(module, MokaLayer) for module in model.modules()) == layers
+
+
+def test_rank_and_alpha_patterns(tiny, batch, tmp_path):
+    model = tiny.adapted(rank_pattern={"q_proj": 2}, alpha_pattern={"q_proj": 3}, use_rslora=True)
+    attention = model.base_model.model.model.layers[0].self_attn
+    assert attention.q_proj.moka_A["default"].shape == (3, 2, 64)
+    assert attention.q_proj.moka_scaling["default"] == pytest.approx(3 / 2**0.5)
+    assert attention.k_proj.moka_scaling["default"] == 8 / 4**0.5
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny.backbone(), tmp_path), batch), logits(model, batch))
+
+
+@pytest.mark.parametrize("cast", [True, False])
+def test_dtype_of_the_adapter_on_a_bfloat16_backbone(tiny, batch, tmp_path, cast):
+    wanted = torch.float32 if cast else torch.bfloat16
+    model = get_peft_model(tiny.backbone().bfloat16(), tiny.config(), autocast_adapter_dtype=cast)
+    tiny.strong_(model).eval()
+    dtypes = {p.dtype for name, p in model.named_parameters() if "moka_" in name}
+    assert dtypes == {wanted}
+    assert logits(model, batch).dtype == torch.bfloat16
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny.backbone().bfloat16(), tmp_path, autocast_adapter_dtype=cast)
+    assert torch.equal(logits(loaded, batch), logits(model, batch))
+
+
+def test_deepcopy_is_independent(model, tiny, batch):
+    before = logits(model, batch)
+    twin = copy.deepcopy(model)
+    assert torch.equal(logits(twin, batch), before)
+    tiny.strong_(model, seed=9)
+    assert torch.equal(logits(twin, batch), before)
+    assert not torch.equal(logits(model, batch), before)
+    assert twin.base_model.model.moka_router is not model.base_model.model.moka_router
+    ids = batch.kwargs(*ROUTED)
+    assert torch.equal(twin.generate(**ids, max_new_tokens=2), twin.base_model.model.generate(**ids, max_new_tokens=2))
+
+
+def test_pickle_in_a_process_that_has_not_imported_moka(model, batch, tmp_path):
+    model.train()
+    model(**batch.kwargs(*ROUTED), labels=batch.input_ids).loss.backward()
+    model.zero_grad()
+    model.eval()
+    expected = logits(model, batch)
+    assert torch.equal(logits(pickle.loads(pickle.dumps(model)), batch), expected)
+    buffer = io.BytesIO()
+    torch.save(model.peft_config["default"], buffer)
+    torch.save({"model": model, "ids": batch.kwargs(*ROUTED), "expected": expected}, tmp_path / "whole.pt")
+    in_a_fresh_process(
+        f"""
+        import torch
+        saved = torch.load({str(tmp_path / "whole.pt")!r}, weights_only=False)
+        with torch.no_grad():
+            assert torch.equal(saved["model"](**saved["ids"]).logits, saved["expected"])
+        """
+    )
+
+
+def test_transformers_own_adapter_verbs(model, tiny, batch, tmp_path):
+    """``model.load_adapter(folder)`` and ``add_adapter`` of a plain transformers model, saved and loaded again."""
+    expected = logits(model, batch)
+    model.save_pretrained(tmp_path / "peft")
+    plain = tiny.backbone()
+    bare = plain(batch.input_ids, attention_mask=batch.attention_mask).logits
+    plain.load_adapter(str(tmp_path / "peft"), adapter_name="mine")
+    assert torch.equal(logits(plain, batch), expected)
+    new = plain.generate(**batch.kwargs(*ROUTED), max_new_tokens=3)
+    assert torch.equal(new, model.generate(**batch.kwargs(*ROUTED), max_new_tokens=3))
+    plain.disable_adapters()
+    assert torch.equal(logits(plain, batch), bare)
+    plain.enable_adapters()
+    plain.add_adapter(tiny.config(), adapter_name="second")
+    assert plain.active_adapters() == ["second"]
+    tiny.strong_(plain, seed=6)
+    second = logits(plain, batch)
+    assert not torch.allclose(second, expected, atol=1e-2)
+    plain.save_pretrained(tmp_path / "own")
+    again = PeftModel.from_pretrained(tiny.backbone(), tmp_path / "own")
+    assert torch.equal(logits(again, batch), second)
+    plain.delete_adapter("second")
+    plain.delete_adapter("mine")
+    assert torch.equal(logits(plain, batch), bare)
+
+
+def test_signatures_show_the_routing_arguments(model):
+    import inspect
+
+    backbone = model.get_base_model()
+    names = list(inspect.signature(backbone.forward).parameters)
+    assert names[0] == "input_ids"
+    assert {"mm_token_type_ids", "interaction_ids", "question_mask"} <= set(names)
+    assert "generation_config" in inspect.signature(backbone.generate).parameters
