@@ -73,7 +73,7 @@ def resolve(
         first, second = (outside, given) if prompt else (given, outside)
         source = {name: first[name] if first[name] is not None else second[name] for name in source}
     for name, ids in source.items():
-        _check_integer(name, ids)
+        check_kind(name, ids)
 
     whole_types = source["mm_token_type_ids"]
     if tokens is None and whole_types is None and all(ids is None for ids in source.values()):
@@ -121,7 +121,8 @@ _NO_TYPES = (
 )
 
 
-def _check_integer(name: str, ids) -> None:
+def check_kind(name: str, ids) -> None:
+    """Refuse ids that are no integer tensor, and a question mask that is neither bool nor integer."""
     if ids is None:
         return
     integer = isinstance(ids, torch.Tensor) and not ids.is_floating_point()
@@ -137,6 +138,15 @@ def _is_first(bound: dict, offset: int, scope: RoutingInputs | None) -> bool:
     if scope is None or scope.start is None or offset != scope.start:
         return False
     return bound.get("past_key_values") is not None or bool(bound.get("use_cache"))
+
+
+def check_prompt(name: str, ids: torch.Tensor, length: int) -> None:
+    """Refuse ids of a prompt of another length than the one that the language model was given."""
+    if length != ids.shape[1]:
+        raise MokaError(
+            f"{name} covers a prompt of {ids.shape[1]} tokens, but the language model was given {length}. If the model "
+            "expands media inside, pass the ids of the expanded tokens: moka.routing(model, mm_token_type_ids=...)."
+        )
 
 
 def cache_length(cache) -> int:
@@ -166,10 +176,7 @@ def _align(name: str, ids: torch.Tensor, at: _Tokens, past_end: int = 0) -> torc
     if ids.dim() == 2 and at.by_position and ids.shape[0] and batch % ids.shape[0] == 0:
         begin = offset - at.scope.start
         if at.first and seq > ids.shape[1]:
-            raise MokaError(
-                f"{name} covers a prompt of {ids.shape[1]} tokens, but the model was fed {seq}: it expands media "
-                "inside. Pass the ids of the expanded tokens with moka.routing(model, mm_token_type_ids=...)."
-            )
+            check_prompt(name, ids, seq)
         return _cut(ids.repeat_interleave(batch // ids.shape[0], dim=0), begin, seq, past_end)
     if tuple(ids.shape) == at.shape:
         return ids

@@ -165,7 +165,10 @@ def _no_match(config: MokaConfig, model: nn.Module) -> str:
     known = _linear_names(model)
     wanted = [config.target_modules] if isinstance(config.target_modules, str) else sorted(config.target_modules)
     close = [n for w in wanted for n in difflib.get_close_matches(w.rpartition(".")[2], known, n=2)]
+    # A name that exists may still match nothing where another field narrows the choice.
+    narrowing = {name: getattr(config, name) for name in ("layers_to_transform", "exclude_modules")}
+    also = "".join(f" {name} is {value}." for name, value in narrowing.items() if value is not None)
     return (
         f"target_modules: {wanted} matches no layer of {type(model).__name__}. Linear layers there: "
-        f"{', '.join(dict.fromkeys(close or known[:8])) or 'none'}."
+        f"{', '.join(dict.fromkeys(close or known[:8])) or 'none'}.{also}"
     )

@@ -27,7 +27,7 @@ from moka.errors import MokaError
 
 from .checkpointing import route_checkpoints, unroute_checkpoints
 from .config import MokaConfig
-from .inputs import RoutingInputs, cache_length, resolve
+from .inputs import RoutingInputs, cache_length, check_kind, check_prompt, resolve
 from .layer import MokaLayer
 from .routing import Routing, View, build_routing
 
@@ -160,8 +160,7 @@ class RoutedForward:
             return False
         if scope.start is not None or tokens.shape == scope.mm_token_type_ids.shape:
             return False
-        inner = (module for module in self.model.modules() if module is not self.model)
-        return any(isinstance(module.__dict__.get("forward"), RoutedForward) for module in inner)
+        return _holds_routed_model(self.model)
 
 
 class RoutedGenerate:
@@ -193,16 +192,19 @@ class RoutedGenerate:
 
     def _scope_of_prompt(self, configs: dict[str, MokaConfig], bound: dict, given: dict) -> RoutingInputs | None:
         outer = self.router.scope
-        if outer is not None and outer.start is not None:
-            return outer  # generate inside generate: the outer one knows the prompt
-        cached = cache_length(bound.get("past_key_values"))
         tokens = bound["input_ids"] if bound["input_ids"] is not None else bound.get("inputs_embeds")
+        if outer is not None and outer.start is not None:  # generate inside generate: the outer one knows the prompt
+            if tokens is not None:
+                check_prompt("mm_token_type_ids", outer.mm_token_type_ids, tokens.shape[1])
+            return outer
+        cached = cache_length(bound.get("past_key_values"))
         mask = bound.get("attention_mask")
         # As transformers tells them apart: a mask longer than the tokens means that these are the new ones alone.
         new_only = cached > 0 and mask is not None and tokens is not None and mask.shape[1] != tokens.shape[1]
         if not new_only:
             bound = {**bound, "past_key_values": None}
-        if outer is not None and outer.mm_token_type_ids is not None and given["mm_token_type_ids"] is None:
+        in_block = outer is not None and outer.mm_token_type_ids is not None and given["mm_token_type_ids"] is None
+        if in_block and _holds_routed_model(self.model):
             # The block's ids are those of the expanded prompt, which a foreign model makes of these tokens only later.
             own_mask = mask is not None and mask.shape == outer.mm_token_type_ids.shape
             bound = {"attention_mask": mask if own_mask else None}
@@ -225,6 +227,12 @@ def active_configs(model: nn.Module, router: MokaRouter) -> dict[str, MokaConfig
             used = module.merged_adapters or module.active_adapters
             names |= {name: None for name in used if name in module.moka_A}
     return {name: router.configs[name] for name in names}
+
+
+def _holds_routed_model(model: nn.Module) -> bool:
+    """Whether another model inside routes as well: a foreign model may expand media before it calls that one."""
+    inner = (module for module in model.modules() if module is not model)
+    return any(isinstance(module.__dict__.get("forward"), RoutedForward) for module in inner)
 
 
 def attach_router(model: nn.Module) -> MokaRouter:
@@ -275,11 +283,14 @@ def routing(
         question_mask: [batch, seq] bool: shorthand for one question.
         attention_mask: [batch, seq]: 0 marks padding.
     Raises:
-        MokaError: no MokA adapter in ``model``.
+        MokaError: no MokA adapter in ``model``; ids that are not integer tensors.
     """
     routers = {id(m.moka_router): m.moka_router for m in model.modules() if isinstance(m, MokaLayer)}
     if not routers:
         raise MokaError(f"moka.routing: {type(model).__name__} holds no MokA adapter; attach one with get_peft_model.")
+    given = {"mm_token_type_ids": mm_token_type_ids, "interaction_ids": interaction_ids, "question_mask": question_mask}
+    for name, ids in given.items():
+        check_kind(name, ids)
     valid = None if attention_mask is None else attention_mask.bool()
     scope = RoutingInputs(mm_token_type_ids, interaction_ids, question_mask, valid)
     before = [(router, router.scope) for router in routers.values()]

@@ -27,7 +27,7 @@ def no_compute(model):
     return model
 
 
-@pytest.mark.parametrize("verb", ["forward", "generate", "routing"])
+@pytest.mark.parametrize("verb", ["forward", "generate", "routing", "routing generate"])
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -58,14 +58,17 @@ def test_ids(no_compute, batch, change, message, verb):
     given = {"question_mask": None, **batch.kwargs(*ROUTED)}
     given |= {name: edit(given[name]) for name, edit in change.items()}
     ids = {name: given.pop(name) for name in ("mm_token_type_ids", "interaction_ids", "question_mask")}
-    with pytest.raises(moka.MokaError, match=message):
+
+    def run():
         if verb == "forward":
-            no_compute(**given, **ids)
-        elif verb == "generate":
-            no_compute.generate(**given, **ids, max_new_tokens=1)
-        else:
-            with moka.routing(no_compute, **ids):
-                no_compute(**given)
+            return no_compute(**given, **ids)
+        if verb == "generate":
+            return no_compute.generate(**given, **ids, max_new_tokens=1)
+        with moka.routing(no_compute, **ids):
+            return no_compute.generate(**given) if verb == "routing generate" else no_compute(**given)
+
+    with pytest.raises(moka.MokaError, match=message):
+        run()
 
 
 def test_attention_mask_of_another_length(no_compute, batch):
@@ -172,11 +175,13 @@ DAMAGES = {
 def test_damaged_adapter_folder(tiny, folder, kind, verb):
     edit, message = DAMAGES[kind]
     damage(folder, edit)
+    adapted = tiny.adapted()
+    load = {
+        "from_pretrained": lambda: PeftModel.from_pretrained(tiny.backbone(), folder),
+        "load_adapter": lambda: adapted.load_adapter(str(folder), "second"),
+    }
     with pytest.raises(moka.MokaError, match=message):
-        if verb == "from_pretrained":
-            PeftModel.from_pretrained(tiny.backbone(), folder)
-        else:
-            tiny.adapted().load_adapter(str(folder), "second")
+        load[verb]()
 
 
 def truncate(folder):

@@ -228,10 +228,21 @@ def test_foreign_model_is_routed_by_the_block(foreign, tiny, verb):
 
 def test_foreign_model_without_the_block_is_an_error_where_the_tokens_expand(foreign, tiny):
     prompt = torch.tensor([[5, tiny.IMAGE, 6, 7]])
-    with pytest.raises(moka.MokaError, match=r"expands media inside.*moka\.routing"):
+    with pytest.raises(moka.MokaError, match=r"covers a prompt of 4 tokens, .* given 6.*moka\.routing"):
         foreign.generate(input_ids=prompt, max_new_tokens=2)
-    with pytest.raises(moka.MokaError, match="expands media inside"):
+    with pytest.raises(moka.MokaError, match=r"got \[1, 6\] tokens.*for \[1, 4\].*expands media inside"):
         foreign(input_ids=prompt)
+
+
+@pytest.mark.parametrize("length", [5, 7])
+def test_foreign_model_with_ids_of_another_length_is_an_error(foreign, tiny, length):
+    prompt, types = torch.tensor([[5, tiny.IMAGE, 6, 7]]), torch.zeros(1, length, dtype=torch.long)
+    for run in (lambda: foreign.generate(input_ids=prompt, max_new_tokens=2), lambda: foreign(input_ids=prompt)):
+        with (
+            moka.routing(foreign, mm_token_type_ids=types),
+            pytest.raises(moka.MokaError, match=rf"\b{length}\b.*\b6\b"),
+        ):
+            run()
 
 
 class ByMethod(nn.Module):

@@ -1,0 +1,48 @@
+# make quickstart   environment, data, training, evaluation, table
+# make test         the tests
+# make lint         ruff and mypy
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUN ?= runs/quickstart
+CONFIG ?= configs/quickstart/audio_visual_text.yaml
+
+# Spinning OpenMP threads are an order of magnitude slower on a busy machine.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: quickstart test lint format clean
+.DELETE_ON_ERROR:
+
+quickstart: $(VENV)/.demo
+	$(BIN)/moka train $(CONFIG) output.dir=$(RUN) --overwrite
+	$(BIN)/moka eval $(RUN)
+
+test: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check moka tests
+	$(BIN)/ruff format --check moka tests
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix moka tests
+	$(BIN)/ruff format moka tests
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit("moka needs Python 3.10 or newer; this is " + sys.version.split()[0] + ". Name another: make PYTHON=python3.12 ..." if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+# torch first: the pinned build is installed alone, and nothing after it asks for another.
+$(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo]"
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
