@@ -98,6 +98,19 @@ def check_adapter_tensors(model: nn.Module, adapter_name: str, state_dict: dict[
             raise MokaError(f"{key} holds values that are not finite; the adapter is damaged or its training diverged.")
 
 
+def check_finite(model: nn.Module, adapter_name: str) -> None:
+    """Refuse an adapter that reached the model by a loader which asks nobody, such as transformers' own."""
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            for group in module.adapter_layer_names:
+                tensors = getattr(module, group)
+                if adapter_name in tensors and not torch.isfinite(tensors[adapter_name]).all():
+                    raise MokaError(
+                        f"{name}.{group} of adapter {adapter_name!r} holds values that are not finite; the adapter is "
+                        "damaged or its training diverged. Take an earlier checkpoint."
+                    )
+
+
 def _adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, tuple[int, ...]]:
     wanted = {}
     for name, module in model.named_modules():

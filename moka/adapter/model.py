@@ -48,11 +48,11 @@ class MokaModel(BaseTuner):
         if config.modality_token_ids is None:
             config.modality_token_ids = placeholder_ids(model, config)
         router = attach_router(model)
-        router.configs[adapter_name] = config
+        router.add(adapter_name, config)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except ValueError as error:
-            router.configs.pop(adapter_name, None)
+            router.remove(adapter_name)
             if not any(isinstance(m, MokaLayer) for m in model.modules()):
                 detach_router(model)
             if "not found in the base model" in str(error) or "No modules were targeted" in str(error):
@@ -86,7 +86,7 @@ class MokaModel(BaseTuner):
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
-        attach_router(self.model).configs.pop(adapter_name, None)
+        attach_router(self.model).remove(adapter_name)
 
     def merge_and_unload(self, progressbar: bool = False, safe_merge: bool = False, adapter_names=None) -> nn.Module:
         """The bare backbone with the text path folded in. What media tokens had beyond that is lost, and said."""

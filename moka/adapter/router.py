@@ -26,6 +26,7 @@ from torch import nn
 from moka.errors import MokaError
 
 from .checkpointing import route_checkpoints, unroute_checkpoints
+from .checks import check_finite
 from .config import MokaConfig
 from .inputs import RoutingInputs, cache_length, check_kind, check_prompt, resolve
 from .layer import MokaLayer
@@ -49,11 +50,28 @@ class MokaRouter:
         self.running = False  # a forward, or its recomputation, is running; its routing may be None
         self.scope: RoutingInputs | None = None  # of the enclosing `with moka.routing(...)` or generate
         self.configs: dict[str, MokaConfig] = {}
+        self._unchecked: set[str] = set()  # adapters that no inference has used yet
         self._seen_routing = False
         self._warned = False
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "routing": None, "running": False, "scope": None}
+
+    def add(self, adapter_name: str, config: MokaConfig) -> None:
+        """Know an adapter that is about to be injected."""
+        self.configs[adapter_name] = config
+        self._unchecked.add(adapter_name)
+
+    def remove(self, adapter_name: str) -> None:
+        """Forget an adapter."""
+        self.configs.pop(adapter_name, None)
+        self._unchecked.discard(adapter_name)
+
+    def check(self, model: nn.Module, adapter_names) -> None:
+        """Look at the values of each adapter once, before its first inference."""
+        for name in self._unchecked.intersection(adapter_names):
+            check_finite(model, name)
+            self._unchecked.discard(name)
 
     @contextmanager
     def active(self, routing: Routing | None) -> Iterator[None]:
@@ -146,6 +164,8 @@ class RoutedForward:
         if not configs or self._leave_to_inner(bound, given):
             return call(*args, **kwargs)
         training = self.model.training and torch.is_grad_enabled()
+        if not self.model.training:
+            self.router.check(self.model, configs)
         inputs = resolve(configs, bound, given, self.router.scope, training)
         routing = None if inputs is None else build_routing(configs, *inputs)
         if self.model.training:

@@ -184,6 +184,15 @@ def test_damaged_adapter_folder(tiny, folder, kind, verb):
         load[verb]()
 
 
+def test_values_loaded_by_transformers_itself_are_checked_before_the_first_inference(tiny, folder):
+    """Its ``model.load_adapter`` asks nobody; what is missing or extra it prints in its own load report."""
+    damage(folder, DAMAGES["nan"][0])
+    model, row = tiny.backbone(), tiny.rows(["i i q q"])
+    model.load_adapter(str(folder), adapter_name="mine")
+    with pytest.raises(moka.MokaError, match=r"moka_A of adapter 'mine' holds values that are not finite"):
+        model(**row.kwargs(*ROUTED))
+
+
 def truncate(folder):
     path = folder / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
