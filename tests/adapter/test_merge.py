@@ -62,6 +62,14 @@ def test_padding_keeps_the_bare_path_when_merged(model, batch):
     torch.testing.assert_close(outputs[0], outputs[1], atol=1e-5, rtol=1e-5)
 
 
+def test_merged_outputs_know_no_dropout(tiny, batch):
+    """The folded text path has none, so the residual that media tokens keep must not have any either."""
+    model = tiny.adapted(dropout=0.5)
+    before = logits(model, batch)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model.train(), batch), before, atol=1e-4, rtol=1e-4)
+
+
 def test_merged_generation_equals_unmerged(model, batch):
     steps = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     before = torch.stack(model.generate(**batch.kwargs(*ROUTED), **steps).logits)

@@ -1,5 +1,7 @@
 """The peft citizen: every verb that works for LoRA works for MokA."""
 
+import inspect
+
 import pytest
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
@@ -229,8 +231,6 @@ def test_transformers_own_adapter_verbs(model, tiny, batch, tmp_path):
 
 
 def test_signatures_show_the_routing_arguments(model):
-    import inspect
-
     backbone = model.get_base_model()
     names = list(inspect.signature(backbone.forward).parameters)
     assert names[0] == "input_ids"

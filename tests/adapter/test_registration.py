@@ -1,7 +1,6 @@
 """``PeftType.MOKA`` is there after an import, once, in any process; adapted models travel between processes."""
 
 import copy
-import io
 import pickle
 import subprocess
 import sys
@@ -15,7 +14,6 @@ import moka
 from moka.adapter import MokaModel
 
 ROUTED = ("input_ids", "mm_token_type_ids", "interaction_ids", "attention_mask")
-LAYERS = 14
 
 
 def logits(model, batch):
@@ -80,6 +78,15 @@ def test_deepcopy_is_independent(model, tiny, batch):
     assert torch.equal(twin.generate(**ids, max_new_tokens=2), twin.base_model.model.generate(**ids, max_new_tokens=2))
 
 
+def test_a_copy_made_inside_a_block_is_not_in_the_block(model, batch):
+    with moka.routing(model, **batch.kwargs(*ROUTED[1:])):
+        twin, again = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    row = batch.row(0)
+    for one in (twin, again):
+        assert torch.equal(logits(one, row), logits(model, row))
+        assert torch.equal(one(row.input_ids).logits, model(row.input_ids).logits)
+
+
 def test_pickle_in_a_process_that_has_not_imported_moka(model, batch, tmp_path):
     model.train()
     model(**batch.kwargs(*ROUTED), labels=batch.input_ids).loss.backward()
@@ -87,8 +94,6 @@ def test_pickle_in_a_process_that_has_not_imported_moka(model, batch, tmp_path):
     model.eval()
     expected = logits(model, batch)
     assert torch.equal(logits(pickle.loads(pickle.dumps(model)), batch), expected)
-    buffer = io.BytesIO()
-    torch.save(model.peft_config["default"], buffer)
     torch.save({"model": model, "ids": batch.kwargs(*ROUTED), "expected": expected}, tmp_path / "whole.pt")
     in_a_fresh_process(
         f"""

@@ -245,6 +245,31 @@ def test_foreign_model_with_ids_of_another_length_is_an_error(foreign, tiny, len
             run()
 
 
+class OwnLoop(Foreign):
+    """Decodes by itself, without the language model's ``generate``."""
+
+    def generate(self, input_ids, steps=2):
+        out, tokens = self.language_model(inputs_embeds=self.embed(input_ids), use_cache=True), []
+        for _ in range(steps):
+            tokens.append(out.logits[:, -1:].argmax(-1))
+            out = self.language_model(input_ids=tokens[-1], past_key_values=out.past_key_values)
+        return torch.cat(tokens, 1), out.logits
+
+
+def test_foreign_model_with_a_decoding_loop_of_its_own(tiny):
+    model = get_peft_model(OwnLoop(tiny.backbone(), tiny.IMAGE), tiny.config(task_type=None))
+    model, prompt = tiny.strong_(model).eval(), torch.tensor([[5, tiny.IMAGE, 6, 7]])
+    network = model.base_model.model
+    with moka.routing(model, **EXPANDED):
+        tokens, logits = model.generate(input_ids=prompt)
+    words = network.language_model.get_input_embeddings()(tokens)
+    ids = {name: nn.functional.pad(value, (0, 2)) for name, value in EXPANDED.items()}
+    whole = network.language_model(inputs_embeds=torch.cat([network.embed(prompt), words], 1), **ids).logits
+    torch.testing.assert_close(logits[:, -1], whole[:, -1], atol=1e-4, rtol=1e-4)
+    with pytest.raises(moka.MokaError, match=r"covers a prompt of 4 tokens, .* given 6"):
+        model.generate(input_ids=prompt)
+
+
 class ByMethod(nn.Module):
     """A custom network whose layers run through a method and not through ``forward``."""
 
