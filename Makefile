@@ -1,6 +1,7 @@
 # make quickstart   environment, data, training, evaluation, table
 # make test         the tests
 # make lint         ruff and mypy
+# make docs         the documentation as a site, in site/
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +12,7 @@ CONFIG ?= configs/quickstart/audio_visual_text.yaml
 # Spinning OpenMP threads are an order of magnitude slower on a busy machine.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: quickstart test lint format clean
+.PHONY: quickstart test lint format docs clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.demo
@@ -30,6 +31,12 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix moka tests
 	$(BIN)/ruff format moka tests
 
+docs: $(VENV)/.docs
+	$(BIN)/moka train --help-config > docs/configuration.txt
+	(echo '# Configuration'; echo; echo '```yaml'; cat docs/configuration.txt; echo '```') > docs/configuration.md
+	rm docs/configuration.txt
+	$(BIN)/mkdocs build --strict
+
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 
@@ -41,6 +48,10 @@ $(BIN)/python:
 $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo]"
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.demo
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
