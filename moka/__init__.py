@@ -2,21 +2,29 @@
 
 from importlib import import_module
 
-from . import adapter  # registers PeftType.MOKA
+from . import adapter, modeling  # register PeftType.MOKA, and the model type "moka" with transformers' Auto classes
 from .adapter import MokaConfig, routing
 from .errors import MokaError
+from .modeling import MokaForConditionalGeneration, MokaProcessor
 
 __version__ = "0.1.0"
 
-# Loaded on first use: the adapter alone must not cost the import of the rest.
+# Loaded on first use: the adapter and the model must not cost the import of data and training.
 _LAZY = {
-    "MokaForConditionalGeneration": "moka.modeling",
-    "MokaProcessor": "moka.modeling",
     "load": "moka.inference",
     "load_base": "moka.inference",
 }
 
-__all__ = ["MokaConfig", "MokaError", "adapter", "routing", *_LAZY]
+__all__ = [
+    "MokaConfig",
+    "MokaError",
+    "MokaForConditionalGeneration",
+    "MokaProcessor",
+    "adapter",
+    "modeling",
+    "routing",
+    *_LAZY,
+]
 
 
 def __getattr__(name: str):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,10 @@ from moka.adapter.checks import check_adapter_folder
 from moka.data import check_sample, decode_sample
 from moka.data.media import BadMediaError
 from moka.errors import MokaError
-from moka.modeling import MokaForConditionalGeneration, MokaProcessor
+from moka.modeling import MokaForConditionalGeneration, MokaProcessor, TooLongError
 from moka.training.arguments import ModelSection
 from moka.training.build import build_model, context_length
+from moka.training.files import read_json
 from moka.training.folder import ADAPTER, FORMAT_VERSION, MODEL_CONFIG
 
 
@@ -52,6 +52,8 @@ class LoadedModel:
         if messages is None:
             if question is None:
                 raise MokaError("generate: give a question, or messages.")
+            if not question.strip() and image is None and audio is None and video is None:
+                raise MokaError("generate: the question is empty and there are no media; ask something.")
             content = [
                 {"type": kind, kind: one}
                 for kind, media in (("image", image), ("audio", audio), ("video", video))
@@ -61,26 +63,51 @@ class LoadedModel:
         return self.generate_batch([messages], max_new_tokens=max_new_tokens, **kwargs)[0]
 
     @torch.no_grad()
-    def generate_batch(self, chats: Sequence[list[dict]], max_new_tokens: int = 64, **kwargs: Any) -> list[str]:
-        """Answer several chats at once; each ends in a user's turn."""
-        try:
-            decoded = [
-                decode_sample(check_sample({"id": str(i), "messages": chat}, f"chat {i}", require_answer=False))
-                for i, chat in enumerate(chats)
-            ]
-        except BadMediaError as error:
-            raise MokaError(f"{error.file}: {error.reason}") from error
-        room = self.context - max_new_tokens if self.context else None
-        batch = self.processor([sample["messages"] for sample in decoded], max_length=room).to(self.model.device)
+    def generate_batch(
+        self,
+        chats: Sequence[list[dict]],
+        max_new_tokens: int = 64,
+        names: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> list[str]:
+        """Answer several chats at once; each ends in a user's turn. ``names`` are what errors call them."""
+        for name, value in (("max_new_tokens", max_new_tokens), ("num_beams", kwargs.get("num_beams", 1))):
+            if value < 1:
+                raise MokaError(f"generate: {name} is {value}; at least 1 is due.")
+        room = None
+        if self.context is not None:
+            room = self.context - max_new_tokens
+            if room < 1:
+                raise MokaError(
+                    f"generate: max_new_tokens {max_new_tokens} leaves no room for a question in the backbone's context of "
+                    f"{self.context} tokens; lower it."
+                )
+        if names is None:
+            names = [f"chat {i}" for i in range(len(chats))] if len(chats) > 1 else ["the question"]
+        encoded = []
+        for name, chat in zip(names, chats, strict=True):
+            sample = check_sample({"id": name, "messages": chat}, name, require_answer=False)
+            try:
+                messages = decode_sample(sample)["messages"]
+            except BadMediaError as error:
+                raise MokaError(f"{name}: {error.file}: {error.reason}") from error
+            try:
+                encoded.append(self.processor.encode(messages, add_generation_prompt=True, max_length=room))
+            except TooLongError as error:
+                reserved = f"{max_new_tokens} of the {self.context} tokens are kept for the answer"
+                raise MokaError(f"{name}: {error} ({reserved})") from error
+        batch = self.processor.pad(encoded, padding_side="left").to(self.model.device)
         batch.pop("labels")
         self.model.eval()
-        tokens = self.model.generate(**batch, **{"do_sample": False, **kwargs, "max_new_tokens": max_new_tokens})
+        model: Any = self.model
+        tokens = model.generate(**batch, **{"do_sample": False, **kwargs, "max_new_tokens": max_new_tokens})
         return self.processor.batch_decode(tokens[:, batch["input_ids"].shape[1] :])
 
     @property
     def context(self) -> int | None:
         """Tokens that fit into the backbone's context."""
-        return context_length(ModelSection(), self.model.get_base_model())
+        base: Any = self.model.get_base_model()
+        return context_length(ModelSection(), base)
 
 
 def _as_list(media: Any) -> list[Any]:
@@ -109,7 +136,10 @@ def _model_config(folder: Path) -> dict[str, Any]:
             f"{folder} has no {MODEL_CONFIG}, which tells the encoders and projectors: it was not written by `moka train`, or "
             "not copied whole. Build the base model yourself and use PeftModel.from_pretrained."
         )
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json(path)
+    lost = {"format_version", "backbone", "backbone_fingerprint", "modalities", "fill_token_id", "parts"} - {*config}
+    if lost:
+        raise MokaError(f"{path} lacks {', '.join(sorted(lost))}; it is damaged. Copy the folder again.")
     if config["format_version"] > FORMAT_VERSION:
         raise MokaError(f"{path} was written by a newer moka (format {config['format_version']}); upgrade moka-peft.")
     return config
@@ -154,11 +184,14 @@ def load(
         MokaError: no adapter there; tensors missing, damaged, or of another backbone.
     """
     folder = find_adapter(run)
-    check_adapter_folder(folder)
+    device = _device(device)
+    read_json(folder / "adapter_config.json")
+    check_adapter_folder(str(folder))
     _check_complete_folder(folder)
+    processor = MokaProcessor.from_pretrained(folder)
     base = load_base(folder, dtype=dtype, backbone=backbone)
     try:
-        model = PeftModel.from_pretrained(base, folder)
+        model = PeftModel.from_pretrained(base, str(folder))
         expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     except KeyError as error:
         raise MokaError(f"{folder}: the weights lack {error}; the file lost tensors. Copy or save it again.") from error
@@ -172,8 +205,19 @@ def load(
         raise MokaError(
             f"{folder}: the weights lack {len(missing)} tensors ({missing[0]}, ...). Copy or save it again."
         )
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return LoadedModel(model.to(device).eval(), MokaProcessor.from_pretrained(folder), folder)
+    return LoadedModel(model.to(device).eval(), processor, folder)
+
+
+def _device(name: str | None) -> str:
+    """The accelerator if there is one, or the named device."""
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise MokaError(f"device {name!r} cannot be used here ({reason}). Leave it out, or name another.") from error
+    return name
 
 
 def _tensor_names(folder: Path) -> set[str]:

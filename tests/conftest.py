@@ -66,3 +66,74 @@ def backbones(tmp_path_factory, tiny_tokenizer):
         tiny_tokenizer.save_pretrained(folder)
         folders[name] = folder
     return folders
+
+
+@pytest.fixture(scope="session")
+def tiny_config(backbones):
+    """Makes the raw configuration of a run of a second or two on the embedded digits.
+
+    ``tiny_config(folder, training__max_steps=4)`` writes into ``folder``; keyword arguments change dotted keys.
+    """
+
+    def make(folder, **changes):
+        raw = {
+            "stages": [1, 2],
+            "model": {
+                "backbone": str(backbones["llama"]),
+                "chat_template": "chatml",
+                "modalities": {
+                    "visual": {
+                        "encoder": {"type": "conv-image", "polarity": "light-on-dark", "channels": [8, 8], "width": 16},
+                        "projector": {"type": "linear", "tokens": 2},
+                    },
+                    "audio": {
+                        "encoder": {"type": "conv-audio", "channels": [8, 8], "width": 16},
+                        "projector": {"type": "linear", "tokens": 2},
+                    },
+                },
+            },
+            "adapter": {"r": 2, "alpha": 4, "target_modules": ["q_proj", "v_proj"]},
+            "data": {
+                **dict.fromkeys(("alignment", "train", "validation", "test"), "embedded:audio-visual-text"),
+                "train_size": 64,
+                "validation_size": 4,
+            },
+            "alignment": {
+                "objective": "embedding",
+                "max_steps": 6,
+                "per_device_train_batch_size": 8,
+                "learning_rate": 1e-3,
+                "logging_steps": 1,
+                "save_strategy": "steps",
+                "save_steps": 2,
+            },
+            "training": {
+                "max_steps": 6,
+                "per_device_train_batch_size": 4,
+                "learning_rate": 3e-3,
+                "logging_steps": 1,
+                "eval_strategy": "steps",
+                "eval_steps": 3,
+                "save_strategy": "steps",
+                "save_steps": 2,
+            },
+            "evaluation": {"size": 8, "blank_size": 4, "batch_size": 4, "max_new_tokens": 4},
+            "output": {"dir": str(folder), "samples": 2},
+        }
+        for key, value in changes.items():
+            node = raw
+            *parents, leaf = key.split("__")
+            for parent in parents:
+                node = node.setdefault(parent, {})
+            node[leaf] = value
+        return raw
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def trained_run(tiny_config, tmp_path_factory):
+    """The folder of a finished run of both stages, with checkpoints at steps 2, 4 and 6. To read, not to change."""
+    from moka.training import config_from_dict, run_training
+
+    return run_training(config_from_dict(tiny_config(tmp_path_factory.mktemp("runs") / "both")))

@@ -8,17 +8,19 @@ Prints a table and writes RUN/evaluation.json, RUN/predictions.jsonl and the mod
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import transformers
 
 import moka
 from moka.data import open_source
+from moka.data.embedded import PREFIX
 from moka.errors import MokaError
 from moka.evaluation import evaluate, show, write
+from moka.inference import find_adapter
 from moka.training import load_config
-from moka.training.folder import CONFIG, RunFolder
+from moka.training.files import read_json
+from moka.training.folder import CONFIG, SUMMARY, RunFolder
 from moka.training.report import write_card
 
 HELP = "measure a trained run on unseen questions"
@@ -32,6 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--blank-size", type=int, help="questions repeated with a modality blanked")
     parser.add_argument("--no-blank", action="store_true", help="leave the blanked repetitions out")
     parser.add_argument("--batch-size", type=int, help="questions generated at once")
+    parser.add_argument(
+        "--backbone", metavar="FOLDER", help="where the language model lies, if not where it was trained"
+    )
     parser.add_argument("--device", help="cpu, cuda, ... (default: an accelerator if there is one)")
 
 
@@ -45,11 +50,16 @@ def run(arguments: argparse.Namespace) -> None:
     if source is None:
         raise MokaError(f"data.{arguments.split} is not set in {folder / CONFIG}; give --data FILE.")
     transformers.utils.logging.disable_progress_bar()
+    for name in ("size", "blank_size", "batch_size"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise MokaError(f"--{name.replace('_', '-')}: {value} is too small; at least 1 is due.")
+    find_adapter(folder)
     samples = open_source(
         source, arguments.split, media_root=config.data.media_root, video_frames=config.data.video_frames
     )
     result = evaluate(
-        moka.load(folder, device=arguments.device),
+        moka.load(folder, device=arguments.device, backbone=arguments.backbone),
         samples,
         size=arguments.size or settings.size,
         blank=settings.blank and not arguments.no_blank,
@@ -57,9 +67,10 @@ def run(arguments: argparse.Namespace) -> None:
         batch_size=arguments.batch_size or settings.batch_size,
         max_new_tokens=settings.max_new_tokens,
     )
-    result["protocol"]["data"] = f"{source}, {arguments.split}"
-    show(result, f"{folder}: {source}, {arguments.split}")
+    # A JSONL file is one split by itself, whatever was asked for.
+    result["protocol"]["data"] = f"{source}, {arguments.split}" if source.startswith(PREFIX) else source
+    show(result, f"{folder}: {result['protocol']['data']}")
     path = write(result, folder)
-    summary = folder / "summary.json"
-    write_card(RunFolder(folder), config, json.loads(summary.read_text("utf-8")) if summary.exists() else {})
+    summary = folder / SUMMARY
+    write_card(RunFolder(folder), config, read_json(summary) if summary.exists() else {})
     print(f"written: {path}")

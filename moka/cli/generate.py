@@ -23,6 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{kind}", action="append", metavar="FILE", help=f"{kind} file; may be repeated")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer, in tokens (default 64)")
     parser.add_argument("--num-beams", type=int, default=1, help="beam search with that many beams (default 1: greedy)")
+    parser.add_argument(
+        "--backbone", metavar="FOLDER", help="where the language model lies, if not where it was trained"
+    )
     parser.add_argument("--device", help="cpu, cuda, ... (default: an accelerator if there is one)")
 
 
@@ -33,7 +36,7 @@ def run(arguments: argparse.Namespace) -> None:
         problem = file_problem(path)
         if problem:
             raise MokaError(f"{path}: {problem}")
-    loaded = moka.load(arguments.run, device=arguments.device)
+    loaded = moka.load(arguments.run, device=arguments.device, backbone=arguments.backbone)
     answer = loaded.generate(
         arguments.question,
         image=arguments.image,

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
 import sys
 import warnings
 from collections.abc import Sequence
 
 import moka
 from moka.errors import MokaError
+from moka.training.processes import speaks
 
 from . import compare, evaluate, generate, train
 
+_SPACE, _PLACE = "Free space, or choose another folder.", "Choose another folder."
+_REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _SPACE),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP), _PLACE),
+}
 VERBS = {"train": train, "generate": generate, "eval": evaluate, "compare": compare}
 
 
@@ -35,9 +42,17 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code: 0, or 2 for a mistake that the user can mend."""
-    arguments = parser().parse_args(argv)
+    top = parser()
+    arguments, extra = top.parse_known_args(argv)
+    # argparse takes all positional arguments in one go; key=value may also follow an option.
+    if extra and (not hasattr(arguments, "overrides") or any(word.startswith("-") for word in extra)):
+        top.error(f"unrecognized arguments: {' '.join(extra)}")
+    if extra:
+        arguments.overrides += extra
     # peft asks transformers 5.23 for an attribute by its old name; nobody at the command line can mend that.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+    if arguments.verb != "train" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return _complain(f"moka {arguments.verb} runs as one process; start it without a launcher.")
     try:
         VERBS[arguments.verb].run(arguments)
     except MokaError as error:
@@ -45,11 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _complain(str(error))
     except OSError as error:
-        if arguments.debug or error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+        if arguments.debug or error.errno not in _REMEDIES:
             raise
-        return _complain(
-            f"{error.strerror}: {error.filename or 'while writing'}. Free space, or choose another folder."
-        )
+        return _complain(f"{error.filename or 'writing'}: {error.strerror}. {_REMEDIES[error.errno]}")
     except KeyboardInterrupt:
         print("moka: interrupted", file=sys.stderr)
         return 130
@@ -57,5 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _complain(message: str) -> int:
-    print(f"moka: error: {' '.join(message.split())}", file=sys.stderr)
+    if speaks():
+        # A loader's worker sends its error as a traceback, whose last line is the message.
+        if "Original Traceback" in message:
+            message = message.strip().splitlines()[-1].partition(": ")[2]
+        print(f"moka: error: {' '.join(message.split())}", file=sys.stderr)
     return 2

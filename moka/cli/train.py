@@ -11,6 +11,8 @@ import argparse
 from moka.errors import MokaError
 from moka.training import load_config, run_training
 from moka.training.arguments import describe
+from moka.training.folder import CONNECTOR
+from moka.training.processes import is_main
 
 HELP = "train connectors (stage 1) and an adapter (stage 2)"
 
@@ -31,4 +33,6 @@ def run(arguments: argparse.Namespace) -> None:
         raise MokaError("moka train: name a configuration file, such as configs/quickstart/audio_visual_text.yaml.")
     config = load_config(arguments.config, arguments.overrides)
     folder = run_training(config, resume=arguments.resume, overwrite=arguments.overwrite)
-    print(f"done: {folder}  (next: moka eval {folder})")
+    if is_main():
+        after = f"moka eval {folder}" if 2 in config.stages else f"stages=[2] model.connectors=[{folder / CONNECTOR}]"
+        print(f"done: {folder}  (next: {after})")

@@ -49,12 +49,10 @@ def open_source(
     if source.startswith(PREFIX):
         return EmbeddedTask(source.removeprefix(PREFIX), split, size=size, seed=seed, stage=stage)
     dataset = JsonlDataset(source, media_root=media_root)
-    missing = dataset.missing_media() if on_bad_media == "error" else []
+    missing = dataset.missing_media(limit=1) if on_bad_media == "error" else []
     if missing:
         raise MokaError(
-            f"{source}: {missing[0]}"
-            + (f" (and {len(missing) - 1} more)" if len(missing) > 1 else "")
-            + ". Put the files under the media root, or set data.on_bad_media=substitute."
+            f"{'; '.join(missing)}. Put the files under the media root, or set data.on_bad_media=substitute."
         )
     policy = BadMediaPolicy(on_bad_media, bad_media_budget)
     decoded = DecodedDataset(dataset, policy, seed=seed, video_frames=video_frames, report_path=report_path)
@@ -98,13 +96,24 @@ class EncodedDataset:
     ) -> None:
         self.samples, self.processor, self.max_length, self.seed = samples, processor, max_length, seed
         self.report_path = None if report_path is None else Path(report_path)
-        self.dropped: dict[int, str] = {}
+        self._dropped: dict[int, str] = {}
 
     def __len__(self) -> int:
         return len(self.samples)
 
+    @property
+    def dropped(self) -> dict[int, str]:
+        """Index -> reason of every sample replaced so far; with a report also by the other loader workers and ranks."""
+        if self.report_path is not None and self.report_path.exists():
+            for record in map(json.loads, self.report_path.read_text("utf-8").splitlines()):
+                self._dropped.setdefault(record["index"], record["reason"])
+        return self._dropped
+
     def __getitem__(self, index: int) -> dict[str, Any]:
-        tried, draw = int(index), np.random.default_rng([self.seed, int(index)])
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        tried = int(index) % len(self)  # -1 and the last index are one sample
+        draw = np.random.default_rng([self.seed, tried])
         for _ in range(_TRIES):
             sample = self.samples[tried]
             try:
@@ -121,7 +130,7 @@ class EncodedDataset:
     def _drop(self, index: int, sample_id: str, reason: str) -> None:
         if index in self.dropped:
             return
-        self.dropped[index] = reason
+        self._dropped[index] = reason
         if self.report_path is not None:
             with open(self.report_path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"index": index, "id": sample_id, "reason": reason}) + "\n")

@@ -16,8 +16,11 @@ from rich.table import Table
 import moka
 from moka.data import open_source
 from moka.errors import MokaError, nearest
-from moka.training import RunConfig, config_from_dict, run_training
-from moka.training.build import attach_adapter, build_model, count_parameters
+from moka.training import RunConfig, config_from_dict, load_config, run_training
+from moka.training.arguments import LORA_HAS_NOT
+from moka.training.build import adapter_parameters, build_model
+from moka.training.files import read_json, write_json, write_text
+from moka.training.folder import CONFIG, CONNECTOR, SUMMARY
 
 from .evaluate import AS_GIVEN, OVERALL, evaluate, write
 
@@ -44,6 +47,9 @@ def compare(
     Raises:
         MokaError: an unknown method, or no test data.
     """
+    methods = [method.strip() for method in methods]
+    if not methods or len(set(methods)) < len(methods):
+        raise MokaError(f"--methods: name each method once; got {', '.join(methods) or 'none'}.")
     for method in methods:
         if method not in METHODS:
             raise MokaError(f"--methods: unknown {method!r}; known: {', '.join(METHODS)}.{nearest(method, METHODS)}")
@@ -51,7 +57,11 @@ def compare(
         raise MokaError(f"--seeds: at least 1 is due, got {seeds}.")
     if config.data.test is None:
         raise MokaError("data.test is not set, and a comparison is made on it.")
+    if 2 not in config.stages:
+        raise MokaError(f"stages: {config.stages} trains no adapter to compare; set stages: [1, 2] or [2].")
     root = Path(config.output.dir)
+    if (root / CONFIG).exists():
+        raise MokaError(f"output.dir: {root} holds a single run; choose another folder with output.dir=...")
     adapters = {method: _adapter_section(config, method) for method in methods}
     if match_params:
         _match(config, adapters)
@@ -68,16 +78,18 @@ def compare(
         "matched_parameters": match_params,
         "methods": {m: {"adapter": adapters[m], **_summary(runs[m])} for m in methods},
     }
-    root.mkdir(parents=True, exist_ok=True)
-    (root / "comparison.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    (root / "comparison.md").write_text(markdown(result), encoding="utf-8")
+    write_json(root / "comparison.json", result)
+    write_text(root / "comparison.md", markdown(result))
     _show(result)
     print(f"written: {root / 'comparison.json'}, {root / 'comparison.md'}")
     return result
 
 
 def _adapter_section(config: RunConfig, method: str) -> dict[str, Any]:
-    return {**config.to_dict()["adapter"], **METHODS[method]}
+    section = {**config.to_dict()["adapter"], **METHODS[method]}
+    if section["method"] == "lora":
+        section |= {**dict.fromkeys(LORA_HAS_NOT), "share_b": True}
+    return section
 
 
 def _with(config: RunConfig, **changes: Any) -> RunConfig:
@@ -95,47 +107,37 @@ def _with(config: RunConfig, **changes: Any) -> RunConfig:
 def _match(config: RunConfig, adapters: dict[str, dict[str, Any]]) -> None:
     """Set each method's rank so that its adapter has about as many parameters as MokA's."""
     model, _ = build_model(config.model)
-    wanted = _adapter_parameters(config, model, _adapter_section(config, "moka"))
+
+    def parameters(section: dict[str, Any]) -> int:
+        return adapter_parameters(model, _with(config, adapter=section).adapter)
+
+    wanted = parameters(_adapter_section(config, "moka"))
     for section in adapters.values():
         ratio = section["alpha"] / section["r"]
         # The count is proportional to the rank.
-        per_rank = _adapter_parameters(config, model, {**section, "r": 1})
-        section["r"] = max(1, round(wanted / per_rank))
+        section["r"] = max(1, round(wanted / parameters({**section, "r": 1})))
         section["alpha"] = ratio * section["r"]
 
 
-def _adapter_parameters(config: RunConfig, model: Any, section: dict[str, Any]) -> int:
-    adapted = attach_adapter(model, _with(config, adapter=section).adapter)
-    count = count_parameters(adapted)["adapter"]
-    adapted.unload()
-    return count
-
-
 def _stage_one(config: RunConfig, folder: Path, seed: int) -> list[str]:
+    """The connectors of one seed, trained unless they lie there already."""
     if 1 not in config.stages:
         return config.model.connectors
-    if not (folder / "summary.json").exists():
-        run_training(
-            _with(config, stages=[1], training__seed=seed, output__dir=str(folder), data__validation=None),
-            overwrite=True,
-        )
-    return [str(folder / "connector")]
+    changed = _with(config, stages=[1], training__seed=seed, output__dir=str(folder), data__validation=None)
+    # What stage 1 does not read may have changed since.
+    for section in ("adapter", "evaluation"):
+        setattr(changed, section, getattr(RunConfig(), section))
+    changed.training = {"seed": seed}
+    if not (folder / SUMMARY).exists() or load_config(folder / CONFIG).to_dict() != changed.to_dict():
+        run_training(changed, overwrite=True)
+    return [str(folder / CONNECTOR)]
 
 
 def _one_run(
     config: RunConfig, section: dict[str, Any], folder: Path, seed: int, connectors: list[str], progress: bool
 ) -> dict[str, Any]:
+    """Train and evaluate one method with one seed, unless that was done already."""
     done = folder / "comparison.json"
-    settings = {
-        "adapter": section,
-        "seed": seed,
-        "training": config.training,
-        "evaluation": config.to_dict()["evaluation"],
-    }
-    if done.exists():
-        record = json.loads(done.read_text("utf-8"))
-        if record["settings"] == json.loads(json.dumps(settings)):
-            return record
     changed = _with(
         config,
         stages=[2],
@@ -144,12 +146,20 @@ def _one_run(
         output__dir=str(folder),
         model__connectors=connectors,
     )
+    # The alignment settings tell which connectors they are.
+    settings = json.loads(json.dumps(changed.to_dict()))
+    if done.exists():
+        record = read_json(done)
+        if record["settings"] == settings:
+            return record
     run_training(changed, overwrite=True)
     gc.collect()
     evaluation = config.evaluation
     result = evaluate(
         moka.load(folder),
-        open_source(config.data.test or "", "test", media_root=config.data.media_root),
+        open_source(
+            config.data.test or "", "test", media_root=config.data.media_root, video_frames=config.data.video_frames
+        ),
         size=evaluation.size,
         blank=False,
         batch_size=evaluation.batch_size,
@@ -157,7 +167,7 @@ def _one_run(
         progress=progress,
     )
     write(result, folder)
-    summary = json.loads((folder / "summary.json").read_text("utf-8"))
+    summary = read_json(folder / SUMMARY)
     record = {
         "settings": settings,
         "parameters": int(summary["trainable parameters, adapter"].replace(",", "")),
@@ -165,7 +175,7 @@ def _one_run(
         "n": result["protocol"]["n"],
         "torch": torch.__version__,
     }
-    done.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_json(done, record)
     return record
 
 

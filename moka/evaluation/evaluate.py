@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -18,12 +18,13 @@ from tqdm import tqdm
 import moka
 from moka.errors import MokaError
 from moka.inference import LoadedModel
+from moka.modeling.configuration import MEDIA_TYPE_IDS
 from moka.modeling.media import AudioFeatures, Waveform
+from moka.training.files import write_json, write_text
 
 from .scoring import Tally
 
 OVERALL, AS_GIVEN = "overall", "as given"
-_KINDS = {"visual": ("image", "video"), "audio": ("audio",)}
 
 
 def evaluate(
@@ -48,59 +49,62 @@ def evaluate(
         the figures depend on: decoding, prompt template, hash of the questions, versions}.
     """
     n = min(size or len(samples), len(samples))
-    conditions: dict[str, tuple[int, Callable]] = {AS_GIVEN: (n, lambda sample: sample)}
-    if blank:
-        present = {part["type"] for part in samples[0]["messages"][0]["content"] if isinstance(part, dict)}
-        for name, kinds in _KINDS.items():
-            if present & set(kinds):
-                conditions[f"{name} blanked"] = (min(blank_size or n, n), _blanker(kinds))
+    blanked = min(blank_size or n, n)
     result: dict[str, Any] = {"conditions": {}, "predictions": []}
     digest = hashlib.sha256()
-    for condition, (count, change) in conditions.items():
+    present: set[str] = set()
+    # Which media there are is known when all questions were asked once.
+    waiting: list[tuple[str, int, tuple[str, ...]]] = [(AS_GIVEN, n, ())]
+    while waiting:
+        condition, count, kinds = waiting.pop(0)
         tallies: dict[str, Tally] = {}
+        overall = Tally()
         bar = tqdm(total=count, desc=condition, unit="question", disable=not progress)
         for start in range(0, count, batch_size):
             batch = [samples[i] for i in range(start, min(start + batch_size, count))]
             questions, references = zip(*(_split(sample) for sample in batch), strict=True)
-            changed = [change({"messages": q})["messages"] for q in questions]
-            answers = loaded.generate_batch(changed, max_new_tokens=max_new_tokens)
+            answers = loaded.generate_batch(
+                [_blanked(question, kinds) for question in questions],
+                max_new_tokens=max_new_tokens,
+                names=[f"sample {sample['id']!r}" for sample in batch],
+            )
             for sample, question, answer, reference in zip(batch, questions, answers, references, strict=True):
                 category = sample.get("category") or "all"
-                hit = _add(tallies, category, answer, reference)
-                result["predictions"].append(
-                    {
-                        "condition": condition,
-                        "id": sample["id"],
-                        "category": category,
-                        "prediction": answer,
-                        "reference": reference,
-                        "right": hit,
-                    }
-                )
+                hit = tallies.setdefault(category, Tally()).add(answer, reference)
+                overall.add(answer, reference)
+                record = {"condition": condition, "id": sample["id"], "category": category}
+                result["predictions"].append({**record, "prediction": answer, "reference": reference, "right": hit})
                 if condition == AS_GIVEN:
+                    present |= {part["type"] for message in question for part in _parts(message)}
                     digest.update(f"{sample['id']}\n{_words(question)}\n{reference}\n".encode())
             bar.update(len(batch))
         bar.close()
-        result["conditions"][condition] = {name: tally.to_dict() for name, tally in tallies.items()}
+        result["conditions"][condition] = {**{k: t.to_dict() for k, t in tallies.items()}, OVERALL: overall.to_dict()}
+        if condition == AS_GIVEN and blank:
+            waiting += [
+                (f"{name} blanked", blanked, tuple(kinds)) for name, kinds in _kinds(loaded).items() if present & kinds
+            ]
     result["protocol"] = {
         "scoring": "exact match of the whole answer, case and outer punctuation ignored; 95 % Wilson intervals",
         "decoding": f"greedy, free-running, at most {max_new_tokens} new tokens",
         "chat_template": loaded.processor.chat_template or "the tokenizer's own",
         "questions_sha256": digest.hexdigest(),
         "n": n,
+        "n_blanked": blanked,
+        "empty_answers": result["conditions"][AS_GIVEN][OVERALL]["empty"],
         "moka": moka.__version__,
         "torch": torch.__version__,
+        "transformers": transformers.__version__,
     }
     return result
 
 
-def _add(tallies: dict[str, Tally], category: str, answer: str, reference: str) -> bool:
-    hit = tallies.setdefault(category, Tally()).add(answer, reference)
-    # The overall row stays last.
-    overall = tallies.pop(OVERALL, Tally())
-    overall.add(answer, reference)
-    tallies[OVERALL] = overall
-    return hit
+def _kinds(loaded: LoadedModel) -> dict[str, set[str]]:
+    """Modality of the model -> the types of content parts that go to its encoder."""
+    return {
+        name: {kind for kind, type_id in MEDIA_TYPE_IDS.items() if type_id in spec["type_ids"]}
+        for name, spec in loaded.processor.modalities.items()
+    }
 
 
 def _split(sample: dict) -> tuple[list[dict], str]:
@@ -111,28 +115,33 @@ def _split(sample: dict) -> tuple[list[dict], str]:
     return before, _words([last])
 
 
+def _parts(message: dict) -> list[dict]:
+    content = message["content"]
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
 def _words(messages: list[dict]) -> str:
-    parts = [p for m in messages for p in ([m["content"]] if isinstance(m["content"], str) else m["content"])]
-    return " ".join(p if isinstance(p, str) else p["text"] for p in parts if isinstance(p, str) or p["type"] == "text")
+    return " ".join(part["text"] for message in messages for part in _parts(message) if part["type"] == "text")
 
 
-def _blanker(kinds: tuple[str, ...]) -> Callable[[dict], dict]:
-    def change(sample: dict) -> dict:
-        messages = []
-        for message in sample["messages"]:
-            content = message["content"]
-            if not isinstance(content, str):
-                content = [{**p, p["type"]: _blank(p[p["type"]])} if p["type"] in kinds else p for p in content]
-            messages.append({**message, "content": content})
-        return {**sample, "messages": messages}
-
-    return change
+def _blanked(messages: list[dict], kinds: tuple[str, ...]) -> list[dict]:
+    """The same chat with every medium of these types blanked."""
+    return [
+        {
+            "role": message["role"],
+            "content": [
+                {**part, part["type"]: _blank(part[part["type"]])} if part["type"] in kinds else part
+                for part in _parts(message)
+            ],
+        }
+        for message in messages
+    ]
 
 
 def _blank(medium: Any) -> Any:
     """The same medium without content: a black picture, silence."""
     if isinstance(medium, Image.Image):
-        return Image.new(medium.mode, medium.size)
+        return Image.new("L", medium.size)  # in its own mode zeros may be transparent, or white by a palette
     if isinstance(medium, Waveform):
         return Waveform(np.zeros_like(medium.samples), medium.rate)
     if isinstance(medium, AudioFeatures):
@@ -163,10 +172,8 @@ def _cell(score: dict | None) -> str:
 def write(result: dict[str, Any], run: str | Path) -> Path:
     """RUN/evaluation.json (figures) and RUN/predictions.jsonl (every answer)."""
     run = Path(run)
-    with open(run / "predictions.jsonl", "w", encoding="utf-8") as file:
-        for record in result["predictions"]:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in result["predictions"]]
+    write_text(run / "predictions.jsonl", "".join(lines))
     path = run / "evaluation.json"
-    figures = {key: value for key, value in result.items() if key != "predictions"}
-    path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    write_json(path, {key: value for key, value in result.items() if key != "predictions"})
     return path

@@ -7,6 +7,7 @@ and what a user types can neither imitate a placeholder nor a special token.
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 
@@ -53,9 +54,17 @@ class Segment:
 def segments(messages: list[dict], tokenizer, template: str | None, add_generation_prompt: bool) -> list[Segment]:
     """Render ``messages`` (content: text or typed parts) with the tokenizer's or the given template.
 
+    With ``add_generation_prompt`` the segments end where the text of the next answer begins.
+
     Raises:
         MokaError: a part without its medium, an unknown part type, or a template that refuses the messages.
     """
+    _check_messages(messages)
+    # What stands before an answer is rendered with an answer in its place: the template's own generation prompt is
+    # often shorter (a space, an empty thought), and what it leaves out would be in training and not in inference.
+    opens_answer = add_generation_prompt and messages[-1]["role"] != "assistant"
+    if opens_answer:
+        messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": ""}]}]
     parts: list[Segment] = []
     marked = []
     turn, answered = 0, True
@@ -73,9 +82,12 @@ def segments(messages: list[dict], tokenizer, template: str | None, add_generati
         marked.append({"role": role, "content": marks})
     try:
         rendered = tokenizer.apply_chat_template(
-            marked, tokenize=False, add_generation_prompt=add_generation_prompt, chat_template=template
+            marked,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt and not opens_answer,
+            chat_template=template,
         )
-    except (TemplateError, ValueError) as error:
+    except (TemplateError, TypeError, ValueError) as error:
         raise MokaError(f"The chat template refuses these messages: {error}") from error
     pieces = _MARK.split(rendered)  # scaffold, number, scaffold, number, ..., scaffold
     order = [int(number) for number in pieces[1::2]]
@@ -84,6 +96,8 @@ def segments(messages: list[dict], tokenizer, template: str | None, add_generati
             "The chat template drops, repeats or reorders message contents, so tokens have no certain role. Choose "
             f"another with the template setting: {', '.join(TEMPLATES)}, or a Jinja file."
         )
+    if opens_answer:
+        order, pieces, parts = order[:-1], pieces[:-2], parts[:-1]
     result = [Segment("template", 0, pieces[0])] if pieces[0] else []
     for number, scaffold in zip(order, pieces[2::2], strict=True):
         result.append(parts[number])
@@ -92,21 +106,38 @@ def segments(messages: list[dict], tokenizer, template: str | None, add_generati
     return result
 
 
+def _check_messages(messages: list[dict]) -> None:
+    if not messages:
+        raise MokaError("The chat has no messages; give at least one of the user.")
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise MokaError(f'A message is {{"role": ..., "content": ...}}; got {message!r}.')
+        content = message.get("content")
+        if not isinstance(content, (str, list, tuple)) or not (
+            isinstance(content, str) or all(isinstance(part, dict) for part in content)
+        ):
+            raise MokaError(f"The content of a message is a text or a list of typed parts; got {content!r}.")
+
+
 def _segment(part: dict, role: str, turn: int) -> Segment:
     kind = part.get("type")
-    if kind == "text":
-        return Segment(role, turn, text=part["text"])
-    if kind not in MEDIA_TYPE_IDS:
-        known = ["text", *MEDIA_TYPE_IDS]
+    known = ["text", *MEDIA_TYPE_IDS]
+    if kind not in known:
         raise MokaError(f"Unknown content part {kind!r}; known: {', '.join(known)}.{nearest(str(kind), known)}")
-    if part.get(kind) is None:
+    value = part.get(kind)
+    if value is None or (kind != "text" and isinstance(value, (list, tuple)) and not value):
         raise MokaError(f'A content part of type {kind!r} has no {kind!r}: write {{"type": "{kind}", "{kind}": ...}}.')
-    if isinstance(part[kind], str):
-        raise MokaError(
-            f"The processor takes decoded media, and got the path {part[kind]!r}; decode it with "
-            "moka.data.media.decode_sample, or use moka.load(...).generate, which does."
-        )
-    return Segment(role, turn, medium=kind, value=part[kind])
+    if kind == "text":
+        if not isinstance(value, str):
+            raise MokaError(f"A content part of type 'text' holds {value!r}; a string is due.")
+        return Segment(role, turn, text=value)
+    for one in value if isinstance(value, (list, tuple)) else [value]:
+        if isinstance(one, (str, os.PathLike)):
+            raise MokaError(
+                f"The processor takes decoded media, and got the path {str(one)!r}; decode it with "
+                "moka.data.media.decode_sample, or use moka.load(...).generate, which does."
+            )
+    return Segment(role, turn, medium=kind, value=value)
 
 
 def resolve_template(name: str | None, tokenizer) -> str | None:

@@ -31,6 +31,8 @@ class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
+    # Small, newly trained, or fed with raw media: also beside a bfloat16 backbone.
+    _keep_in_fp32_modules_strict = ["encoders", "projectors"]
 
     def __init__(
         self,
@@ -125,10 +127,12 @@ class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         embed = self.get_input_embeddings()
         embeds = embed(input_ids.masked_fill(mm_token_type_ids > 0, 0))  # [batch, seq, hidden]
+        unserved = mm_token_type_ids > 0  # [batch, seq]
         for name, spec in self.config.modalities.items():
             encoder, projector = self.encoders[name], self.projectors[name]
             values = media.get(encoder.input_name)
             here = torch.isin(mm_token_type_ids, torch.tensor(spec["type_ids"], device=mm_token_type_ids.device))
+            unserved = unserved & ~here
             items = 0 if values is None else values.shape[0]
             if int(here.sum()) != items * projector.num_tokens:
                 raise MokaError(
@@ -141,6 +145,11 @@ class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
             elif self.training and torch.is_grad_enabled():
                 # Every rank touches every encoder and projector in every step, or DDP and ZeRO-3 wait for ever.
                 embeds = embeds + 0.0 * self.encode_media(name, encoder.dummy_input()).sum().to(embeds.dtype)
+        if unserved.any():
+            raise MokaError(
+                f"mm_token_type_ids: no encoder serves {sorted(set(mm_token_type_ids[unserved].tolist()))}; the model's: "
+                f"{self.config.type_ids}. Make the ids with this model's processor."
+            )
         return embeds
 
     def forward(
@@ -231,10 +240,15 @@ class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ):
         """As ``GenerationMixin.generate``. Media are encoded once; beams, chunked prefill and caches share the result."""
         input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
+        kwargs.pop("labels", None)  # of a whole batch of the processor; there is no loss here
         if input_ids is None:
             raise MokaError("generate: pass input_ids, as MokaProcessor makes them.")
         types = mm_token_type_ids if mm_token_type_ids is not None else self.derive_type_ids(input_ids)
         embeds = self.merge_embeddings(input_ids, types, pixel_values=pixel_values, input_features=input_features)
+        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        if cache is not None and mask is not None and mask.shape[1] > input_ids.shape[1]:
+            # These are the tokens of a new turn alone; positions count from the start of the chat.
+            embeds = nn.functional.pad(embeds, (0, 0, int(cache.get_seq_length()), 0))
         return super().generate(
             input_ids=input_ids.masked_fill(types > 0, self.config.fill_token_id),
             prompt_embeds=embeds,

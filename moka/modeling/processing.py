@@ -16,7 +16,7 @@ from moka.errors import MokaError
 from .chat import Segment, resolve_template, segments
 from .configuration import MEDIA_TYPE_IDS, MokaModelConfig
 from .encoders import ENCODERS
-from .frontends import build_front_end
+from .frontends import build_front_end, front_end_from_dict
 
 CONFIG_NAME = "moka_processor.json"
 IGNORE = -100
@@ -32,7 +32,8 @@ class MokaProcessor:
 
     Args:
         tokenizer: the backbone's tokenizer.
-        modalities: name -> {"encoder": its configuration, "type_ids": [...], "tokens": placeholders per item}.
+        modalities: name -> {"encoder": its configuration, "type_ids": [...], "tokens": placeholders per item}, and
+            "front_end": its settings where they are known (else they are those of the encoder).
         vocab_size: of the backbone; placeholder ids start there.
         chat_template: "chatml", "plain", Jinja text, or None for the tokenizer's own.
         interaction: "own_turn": a medium interacts with the question of its own user turn (default);
@@ -54,15 +55,27 @@ class MokaProcessor:
         self.vocab_size = vocab_size
         self.interaction = interaction
         self.chat_template = resolve_template(chat_template, tokenizer)
-        self.front_ends = {name: build_front_end(spec["encoder"]) for name, spec in modalities.items()}
+        self.front_ends = {
+            name: front_end_from_dict(spec["front_end"]) if "front_end" in spec else build_front_end(spec["encoder"])
+            for name, spec in modalities.items()
+        }
         self._owner = {type_id: name for name, spec in modalities.items() for type_id in spec["type_ids"]}
         self._scaffold_ids: dict[str, list[int]] = {}
+        # What can end an answer. Many tokenizers name a few of their special tokens alone; bos opens what follows.
+        special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+        special |= set(tokenizer.all_special_ids)
+        self._ending_ids = special - {tokenizer.bos_token_id, tokenizer.unk_token_id} | {tokenizer.eos_token_id}
+        if tokenizer.eos_token_id is None:
+            raise MokaError("The tokenizer has no eos_token, so no answer could end; set tokenizer.eos_token.")
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
 
     @classmethod
     def from_model(cls, model, tokenizer: Any, **kwargs: Any) -> MokaProcessor:
-        """The processor that fits a ``MokaForConditionalGeneration``."""
+        """The processor that fits a ``MokaForConditionalGeneration``.
+
+        The model's ``generation_config`` learns the token that ends an answer: a base model's own stops elsewhere.
+        """
         config: MokaModelConfig = model.config
         modalities = {
             name: {
@@ -72,7 +85,18 @@ class MokaProcessor:
             }
             for name, spec in config.modalities.items()
         }
-        return cls(tokenizer, modalities, config.vocab_size, **kwargs)
+        processor = cls(tokenizer, modalities, config.vocab_size, **kwargs)
+        stops = model.generation_config.eos_token_id
+        stops = [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
+        if processor.end_token_id not in stops:
+            model.generation_config.eos_token_id = [*stops, processor.end_token_id]
+        return processor
+
+    @property
+    def end_token_id(self) -> int:
+        """The token that training puts at the end of every answer, for ``generate`` to stop at."""
+        chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+        return next(label for label in reversed(self.encode(chat)["labels"]) if label != IGNORE)
 
     def __call__(
         self,
@@ -83,7 +107,9 @@ class MokaProcessor:
         padding_side: str = "left",
     ) -> BatchFeature:
         """One chat or a list of chats to a padded batch of tensors; see ``encode`` for the fields."""
-        chats = [messages] if messages and isinstance(messages[0], dict) else messages
+        if not messages:
+            raise MokaError("The processor was given no chat.")
+        chats = [messages] if isinstance(messages[0], dict) else messages
         encoded = [self.encode(c, add_generation_prompt=add_generation_prompt, max_length=max_length) for c in chats]
         return self.pad(encoded, padding_side=padding_side)
 
@@ -150,16 +176,20 @@ class MokaProcessor:
         system = [m for m in messages if m["role"] == "system"]
         media: list[dict] = []
         question: list[dict] = []
-        chats = []
+        chats: list[list[dict]] = []
+        asked = False
         for message in messages:
             content = message["content"]
             content = [{"type": "text", "text": content}] if isinstance(content, str) else content
             if message["role"] == "user":
                 media += [part for part in content if part["type"] != "text"]
                 question += [part for part in content if part["type"] == "text"]
-            elif message["role"] == "assistant":
+                asked = True
+            elif message["role"] == "assistant" and asked:
                 chats.append([*system, {"role": "user", "content": [*media, *question]}, message])
-                question = []
+                question, asked = [], False
+            elif message["role"] == "assistant" and chats:
+                chats[-1].append(message)  # an answer in two messages
         return chats
 
     def decode(self, token_ids: Any) -> str:
@@ -174,8 +204,10 @@ class MokaProcessor:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save_pretrained(folder)
+        # The front ends' own settings: those of a published encoder are not to be looked up again, or guessed offline.
+        front_ends = {name: front_end.to_dict() for name, front_end in self.front_ends.items()}
         settings = {
-            "modalities": self.modalities,
+            "modalities": {name: {**spec, "front_end": front_ends[name]} for name, spec in self.modalities.items()},
             "vocab_size": self.vocab_size,
             "chat_template": self.chat_template,
             "interaction": self.interaction,
@@ -202,7 +234,7 @@ class MokaProcessor:
             "group": 0,
             "modality": None,
             "items": [],
-            "supervised": segment.role == "assistant",
+            "supervised": segment.role == "assistant" and segment.medium is None,
         }
         if segment.medium is not None:
             type_id = MEDIA_TYPE_IDS[segment.medium]
@@ -231,19 +263,25 @@ class MokaProcessor:
 
     def _close_answers(self, runs: list[dict[str, Any]]) -> None:
         """Supervise the token that ends an answer: the template's own, or the tokenizer's end of sequence."""
-        special = set(self.tokenizer.all_special_ids)
-        for index, run in reversed(list(enumerate(runs))):
-            last = index + 1 == len(runs) or runs[index + 1]["segment"].role != "assistant"
-            if run["segment"].role != "assistant" or run["segment"].medium is not None or not last:
+        is_answer = [run["segment"].role == "assistant" for run in runs] + [False]
+        for last in reversed(range(len(runs))):
+            if not is_answer[last] or is_answer[last + 1]:
                 continue
-            after = runs[index + 1] if index + 1 < len(runs) else None
+            first = last
+            while first and is_answer[first - 1]:
+                first -= 1
+            blank = not any(run["segment"].text.strip() for run in runs[first : last + 1])
+            for run in runs[first : last + 1]:
+                run["supervised"] = run["supervised"] and not blank
+            after = runs[last + 1] if last + 1 < len(runs) else None
             ids = after["ids"] if after is not None else []
-            end = next((position for position, token in enumerate(ids) if token in special), None)
-            if end is None:
+            end = next((position for position, token in enumerate(ids) if token in self._ending_ids), None)
+            if after is None or end is None:
                 closing = [self.tokenizer.eos_token_id]
             else:
                 closing, after["ids"] = ids[: end + 1], ids[end + 1 :]
-            runs.insert(index + 1, {**run, "ids": closing, "items": [], "closing": True})
+            closer = {"segment": runs[last]["segment"], "ids": closing, "supervised": not blank, "closing": True}
+            runs.insert(last + 1, {"type": 0, "group": 0, "modality": None, "items": [], **closer})
 
     def _shorten(self, runs: list[dict[str, Any]], total: int, max_length: int, truncate: bool) -> None:
         question = sum(len(r["ids"]) for r in runs if r["segment"].role == "user" and r["segment"].medium is None)
@@ -259,4 +297,5 @@ class MokaProcessor:
                     run["ids"] = run["ids"][: len(run["ids"]) - cut]
                     excess -= cut
         if excess > 0:
-            raise TooLongError(f"Too long: {sizes}, and media spans are never cut. Raise the context length.")
+            lost = ", and nothing would be left of the question" if question else ""
+            raise TooLongError(f"Too long: {sizes}; media spans are never cut{lost}. Raise the context length.")

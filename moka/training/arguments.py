@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import TrainingArguments
 
 from moka.errors import MokaError, nearest
 
+from .values import at_least, convert, describe_training, one_of, training_section
+
 METHODS = ("moka", "lora", "none")
-OBJECTIVES = ("language_modeling", "embedding")
+PRESETS = ("paper", "official-avt", "official-vt")
+INTERACTIONS = ("own_turn", "first_turn")
+DTYPES = ("auto", "float32", "bfloat16")
+BAD_MEDIA = ("error", "substitute")
+# What only MokA knows; with share_b the settings that tell its variants apart.
+LORA_HAS_NOT = ("interaction", "interaction_weight", "scale_position", "adapt")
 
 
-def _help(text: str) -> dict[str, str]:
-    return {"help": text}
+def _help(text: str, minimum: float | None = None, choices: tuple[str, ...] = ()) -> dict[str, Any]:
+    return {"help": text, "minimum": minimum, "choices": choices}
 
 
 @dataclass
@@ -40,24 +45,28 @@ class ModelSection:
         default=None, metadata=_help("chatml, plain, or Jinja text; default: the tokenizer's own.")
     )
     interaction: str = field(
-        default="own_turn", metadata=_help("Which question a medium interacts with: own_turn or first_turn.")
+        default="own_turn",
+        metadata=_help("Which question a medium interacts with: own_turn or first_turn.", choices=INTERACTIONS),
     )
     dtype: str = field(
-        default="auto", metadata=_help("float32, bfloat16 or auto: bfloat16 where the accelerator computes in it.")
+        default="auto",
+        metadata=_help("float32, bfloat16 or auto: bfloat16 where the accelerator computes in it.", choices=DTYPES),
     )
     max_length: int | None = field(
-        default=None, metadata=_help("Longest sample in tokens; default: the backbone's context length.")
+        default=None, metadata=_help("Longest sample in tokens; default: the backbone's context length.", 1)
     )
     attn_implementation: str | None = field(default=None, metadata=_help("sdpa, eager, flash_attention_2, ..."))
 
 
 @dataclass
 class AdapterSection:
-    method: str = field(default="moka", metadata=_help("moka, lora (peft's LoRA on the same layers) or none."))
-    preset: str = field(default="paper", metadata=_help("paper, official-avt or official-vt."))
-    r: int = field(default=4, metadata=_help("Rank."))
+    method: str = field(
+        default="moka", metadata=_help("moka, lora (peft's LoRA on the same layers) or none.", choices=METHODS)
+    )
+    preset: str = field(default="paper", metadata=_help("paper, official-avt or official-vt.", choices=PRESETS))
+    r: int = field(default=4, metadata=_help("Rank.", 1))
     alpha: float = field(default=16, metadata=_help("Scale numerator (alpha / r)."))
-    dropout: float = field(default=0.05, metadata=_help("Dropout on the adapter's input."))
+    dropout: float = field(default=0.05, metadata=_help("Dropout on the adapter's input.", 0))
     target_modules: list[str] | str | None = field(
         default=None, metadata=_help("Linear layers of the language model; default: its seven projections.")
     )
@@ -77,26 +86,28 @@ class DataSection:
     validation: str | None = field(default=None, metadata=_help("JSONL file, or embedded:TASK; loss during training."))
     test: str | None = field(default=None, metadata=_help("JSONL file, or embedded:TASK; only `moka eval` reads it."))
     media_root: str | None = field(default=None, metadata=_help("Folder that media paths are relative to."))
-    train_size: int | None = field(default=None, metadata=_help("Use that many training samples."))
-    validation_size: int | None = field(default=None, metadata=_help("Use that many validation samples."))
-    video_frames: int = field(default=10, metadata=_help("Pictures taken from each video."))
-    on_bad_media: str = field(default="error", metadata=_help("error, or substitute within the budget."))
-    bad_media_budget: float = field(default=0.01, metadata=_help("Share of samples that may be substituted."))
+    train_size: int | None = field(default=None, metadata=_help("Use that many training samples.", 1))
+    validation_size: int | None = field(default=None, metadata=_help("Use that many validation samples.", 1))
+    video_frames: int = field(default=10, metadata=_help("Pictures taken from each video.", 1))
+    on_bad_media: str = field(
+        default="error", metadata=_help("error, or substitute within the budget.", choices=BAD_MEDIA)
+    )
+    bad_media_budget: float = field(default=0.01, metadata=_help("Share of samples that may be substituted.", 0))
 
 
 @dataclass
 class EvaluationSection:
-    size: int | None = field(default=None, metadata=_help("Number of test questions; default: all."))
-    blank_size: int | None = field(default=None, metadata=_help("Questions asked again with a modality blanked."))
+    size: int | None = field(default=None, metadata=_help("Number of test questions; default: all.", 1))
+    blank_size: int | None = field(default=None, metadata=_help("Questions asked again with a modality blanked.", 1))
     blank: bool = field(default=True, metadata=_help("Repeat with each modality blanked."))
-    batch_size: int = field(default=32, metadata=_help("Questions generated at once."))
-    max_new_tokens: int = field(default=16, metadata=_help("Longest answer in tokens."))
+    batch_size: int = field(default=32, metadata=_help("Questions generated at once.", 1))
+    max_new_tokens: int = field(default=16, metadata=_help("Longest answer in tokens.", 1))
 
 
 @dataclass
 class OutputSection:
     dir: str = field(default="runs/moka", metadata=_help("Run folder; must not hold another run."))
-    samples: int = field(default=8, metadata=_help("Validation questions answered at the end."))
+    samples: int = field(default=8, metadata=_help("Validation questions answered at the end.", 0))
 
 
 @dataclass
@@ -116,16 +127,6 @@ class RunConfig:
         return dataclasses.asdict(self)
 
 
-# Keys of `training` and `alignment` that transformers does not have.
-OWN_TRAINING_KEYS = {
-    "global_batch_size": "Samples per optimizer step over all processes; accumulation follows from it.",
-    "encoder_learning_rate": "Learning rate of trainable encoders (default: learning_rate).",
-    "projector_learning_rate": "Learning rate of projectors (default: learning_rate).",
-    "objective": "Stage 1: language_modeling, or embedding (no pass through the language model).",
-}
-_RESERVED = {"output_dir": "output.dir", "resume_from_checkpoint": "moka train --resume"}
-
-
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
     """Read a YAML file, apply ``section.key=value`` overrides, check every key.
 
@@ -138,7 +139,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     except FileNotFoundError:
         raise MokaError(f"No configuration file {path}; shipped ones lie in configs/.") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise MokaError(f"{path} cannot be read as YAML: {str(error).splitlines()[0]}") from error
+        raise MokaError(f"{path} cannot be read as YAML: {_reason(error)}. Mend the file.") from error
     if not isinstance(raw, dict):
         raise MokaError(f"{path}: the top level must be a mapping of sections: {', '.join(_names(RunConfig))}.")
     for override in overrides or []:
@@ -155,15 +156,38 @@ def config_from_dict(raw: dict[str, Any], where: str = "config") -> RunConfig:
         or config.stages != sorted(set(config.stages))
     ):
         raise MokaError(f"{where}: stages: {config.stages} is not one of [1], [2], [1, 2].")
-    for section in ("alignment", "training"):
-        setattr(config, section, _training_section(getattr(config, section), where, section))
-    _one_of(where, "adapter.method", config.adapter.method, METHODS)
+    config.alignment = training_section(config.alignment, where, "alignment")
+    config.training = training_section(config.training, where, "training")
+    _check_together(config, where)
     return config
 
 
-def _one_of(where: str, key: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise MokaError(f"{where}: {key}: {value!r} is not one of {', '.join(allowed)}.{nearest(str(value), allowed)}")
+def _check_together(config: RunConfig, where: str) -> None:
+    """Settings that are right alone and contradict each other."""
+    if 1 in config.stages and config.model.connectors:
+        raise MokaError(
+            f"{where}: model.connectors: stages {config.stages} train the connectors anew, so those given would be "
+            "lost. Take model.connectors out, or set stages: [2]."
+        )
+    if 2 in config.stages and config.adapter.method == "none":
+        raise MokaError(
+            f"{where}: adapter.method: none leaves stage 2 nothing to train. Set stages: [1], or moka or lora."
+        )
+    if "objective" in config.training:
+        raise MokaError(f"{where}: training.objective: stage 2 always models language; set alignment.objective.")
+    if config.adapter.method == "lora":
+        for name in ("share_b", *LORA_HAS_NOT):
+            default = name == "share_b"
+            if getattr(config.adapter, name) not in (None, default):
+                raise MokaError(f"{where}: adapter.{name} has no meaning for method lora; take it out, or use moka.")
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong and where, on one line."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return str(error).splitlines()[0]
+    return f"line {mark.line + 1}, column {mark.column + 1}: {getattr(error, 'problem', None) or 'syntax error'}"
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:
@@ -175,11 +199,13 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise MokaError(f"Override {override!r}: the value is no YAML: {str(error).splitlines()[0]}") from error
+        raise MokaError(f"Override {override!r}: the value is no YAML ({_reason(error)}). Quote it.") from error
     node = raw
     *parents, leaf = key.split(".")
     for parent in parents:
-        node = node.setdefault(parent, {})
+        if node.get(parent) is None:  # absent, or a heading with nothing under it
+            node[parent] = {}
+        node = node[parent]
         if not isinstance(node, dict):
             raise MokaError(f"Override {override!r}: {parent!r} is a value, not a section.")
     node[leaf] = value
@@ -195,84 +221,41 @@ def _build(cls: type, raw: Any, where: str, prefix: str) -> Any:
     if not isinstance(raw, dict):
         raise MokaError(f"{where}: {prefix.rstrip('.')}: a section of keys is due, got {raw!r}.")
     hints = typing.get_type_hints(cls)
-    known = _names(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
     values = {}
     for key, value in raw.items():
-        if key not in known:
+        if key not in fields:
+            known = list(fields)
             raise MokaError(
                 f"{where}: unknown key {prefix + str(key)!r}; known: {', '.join(known)}.{nearest(str(key), known)}"
             )
-        hint = hints[key]
+        hint, at = hints[key], f"{where}: {prefix}{key}"
         if dataclasses.is_dataclass(hint):
-            values[key] = _build(hint, value, where, f"{prefix}{key}.")
-        else:
-            values[key] = _convert(value, hint, f"{where}: {prefix}{key}")
+            values[key] = _build(typing.cast(type, hint), value, where, f"{prefix}{key}.")
+            continue
+        if value is None and fields[key].default_factory is dict:
+            value = {}  # a heading with nothing under it
+        values[key] = convert(value, hint, at)
+        bounds = fields[key].metadata
+        if bounds.get("minimum") is not None:
+            at_least(at, values[key], bounds["minimum"])
+        if bounds.get("choices"):
+            one_of(at, values[key], bounds["choices"])
     return cls(**values)
-
-
-def _convert(value: Any, hint: Any, where: str) -> Any:
-    """The value as the annotated type; YAML reads 1e-4 as text, which is a number here."""
-    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    for option in options:
-        origin = typing.get_origin(option) or option
-        if origin is Any or (origin is type(None) and value is None):
-            return value
-        if origin is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-            try:
-                return float(value)
-            except ValueError:
-                continue
-        if origin in (int, bool, str, list, dict) and type(value) is origin:
-            return value
-    names = " or ".join("nothing" if o is type(None) else getattr(o, "__name__", str(o)) for o in options)
-    raise MokaError(f"{where}: {value!r} is a {type(value).__name__}; {names} is due.")
-
-
-def _training_section(raw: dict[str, Any], where: str, section: str) -> dict[str, Any]:
-    hints = typing.get_type_hints(TrainingArguments)
-    known = [f.name for f in dataclasses.fields(TrainingArguments) if f.init]
-    checked = {}
-    for key, value in raw.items():
-        if key in _RESERVED:
-            raise MokaError(f"{where}: {section}.{key} is set by {_RESERVED[key]}; take it out.")
-        if key in OWN_TRAINING_KEYS:
-            hint: Any = {"objective": str, "global_batch_size": int}.get(key, float)
-        elif key in known:
-            hint = hints[key]
-        else:
-            names = [*OWN_TRAINING_KEYS, *known]
-            raise MokaError(
-                f"{where}: unknown key {f'{section}.{key}'!r}; known: the fields of transformers.TrainingArguments and "
-                f"{', '.join(OWN_TRAINING_KEYS)}.{nearest(str(key), names)}"
-            )
-        checked[key] = _number(value, hint, f"{where}: {section}.{key}")
-    if "objective" in checked:
-        _one_of(where, f"{section}.objective", checked["objective"], OBJECTIVES)
-    return checked
-
-
-def _number(value: Any, hint: Any, where: str) -> Any:
-    """Check plain numbers and strings; leave what transformers checks itself (enums, unions of its own types)."""
-    if hint in (int, float, bool, str):
-        return _convert(value, hint, where)
-    if isinstance(value, str):
-        try:
-            return float(value) if float in typing.get_args(hint) else value
-        except ValueError:
-            return value
-    return value
 
 
 def describe() -> str:
     """All keys with their help, for `moka train --help-config` and the reference page."""
     lines = []
+    hints = typing.get_type_hints(RunConfig)
     for top in dataclasses.fields(RunConfig):
-        hint = typing.get_type_hints(RunConfig)[top.name]
         lines.append(f"{top.name}:" + (f"  # {top.metadata['help']}" if "help" in top.metadata else ""))
-        if dataclasses.is_dataclass(hint):
-            for f in dataclasses.fields(hint):
-                default = f.default_factory() if f.default is dataclasses.MISSING else f.default
+        if dataclasses.is_dataclass(hints[top.name]):
+            for f in dataclasses.fields(hints[top.name]):
+                default = f.default_factory() if callable(f.default_factory) else f.default
                 lines.append(f"  {f.name}: {default!r}  # {f.metadata['help']}")
+        elif top.name == "alignment":
+            lines.append("  # the keys of training, below")
         elif top.name == "training":
-            lines += [f"  {name}:  # {text}" for name, text in OWN_TRAINING_KEYS.items()]
+            lines += [f"  {line}" for line in describe_training()]
     return "\n".join(lines)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import AutoTokenizer
 
 from moka.adapter import MokaConfig
@@ -79,39 +80,55 @@ def adapter_modalities(model: MokaForConditionalGeneration) -> dict[str, list[in
 
 def attach_adapter(model: MokaForConditionalGeneration, section: AdapterSection) -> PeftModel:
     """Freeze the model, add the adapter of ``section.method``, keep projectors and trainable encoders training."""
-    common = {"modules_to_save": trained_parts(model), "task_type": "CAUSAL_LM"}
+    try:
+        adapted = get_peft_model(model, _adapter_config(model, section))
+    except ValueError as error:  # peft's own, and ours
+        raise MokaError(f"adapter: {' '.join(str(error).split())}") from error
+    adapted.peft_config["default"].base_model_name_or_path = model.config.backbone
+    return adapted
+
+
+def _adapter_config(model: MokaForConditionalGeneration, section: AdapterSection) -> PeftConfig:
     if section.method == "lora":
-        config: Any = LoraConfig(
+        return LoraConfig(
             r=section.r,
-            lora_alpha=section.alpha,
+            lora_alpha=section.alpha,  # type: ignore[arg-type]  # a matched rank may ask for a fraction
             lora_dropout=section.dropout,
             target_modules=_within_language_model(section.target_modules),
             exclude_modules=section.exclude_modules,
             use_rslora=section.use_rslora,
-            **common,
+            modules_to_save=trained_parts(model),
+            task_type="CAUSAL_LM",
         )
-    else:
-        optional = {
-            name: getattr(section, name)
-            for name in ("interaction", "interaction_weight", "scale_position", "adapt")
-            if getattr(section, name) is not None
-        }
-        config = MokaConfig.preset(
-            section.preset,
-            r=section.r,
-            alpha=section.alpha,
-            dropout=section.dropout,
-            target_modules=_within_language_model(section.target_modules),
-            exclude_modules=section.exclude_modules,
-            share_b=section.share_b,
-            use_rslora=section.use_rslora,
-            modalities=adapter_modalities(model),
-            **optional,
-            **common,
-        )
-    adapted = get_peft_model(model, config)
-    adapted.peft_config["default"].base_model_name_or_path = model.config.backbone
-    return adapted
+    optional = {
+        name: getattr(section, name)
+        for name in ("interaction", "interaction_weight", "scale_position", "adapt")
+        if getattr(section, name) is not None
+    }
+    return MokaConfig.preset(
+        section.preset,
+        r=section.r,
+        alpha=section.alpha,
+        dropout=section.dropout,
+        target_modules=_within_language_model(section.target_modules),
+        exclude_modules=section.exclude_modules,
+        share_b=section.share_b,
+        use_rslora=section.use_rslora,
+        modalities=adapter_modalities(model),
+        modules_to_save=trained_parts(model),
+        task_type="CAUSAL_LM",
+        **optional,
+    )
+
+
+def adapter_parameters(model: MokaForConditionalGeneration, section: AdapterSection) -> int:
+    """Trainable parameters of the adapter that ``attach_adapter`` would add, and its errors, found on a model without
+    memory: ``model`` itself is left as it is.
+    """
+    with torch.device("meta"):
+        config: Any = copy.deepcopy(model.config)
+        skeleton = MokaForConditionalGeneration(config)
+        return count_parameters(attach_adapter(skeleton, section))["adapter"]
 
 
 def _within_language_model(targets: list[str] | str | None) -> str:
@@ -138,7 +155,12 @@ def count_parameters(model: torch.nn.Module) -> dict[str, int]:
 def build_for_stage_two(config: RunConfig) -> tuple[MokaForConditionalGeneration, MokaProcessor]:
     """The composed model with every projector filled from the connectors that the configuration names."""
     model, processor = build_model(config.model)
-    filled = [part for folder in config.model.connectors for part in load_connector(model, folder)]
+    filled: dict[str, str] = {}
+    for folder in config.model.connectors:
+        for part in load_connector(model, folder):
+            if part in filled:
+                raise MokaError(f"model.connectors: {part} is in {filled[part]} and in {folder}; name one of them.")
+            filled[part] = folder
     empty = [part for part in trained_parts(model) if part not in filled]
     if empty and config.model.connectors:
         raise MokaError(

@@ -20,14 +20,16 @@ class MetricsWriter(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs:
-            self.folder.log({"stage": self.stage, "step": state.global_step, **logs})
+            # The trainer's mean over the run counts only the steps since the last resume.
+            kept = {key: value for key, value in logs.items() if key != "train_loss"}
+            self.folder.log({"stage": self.stage, "step": state.global_step, **kept})
 
 
 class DivergenceGuard(TrainerCallback):
     """Stops a run whose loss is NaN, infinite, or exactly zero at ``patience`` logging steps in a row."""
 
-    def __init__(self, patience: int = 3) -> None:
-        self.patience, self.bad = patience, 0
+    def __init__(self, section: str = "training", patience: int = 3) -> None:
+        self.section, self.patience, self.bad = section, patience, 0
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         loss = (logs or {}).get("loss")
@@ -35,7 +37,9 @@ class DivergenceGuard(TrainerCallback):
             return
         self.bad = self.bad + 1 if not math.isfinite(loss) or loss == 0.0 else 0
         if self.bad >= self.patience:
+            if not state.is_world_process_zero:
+                raise SystemExit(2)  # all processes see the same mean loss; one of them says so
             raise MokaError(
                 f"The loss was {loss} at {self.bad} logging steps in a row (last: step {state.global_step}). Lower "
-                "training.learning_rate, or look for samples whose answers are all masked."
+                f"{self.section}.learning_rate, or look for samples whose answers are all masked."
             )

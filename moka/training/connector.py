@@ -6,7 +6,6 @@ fingerprint). A connector of another backbone, encoder or size is refused before
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from moka.errors import MokaError
 from moka.modeling import MokaForConditionalGeneration
+
+from .files import read_json, write_json
 
 WEIGHTS, METADATA = "connector.safetensors", "connector.json"
 FORMAT_VERSION = 1
@@ -59,7 +60,7 @@ def save_connector(model: MokaForConditionalGeneration, folder: str | Path, stat
     folder.mkdir(parents=True, exist_ok=True)
     state = connector_state(model, state_dict)
     save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / METADATA).write_text(json.dumps(describe_connector(model), indent=2) + "\n", encoding="utf-8")
+    write_json(folder / METADATA, describe_connector(model))
     for key, tensor in load_file(folder / WEIGHTS).items():
         if tensor.numel() == 0 or not torch.isfinite(tensor).all():
             raise MokaError(
@@ -78,8 +79,11 @@ def load_connector(model: MokaForConditionalGeneration, folder: str | Path) -> l
         raise MokaError(
             f"{folder} holds no stage-1 result ({METADATA}, {WEIGHTS}); give RUN/connector of a stage-1 run."
         )
-    meta = json.loads((folder / METADATA).read_text(encoding="utf-8"))
+    meta = read_json(folder / METADATA)
     own = describe_connector(model)
+    lost = sorted({*own} - {*meta}) if isinstance(meta, dict) else ["every key"]
+    if lost:
+        raise MokaError(f"{folder / METADATA} lacks {', '.join(lost)}; it is damaged. Copy the folder again.")
     if meta["format_version"] > FORMAT_VERSION:
         raise MokaError(f"{folder} was written by a newer moka (format {meta['format_version']}); upgrade moka-peft.")
     for key in ("hidden_size", "backbone_fingerprint"):

@@ -8,12 +8,14 @@ RUN/loss.png            loss and learning rate
 RUN/samples.jsonl       answers to validation questions
 RUN/evaluation.json     written by `moka eval`
 RUN/README.md           model card
+RUN/summary.json        written last: the run is complete
 RUN/checkpoints/        for --resume
 """
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -26,12 +28,23 @@ from safetensors.torch import load_file
 import moka
 from moka.errors import MokaError
 
-from .arguments import RunConfig
+from .arguments import RunConfig, config_from_dict
 from .connector import trained_parts
+from .files import whole, write_json, write_text
 
-CONFIG, ADAPTER, CONNECTOR, METRICS = "config.yaml", "adapter", "connector", "metrics.jsonl"
+CONFIG, ADAPTER, CONNECTOR, METRICS, SUMMARY = "config.yaml", "adapter", "connector", "metrics.jsonl", "summary.json"
 MODEL_CONFIG = "moka_model.json"
 FORMAT_VERSION = 1
+_MARK = "# Resolved by moka "
+# All that a run and its evaluation write; --overwrite removes these and nothing else.
+_ARTEFACTS = (
+    *(CONFIG, ADAPTER, CONNECTOR, METRICS, SUMMARY, "README.md", "loss.png", "samples.jsonl"),
+    *("evaluation.json", "predictions.jsonl", "comparison.json", "checkpoints", "tensorboard"),
+    *("dropped-stage1.jsonl", "dropped-stage2.jsonl"),
+    *("bad-media-train.jsonl", "bad-media-alignment.jsonl", "bad-media-validation.jsonl"),
+)
+# What may differ when a run is resumed: it does not reach the training.
+_FREE_ON_RESUME = ("evaluation", "output")
 
 
 class RunFolder:
@@ -42,9 +55,12 @@ class RunFolder:
 
     def check(self, resume: bool, overwrite: bool) -> None:
         """Refuse a folder that already holds a run, unless it is to be resumed or replaced."""
-        holds = (self.path / CONFIG).exists()
-        if self.path.exists() and not self.path.is_dir():
-            raise MokaError(f"output.dir: {self.path} is a file; name a folder.")
+        holds = self._holds_run()
+        for place in (self.path, *self.path.parents):
+            if place.exists() and not place.is_dir():
+                raise MokaError(f"output.dir: {place} is a file; name a folder.")
+        if resume and overwrite:
+            raise MokaError("--resume goes on with a run and --overwrite replaces it; give one of them.")
         if resume and not holds:
             raise MokaError(f"--resume: {self.path} holds no run; leave --resume out to start one.")
         if holds and not resume and not overwrite:
@@ -55,23 +71,86 @@ class RunFolder:
         if not holds and self.path.is_dir() and any(self.path.iterdir()):
             raise MokaError(f"output.dir: {self.path} is not empty and holds no run of ours; choose another folder.")
 
-    def create(self, config: RunConfig, overwrite: bool) -> None:
-        if overwrite and (self.path / CONFIG).exists():
-            shutil.rmtree(self.path)
+    def _holds_run(self) -> bool:
+        """Whether a run of ours is there; somebody else's config.yaml is none."""
+        try:
+            return (self.path / CONFIG).read_text(encoding="utf-8").startswith(_MARK)
+        except (OSError, UnicodeDecodeError):
+            return False
+
+    def check_same(self, config: RunConfig) -> None:
+        """A resumed run trains on with the settings it began with, or its result would be nobody's."""
+        raw = yaml.safe_load((self.path / CONFIG).read_text(encoding="utf-8"))
+        began = _flat(config_from_dict(raw, str(self.path / CONFIG)).to_dict())
+        now = _flat(config.to_dict())
+        for key in sorted(set(began) | set(now)):
+            if began.get(key) != now.get(key) and key.split(".")[0] not in _FREE_ON_RESUME:
+                raise MokaError(
+                    f"--resume: {key} is {began.get(key)!r} in {self.path / CONFIG}, and {now.get(key)!r} is given. Resume "
+                    f"with `moka train {self.path / CONFIG} --resume`, or start another run with output.dir=..."
+                )
+
+    def create(self, config: RunConfig) -> None:
+        """Make the folder with the resolved configuration; what an earlier run left in it goes."""
+        made = not self.path.exists()
+        self._clear()
         self.path.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
-        (self.path / CONFIG).write_text(f"# Resolved by moka {moka.__version__}\n{text}", encoding="utf-8")
+        try:
+            write_text(self.path / CONFIG, f"{_MARK}{moka.__version__}\n{text}")
+        except BaseException:
+            if made:
+                shutil.rmtree(self.path, ignore_errors=True)
+            raise
+
+    def _clear(self) -> None:
+        for name in _ARTEFACTS:
+            old = self.path / name
+            if old.is_dir():
+                shutil.rmtree(old)
+            else:
+                old.unlink(missing_ok=True)
+
+    def discard(self) -> None:
+        """Remove a run that has nothing to go on from."""
+        if not (self.path / CONNECTOR).exists() and not any(self.path.glob("checkpoints/*/checkpoint-*")):
+            self._clear()
+            if not any(self.path.iterdir()):
+                self.path.rmdir()
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
 
     def log(self, record: dict[str, Any]) -> None:
+        # NaN is no JSON.
+        record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         with open(self.path / METRICS, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
         path = self.path / METRICS
         return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+
+    def rewind_metrics(self, stage: int, step: int) -> None:
+        """Forget what was logged after ``step`` of ``stage``: a resumed run logs it again."""
+        path = self.path / METRICS
+        kept = []
+        for line in path.read_text("utf-8").splitlines() if path.exists() else []:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue  # the run was killed while it wrote this line
+            before = record["stage"] < stage
+            if before or (record["stage"] == stage and record["step"] <= step and "train_runtime" not in record):
+                kept.append(line + "\n")
+        write_text(path, "".join(kept))
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def save_adapter(model: PeftModel, processor: Any, folder: str | Path, state_dict: dict | None = None) -> None:
@@ -83,25 +162,19 @@ def save_adapter(model: PeftModel, processor: Any, folder: str | Path, state_dic
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # "auto" would look the backbone's name up on the hub, which an embedded one is not on.
-    model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
+    model.save_pretrained(str(folder), state_dict=state_dict, save_embedding_layers=False)
     processor.save_pretrained(folder)
-    base = model.get_base_model()
-    (folder / MODEL_CONFIG).write_text(
-        json.dumps(
-            {
-                "format_version": FORMAT_VERSION,
-                "moka_version": moka.__version__,
-                "backbone": base.config.backbone,
-                "backbone_fingerprint": base.backbone_fingerprint(),
-                "modalities": base.config.modalities,
-                "fill_token_id": base.config.fill_token_id,
-                "parts": trained_parts(base),
-            },
-            indent=2,
-        )
-        + "\n",
-        encoding="utf-8",
-    )
+    base: Any = model.get_base_model()
+    description = {
+        "format_version": FORMAT_VERSION,
+        "moka_version": moka.__version__,
+        "backbone": base.config.backbone,
+        "backbone_fingerprint": base.backbone_fingerprint(),
+        "modalities": base.config.modalities,
+        "fill_token_id": base.config.fill_token_id,
+        "parts": trained_parts(base),
+    }
+    write_json(folder / MODEL_CONFIG, description)
     for key, tensor in load_file(folder / "adapter_model.safetensors").items():
         if tensor.numel() == 0 or not torch.isfinite(tensor).all():
             raise MokaError(
@@ -109,9 +182,18 @@ def save_adapter(model: PeftModel, processor: Any, folder: str | Path, state_dic
             )
 
 
+def save_result(model: PeftModel, processor: Any, folder: Path) -> None:
+    """The adapter folder of a finished run: written whole, checked to have learned something, or not there at all."""
+    with whole(folder) as part:
+        save_adapter(model, processor, part)
+        check_trained(part)
+
+
 def check_trained(folder: str | Path) -> None:
     """After training: an adapter whose every B is still zero has learned nothing, and must not look like a result."""
     tensors = load_file(Path(folder) / "adapter_model.safetensors")
     ups = [t for key, t in tensors.items() if key.endswith(("moka_B", "lora_B.weight"))]
-    if ups and all(not t.any() for t in ups):
-        raise MokaError(f"{folder}: every B is still zero after training; no gradient reached the adapter.")
+    if not ups or all(not t.any() for t in ups):
+        raise MokaError(
+            "Every B of the adapter is still zero after training: no gradient reached it. It was not saved."
+        )

@@ -6,12 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 import moka
 from moka.data import attribution
+from moka.modeling import MokaProcessor
+from moka.modeling.configuration import DEFAULT_TYPE_IDS, MEDIA_TYPE_IDS
 
 from .arguments import RunConfig
+from .files import write_text, writing
 from .folder import ADAPTER, RunFolder
 
 
@@ -39,7 +43,8 @@ def plot_loss(folder: RunFolder) -> Path | None:
         loss.legend()
         rate.set(xlabel="step", ylabel="learning rate")
     path = folder / "loss.png"
-    figure.savefig(path, dpi=120)
+    with writing(path):
+        figure.savefig(path, dpi=120)
     return path
 
 
@@ -52,26 +57,26 @@ def write_card(folder: RunFolder, config: RunConfig, summary: dict[str, Any]) ->
     )
     data = "".join(sorted({attribution(s) for s in (config.data.train, config.data.alignment) if s}))
     header = {"library_name": "peft", "tags": ["moka", "multimodal", method], "base_model": config.model.backbone}
+    run = folder.path.as_posix()
+    modalities = ", ".join(["text", *config.model.modalities])
     text = f"""---
 {yaml.safe_dump(header, sort_keys=False).strip()}
 ---
 
 # {folder.path.name}
 
-A {_name(method)} adapter for `{config.model.backbone}` with the modalities text, {", ".join(config.model.modalities)}, \
-trained with moka {moka.__version__}.
+A {_name(method)} adapter for `{config.model.backbone}` with the modalities {modalities}, trained with moka {moka.__version__}.
 
 ## Use
 
 ```python
 import moka
 
-model = moka.load("{folder.path.name}")
-print(model.generate("Your question?", image="picture.png", audio="sound.wav"))
+model = moka.load("{run}")
+print(model.generate("Your question?"{_media_arguments(config)}))
 ```
 
-With peft alone, after `import moka`: `PeftModel.from_pretrained(moka.load_base("{folder.path.name}"), \
-"{folder.path.name}/{ADAPTER}")`.
+With peft alone, after `import moka`: `PeftModel.from_pretrained(moka.load_base("{run}"), "{run}/{ADAPTER}")`.
 
 ## Training
 
@@ -88,9 +93,19 @@ The resolved configuration is in `config.yaml`, every logged number in `metrics.
 
 {data or "Not recorded."}
 """
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    write_text(folder / "README.md", text)
     if (folder / ADAPTER).is_dir():
-        (folder / ADAPTER / "README.md").write_text(text, encoding="utf-8")
+        write_text(folder / ADAPTER / "README.md", text)
+
+
+def _media_arguments(config: RunConfig) -> str:
+    """The media that the trained model takes, as arguments of ``generate``; a picture stands for video too."""
+    files = {"image": "picture.png", "video": "clip.mp4", "audio": "sound.wav"}
+    kinds = {type_id: kind for kind, type_id in MEDIA_TYPE_IDS.items()}
+    first = (
+        (spec.get("type_ids") or DEFAULT_TYPE_IDS.get(name) or [0])[0] for name, spec in config.model.modalities.items()
+    )
+    return "".join(f', {kinds[i]}="{files[kinds[i]]}"' for i in first if i in kinds)
 
 
 def _name(method: str) -> str:
@@ -107,3 +122,30 @@ def _evaluation_table(result: dict[str, Any]) -> str:
                 f"{100 * low:.1f} - {100 * high:.1f} % |"
             )
     return "\n".join(lines)
+
+
+@torch.no_grad()
+def write_samples(folder: RunFolder, model: Any, processor: MokaProcessor, samples: Any, config: RunConfig) -> None:
+    """RUN/samples.jsonl: the model's answers to the first validation questions."""
+    model.eval()
+    lines = []
+    for index in range(min(config.output.samples, len(samples))):
+        sample = samples[index]
+        last = max(i for i, message in enumerate(sample["messages"]) if message["role"] == "assistant")
+        question, reference = sample["messages"][:last], sample["messages"][last : last + 1]
+        batch = processor(question).to(model.device)
+        batch.pop("labels")
+        tokens = model.generate(**batch, max_new_tokens=config.evaluation.max_new_tokens, do_sample=False)
+        record = {
+            "id": sample["id"],
+            "question": _text(question),
+            "answer": processor.decode(tokens[0, batch["input_ids"].shape[1] :]),
+            "reference": _text(reference),
+        }
+        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+    write_text(folder / "samples.jsonl", "".join(lines))
+
+
+def _text(messages: list[dict]) -> str:
+    parts = [p for m in messages for p in ([m["content"]] if isinstance(m["content"], str) else m["content"])]
+    return " ".join(p if isinstance(p, str) else p.get("text", f"[{p['type']}]") for p in parts)

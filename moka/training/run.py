@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +13,43 @@ import numpy as np
 import torch
 import transformers
 from peft import PeftModel
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
-from moka.data import Collator, EncodedDataset, open_source
-from moka.errors import MokaError
-from moka.modeling import MokaProcessor
+from moka.data import Collator, EncodedDataset, resolve_backbone
+from moka.data.media import BadMediaError
+from moka.modeling import MokaForConditionalGeneration, MokaProcessor
 
 from .arguments import RunConfig
-from .build import attach_adapter, build_for_stage_two, context_length, count_parameters
+from .build import adapter_parameters, attach_adapter, build_for_stage_two, context_length, count_parameters
 from .callbacks import DivergenceGuard, MetricsWriter
 from .connector import load_connector, save_connector, trained_parts
-from .folder import ADAPTER, CONNECTOR, RunFolder, check_trained, save_adapter
+from .datasets import check_media, open_data
+from .files import whole, write_json
+from .folder import ADAPTER, CONNECTOR, SUMMARY, RunFolder, save_result
 from .objectives import EmbeddingAlignment
-from .report import plot_loss, write_card
-from .trainer import MokaTrainer, training_arguments
+from .processes import agree, is_main, on_main
+from .report import plot_loss, write_card, write_samples
+from .trainer import MokaTrainer, last_checkpoint, training_arguments
+
+SECTIONS = {1: "alignment", 2: "training"}
+
+
+@dataclass
+class _Run:
+    """What the stages of one run share."""
+
+    config: RunConfig
+    folder: RunFolder
+    arguments: dict[int, TrainingArguments]
+    resume: bool
+    datasets: dict[str, Any]
+    model: MokaForConditionalGeneration
+    processor: MokaProcessor
+
+    @property
+    def max_length(self) -> int | None:
+        return context_length(self.config.model, self.model)
 
 
 def run_training(config: RunConfig, resume: bool = False, overwrite: bool = False) -> Path:
@@ -36,38 +60,57 @@ def run_training(config: RunConfig, resume: bool = False, overwrite: bool = Fals
     """
     started = time.monotonic()
     folder = RunFolder(config.output.dir)
-    folder.check(resume, overwrite)
-    datasets = _open_data(config)
+    # The arguments come first: they connect the processes.
+    arguments = {stage: _arguments(config, folder, stage) for stage in config.stages}
+    on_main(lambda: folder.check(resume, overwrite))
+    if resume:
+        agree(lambda: folder.check_same(config))
+        if agree((folder / SUMMARY).exists):
+            _say(f"note: {folder.path} is complete; there is nothing to go on with.")
+            return folder.path
+    # What has to be downloaded and prepared is so once.
+    agree(lambda: resolve_backbone(config.model.backbone), main_first=True)
+    datasets = agree(lambda: open_data(config), main_first=True)
+    run = agree(lambda: _prepare(config, folder, arguments, resume, datasets))
+    on_main(lambda: check_media(run.datasets, config))
+    if not resume:
+        on_main(lambda: folder.create(config))
+    if config.data.on_bad_media == "substitute":
+        run.datasets = agree(lambda: open_data(config, folder.path))
+    try:
+        result = _stages(run)
+    except BadMediaError:
+        # A file that cannot be read is found as late as its sample comes; with nothing to resume, nothing stays.
+        if is_main():
+            folder.discard()
+        raise
+    on_main(lambda: _write_artefacts(run, result, time.monotonic() - started))
+    return folder.path
+
+
+def _prepare(
+    config: RunConfig,
+    folder: RunFolder,
+    arguments: dict[int, TrainingArguments],
+    resume: bool,
+    datasets: dict[str, Any],
+) -> _Run:
+    """The model, after everything was tried that can be tried before training."""
     _seed(config)
     model, processor = build_for_stage_two(config)
-    _fit_one_sample(datasets, processor, context_length(config.model, model))
-    # Every argument is checked before the folder exists.
-    arguments = {stage: _arguments(config, folder, stage) for stage in config.stages}
-    main = all(a.process_index == 0 for a in arguments.values())
-    if main and not resume:
-        folder.create(config, overwrite)
-    for a in arguments.values():
-        if a.parallel_mode == transformers.training_args.ParallelMode.DISTRIBUTED:
-            torch.distributed.barrier()
-            break
-
-    summary: dict[str, Any] = {"method": config.adapter.method if 2 in config.stages else "stage 1 only"}
-    if 1 in config.stages:
-        _stage_one(config, folder, model, processor, datasets, arguments[1], resume)
-    result: Any = model
+    run = _Run(config, folder, arguments, resume, datasets, model, processor)
     if 2 in config.stages:
-        result = _stage_two(config, folder, model, processor, datasets, arguments[2], resume)
-        counts = count_parameters(result)
-        summary |= {f"trainable parameters, {part}": f"{n:,}" for part, n in counts.items() if part != "total"}
-        summary["all parameters"] = f"{counts['total']:,}"
-    summary |= _environment(config, time.monotonic() - started)
-    if main:
-        plot_loss(folder)
-        if 2 in config.stages and datasets.get("validation") is not None:
-            _write_samples(folder, result, processor, datasets["validation"], config)
-        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        write_card(folder, config, summary)
-    return folder.path
+        adapter_parameters(model, config.adapter)
+    for samples in datasets.values():
+        # A template, encoder or length that cannot work.
+        EncodedDataset(samples, processor, run.max_length)[0]
+    return run
+
+
+def _stages(run: _Run) -> PeftModel | None:
+    if 1 in run.config.stages:
+        _stage_one(run)
+    return _stage_two(run) if 2 in run.config.stages else None
 
 
 def _seed(config: RunConfig) -> None:
@@ -77,161 +120,140 @@ def _seed(config: RunConfig) -> None:
     torch.manual_seed(seed)
 
 
-def _open_data(config: RunConfig) -> dict[str, Any]:
-    """Samples with decoded media of each part that the stages need."""
-    data = config.data
-    common = {
-        "media_root": data.media_root,
-        "on_bad_media": data.on_bad_media,
-        "bad_media_budget": data.bad_media_budget,
-        "video_frames": data.video_frames,
-        "seed": int(config.training.get("data_seed") or config.training.get("seed", 42)),
-    }
-    datasets: dict[str, Any] = {}
-    for stage, name in ((1, "alignment"), (2, "train")):
-        if stage in config.stages:
-            source = getattr(data, name)
-            if source is None:
-                raise MokaError(
-                    f"data.{name} is not set, and stage {stage} trains on it: a JSONL file or embedded:TASK."
-                )
-            size = data.train_size if name == "train" else None
-            datasets[name] = open_source(source, "train", stage=stage, size=size, **common)
-    if data.validation is not None:
-        stage = max(config.stages)
-        datasets["validation"] = open_source(
-            data.validation, "validation", stage=stage, size=data.validation_size, **common
-        )
-    return datasets
+def _say(text: str) -> None:
+    if is_main():
+        print(text)
 
 
-def _fit_one_sample(datasets: dict[str, Any], processor: MokaProcessor, max_length: int | None) -> None:
-    """Encode one sample of each set: a template, encoder or length that cannot work is told before training."""
-    for samples in datasets.values():
-        processor.encode(samples[0]["messages"], max_length=max_length, truncate=True)
-
-
-def _arguments(config: RunConfig, folder: RunFolder, stage: int) -> transformers.TrainingArguments:
-    section = config.alignment if stage == 1 else config.training
-    section = {"seed": config.training.get("seed", 42), **section}
-    if config.data.validation is None:
+def _arguments(config: RunConfig, folder: RunFolder, stage: int) -> TrainingArguments:
+    name = SECTIONS[stage]
+    section = {"seed": config.training.get("seed", 42), **getattr(config, name)}
+    if config.data.validation is None or (stage == 1 and 2 in config.stages):
         section["eval_strategy"] = "no"
-    return training_arguments(section, folder / f"checkpoints/stage{stage}")
+    arguments = training_arguments(section, folder / f"checkpoints/stage{stage}", name)
+    if stage == 1 and section.get("objective") == "embedding":
+        arguments.gradient_checkpointing = False  # there is no pass through the language model to save memory in
+    return arguments
 
 
-def _trainer(config, folder, stage, model, processor, datasets, arguments, max_length) -> MokaTrainer:
-    section = config.alignment if stage == 1 else config.training
-    seed = int(arguments.data_seed or arguments.seed)
-    train = datasets["alignment" if stage == 1 else "train"]
-    validation = datasets.get("validation") if stage == 2 or 2 not in config.stages else None
-    if validation is None:
-        arguments.eval_strategy = transformers.trainer_utils.IntervalStrategy.NO
-    dropped = folder / "dropped.jsonl"
-    callbacks: list[Any] = [MetricsWriter(folder, stage), DivergenceGuard()]
-    board = _tensorboard(folder, stage, arguments)
+def _trainer(run: _Run, stage: int, module: torch.nn.Module, step: int) -> MokaTrainer:
+    arguments, name = run.arguments[stage], SECTIONS[stage]
+    section = getattr(run.config, name)
+    train = run.datasets["alignment" if stage == 1 else "train"]
+    validation = run.datasets.get("validation") if arguments.eval_strategy != IntervalStrategy.NO else None
+    callbacks: list[Any] = [MetricsWriter(run.folder, stage), DivergenceGuard(name)]
+    board = _tensorboard(run.folder, stage, arguments, step)
     rates = {
         f"{part}s": section[f"{part}_learning_rate"]
         for part in ("encoder", "projector")
         if f"{part}_learning_rate" in section
     }
+    dropped = run.folder / f"dropped-stage{stage}.jsonl"
+    seed = int(arguments.data_seed or arguments.seed)
     return MokaTrainer(
-        model=model,
+        model=module,
         args=arguments,
-        train_dataset=EncodedDataset(train, processor, max_length, seed, dropped),
-        eval_dataset=EncodedDataset(validation, processor, max_length) if validation is not None else None,
-        data_collator=Collator(processor),
-        processing_class=processor,
+        train_dataset=EncodedDataset(train, run.processor, run.max_length, seed, dropped),
+        eval_dataset=None if validation is None else EncodedDataset(validation, run.processor, run.max_length),
+        data_collator=Collator(run.processor),
+        processing_class=run.processor,
         callbacks=callbacks + ([board] if board else []),
         rates=rates,
     )
 
 
-def _tensorboard(folder: RunFolder, stage: int, arguments: transformers.TrainingArguments) -> Any:
-    if arguments.process_index or "tensorboard" in arguments.report_to:
+def _tensorboard(folder: RunFolder, stage: int, arguments: TrainingArguments, step: int) -> Any:
+    if arguments.process_index or "tensorboard" in (arguments.report_to or []):
         return None
     try:
         from torch.utils.tensorboard import SummaryWriter
         from transformers.integrations import TensorBoardCallback
     except ImportError:
         return None
-    return TensorBoardCallback(SummaryWriter(str(folder / f"tensorboard/stage{stage}")))
+    return TensorBoardCallback(SummaryWriter(str(folder / f"tensorboard/stage{stage}"), purge_step=step + 1))
 
 
-def _last_checkpoint(arguments: transformers.TrainingArguments, resume: bool) -> str | None:
-    folder = arguments.output_dir
-    return get_last_checkpoint(folder) if resume and Path(folder).is_dir() else None
-
-
-def _stage_one(config, folder, model, processor, datasets, arguments, resume: bool) -> None:
-    """Train encoders and projectors; the language model is frozen and has no adapter."""
-    target = folder / CONNECTOR
-    if resume and (target / "connector.json").is_file():
-        load_connector(model, target)
-        return
-    model.language_model.requires_grad_(False)
-    embedding = config.alignment.get("objective") == "embedding"
-    module = EmbeddingAlignment(model) if embedding else model
-    trainer = _trainer(config, folder, 1, module, processor, datasets, arguments, context_length(config.model, model))
-    trainer.train(resume_from_checkpoint=_last_checkpoint(arguments, resume))
-    _say_dropped(trainer, "stage 1")
-    if trainer.is_world_process_zero():
-        save_connector(model, target)
-
-
-def _stage_two(config, folder, model, processor, datasets, arguments, resume: bool) -> PeftModel:
-    """Train the adapter with projectors and trainable encoders."""
-    fresh = 1 not in config.stages and not config.model.connectors
-    if fresh and trained_parts(model):
-        print(
-            f"note: {', '.join(trained_parts(model))} start untrained: neither stage 1 nor model.connectors is given."
+def _train(run: _Run, stage: int, module: torch.nn.Module) -> None:
+    """One stage, from the newest checkpoint where the run is resumed."""
+    arguments = run.arguments[stage]
+    checkpoint, step = None, 0
+    if run.resume:
+        checkpoint, step = last_checkpoint(Path(arguments.output_dir or "."))
+        on_main(lambda: run.folder.rewind_metrics(stage, step))
+        _say(
+            f"stage {stage}: " + (f"going on from {checkpoint}" if checkpoint else "no checkpoint; from its beginning")
         )
-    adapted = attach_adapter(model, config.adapter) if config.adapter.method != "none" else None
-    if adapted is None:
-        raise MokaError("adapter.method: none has nothing to train in stage 2; use stages=[1], or moka or lora.")
-    trainer = _trainer(config, folder, 2, adapted, processor, datasets, arguments, context_length(config.model, model))
-    trainer.train(resume_from_checkpoint=_last_checkpoint(arguments, resume))
-    _say_dropped(trainer, "stage 2")
-    if trainer.is_world_process_zero():
-        save_adapter(adapted, processor, folder / ADAPTER)
-        check_trained(folder / ADAPTER)
+    batch, accumulated = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
+    _say(
+        f"stage {stage}: {batch * accumulated * arguments.world_size} samples a step "
+        f"({batch} x {arguments.world_size} processes x {accumulated} accumulated)"
+    )
+    trainer = _trainer(run, stage, module, step)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    _say_replaced(run, stage)
+
+
+def _stage_one(run: _Run) -> None:
+    """Train encoders and projectors; the language model is frozen and has no adapter."""
+    target = run.folder / CONNECTOR
+    if run.resume and (target / "connector.json").is_file():
+        load_connector(run.model, target)
+        return
+    run.model.language_model.requires_grad_(False)
+    embedding = run.config.alignment.get("objective") == "embedding"
+    _train(run, 1, EmbeddingAlignment(run.model) if embedding else run.model)
+
+    def save() -> None:
+        with whole(target) as part:
+            save_connector(run.model, part)
+
+    on_main(save)
+
+
+def _stage_two(run: _Run) -> PeftModel:
+    """Train the adapter with projectors and trainable encoders."""
+    parts = trained_parts(run.model)
+    if parts and 1 not in run.config.stages and not run.config.model.connectors:
+        _say(f"note: {', '.join(parts)} start untrained: neither stage 1 nor model.connectors is given.")
+    # Again: a resumed run, which has not gone through stage 1, draws the same adapter.
+    _seed(run.config)
+    adapted = attach_adapter(run.model, run.config.adapter)
+    _train(run, 2, adapted)
+    on_main(lambda: save_result(adapted, run.processor, run.folder / ADAPTER))
     return adapted
 
 
-def _say_dropped(trainer: MokaTrainer, stage: str) -> None:
-    dropped = trainer.train_dataset.dropped
-    if dropped:
-        index, reason = next(iter(dropped.items()))
-        print(f"{stage}: {len(dropped)} samples replaced; see dropped.jsonl. The first, number {index}: {reason}")
+def _say_replaced(run: _Run, stage: int) -> None:
+    """Samples that could not be used, counted over all processes and loader workers."""
+    names = {f"dropped-stage{stage}.jsonl": "id", f"bad-media-{'alignment' if stage == 1 else 'train'}.jsonl": "id"}
+    for name, key in names.items():
+        path = run.folder / name
+        if is_main() and path.exists():
+            records = {r["index"]: r for r in map(json.loads, path.read_text("utf-8").splitlines())}
+            first = next(iter(records.values()))
+            print(
+                f"stage {stage}: {len(records)} samples replaced by others; see {path}. The first, {first[key]}: "
+                f"{first['reason']}"
+            )
 
 
-@torch.no_grad()
-def _write_samples(folder: RunFolder, model: Any, processor: MokaProcessor, samples: Any, config: RunConfig) -> None:
-    model.eval()
-    with open(folder / "samples.jsonl", "w", encoding="utf-8") as file:
-        for index in range(min(config.output.samples, len(samples))):
-            sample = samples[index]
-            question = [m for m in sample["messages"] if m["role"] != "assistant"]
-            batch = processor(question).to(model.device)
-            tokens = model.generate(**batch, max_new_tokens=config.evaluation.max_new_tokens, do_sample=False)
-            record = {
-                "id": sample["id"],
-                "question": _text(question),
-                "answer": processor.decode(tokens[0, batch["input_ids"].shape[1] :]),
-                "reference": _text([m for m in sample["messages"] if m["role"] == "assistant"]),
-            }
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-
-
-def _text(messages: list[dict]) -> str:
-    parts = [p for m in messages for p in ([m["content"]] if isinstance(m["content"], str) else m["content"])]
-    return " ".join(p if isinstance(p, str) else p.get("text", f"[{p['type']}]") for p in parts)
-
-
-def _environment(config: RunConfig, seconds: float) -> dict[str, Any]:
-    return {
+def _write_artefacts(run: _Run, result: PeftModel | None, seconds: float) -> None:
+    config, folder = run.config, run.folder
+    summary: dict[str, Any] = {"method": config.adapter.method if 2 in config.stages else "stage 1 only"}
+    if result is not None:
+        counts = count_parameters(result)
+        summary |= {f"trainable parameters, {part}": f"{n:,}" for part, n in counts.items() if part != "total"}
+        summary["all parameters"] = f"{counts['total']:,}"
+    summary |= {
         "seed": config.training.get("seed", 42),
         "seconds": round(seconds),
+        "processes": next(iter(run.arguments.values())).world_size,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
+    plot_loss(folder)
+    if result is not None and run.datasets.get("validation") is not None:
+        write_samples(folder, result, run.processor, run.datasets["validation"], config)
+    write_card(folder, config, summary)
+    write_json(folder / SUMMARY, summary)

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from moka.errors import MokaError
 from moka.modeling import MokaForConditionalGeneration
 
-from .connector import WEIGHTS, load_connector, save_connector
+from .connector import load_connector, save_connector
+from .files import writing
 from .folder import save_adapter
-from .objectives import EmbeddingAlignment
+from .objectives import EmbeddingAlignment, share_captions
+from .processes import agree
+from .values import OWN_TRAINING_KEYS
 
 
 class MokaTrainer(Trainer):
@@ -50,84 +57,137 @@ class MokaTrainer(Trainer):
         )
         return self.optimizer
 
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, Any]:
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches and isinstance(self.model, EmbeddingAlignment):
+            share_captions(batches)
+        return batches, items
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """A checkpoint holds what is trained, never the frozen backbone."""
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or self.args.output_dir or ".")
         if not self.args.should_save:
             return
         model = self.accelerator.unwrap_model(self.model)
         if isinstance(model, PeftModel):
             save_adapter(model, self.processing_class, folder, state_dict)
         else:
-            composed = composed_of(model)
-            if state_dict is not None:
-                state_dict = (
-                    {key.removeprefix("model."): value for key, value in state_dict.items()}
-                    if (isinstance(model, EmbeddingAlignment))
-                    else state_dict
-                )
-            save_connector(composed, folder, state_dict)
+            if state_dict is not None and isinstance(model, EmbeddingAlignment):
+                state_dict = {key.removeprefix("model."): value for key, value in state_dict.items()}
+            save_connector(composed_of(model), folder, state_dict)
         torch.save(self.args, folder / "training_args.bin")
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """As in transformers; a checkpoint that cannot be completed is removed."""
+        folder = Path(self.args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        try:
+            with writing(folder):
+                super()._save_checkpoint(model, trial)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         unwrapped = self.accelerator.unwrap_model(model or self.model)
         if isinstance(unwrapped, PeftModel):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        elif (Path(resume_from_checkpoint) / WEIGHTS).is_file():
-            load_connector(composed_of(unwrapped), resume_from_checkpoint)
         else:
-            raise MokaError(f"{resume_from_checkpoint} holds no {WEIGHTS}; it is no stage-1 checkpoint.")
+            load_connector(composed_of(unwrapped), resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        unwrapped = self.accelerator.unwrap_model(self.model)
+        if isinstance(unwrapped, PeftModel) or self.state.best_model_checkpoint is None:
+            super()._load_best_model()
+        else:
+            load_connector(composed_of(unwrapped), self.state.best_model_checkpoint)
 
 
 def composed_of(model: Any) -> MokaForConditionalGeneration:
     """The composed model inside an objective, a peft model, or itself."""
     if isinstance(model, PeftModel):
-        return model.get_base_model()
+        model = model.get_base_model()
     return model.model if isinstance(model, EmbeddingAlignment) else model
 
 
-def training_arguments(section: dict[str, Any], output_dir: str | Path, **fixed: Any) -> TrainingArguments:
+def last_checkpoint(folder: Path) -> tuple[Path | None, int]:
+    """The newest whole checkpoint and its step; (None, 0) without one. The trainer's state is what it writes last."""
+    found = []
+    for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        try:
+            found.append((json.loads((path / TRAINER_STATE_NAME).read_text("utf-8"))["global_step"], path))
+        except (OSError, ValueError, KeyError):
+            print(f"note: {path} is not whole; the run was ended while it was written. It is left out.")
+    step, newest = max(found, default=(0, None))
+    return newest, step
+
+
+def training_arguments(
+    section: dict[str, Any], output_dir: str | Path, name: str = "training", **fixed: Any
+) -> TrainingArguments:
     """``TrainingArguments`` of one stage from its section; our own keys are translated or left to the caller.
 
+    Args:
+        name: of the section, for messages.
     Raises:
-        MokaError: a global batch that the number of processes does not divide.
+        MokaError: what transformers refuses, or this machine cannot do; a global batch that cannot be had.
     """
-    settings = {
-        key: value
-        for key, value in section.items()
-        if key not in ("global_batch_size", "encoder_learning_rate", "projector_learning_rate", "objective")
-    }
+    settings = {key: value for key, value in section.items() if key not in OWN_TRAINING_KEYS}
     if not torch.cuda.is_available():
         settings.setdefault("use_cpu", True)
     settings = {
         "logging_steps": 10,
         "report_to": "none",
+        "logging_first_step": True,
+        # The filter would put the mean of earlier steps in the place of NaN, and hide a run that diverged.
+        "logging_nan_inf_filter": False,
+        "disable_tqdm": False,
+        **settings,
         "remove_unused_columns": False,
         "label_names": ["labels"],
         "prediction_loss_only": True,
-        "logging_first_step": True,
-        "disable_tqdm": False,
-        **settings,
         **fixed,
     }
+    for key in ("bf16", "fp16", "tf32"):
+        if settings.get(key) and (settings.get("use_cpu") or not torch.cuda.is_available()):
+            raise MokaError(f"{name}.{key}: true needs a GPU, and this run is on the CPU. Take it out.")
     try:
         arguments = TrainingArguments(output_dir=str(output_dir), **settings)
-    except (ValueError, TypeError) as error:
-        raise MokaError(f"training: transformers refuses these settings: {str(error).splitlines()[0]}") from error
-    total = section.get("global_batch_size")
-    if total is not None:
-        step = arguments.per_device_train_batch_size * arguments.world_size
-        if total % step:
-            raise MokaError(
-                f"training.global_batch_size: {total} is no multiple of {arguments.per_device_train_batch_size} samples x "
-                f"{arguments.world_size} processes = {step}. Change per_device_train_batch_size or the number of processes."
-            )
-        arguments.gradient_accumulation_steps = total // step
+        Trainer.get_optimizer_cls_and_kwargs(arguments)  # an optimizer whose library is missing
+    except (ValueError, TypeError, KeyError, ImportError, OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise MokaError(f"{name}: transformers refuses these settings: {reason}") from error
+    agree(lambda: _check_processes(arguments))
+    agree(lambda: _set_accumulation(arguments, section, name))
     return arguments
 
 
-def read_trained(folder: str | Path) -> dict[str, torch.Tensor]:
-    """The tensors of a saved adapter or connector."""
-    folder = Path(folder)
-    names = ("adapter_model.safetensors", WEIGHTS)
-    return load_file(next(folder / name for name in names if (folder / name).is_file()))
+def _check_processes(arguments: TrainingArguments) -> None:
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != arguments.world_size:
+        raise MokaError(
+            f"The launcher started {started} processes, and each would train alone (device {arguments.device.type}, world "
+            f"size {arguments.world_size}). Take use_cpu out of the settings, or launch one process."
+        )
+    if arguments.n_gpu > 1:
+        # DataParallel would cut media and text of a batch at different places.
+        print(f"note: {arguments.n_gpu} GPUs are visible and one is used; `accelerate launch -m moka train` uses all.")
+        arguments._n_gpu = 1
+
+
+def _set_accumulation(arguments: TrainingArguments, section: dict[str, Any], name: str) -> None:
+    total = section.get("global_batch_size")
+    if total is None:
+        return
+    step = arguments.per_device_train_batch_size * arguments.world_size
+    if total % step:
+        raise MokaError(
+            f"{name}.global_batch_size: {total} is no multiple of {arguments.per_device_train_batch_size} samples x "
+            f"{arguments.world_size} processes = {step}. Change per_device_train_batch_size or the number of processes."
+        )
+    given = section.get("gradient_accumulation_steps")
+    if given is not None and given != total // step:
+        raise MokaError(
+            f"{name}: global_batch_size {total} takes {total // step} accumulation steps, and gradient_accumulation_steps "
+            f"is {given}. Take one of the two out."
+        )
+    arguments.gradient_accumulation_steps = total // step

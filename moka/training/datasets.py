@@ -1,0 +1,63 @@
+"""The data of a run: opened before anything is written, and its media tried."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from moka.data import open_source
+from moka.data.embedded import PREFIX
+from moka.errors import MokaError
+
+from .arguments import RunConfig
+
+# Decoding every file of a large data set would take longer than its first epoch; a data set of this size is tried whole.
+_TRIED = 200
+
+
+def open_data(config: RunConfig, reports: Path | None = None) -> dict[str, Any]:
+    """Samples with decoded media of each part that the stages need.
+
+    Args:
+        reports: folder for the reports of bad media.
+    """
+    data = config.data
+    datasets: dict[str, Any] = {}
+
+    def open_one(name: str, split: Any, stage: int, size: int | None) -> None:
+        datasets[name] = open_source(
+            getattr(data, name),
+            split,
+            stage=stage,
+            size=size,
+            seed=int(config.training.get("data_seed") or config.training.get("seed", 42)),
+            media_root=data.media_root,
+            on_bad_media=data.on_bad_media,
+            bad_media_budget=data.bad_media_budget,
+            video_frames=data.video_frames,
+            report_path=None if reports is None else reports / f"bad-media-{name}.jsonl",
+        )
+
+    for stage, name in ((1, "alignment"), (2, "train")):
+        if stage in config.stages:
+            if getattr(data, name) is None:
+                raise MokaError(
+                    f"data.{name} is not set, and stage {stage} trains on it: a JSONL file or embedded:TASK."
+                )
+            open_one(name, "train", stage, data.train_size if name == "train" else None)
+    if data.validation is not None:
+        open_one("validation", "validation", max(config.stages), data.validation_size)
+    return datasets
+
+
+def check_media(datasets: dict[str, Any], config: RunConfig) -> None:
+    """Decode the media of up to 200 samples of each set, so that a damaged file is told before training."""
+    for name, samples in datasets.items():
+        if getattr(config.data, name).startswith(PREFIX):
+            continue
+        tried = np.unique(np.linspace(0, len(samples) - 1, min(_TRIED, len(samples))).astype(int))
+        for index in tqdm(tried, f"trying media of data.{name}", unit="sample", delay=2.0, leave=False):
+            samples[int(index)]

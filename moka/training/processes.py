@@ -1,0 +1,86 @@
+"""One run, several processes: what fails on one of them ends all of them, with one message.
+
+A process that raises while the others wait at a barrier would leave them waiting; so everything before training is done
+through ``agree``.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from moka.errors import MokaError
+
+T = TypeVar("T")
+_COURTESY_S = 5.0
+
+
+def connected() -> bool:
+    """Whether this process is one of several that can talk to each other."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def is_main() -> bool:
+    """Whether this process writes the run folder: the one of rank 0, or the only one."""
+    return dist.get_rank() == 0 if connected() else True
+
+
+def speaks() -> bool:
+    """Whether this process should print its error. Before the processes are connected all fail alike: one line is enough."""
+    return connected() or os.environ.get("RANK", "0") == "0"
+
+
+def everyones(value: Any) -> list[Any]:
+    """The value of every process, in the order of ranks."""
+    if not connected():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def agree(action: Callable[[], T], main_first: bool = False) -> T:
+    """Run ``action`` on every process; where it fails on any, every process ends.
+
+    Args:
+        main_first: the main process alone first (it downloads and prepares what the others then find).
+    Raises:
+        The action's error, on the first process that met it; the others leave quietly with the same exit code.
+    """
+    if not connected():
+        return action()
+    if not main_first:
+        return _step(action)
+    early = _step(action if is_main() else _nothing)
+    late = _step(_nothing if is_main() else action)
+    return early if is_main() else late
+
+
+def on_main(action: Callable[[], Any]) -> None:
+    """Run ``action`` on the main process; the others wait for it, and end with it where it fails."""
+    agree(action if is_main() else _nothing)
+
+
+def _nothing() -> Any:
+    return None
+
+
+def _step(action: Callable[[], T]) -> T:
+    error: Exception | None = None
+    try:
+        result = action()
+    except Exception as raised:
+        error = raised
+    codes = everyones(0 if error is None else 2 if isinstance(error, (MokaError, OSError)) else 1)
+    first = next((rank for rank, code in enumerate(codes) if code), None)
+    if first is None:
+        return result
+    if error is not None and dist.get_rank() == first:
+        raise error
+    # A launcher ends all processes when the first has ended; let that be the one that says why.
+    time.sleep(_COURTESY_S)
+    raise SystemExit(codes[first])

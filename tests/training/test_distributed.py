@@ -1,0 +1,89 @@
+"""Two real processes on gloo: the same run as one process on the same global batch, and one voice for errors."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from moka.training import config_from_dict, run_training
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+# Dropout draws other masks for other shapes of the batch.
+SAME = {
+    "adapter__dropout": 0.0,
+    "model__modalities__visual__encoder__dropout": 0.0,
+    "model__modalities__audio__encoder__dropout": 0.0,
+    "alignment__global_batch_size": 8,
+    "training__global_batch_size": 4,
+    # Adam divides a gradient near zero by its own size, and so makes much of its rounding.
+    "alignment__optim": "sgd",
+    "training__optim": "sgd",
+    "alignment__max_steps": 3,
+    "training__max_steps": 3,
+    "alignment__save_strategy": "no",
+    "training__save_strategy": "no",
+}
+TORCHRUN = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2", "-m", "moka"]
+ACCELERATE = [
+    *(str(BIN / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
+    *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "moka"),
+]
+
+
+def launch(command, *arguments, **environment):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    whole = [*command, *map(str, arguments)]
+    return subprocess.run(whole, env=environment, capture_output=True, text=True, check=False, timeout=120)
+
+
+def write(path, raw):
+    path.write_text(yaml.safe_dump(raw, sort_keys=False))  # modalities are made in their order
+    return path
+
+
+def losses(folder):
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {(r["stage"], r["step"]): r["loss"] for r in records if "loss" in r}
+
+
+@pytest.mark.parametrize("objective", ["embedding", "language_modeling"])
+def test_two_processes_train_as_one(tiny_config, tmp_path, objective):
+    changes = {**SAME, "alignment__objective": objective}
+    # Whole batches here; there two processes with two rows each, in stage 1 accumulated too.
+    one = run_training(config_from_dict(tiny_config(tmp_path / "one", **changes)))
+    halves = {"alignment__per_device_train_batch_size": 2, "training__per_device_train_batch_size": 2}
+    config = write(tmp_path / "two.yaml", tiny_config(tmp_path / "two", **changes, **halves))
+    if objective == "embedding":
+        done = launch(TORCHRUN, "train", config)
+    else:
+        done = launch(ACCELERATE, "train", config, ACCELERATE_USE_CPU="true")
+    assert done.returncode == 0, done.stderr[-2000:]
+    two = tmp_path / "two"
+    assert json.loads((two / "summary.json").read_text())["processes"] == 2
+    assert "8 samples a step (2 x 2 processes x 2 accumulated)" in done.stdout
+    assert done.stdout.count("done: ") == 1
+    ours, theirs = losses(two), losses(one)
+    assert len(ours) == 6
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    assert len((two / "metrics.jsonl").read_text().splitlines()) == len((one / "metrics.jsonl").read_text().splitlines())
+    for key, tensor in load_file(two / "adapter/adapter_model.safetensors").items():
+        reference = load_file(one / "adapter/adapter_model.safetensors")[key]
+        torch.testing.assert_close(tensor, reference, rtol=1e-4, atol=1e-6)
+
+
+def test_bad_input_is_told_once_and_ends_both(tiny_config, tmp_path):
+    config = write(tmp_path / "run.yaml", tiny_config(tmp_path / "run", data__train=str(tmp_path / "absent.jsonl")))
+    done = launch(TORCHRUN, "train", config)
+    assert done.returncode != 0
+    assert "moka/training" not in done.stderr  # no traceback of ours
+    told = [line for line in done.stderr.splitlines() if "moka: error" in line]
+    assert len(told) == 1, done.stderr[-3000:]
+    assert "absent.jsonl" in told[0]
+    assert "exitcode  : 2" in done.stderr
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,219 @@
+"""The trainer: equal losses however a batch is cut, checkpoints of what is trained, no half-written result."""
+
+import json
+import os
+import resource
+
+import pytest
+import torch
+from moka.errors import MokaError
+from moka.training import config_from_dict, run_training
+from moka.training.build import attach_adapter, build_model
+from moka.training.callbacks import DivergenceGuard
+from moka.training.folder import RunFolder, check_trained
+from moka.training.trainer import MokaTrainer, training_arguments
+from safetensors.torch import load_file, save_file
+from transformers import TrainerState
+
+NO_DROPOUT = {
+    "adapter__dropout": 0.0,
+    "model__modalities__visual__encoder__dropout": 0.0,
+    "model__modalities__audio__encoder__dropout": 0.0,
+    "training__save_strategy": "no",
+    "alignment__save_strategy": "no",
+    "training__eval_strategy": "no",
+}
+
+
+def train(raw, **how):
+    return run_training(config_from_dict(raw), **how)
+
+
+def losses(folder):
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {(r["stage"], r["step"]): r["loss"] for r in records if "loss" in r}
+
+
+@pytest.mark.parametrize("objective", ["embedding", "language_modeling"])
+def test_accumulated_batches_lose_as_one_big_batch(tiny_config, tmp_path, objective):
+    changes = {
+        **NO_DROPOUT,
+        "alignment__objective": objective,
+        "alignment__global_batch_size": 8,
+        "training__global_batch_size": 8,
+        "alignment__max_steps": 3,
+        "training__max_steps": 3,
+    }
+    found = {}
+    for size in (8, 2):
+        sizes = {"alignment__per_device_train_batch_size": size, "training__per_device_train_batch_size": size}
+        found[size] = losses(train(tiny_config(tmp_path / str(size), **changes, **sizes)))
+    assert len(found[8]) == 6
+    assert found[2] == pytest.approx(found[8], rel=1e-4)
+
+
+def test_global_batch_that_cannot_be_had_is_told(tmp_path):
+    with pytest.raises(MokaError, match=r"alignment.global_batch_size: 10 is no multiple of 4 samples x 1 processes = 4"):
+        training_arguments({"global_batch_size": 10, "per_device_train_batch_size": 4}, tmp_path / "x", "alignment")
+    section = {"global_batch_size": 8, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}
+    with pytest.raises(MokaError, match="takes 2 accumulation steps, and gradient_accumulation_steps is 3"):
+        training_arguments(section, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_checkpoints_hold_what_is_trained_and_no_backbone(trained_run, backbones):
+    backbone = sum(t.numel() for t in load_file(backbones["llama"] / "model.safetensors").values())
+    one, two = (trained_run / f"checkpoints/stage{stage}/checkpoint-2" for stage in (1, 2))
+    assert not list((trained_run / "checkpoints").rglob("model.safetensors"))
+    for file, parts in (
+        (one / "connector.safetensors", ("encoders.", "projectors.")),
+        (two / "adapter_model.safetensors", (".moka_A", ".moka_B", ".encoders.", ".projectors.")),
+    ):
+        tensors = load_file(file)
+        assert all(any(part in f".{key}" or key.startswith(part) for part in parts) for key in tensors)
+        assert all(any(part in f".{key}" for key in tensors) for part in parts)
+    assert sum(t.numel() for t in load_file(one / "connector.safetensors").values()) < backbone
+    # Adam keeps two numbers for each trained one.
+    trained = sum(t.numel() for t in load_file(two / "adapter_model.safetensors").values())
+    state = torch.load(two / "optimizer.pt")["state"]
+    assert sum(s["exp_avg"].numel() for s in state.values()) == trained
+
+
+def test_each_part_gets_its_learning_rate(tiny_config, tmp_path):
+    config = config_from_dict(tiny_config(tmp_path / "x"))
+    model, processor = build_model(config.model)
+    adapted = attach_adapter(model, config.adapter)
+    arguments = training_arguments({"learning_rate": 0.5, "weight_decay": 0.1}, tmp_path / "x")
+    rates = {"encoders": 0.25, "projectors": 0.125}
+    trainer = MokaTrainer(model=adapted, args=arguments, processing_class=processor, rates=rates)
+    of = {id(p): g for g in trainer.create_optimizer().param_groups for p in g["params"]}
+    trained = {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    assert len(of) == len(trained)
+    for name, parameter in trained.items():
+        expected = 0.25 if ".encoders." in name else 0.125 if ".projectors." in name else 0.5
+        assert of[id(parameter)]["lr"] == expected
+        if name.endswith(".bias"):
+            assert of[id(parameter)]["weight_decay"] == 0.0
+    assert {group["weight_decay"] for group in of.values()} == {0.0, 0.1}
+
+
+@pytest.mark.parametrize("key", ["bf16", "fp16"])
+def test_half_precision_on_a_cpu_is_refused(tmp_path, key):
+    with pytest.raises(MokaError, match=f"training.{key}: true needs a GPU"):
+        training_arguments({key: True, "use_cpu": True}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("section", "word"),
+    [
+        ({"optim": "adamw_torchy"}, "adamw_torchy"),
+        ({"lr_scheduler_type": "cosin"}, "cosin"),
+        ({"load_best_model_at_end": True, "eval_strategy": "no"}, "strateg"),
+        ({"optim": "lomo"}, "lomo"),
+    ],
+)
+def test_what_transformers_refuses_is_told_before_training(tmp_path, section, word):
+    with pytest.raises(MokaError, match=r"training: transformers refuses these settings") as caught:
+        training_arguments(section, tmp_path / "x")
+    assert word in str(caught.value)
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf"), 0.0])
+def test_guard_stops_after_three_bad_losses_in_a_row(loss):
+    guard, state = DivergenceGuard("alignment"), TrainerState(global_step=30)
+    for logs in ({"loss": loss}, {"loss": loss}, {"loss": 1.0}, {"eval_loss": 0.0}, {"loss": loss}, {"loss": loss}):
+        guard.on_log(None, state, None, logs=logs)
+    with pytest.raises(MokaError, match=r"3 logging steps in a row \(last: step 30\).*alignment.learning_rate"):
+        guard.on_log(None, state, None, logs={"loss": loss})
+
+
+def test_diverging_run_stops_and_leaves_no_adapter(tiny_config, tmp_path):
+    changes = {**NO_DROPOUT, "stages": [2], "training__max_steps": 50, "training__learning_rate": 1e30}
+    with pytest.raises(MokaError, match=r"loss was nan at 3 logging steps in a row.*training.learning_rate"):
+        train(tiny_config(tmp_path / "run", **changes, training__max_grad_norm=0.0))
+    assert not (tmp_path / "run/adapter").exists()
+    records = [json.loads(line, parse_constant=pytest.fail) for line in open(tmp_path / "run/metrics.jsonl")]
+    assert records[-1]["loss"] is None
+    assert records[-1]["step"] < 10
+
+
+def test_adapter_without_a_gradient_is_no_result(tiny_config, tmp_path):
+    with pytest.raises(MokaError, match="Every B of the adapter is still zero"):
+        train(tiny_config(tmp_path / "run", **NO_DROPOUT, stages=[2], training__learning_rate=0.0))
+    assert not (tmp_path / "run/adapter").exists()
+    assert not (tmp_path / "run/summary.json").exists()
+
+
+def test_trained_adapter_has_nonzero_b(trained_run, tmp_path):
+    tensors = load_file(trained_run / "adapter/adapter_model.safetensors")
+    ups = [tensor for key, tensor in tensors.items() if key.endswith("moka_B")]
+    assert len(ups) == 4  # q and v of two blocks
+    assert all(tensor.any() for tensor in ups)
+    check_trained(trained_run / "adapter")
+    zeroed = {key: torch.zeros_like(t) if key.endswith("moka_B") else t for key, t in tensors.items()}
+    save_file(zeroed, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(MokaError, match="still zero"):
+        check_trained(tmp_path)
+
+
+@pytest.fixture
+def largest_file():
+    """Files may grow to so many bytes: the operating system's own refusal in the middle of a write."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(size):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+
+    yield limit
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits of the size of files")
+def test_full_disk_leaves_no_half_written_checkpoint(tiny_config, tmp_path, largest_file):
+    raw = tiny_config(tmp_path / "run", stages=[2], data__validation=None)
+    largest_file(20_000)
+    with pytest.raises(MokaError, match=r"cannot be written: the disk is full .*--resume"):
+        train(raw)
+    assert list((tmp_path / "run/checkpoints/stage2").glob("*")) == []
+    assert not (tmp_path / "run/adapter").exists()
+    largest_file(resource.RLIM_INFINITY)
+    train(raw, resume=True)
+    assert (tmp_path / "run/summary.json").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits of the size of files")
+def test_full_disk_leaves_no_half_written_adapter(tiny_config, tmp_path, largest_file):
+    raw = tiny_config(tmp_path / "run", **NO_DROPOUT, data__validation=None)
+    largest_file(20_000)
+    with pytest.raises(MokaError, match=r"(connector|adapter) cannot be written: the disk is full"):
+        train(raw)
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert left <= {"config.yaml", "metrics.jsonl", "tensorboard", "connector"}
+
+
+def test_full_disk_at_the_start_leaves_no_folder(tiny_config, tmp_path, largest_file):
+    raw = tiny_config(tmp_path / "run")
+    largest_file(100)
+    with pytest.raises(MokaError, match="the disk is full"):
+        train(raw)
+    assert not (tmp_path / "run").exists()
+
+
+def test_overwrite_replaces_a_run_and_nothing_else(trained_run, tiny_config, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("mine: 1\n")
+    with pytest.raises(MokaError, match="not empty and holds no run of ours"):
+        train(tiny_config(folder), overwrite=True)
+    assert (folder / "config.yaml").read_text() == "mine: 1\n"
+
+    (folder / "config.yaml").write_text((trained_run / "config.yaml").read_text())
+    (folder / "notes.txt").write_text("mine")
+    (folder / "evaluation.json").write_text("{}")
+    with pytest.raises(MokaError, match="already holds a run"):
+        train(tiny_config(folder))
+    train(tiny_config(folder, stages=[1], alignment__max_steps=1), overwrite=True)
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert not (folder / "evaluation.json").exists()  # of the run before
+    assert RunFolder(folder).metrics()[-1]["step"] == 1
