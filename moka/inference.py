@@ -190,6 +190,7 @@ def load(
     _check_complete_folder(folder)
     processor = MokaProcessor.from_pretrained(folder)
     base = load_base(folder, dtype=dtype, backbone=backbone)
+    processor.teach_end(base)
     try:
         model = PeftModel.from_pretrained(base, str(folder))
         expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))

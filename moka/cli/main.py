@@ -9,9 +9,11 @@ import sys
 import warnings
 from collections.abc import Sequence
 
+from tqdm import tqdm
+
 import moka
 from moka.errors import MokaError
-from moka.training.processes import speaks
+from moka.training.processes import disconnect, speaks
 
 from . import compare, evaluate, generate, train
 
@@ -53,8 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     if arguments.verb != "train" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return _complain(f"moka {arguments.verb} runs as one process; start it without a launcher.")
+    well = False
     try:
         VERBS[arguments.verb].run(arguments)
+        well = True
     except MokaError as error:
         if arguments.debug:
             raise
@@ -66,6 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("moka: interrupted", file=sys.stderr)
         return 130
+    finally:
+        disconnect(well)
     return 0
 
 
@@ -74,5 +80,8 @@ def _complain(message: str) -> int:
         # A loader's worker sends its error as a traceback, whose last line is the message.
         if "Original Traceback" in message:
             message = message.strip().splitlines()[-1].partition(": ")[2]
+        # A progress bar that was broken off has not ended its line.
+        for bar in list(getattr(tqdm, "_instances", ())):
+            bar.close()
         print(f"moka: error: {' '.join(message.split())}", file=sys.stderr)
     return 2

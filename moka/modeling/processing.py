@@ -72,10 +72,7 @@ class MokaProcessor:
 
     @classmethod
     def from_model(cls, model, tokenizer: Any, **kwargs: Any) -> MokaProcessor:
-        """The processor that fits a ``MokaForConditionalGeneration``.
-
-        The model's ``generation_config`` learns the token that ends an answer: a base model's own stops elsewhere.
-        """
+        """The processor that fits a ``MokaForConditionalGeneration``, which learns its end of an answer."""
         config: MokaModelConfig = model.config
         modalities = {
             name: {
@@ -86,11 +83,15 @@ class MokaProcessor:
             for name, spec in config.modalities.items()
         }
         processor = cls(tokenizer, modalities, config.vocab_size, **kwargs)
+        processor.teach_end(model)
+        return processor
+
+    def teach_end(self, model) -> None:
+        """Make ``model.generate`` stop at the token that ends an answer here: a base model's own may be another."""
         stops = model.generation_config.eos_token_id
         stops = [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
-        if processor.end_token_id not in stops:
-            model.generation_config.eos_token_id = [*stops, processor.end_token_id]
-        return processor
+        if self.end_token_id not in stops:
+            model.generation_config.eos_token_id = [*stops, self.end_token_id]
 
     @property
     def end_token_id(self) -> int:

@@ -94,7 +94,10 @@ class RunFolder:
         """Make the folder with the resolved configuration; what an earlier run left in it goes."""
         made = not self.path.exists()
         self._clear()
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise MokaError(f"output.dir: {self.path} cannot be made ({error.strerror}); choose another.") from error
         text = yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
         try:
             write_text(self.path / CONFIG, f"{_MARK}{moka.__version__}\n{text}")

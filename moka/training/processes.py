@@ -34,6 +34,20 @@ def speaks() -> bool:
     return connected() or os.environ.get("RANK", "0") == "0"
 
 
+def disconnect(well: bool) -> None:
+    """Take leave of the other processes. Without it gloo's threads may abort an interpreter that ends.
+
+    After an error the others may be inside a collective; NCCL would wait for them, so it is left to the launcher.
+    """
+    if connected() and (well or dist.get_backend() == "gloo"):
+        dist.destroy_process_group()
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether this is how a process learns that another one is gone."""
+    return connected() and any(text in str(error) for text in ("closed by peer", "reset by peer", "Broken pipe"))
+
+
 def everyones(value: Any) -> list[Any]:
     """The value of every process, in the order of ranks."""
     if not connected():

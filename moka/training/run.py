@@ -18,6 +18,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from moka.data import Collator, EncodedDataset, resolve_backbone
 from moka.data.media import BadMediaError
+from moka.errors import MokaError
 from moka.modeling import MokaForConditionalGeneration, MokaProcessor
 
 from .arguments import RunConfig
@@ -28,7 +29,7 @@ from .datasets import check_media, open_data
 from .files import whole, write_json
 from .folder import ADAPTER, CONNECTOR, SUMMARY, RunFolder, save_result
 from .objectives import EmbeddingAlignment
-from .processes import agree, is_main, on_main
+from .processes import agree, is_main, lost_peer, on_main
 from .report import plot_loss, write_card, write_samples
 from .trainer import MokaTrainer, last_checkpoint, training_arguments
 
@@ -81,9 +82,12 @@ def run_training(config: RunConfig, resume: bool = False, overwrite: bool = Fals
         result = _stages(run)
     except BadMediaError:
         # A file that cannot be read is found as late as its sample comes; with nothing to resume, nothing stays.
-        if is_main():
-            folder.discard()
+        folder.discard()
         raise
+    except RuntimeError as error:
+        if not lost_peer(error):
+            raise
+        raise MokaError("Another process of this run has ended; its own message says why.") from error
     on_main(lambda: _write_artefacts(run, result, time.monotonic() - started))
     return folder.path
 
@@ -130,10 +134,10 @@ def _arguments(config: RunConfig, folder: RunFolder, stage: int) -> TrainingArgu
     section = {"seed": config.training.get("seed", 42), **getattr(config, name)}
     if config.data.validation is None or (stage == 1 and 2 in config.stages):
         section["eval_strategy"] = "no"
-    arguments = training_arguments(section, folder / f"checkpoints/stage{stage}", name)
     if stage == 1 and section.get("objective") == "embedding":
-        arguments.gradient_checkpointing = False  # there is no pass through the language model to save memory in
-    return arguments
+        # There is no pass through the language model to save memory in.
+        section = {key: value for key, value in section.items() if "checkpointing" not in key}
+    return training_arguments(section, folder / f"checkpoints/stage{stage}", name)
 
 
 def _trainer(run: _Run, stage: int, module: torch.nn.Module, step: int) -> MokaTrainer:
@@ -183,14 +187,34 @@ def _train(run: _Run, stage: int, module: torch.nn.Module) -> None:
         _say(
             f"stage {stage}: " + (f"going on from {checkpoint}" if checkpoint else "no checkpoint; from its beginning")
         )
-    batch, accumulated = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
-    _say(
-        f"stage {stage}: {batch * accumulated * arguments.world_size} samples a step "
-        f"({batch} x {arguments.world_size} processes x {accumulated} accumulated)"
-    )
+    _say_batch(run, stage, going_on=checkpoint is not None)
     trainer = _trainer(run, stage, module, step)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     _say_replaced(run, stage)
+
+
+def _say_batch(run: _Run, stage: int, going_on: bool) -> None:
+    """The samples of one optimizer step; a resumed stage keeps them, whatever the number of processes."""
+    arguments = run.arguments[stage]
+    batch, accumulated = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
+    total = batch * accumulated * arguments.world_size
+    _say(
+        f"stage {stage}: {total} samples a step ({batch} x {arguments.world_size} processes x {accumulated} accumulated)"
+    )
+    key = "samples_per_step"
+    records = agree(run.folder.metrics)
+    began = next((record[key] for record in records if record["stage"] == stage and key in record), None)
+    if going_on and began not in (None, total):
+
+        def refuse() -> None:
+            raise MokaError(
+                f"--resume: stage {stage} began with {began} samples a step, and would go on with {total}. Launch as many "
+                f"processes as before; in a new run {SECTIONS[stage]}.global_batch_size keeps the number."
+            )
+
+        agree(refuse)
+    if began != total:
+        on_main(lambda: run.folder.log({"stage": stage, "step": 0, key: total}))
 
 
 def _stage_one(run: _Run) -> None:

@@ -4,10 +4,11 @@ import dataclasses
 
 import pytest
 import yaml
+from transformers import TrainingArguments
+
 from moka.errors import MokaError
 from moka.training import RunConfig, config_from_dict, load_config
 from moka.training.arguments import describe
-from transformers import TrainingArguments
 
 
 @pytest.fixture
@@ -137,12 +138,9 @@ def test_overrides_reach_any_depth(config_file):
     ],
 )
 def test_wrong_overrides_are_told(config_file, override, words):
-    with pytest.raises(MokaError, match="r"):
+    with pytest.raises(MokaError) as caught:
         load_config(config_file("adapter: {r: 4}"), [override])
-    try:
-        load_config(config_file("adapter: {r: 4}"), [override])
-    except MokaError as error:
-        assert words in str(error)
+    assert words in str(caught.value)
 
 
 @pytest.mark.parametrize(

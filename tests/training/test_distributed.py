@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from moka.training import config_from_dict, run_training
 from safetensors.torch import load_file
+
+from moka.training import config_from_dict, run_training
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -71,7 +72,9 @@ def test_two_processes_train_as_one(tiny_config, tmp_path, objective):
     ours, theirs = losses(two), losses(one)
     assert len(ours) == 6
     assert ours == pytest.approx(theirs, rel=1e-5)
-    assert len((two / "metrics.jsonl").read_text().splitlines()) == len((one / "metrics.jsonl").read_text().splitlines())
+    assert len((two / "metrics.jsonl").read_text().splitlines()) == len(
+        (one / "metrics.jsonl").read_text().splitlines()
+    )
     for key, tensor in load_file(two / "adapter/adapter_model.safetensors").items():
         reference = load_file(one / "adapter/adapter_model.safetensors")[key]
         torch.testing.assert_close(tensor, reference, rtol=1e-4, atol=1e-6)

@@ -6,9 +6,10 @@ from collections import Counter
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from moka.errors import MokaError
 from moka.training import config_from_dict, run_training
-from safetensors.torch import load_file
 
 AFTER_TRAINING = ("adapter", "summary.json", "README.md", "loss.png", "samples.jsonl")
 
@@ -104,6 +105,16 @@ def test_resume_with_other_settings_is_refused(trained_run, tiny_config, tmp_pat
         resume(tiny_config, folder, training__learning_rate=0.1)
     resume(tiny_config, folder, evaluation__size=3)  # does not reach the training
     assert_same(folder, trained_run)
+
+
+def test_resume_with_another_global_batch_is_refused(trained_run, tiny_config, tmp_path):
+    """As when it goes on with more processes: here the record of the beginning says another number."""
+    folder = killed(trained_run, tmp_path / "run", 2, 2)
+    text = (folder / "metrics.jsonl").read_text()
+    assert text.count('{"stage": 2, "step": 0, "samples_per_step": 4}') == 1
+    (folder / "metrics.jsonl").write_text(text.replace('"samples_per_step": 4}', '"samples_per_step": 8}'))
+    with pytest.raises(MokaError, match="began with 8 samples a step, and would go on with 4"):
+        resume(tiny_config, folder)
 
 
 def test_resume_of_a_complete_run_changes_nothing(trained_run, tiny_config, tmp_path, capsys):

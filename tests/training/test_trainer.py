@@ -6,14 +6,15 @@ import resource
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import TrainerState
+
 from moka.errors import MokaError
 from moka.training import config_from_dict, run_training
 from moka.training.build import attach_adapter, build_model
 from moka.training.callbacks import DivergenceGuard
 from moka.training.folder import RunFolder, check_trained
 from moka.training.trainer import MokaTrainer, training_arguments
-from safetensors.torch import load_file, save_file
-from transformers import TrainerState
 
 NO_DROPOUT = {
     "adapter__dropout": 0.0,
@@ -53,7 +54,9 @@ def test_accumulated_batches_lose_as_one_big_batch(tiny_config, tmp_path, object
 
 
 def test_global_batch_that_cannot_be_had_is_told(tmp_path):
-    with pytest.raises(MokaError, match=r"alignment.global_batch_size: 10 is no multiple of 4 samples x 1 processes = 4"):
+    with pytest.raises(
+        MokaError, match=r"alignment.global_batch_size: 10 is no multiple of 4 samples x 1 processes = 4"
+    ):
         training_arguments({"global_batch_size": 10, "per_device_train_batch_size": 4}, tmp_path / "x", "alignment")
     section = {"global_batch_size": 8, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}
     with pytest.raises(MokaError, match="takes 2 accumulation steps, and gradient_accumulation_steps is 3"):
@@ -133,7 +136,8 @@ def test_diverging_run_stops_and_leaves_no_adapter(tiny_config, tmp_path):
     with pytest.raises(MokaError, match=r"loss was nan at 3 logging steps in a row.*training.learning_rate"):
         train(tiny_config(tmp_path / "run", **changes, training__max_grad_norm=0.0))
     assert not (tmp_path / "run/adapter").exists()
-    records = [json.loads(line, parse_constant=pytest.fail) for line in open(tmp_path / "run/metrics.jsonl")]
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line, parse_constant=pytest.fail) for line in lines]
     assert records[-1]["loss"] is None
     assert records[-1]["step"] < 10
 
@@ -189,14 +193,15 @@ def test_full_disk_leaves_no_half_written_adapter(tiny_config, tmp_path, largest
     with pytest.raises(MokaError, match=r"(connector|adapter) cannot be written: the disk is full"):
         train(raw)
     left = {path.name for path in (tmp_path / "run").iterdir()}
-    assert left <= {"config.yaml", "metrics.jsonl", "tensorboard", "connector"}
+    assert left <= {"config.yaml", "metrics.jsonl", "tensorboard", "connector", "checkpoints"}
+    assert not list((tmp_path / "run").rglob("*.part"))
 
 
 def test_full_disk_at_the_start_leaves_no_folder(tiny_config, tmp_path, largest_file):
-    raw = tiny_config(tmp_path / "run")
+    config = config_from_dict(tiny_config(tmp_path / "run"))
     largest_file(100)
     with pytest.raises(MokaError, match="the disk is full"):
-        train(raw)
+        RunFolder(tmp_path / "run").create(config)
     assert not (tmp_path / "run").exists()
 
 
@@ -217,3 +222,27 @@ def test_overwrite_replaces_a_run_and_nothing_else(trained_run, tiny_config, tmp
     assert (folder / "notes.txt").read_text() == "mine"
     assert not (folder / "evaluation.json").exists()  # of the run before
     assert RunFolder(folder).metrics()[-1]["step"] == 1
+
+
+def test_gradient_checkpointing_changes_no_loss(tiny_config, tmp_path):
+    changes = {**NO_DROPOUT, "training__max_steps": 3, "alignment__max_steps": 2}
+    plain = losses(train(tiny_config(tmp_path / "plain", **changes)))
+    both = {"training__gradient_checkpointing": True, "alignment__gradient_checkpointing": True}
+    assert losses(train(tiny_config(tmp_path / "saving", **changes, **both))) == pytest.approx(plain, rel=1e-5)
+
+
+def test_best_checkpoint_is_the_result_where_asked(tiny_config, tmp_path):
+    """A rate that ruins the model after the first evaluation: the result is the one before."""
+    best = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "lr_scheduler_type": "constant"}
+    for stage, name, file in ((1, "alignment", "connector.safetensors"), (2, "training", "adapter_model.safetensors")):
+        raw = tiny_config(tmp_path / name, stages=[stage])
+        raw[name] |= {**best, "learning_rate": 0.5}
+        folder = train(raw)
+        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        scores = {r["step"]: r["eval_loss"] for r in records if "eval_loss" in r}
+        step = min(scores, key=scores.get)
+        result = load_file(folder / ("connector" if stage == 1 else "adapter") / file)
+        expected = load_file(folder / f"checkpoints/stage{stage}/checkpoint-{step}" / file)
+        last = load_file(folder / f"checkpoints/stage{stage}/checkpoint-6" / file)
+        assert all(torch.equal(result[key], expected[key]) for key in expected)
+        assert step == 6 or not all(torch.equal(result[key], last[key]) for key in last)

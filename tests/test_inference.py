@@ -1,0 +1,188 @@
+"""``moka.load``: a run as it was trained, or a clear refusal."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+import moka
+from moka.data import EmbeddedTask
+from moka.errors import MokaError
+from moka.training import config_from_dict, run_training
+from moka.training.build import build_model
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def lora_run(tiny_config, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lora") / "run"
+    changes = {"adapter__method": "lora", "stages": [2], "training__save_strategy": "no", "data__validation": None}
+    return run_training(config_from_dict(tiny_config(folder, **changes)))
+
+
+@pytest.fixture(params=["moka", "lora"])
+def adapter(request, trained_run, tmp_path):
+    """A copy of a trained adapter folder, to spoil."""
+    run = trained_run if request.param == "moka" else request.getfixturevalue("lora_run")
+    folder = tmp_path / "adapter"
+    shutil.copytree(run / "adapter", folder)
+    return folder
+
+
+def logits(model, processor):
+    sample = EmbeddedTask("audio-visual-text", "test", size=2)[1]
+    batch = processor(sample["messages"][:1])
+    batch.pop("labels")
+    with torch.no_grad():
+        return model.eval()(**batch).logits
+
+
+def refused(folder, **how):
+    with pytest.raises(MokaError) as caught:
+        moka.load(folder, **how)
+    return str(caught.value)
+
+
+def test_plain_peft_loads_what_moka_loads(adapter):
+    loaded = moka.load(adapter)
+    plain = PeftModel.from_pretrained(moka.load_base(adapter), adapter)
+    assert torch.equal(logits(plain, loaded.processor), logits(loaded.model, loaded.processor))
+    bare = moka.load_base(adapter)
+    assert not torch.allclose(logits(bare, loaded.processor), logits(loaded.model, loaded.processor), atol=1e-3)
+
+
+def test_loaded_tensors_are_the_saved_ones(adapter):
+    saved = load_file(adapter / WEIGHTS)
+    state = moka.load(adapter).model.state_dict()
+    for key, tensor in saved.items():
+        head, _, tail = key.rpartition(".")
+        names = [f"{key}.default", f"{head}.default.{tail}"]
+        names += [key.replace(f"{part}.", f"{part}.modules_to_save.default.") for part in ("visual", "audio")]
+        (name,) = [name for name in names if name in state]
+        assert torch.equal(state[name], tensor), key
+
+
+def test_every_missing_tensor_is_noticed(adapter):
+    saved = load_file(adapter / WEIGHTS)
+    groups = ("projectors.visual", "encoders.audio", "moka_A", "moka_B", "lora_A", "lora_B")
+    tried = 0
+    for group in groups:
+        gone = next((key for key in saved if group in key), None)
+        if gone is None:
+            continue
+        save_file({key: t for key, t in saved.items() if key != gone}, adapter / WEIGHTS)
+        message = refused(adapter)
+        assert "lack" in message, message
+        tried += 1
+    assert tried == 4
+
+
+def test_whole_projector_gone_is_noticed(adapter):
+    saved = load_file(adapter / WEIGHTS)
+    save_file({key: t for key, t in saved.items() if "projectors.visual" not in key}, adapter / WEIGHTS)
+    assert "projectors.visual" in refused(adapter)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        (WEIGHTS, 300, ["truncated"]),
+        (WEIGHTS, b"", [WEIGHTS]),
+        (WEIGHTS, None, [WEIGHTS]),
+        ("moka_model.json", None, ["moka_model.json"]),
+        ("moka_model.json", b'{"format', ["moka_model.json", "damaged"]),
+        ("moka_model.json", b"{}", ["moka_model.json", "lacks"]),
+        ("adapter_config.json", b'{"peft', ["adapter_config.json", "damaged"]),
+        ("moka_processor.json", None, ["moka_processor.json"]),
+    ],
+)
+def test_damaged_files_are_named(adapter, name, content, words):
+    path = adapter / name
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:content] if isinstance(content, int) else content)
+    message = refused(adapter)
+    for word in words:
+        assert word in message, message
+
+
+def test_values_that_are_not_finite_are_refused(adapter):
+    saved = load_file(adapter / WEIGHTS)
+    next(iter(saved.values())).view(-1)[0] = float("nan")
+    save_file(saved, adapter / WEIGHTS)
+    assert "not finite" in refused(adapter)
+
+
+def test_backbone_of_other_shapes_is_refused(adapter, backbones, tmp_path):
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig.from_pretrained(backbones["llama"])
+    config.hidden_size, config.intermediate_size, config.head_dim = 32, 48, 8
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "small")
+    AutoTokenizer.from_pretrained(backbones["llama"]).save_pretrained(tmp_path / "small")
+    message = refused(adapter, backbone=str(tmp_path / "small"))
+    assert "Use the backbone it was trained on" in message
+    assert "Use the backbone" in refused(adapter, backbone=str(backbones["qwen2"]))
+
+
+def test_backbone_of_same_shapes_and_other_weights_is_refused(adapter, backbones, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(backbones["llama"], other)
+    weights = load_file(other / "model.safetensors")
+    save_file({key: t + 0.01 for key, t in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    assert "fingerprint" in refused(adapter, backbone=str(other))
+
+
+def test_moved_backbone_is_found_where_one_says(adapter, backbones, tmp_path):
+    description = json.loads((adapter / "moka_model.json").read_text())
+    description["backbone"] = str(tmp_path / "elsewhere")
+    (adapter / "moka_model.json").write_text(json.dumps(description))
+    assert "elsewhere" in refused(adapter)
+    answers = [moka.load(adapter, backbone=str(folder)).generate("Which?") for folder in (backbones["llama"],) * 2]
+    assert answers[0] == answers[1]
+
+
+def test_adapter_of_a_newer_format_is_refused(adapter):
+    description = json.loads((adapter / "moka_model.json").read_text())
+    (adapter / "moka_model.json").write_text(json.dumps({**description, "format_version": 99}))
+    assert "newer moka" in refused(adapter)
+
+
+def test_training_and_loading_build_the_same_model(trained_run, tiny_config):
+    """The connector of stage 1 and the adapter's own copy start from one and the same base."""
+    trained = build_model(config_from_dict(tiny_config("unused")).model)[0]
+    assert moka.load_base(trained_run).backbone_fingerprint() == trained.backbone_fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("messages", "word"),
+    [
+        ([{"role": "user", "content": [{"type": "image"}]}], "placeholder without a medium"),
+        ([{"role": "user", "content": [{"type": "image", "image": "none.png"}]}], "none.png"),
+        ([{"role": "user"}], "content"),
+        ([], "messages"),
+    ],
+)
+def test_bad_messages_are_refused(trained_run, messages, word):
+    with pytest.raises(MokaError, match=word):
+        moka.load(trained_run).generate(messages=messages)
+
+
+def test_text_that_looks_like_a_placeholder_is_text(trained_run):
+    loaded = moka.load(trained_run)
+    assert isinstance(loaded.generate("What is <image> and <|im_end|>?", max_new_tokens=2), str)
+    encoded = loaded.processor.encode([{"role": "user", "content": "What is <image>?"}])
+    assert not any(encoded["mm_token_type_ids"])
+
+
+def test_batch_answers_as_one_by_one(trained_run):
+    loaded = moka.load(trained_run)
+    samples = EmbeddedTask("audio-visual-text", "test", size=4)
+    chats = [samples[i]["messages"][:1] for i in range(4)] + [[{"role": "user", "content": "Which?"}]]
+    together = loaded.generate_batch(chats, max_new_tokens=4)
+    assert together == [loaded.generate(messages=chat, max_new_tokens=4) for chat in chats]
