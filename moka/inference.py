@@ -163,7 +163,7 @@ def load_base(run: str | Path, *, dtype: str = "auto", backbone: str | None = No
     model, _ = build_model(section)
     model.config.fill_token_id = config["fill_token_id"]
     found = model.backbone_fingerprint()
-    if dtype in ("auto", "float32") and model.dtype == torch.float32 and found != config["backbone_fingerprint"]:
+    if found != config["backbone_fingerprint"]:
         raise MokaError(
             f"{run} was trained on backbone {config['backbone']!r} (fingerprint {config['backbone_fingerprint']}); "
             f"{section.backbone!r} has {found}. Use the backbone it was trained on."

@@ -186,3 +186,10 @@ def test_batch_answers_as_one_by_one(trained_run):
     chats = [samples[i]["messages"][:1] for i in range(4)] + [[{"role": "user", "content": "Which?"}]]
     together = loaded.generate_batch(chats, max_new_tokens=4)
     assert together == [loaded.generate(messages=chat, max_new_tokens=4) for chat in chats]
+
+
+def test_a_run_loads_in_another_dtype_and_is_still_known_by_its_backbone(trained_run):
+    loaded = moka.load(trained_run, dtype="bfloat16")
+    assert loaded.model.get_base_model().language_model.dtype == torch.bfloat16
+    full = moka.load(trained_run).model.get_base_model()
+    assert loaded.model.get_base_model().backbone_fingerprint() == full.backbone_fingerprint()

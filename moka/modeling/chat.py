@@ -27,6 +27,8 @@ TEMPLATES = {
         "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
         "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     ),
+    # Nothing but the contents and the token that ends each: the shortest prompt there is.
+    "bare": "{% for message in messages %}{{ message['content'] + eos_token }}{% endfor %}",
     # For base models that ship no template.
     "plain": (
         "{{ bos_token or '' }}{% for message in messages %}{% if message['role'] == 'assistant' %}"
@@ -141,7 +143,7 @@ def _segment(part: dict, role: str, turn: int) -> Segment:
 
 
 def resolve_template(name: str | None, tokenizer) -> str | None:
-    """A template by name ("chatml", "plain"), as Jinja text, or None: the tokenizer's own, "plain" without one."""
+    """A template by name ("chatml", "bare", "plain"), as Jinja text, or None: the tokenizer's own, "plain" without one."""
     if name is None:
         return None if tokenizer.chat_template else TEMPLATES["plain"]
     if name in TEMPLATES:

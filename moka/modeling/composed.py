@@ -269,7 +269,8 @@ def fingerprint(model: nn.Module) -> str:
             continue
         name = name.replace(".base_layer.", ".")
         flat = tensor.detach().flatten()
-        values = flat[:: max(1, flat.numel() // 16)][:16].float().cpu()
+        # Rounded, so that a backbone trained in bfloat16 and loaded in float32 is the same.
+        values = flat[:: max(1, flat.numel() // 16)][:16].to(torch.bfloat16).float().cpu()
         digest.update(f"{name}{list(tensor.shape)}".encode() + values.numpy().tobytes())
     return digest.hexdigest()[:16]
 

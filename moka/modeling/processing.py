@@ -35,7 +35,7 @@ class MokaProcessor:
         modalities: name -> {"encoder": its configuration, "type_ids": [...], "tokens": placeholders per item}, and
             "front_end": its settings where they are known (else they are those of the encoder).
         vocab_size: of the backbone; placeholder ids start there.
-        chat_template: "chatml", "plain", Jinja text, or None for the tokenizer's own.
+        chat_template: "chatml", "bare", "plain", Jinja text, or None for the tokenizer's own.
         interaction: "own_turn": a medium interacts with the question of its own user turn (default);
             "first_turn": with the first question of the chat. For one sample a turn see ``split_turns``.
     """

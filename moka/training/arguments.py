@@ -42,7 +42,7 @@ class ModelSection:
         metadata=_help("Folders of stage-1 results (RUN/connector) to start stage 2 from; checked by their metadata."),
     )
     chat_template: str | None = field(
-        default=None, metadata=_help("chatml, plain, or Jinja text; default: the tokenizer's own.")
+        default=None, metadata=_help("chatml, bare (shortest), plain, or Jinja text; default: the tokenizer's own.")
     )
     interaction: str = field(
         default="own_turn",
