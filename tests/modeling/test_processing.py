@@ -55,6 +55,7 @@ TEMPLATES = {
     "llama2": LLAMA2,
     "llama3": LLAMA3,
     "bare": BARE,
+    "ended": "bare",
     "opening": OPENING,
     "thinking": THINKING,
 }
@@ -331,6 +332,7 @@ CASES = [
     ("bytes", "plain"),
     ("bytes", "llama2"),
     ("bytes", "bare"),
+    ("bytes", "ended"),
     ("bytes", "opening"),
     ("bytes", "thinking"),
     ("headers", "own"),
@@ -341,6 +343,7 @@ CASES = [
     ("pieces", "plain"),
     ("pieces", "llama2"),
     ("pieces", "bare"),
+    ("pieces", "ended"),
     ("pieces", "thinking"),
 ]
 
