@@ -12,8 +12,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -22,58 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moka.errors import MokaError, nearest
-
-
-def about(help: str, minimum: float | None = None, maximum: float | None = None, choices: Sequence[str] = ()) -> dict:
-    """Metadata of a configuration field: help text, and what `read_config` allows (bounds hold for each list item)."""
-    return {"help": help, "minimum": minimum, "maximum": maximum, "choices": tuple(choices)}
-
-
-def read_config(config: Mapping[str, Any], known: Mapping[str, type], what: str) -> tuple[Any, Any]:
-    """`{"type": ..., **fields}` -> the class of that type in `known` and an instance of its `Config`.
-
-    Raises `MokaError` for an unknown type or field and for a value of the wrong type or out of bounds. `what` names the
-    part in messages ("encoder", "projector").
-    """
-    values = dict(config)
-    name = values.pop("type", None)
-    if str(name) not in known:
-        raise MokaError(f"{what} type: given {name!r}; known: {', '.join(known)}.{nearest(str(name), known)}")
-    cls = known[name].Config  # type: ignore[attr-defined]
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    for key, value in values.items():
-        if key not in fields:
-            raise MokaError(f"{what} {name!r} has no field {key!r}. Fields: {', '.join(fields)}.{nearest(key, fields)}")
-        check_value(f"{what} {name!r}: {key}", value, hints[key], fields[key])
-    return known[name], cls(**values)
-
-
-def check_value(where: str, value: Any, hint: Any, field: dataclasses.Field) -> None:
-    """Raises `MokaError` unless `value` has the annotated type and keeps to the field's bounds or choices."""
-    if not _matches(value, hint):
-        expected = str(hint) if typing.get_args(hint) else hint.__name__
-        raise MokaError(f"{where}: given {value!r}; expected {expected} ({field.metadata['help']}).")
-    minimum, maximum, choices = (field.metadata[key] for key in ("minimum", "maximum", "choices"))
-    for item in value if isinstance(value, (list, tuple)) else [value]:
-        if item is None:
-            continue
-        if (minimum is not None and item < minimum) or (maximum is not None and item > maximum):
-            bounds = f"at least {minimum}" + ("" if maximum is None else f" and at most {maximum}")
-            raise MokaError(f"{where}: given {value!r}; allowed: {bounds}.")
-        if choices and item not in choices:
-            raise MokaError(f"{where}: given {value!r}; allowed: {', '.join(map(repr, choices))}, or None.")
-
-
-def _matches(value: Any, hint: Any) -> bool:
-    if typing.get_origin(hint) is list:
-        return isinstance(value, (list, tuple)) and all(_matches(item, typing.get_args(hint)[0]) for item in value)
-    if typing.get_args(hint):
-        return any(_matches(value, part) for part in typing.get_args(hint))
-    if isinstance(value, bool):
-        return hint is bool
-    return isinstance(value, (int, float) if hint is float else hint)
+from moka.errors import MokaError
+from moka.modeling.fields import about, read_config
 
 
 class Encoder(nn.Module):

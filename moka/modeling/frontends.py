@@ -18,7 +18,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from moka.errors import MokaError
-from moka.modeling.encoders import ENCODERS, TowerEncoder, read_config
+from moka.modeling.encoders import ENCODERS, TowerEncoder
+from moka.modeling.fields import read_config
 from moka.modeling.media import AudioFeatures, Waveform
 
 

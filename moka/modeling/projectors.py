@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from moka.errors import MokaError
-from moka.modeling.encoders import about, read_config
+from moka.modeling.fields import about, read_config
 
 
 class Projector(nn.Module):
