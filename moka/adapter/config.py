@@ -110,6 +110,13 @@ class MokaConfig(PeftConfig):
     alpha_pattern: dict[str, float] = field(
         default_factory=dict, metadata={"help": "Layer name or regex -> an alpha other than alpha."}
     )
+    text_merged: bool = field(
+        default=False,
+        metadata={
+            "help": "The backbone that this adapter belongs to has the text path folded into its weights already (written by "
+            "`moka merge`): the layers add what media tokens have beyond it. For inference."
+        },
+    )
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the saved layout."})
 
     def __post_init__(self) -> None:

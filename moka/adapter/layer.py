@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 
 from moka.errors import MokaError
 
-from .config import MokaConfig
+from .config import TEXT, MokaConfig
 from .interaction import interact
 from .routing import View
 
@@ -119,7 +119,7 @@ class MokaLinear(nn.Module, MokaLayer):
         """s B z~ of one adapter; of a merged one, the residual s (B z~ - B_text A_text x), None where that is zero."""
         config = self.moka_config[name]
         view, routed = self.moka_router.view(name)
-        folded = self.merged and "text" in config.adapted
+        folded = self._folded(name)
         shape = x.shape[:-1]
         if view is None or (view.row is None and view.adapted is None):
             if folded:
@@ -143,10 +143,20 @@ class MokaLinear(nn.Module, MokaLayer):
         return update * self.moka_scaling[name] if config.scale_position == "output" else update
 
     def _project(self, name: str, x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
-        if not self.merged:
+        if not self.merged and not self.moka_config[name].text_merged:
             x = self.moka_dropout[name](x)
         z = F.linear(x, A.to(x.dtype))
         return z * self.moka_scaling[name] if self.moka_config[name].scale_position == "input" else z
+
+    def _folded(self, name: str) -> bool:
+        """Whether the base weight holds this adapter's text path."""
+        config = self.moka_config[name]
+        return TEXT in config.adapted and (config.text_merged or name in self.merged_adapters)
+
+    def _folds(self, name: str) -> bool:
+        """Whether merging this adapter changes the base weight."""
+        config = self.moka_config[name]
+        return TEXT in config.adapted and not config.text_merged
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """The text path s B A_text as a weight update, float32, in the layout of the base weight."""
@@ -171,7 +181,7 @@ class MokaLinear(nn.Module, MokaLayer):
                     f"Folding into a {self.quantization_backend.backend_name} weight would round it again. "
                     "Dequantise the backbone first (model.dequantize()), then load the adapter and merge."
                 )
-            if "text" in self.moka_config[name].adapted:
+            if self._folds(name):
                 delta = self.get_delta_weight(name)
                 if safe_merge and not torch.isfinite(delta).all():
                     raise MokaError(f"Adapter {name!r} holds values that are not finite; it was not merged.")
@@ -186,7 +196,7 @@ class MokaLinear(nn.Module, MokaLayer):
             return
         while self.merged_adapters:
             name = self.merged_adapters.pop()
-            if name in self.moka_A and "text" in self.moka_config[name].adapted:
+            if name in self.moka_A and self._folds(name):
                 weight = self.get_base_weight()
                 self.set_base_weight((weight - self.get_delta_weight(name).to(weight.device)).to(weight.dtype))
 

@@ -51,6 +51,24 @@ def test_merge_changes_no_output_and_unmerge_restores_the_weight(tiny, batch, sh
         torch.testing.assert_close(logits(model, batch), plain[0], atol=1e-4, rtol=1e-4)
 
 
+def test_text_merged_adapter_on_a_folded_backbone_equals_the_live_one(tiny, batch):
+    """What `moka merge` writes: the backbone with the text path, and the adapter that knows of it."""
+    live = tiny.adapted(dropout=0.5)
+    expected = logits(live, batch)
+    folded = copy.deepcopy(live)
+    with pytest.warns(UserWarning, match="keeps the text path"):
+        backbone = folded.merge_and_unload()
+    model = tiny.adapted(backbone=backbone, text_merged=True, dropout=0.5)
+    for rows in (batch, batch.row(0), tiny.rows(["t t q", "q q"])):
+        torch.testing.assert_close(logits(model, rows), logits(live, rows), atol=1e-4, rtol=1e-4)
+    before = weights(model)
+    model.merge_adapter()
+    assert changed(before, model) == []
+    torch.testing.assert_close(logits(model, batch), expected, atol=1e-4, rtol=1e-4)
+    model.unmerge_adapter()
+    assert changed(before, model) == []
+
+
 def test_padding_keeps_the_bare_path_when_merged(model, batch):
     """Padding tokens' own outputs, not only those of the tokens that see no padding."""
     outputs = []
