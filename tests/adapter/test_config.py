@@ -88,7 +88,7 @@ def test_rows_follow_the_ids_in_whatever_order_the_names_come(tmp_path, order):
 
 def test_every_field_has_help_text():
     own = set(moka.MokaConfig.__dataclass_fields__) - set(PeftConfig.__dataclass_fields__)
-    assert len(own) == 21
+    assert len(own) == 22
     assert all(len(moka.MokaConfig.__dataclass_fields__[name].metadata["help"]) > 20 for name in own)
 
 
