@@ -1,0 +1,1 @@
+"""What leaves moka: merged models, plain LoRA folders, the authors' checkpoints."""
