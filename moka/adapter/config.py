@@ -142,11 +142,13 @@ class MokaConfig(PeftConfig):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs) -> MokaConfig:
         """As in peft; a damaged adapter folder is refused here, before any model is touched."""
-        from .checks import check_adapter_folder
+        from .checks import check_adapter_config, check_adapter_folder
 
         # The configuration first: a newer format may also hold its tensors otherwise.
+        check_adapter_config(pretrained_model_name_or_path, subfolder)
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         check_adapter_folder(pretrained_model_name_or_path, subfolder)
+        config.awaits_weights = True  # no field: an adapter made from it is taken back when its weights do not fit
         return config
 
     @property
@@ -188,6 +190,10 @@ def _check(config: MokaConfig) -> None:
             raise MokaError(f"{name}: {value!r} is not one of {', '.join(allowed)}.{nearest(str(value), allowed)}")
     if isinstance(config.target_modules, str) and config.layers_to_transform is not None:
         raise MokaError("layers_to_transform cannot be used when target_modules is a regex; put the indices into it.")
+    if config.layers_pattern and config.layers_to_transform is None:
+        raise MokaError("layers_pattern: needs layers_to_transform, the indices of the blocks in that list.")
+    if config.target_modules is not None and not config.target_modules:
+        raise MokaError("target_modules: the list is empty; name linear layers, or leave it out for the defaults.")
     _check_modalities(config)
 
 

@@ -24,6 +24,11 @@ class RoutingInputs:
     # Set by generate: the ids are those of a whole prompt that begins at this position; what follows it is decoded.
     start: int | None = None
 
+    def decodes(self, offset: int) -> bool:
+        """In generate: whether the tokens after ``offset`` cached ones lie past the prompt, so that all are text."""
+        types = self.mm_token_type_ids
+        return self.start is not None and types is not None and offset >= self.start + types.shape[1]
+
 
 @dataclass(frozen=True)
 class _Tokens:

@@ -27,12 +27,20 @@ def interact(z: torch.Tensor, pairs: Pairs, kind: str) -> torch.Tensor:
     z: [batch, seq, r] -> [batch, seq, r]. ``kind``: "question" and "reversed" attend (they differ in who is query,
     which ``pairs`` says), "mean" averages the keys.
     """
-    rank = z.shape[-1]
-    query_index = pairs.query_index[..., None].expand(-1, -1, rank)
-    k = z.gather(1, pairs.key_index[..., None].expand(-1, -1, rank))  # [batch, keys, r]
-    if kind == "mean":
-        share = pairs.mask / pairs.mask.sum(-1, keepdim=True).clamp(min=1)  # [batch, queries, keys]
-    else:
-        share = attention_map(z.gather(1, query_index), k, pairs.mask)
+    k = z.gather(1, _spread(pairs.key_index, z))  # [batch, keys, r]
+    share = attention_shares(z, pairs, kind)
     message = (share * pairs.weight[..., None]).to(z.dtype) @ k  # [batch, queries, r]
-    return z.scatter_add(1, query_index, message)
+    return z.scatter_add(1, _spread(pairs.query_index, z), message)
+
+
+def attention_shares(z: torch.Tensor, pairs: Pairs, kind: str) -> torch.Tensor:
+    """What each query takes from each of its keys: [batch, queries, keys], rows that sum to 1, or to 0 without keys."""
+    if kind == "mean":
+        return pairs.mask / pairs.mask.sum(-1, keepdim=True).clamp(min=1)
+    q, k = z.gather(1, _spread(pairs.query_index, z)), z.gather(1, _spread(pairs.key_index, z))
+    return attention_map(q, k, pairs.mask)
+
+
+def _spread(index: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    """[batch, n] positions as an index into z [batch, seq, r]."""
+    return index[..., None].expand(-1, -1, z.shape[-1])

@@ -16,6 +16,7 @@ https://arxiv.org/abs/2506.05191.
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from typing import Any
@@ -53,6 +54,7 @@ class MokaLayer(BaseTunerLayer):
         self.moka_config: dict[str, MokaConfig] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
+        self.moka_unfolded: list[tuple[nn.Parameter, dict]] = []  # quantised weights as they were before merging
         self.quantization_backend = resolve_quantization_backend(
             self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
         )
@@ -101,7 +103,9 @@ class MokaLinear(nn.Module, MokaLayer):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """x: [batch, seq, in] (or [batch * seq, in]) -> [..., out], in the dtype of the base layer's result."""
-        if self.disable_adapters:
+        if self.moka_router.idle:
+            return self.base_layer(x, *args, **kwargs)
+        if self._disable_adapters:
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
@@ -118,15 +122,18 @@ class MokaLinear(nn.Module, MokaLayer):
     def _update(self, name: str, x: torch.Tensor) -> torch.Tensor | None:
         """s B z~ of one adapter; of a merged one, the residual s (B z~ - B_text A_text x), None where that is zero."""
         config = self.moka_config[name]
-        view, routed = self.moka_router.view(name)
+        router = self.moka_router
+        view, routed = router.view(name)
         folded = self._folded(name)
         shape = x.shape[:-1]
-        if view is None or (view.row is None and view.adapted is None):
-            if folded:
+        if view.uniform and (router.recorder is None or routed is None):
+            sign = (not view.silent) - folded  # what is due, less what the base weight holds
+            if sign == 0:
                 return None
             text = config.text_row
             B = self.moka_B[name] if config.share_b else self.moka_B[name][text]  # [out, r]
             z = self._project(name, x, self.moka_A[name][text])  # [..., r]
+            z = z if sign > 0 else -z
         else:
             batch, seq = routed
             if math.prod(shape) != batch * seq:
@@ -137,7 +144,10 @@ class MokaLinear(nn.Module, MokaLayer):
                 )
             A = self.moka_A[name]  # [M, r, in]
             z_all = self._project(name, x.reshape(batch, seq, -1), A.flatten(0, 1))  # [batch, seq, M * r]
-            z = _mix(z_all.unflatten(-1, A.shape[:2]), view, config, folded)
+            z_all = z_all.unflatten(-1, A.shape[:2])
+            if router.recorder is not None:
+                router.recorder(self, name, z_all, view)
+            z = _mix(z_all, view, config, folded)
             B = self.moka_B[name] if config.share_b else self.moka_B[name].transpose(0, 1).flatten(1)  # [out, M * r]
         update = F.linear(z, B.to(z.dtype)).reshape(*shape, -1)
         return update * self.moka_scaling[name] if config.scale_position == "output" else update
@@ -167,44 +177,103 @@ class MokaLinear(nn.Module, MokaLayer):
         delta = (B @ A) * self.moka_scaling[adapter]
         return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None, requantize: bool = False) -> None:
         """Fold the text path into the base weight. Media tokens keep their residual, so no output changes.
 
+        Args:
+            safe_merge: refuse an adapter that is not finite.
+            adapter_names: default: the active ones.
+            requantize: fold into a quantised weight, which rounds it again; the original is kept for ``unmerge``.
         Raises:
-            MokaError: a quantised base layer; with ``safe_merge``, an adapter that is not finite.
+            MokaError: a quantised base layer without ``requantize``; with ``safe_merge``, an adapter not finite.
         """
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.moka_A:
                 continue
-            if self.quantization_backend is not None:
-                raise MokaError(
-                    f"Folding into a {self.quantization_backend.backend_name} weight would round it again. "
-                    "Dequantise the backbone first (model.dequantize()), then load the adapter and merge."
-                )
+            self.check_merge(name, safe_merge, requantize or self.moka_router.requantize)
             if self._folds(name):
-                delta = self.get_delta_weight(name)
-                if safe_merge and not torch.isfinite(delta).all():
-                    raise MokaError(f"Adapter {name!r} holds values that are not finite; it was not merged.")
-                weight = self.get_base_weight()
-                self.set_base_weight((weight + delta.to(weight.device)).to(weight.dtype))
+                self._fold(name)
             self.merged_adapters.append(name)
+            self.moka_router.changed()
+
+    def check_merge(self, name: str, safe_merge: bool, requantize: bool) -> None:
+        """Refuse a merge of this adapter before anything changes. Raises: see ``merge``."""
+        backend = self.quantization_backend
+        if self._folds(name) and backend is not None and not (requantize and backend.supports_merge):
+            raise MokaError(_merge_refused(backend))
+        if self._folds(name) and safe_merge:
+            weight, delta = self.get_base_weight(), self.get_delta_weight(name)
+            if not torch.isfinite(delta).all():
+                raise MokaError(f"Adapter {name!r} holds values that are not finite; it was not merged.")
+            if backend is None and not torch.isfinite((weight + delta.to(weight.device)).to(weight.dtype)).all():
+                raise MokaError(f"With adapter {name!r} a {weight.dtype} weight is not finite; it was not merged.")
+
+    def _fold(self, name: str) -> None:
+        backend, delta = self.quantization_backend, self.get_delta_weight(name)
+        if backend is None:
+            weight = self.get_base_weight()
+            self.set_base_weight((weight + delta.to(weight.device)).to(weight.dtype))
+            return
+        base = self.get_base_layer()
+        base.state_dict()  # bitsandbytes' inference on a CPU packs 4-bit weights anew; this puts them back in order
+        weight = self.get_base_weight().float()
+        wanted = weight + delta.to(weight.device)
+        self.moka_unfolded.append(_quantized_state(base))
+        self.set_base_weight(wanted.to(getattr(base, "compute_dtype", None) or torch.float32))
+        error = self.get_base_weight().float() - wanted
+        self.moka_router.fold_errors.append((float(error.norm() / wanted.norm()), float(error.norm() / delta.norm())))
 
     def unmerge(self) -> None:
-        """Take the folded text paths out of the base weight again."""
+        """Take the folded text paths out of the base weight again; a quantised weight comes back as it was."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             if name in self.moka_A and self._folds(name):
+                if self.moka_unfolded:
+                    base = self.get_base_layer()
+                    base.weight, state = self.moka_unfolded.pop()
+                    base.__dict__.update(state)
+                    continue
                 weight = self.get_base_weight()
                 self.set_base_weight((weight - self.get_delta_weight(name).to(weight.device)).to(weight.dtype))
+        self.moka_router.changed()
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self.moka_router.changed()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        super().enable_adapters(enabled)
+        self.moka_router.changed()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.moka_router.changed()
 
     def __repr__(self) -> str:
         return "moka." + super().__repr__()
 
     def extra_repr(self) -> str:
         return quantization_extra_repr(self)
+
+
+def _merge_refused(backend) -> str:
+    """Why a merge into a quantised weight is refused."""
+    if not backend.supports_merge:
+        return f"A {backend.backend_name} weight cannot be merged into. Load the backbone unquantised, then merge."
+    return (
+        f"Folding into a {backend.backend_name} weight would round it again. Dequantise the backbone first "
+        "(model.dequantize()), then load the adapter and merge; or ask for it by name with requantize=True, which says "
+        "how large the error is."
+    )
+
+
+def _quantized_state(base: nn.Module) -> tuple[nn.Parameter, dict]:
+    """A quantised layer's weight, and what bitsandbytes keeps beside it (the 8-bit scales)."""
+    state = getattr(base, "state", None)
+    return base.weight, {} if state is None else {"state": copy.copy(state)}
 
 
 def _mix(z_all: torch.Tensor, view: View, config: MokaConfig, folded: bool) -> torch.Tensor:
@@ -222,8 +291,8 @@ def _mix(z_all: torch.Tensor, view: View, config: MokaConfig, folded: bool) -> t
         z = z_all.gather(2, row.expand(-1, -1, 1, rank)).squeeze(2)  # [batch, seq, r]
     if view.pairs is not None:
         z = interact(z, view.pairs, config.interaction)
-    if view.adapted is not None:
-        z = z * view.adapted
+    if view.adapted is not None or view.silent:
+        z = z * (0 if view.silent else view.adapted)
     if config.share_b:
         return z - z_text if folded else z
     slots = torch.zeros_like(z_all)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
-import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -16,9 +16,13 @@ from transformers.pytorch_utils import Conv1D
 from moka.errors import MokaError
 
 from .checks import check_adapter_tensors
-from .config import DEFAULT_TARGETS, TEXT, MokaConfig
+from .config import TEXT, MokaConfig
 from .layer import MokaLayer, MokaLinear
+from .rollback import take_back, trained
 from .router import attach_router, detach_router
+from .targets import fill_targets, no_match, placeholder_ids
+
+TASK_HEADS = ("classifier", "score", "qa_outputs")
 
 
 class MokaModel(BaseTuner):
@@ -44,19 +48,28 @@ class MokaModel(BaseTuner):
         """As in peft, after filling in the defaults that depend on the model."""
         config = self.peft_config[adapter_name]
         if config.target_modules is None:
-            config.target_modules = default_targets(model)
+            fill_targets(config, model)
         if config.modality_token_ids is None:
             config.modality_token_ids = placeholder_ids(model, config)
+        if config.modules_to_save:  # peft adds every usual name of a task's head; the saved file holds the real ones
+            names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+            present = [m for m in dict.fromkeys(config.modules_to_save) if any(name.endswith(m) for name in names)]
+            unknown = set(config.modules_to_save).difference(present, TASK_HEADS)
+            if unknown:
+                raise MokaError(f"modules_to_save: {type(model).__name__} has no module called {sorted(unknown)}.")
+            config.modules_to_save = present or None
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         router = attach_router(model)
         router.add(adapter_name, config)
+        if getattr(config, "awaits_weights", False):
+            self.__dict__.setdefault("_awaiting", {})[adapter_name] = trainable
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except ValueError as error:
-            router.remove(adapter_name)
-            if not any(isinstance(m, MokaLayer) for m in model.modules()):
-                detach_router(model)
+            self.__dict__.get("_awaiting", {}).pop(adapter_name, None)
+            take_back(self, adapter_name, trainable)
             if "not found in the base model" in str(error) or "No modules were targeted" in str(error):
-                raise MokaError(_no_match(config, model)) from error
+                raise MokaError(no_match(config, model)) from error
             raise
 
     def _create_and_replace(
@@ -84,11 +97,35 @@ class MokaModel(BaseTuner):
             layer.requires_grad_(False)  # an additional adapter is not trainable until it is made active
         self._replace_module(parent, target_name, layer, target)
 
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, adapter_names: list[str] | None = None, **kwargs) -> Iterator[None]:
+        # peft would drop the argument without a word and run every row through the active adapter.
+        if adapter_names is not None:
+            raise MokaError("adapter_names: a batch of several adapters is for LoRA; run each adapter's rows by itself.")
+        yield
+
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         attach_router(self.model).remove(adapter_name)
 
-    def merge_and_unload(self, progressbar: bool = False, safe_merge: bool = False, adapter_names=None) -> nn.Module:
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False, requantize: bool = False
+    ) -> None:
+        """Fold the text path into the weights; media tokens keep their residual, so no output changes.
+
+        Args:
+            adapter_names: default: the active ones.
+            safe_merge: refuse, before any weight changes, an adapter that is not finite.
+            requantize: fold into quantised weights too, which rounds them again; a warning says how large the error is.
+        Raises:
+            MokaError: quantised weights without ``requantize``.
+        """
+        with self._folding(adapter_names, safe_merge, requantize):
+            super().merge_adapter(adapter_names, safe_merge)
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names=None, requantize: bool = False
+    ) -> nn.Module:
         """The bare backbone with the text path folded in. What media tokens had beyond that is lost, and said."""
         for name in adapter_names or self.active_adapters:
             lost = [m for m in self.peft_config[name].adapted if m != TEXT]
@@ -98,7 +135,33 @@ class MokaModel(BaseTuner):
                     "projections and their interaction with the question. Use merge_adapter() to keep exact outputs.",
                     stacklevel=2,
                 )
-        return super().merge_and_unload(progressbar, safe_merge, adapter_names)
+        with self._folding(adapter_names, safe_merge, requantize):
+            return super().merge_and_unload(progressbar, safe_merge, adapter_names)
+
+    @contextmanager
+    def _folding(self, adapter_names: list[str] | None, safe_merge: bool, requantize: bool) -> Iterator[None]:
+        """Refuse before any weight changes, and say what rounding did after."""
+        layers = [module for module in self.model.modules() if isinstance(module, MokaLayer)]
+        for layer in layers:
+            for name in adapter_names or layer.active_adapters:
+                if name in layer.moka_A and name not in layer.merged_adapters:
+                    layer.check_merge(name, safe_merge, requantize)
+        router = attach_router(self.model)
+        router.requantize, router.fold_errors = requantize, []
+        try:
+            yield
+        finally:
+            errors, router.requantize, router.fold_errors = router.fold_errors, False, []
+        if errors:
+            weights, updates = zip(*errors, strict=True)
+            kind = next(q.backend_name for q in (layer.quantization_backend for layer in layers) if q is not None)
+            warnings.warn(
+                f"Folded into {len(errors)} {kind} weights, which rounded them again. Error, relative to the weight: "
+                f"mean {100 * sum(weights) / len(weights):.2g} %, largest {100 * max(weights):.2g} %; relative to the "
+                f"update that was folded: mean {100 * sum(updates) / len(updates):.3g} %. Dequantise the backbone "
+                "before merging to avoid it.",
+                stacklevel=3,
+            )
 
     def _unload_and_optionally_merge(self, *args, **kwargs):
         model = super()._unload_and_optionally_merge(*args, **kwargs)
@@ -112,63 +175,13 @@ class MokaModel(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
-        check_adapter_tensors(model, adapter_name, remapped)
+        tuner = getattr(model, "base_model", None)
+        awaiting = tuner.__dict__.get("_awaiting", {}) if isinstance(tuner, cls) else {}
+        try:
+            check_adapter_tensors(model, adapter_name, remapped)
+        except MokaError:
+            if adapter_name in awaiting and not trained(tuner, adapter_name):
+                take_back(tuner, adapter_name, awaiting.pop(adapter_name))
+            raise
+        awaiting.pop(adapter_name, None)
         return remapped
-
-
-def default_targets(model: nn.Module) -> set[str] | str:
-    """The decoder's seven projections: by plain name, or by a regex where encoders use the same names.
-
-    Raises:
-        MokaError: the model has no such layers.
-    """
-    # An adapter that is there already wraps its layer: the wrapper has the name, not the `base_layer` inside.
-    names = [
-        name
-        for name, module in model.named_modules()
-        if name.rpartition(".")[2] in DEFAULT_TARGETS and hasattr(module, "weight")
-    ]
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    prefix = next((name for name, module in model.named_modules() if module is decoder), "")
-    inside = [name for name in names if not prefix or name.startswith(prefix + ".")]
-    if not inside:
-        raise MokaError(
-            f"target_modules: {type(model).__name__} has none of the default layers ({', '.join(DEFAULT_TARGETS)}); "
-            f"name the linear layers to adapt, such as {_linear_names(model)[:5]}."
-        )
-    if len(inside) == len(names):
-        return {name.rpartition(".")[2] for name in inside}
-    return rf"{re.escape(prefix)}\.(?:.*\.)?(?:{'|'.join(DEFAULT_TARGETS)})"
-
-
-def placeholder_ids(model: nn.Module, config: MokaConfig) -> dict[str, list[int]]:
-    """The model's own placeholder token ids by modality, as far as its config names them."""
-    own = getattr(model, "config", None)
-    by_type = {1: ("image_token_id", "image_token_index"), 2: ("video_token_id", "video_token_index")}
-    by_type[3] = ("audio_token_id", "audio_token_index")
-    found: dict[str, list[int]] = {}
-    for name, type_ids in config.modalities.items():
-        ids = []
-        for fields in (by_type.get(i, ()) for i in type_ids):
-            ids += [value for value in (getattr(own, field, None) for field in fields) if isinstance(value, int)]
-        if ids and name != TEXT:
-            found[name] = sorted(set(ids))
-    return found
-
-
-def _linear_names(model: nn.Module) -> list[str]:
-    leaves = [n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))]
-    return list(dict.fromkeys(leaves))
-
-
-def _no_match(config: MokaConfig, model: nn.Module) -> str:
-    known = _linear_names(model)
-    wanted = [config.target_modules] if isinstance(config.target_modules, str) else sorted(config.target_modules)
-    close = [n for w in wanted for n in difflib.get_close_matches(w.rpartition(".")[2], known, n=2)]
-    # A name that exists may still match nothing where another field narrows the choice.
-    narrowing = {name: getattr(config, name) for name in ("layers_to_transform", "exclude_modules")}
-    also = "".join(f" {name} is {value}." for name, value in narrowing.items() if value is not None)
-    return (
-        f"target_modules: {wanted} matches no layer of {type(model).__name__}. Linear layers there: "
-        f"{', '.join(dict.fromkeys(close or known[:8])) or 'none'}.{also}"
-    )

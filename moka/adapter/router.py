@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,10 +27,10 @@ from moka.errors import MokaError
 
 from .checkpointing import route_checkpoints, unroute_checkpoints
 from .checks import check_finite
-from .config import MokaConfig
+from .config import TEXT, MokaConfig
 from .inputs import RoutingInputs, cache_length, check_kind, check_prompt, resolve
 from .layer import MokaLayer
-from .routing import Routing, View, build_routing
+from .routing import Routing, View, build_routing, text_view
 
 ROUTING_ARGUMENTS = ("mm_token_type_ids", "interaction_ids", "question_mask")
 ROUTER_ATTRIBUTE = "moka_router"
@@ -45,26 +45,61 @@ _NO_ROUTING = (
 class MokaRouter:
     """Shared by all MokA layers of one model; holds no parameter and no module."""
 
-    def __init__(self) -> None:
+    def __init__(self, root: nn.Module) -> None:
+        self.root = root  # the model that holds the layers
         self.routing: Routing | None = None  # of the forward that is running
         self.running = False  # a forward, or its recomputation, is running; its routing may be None
+        self.idle = False  # no layer has anything to add in that forward
         self.scope: RoutingInputs | None = None  # of the enclosing `with moka.routing(...)` or generate
+        self.only: frozenset[str] | None = None  # of the enclosing `with active_modalities(...)`
+        self.recorder: Callable | None = None  # of a diagnostic that is running: (layer, adapter, z of all rows, view)
+        self.requantize = False  # merging may fold into quantised weights
+        self.fold_errors: list[tuple[float, float]] = []  # what that did to each, relative to the weight, to the update
         self.configs: dict[str, MokaConfig] = {}
+        self.ready: tuple[Routing, torch.Tensor | None] | None = None  # of the enclosing block, with its mask
+        self._used: tuple[dict[str, MokaConfig], bool] | None = None
         self._unchecked: set[str] = set()  # adapters that no inference has used yet
         self._seen_routing = False
         self._warned = False
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "routing": None, "running": False, "scope": None}
+        own = {
+            "routing": None,
+            "running": False,
+            "idle": False,
+            "scope": None,
+            "only": None,
+            "recorder": None,
+            "ready": None,
+        }
+        return {**self.__dict__, **own}
+
+    def changed(self) -> None:
+        """Forget which adapters are in use: one was added, removed, switched, merged or disabled."""
+        self._used = self.ready = None
+
+    def used(self) -> tuple[dict[str, MokaConfig], bool]:
+        """The active (or merged) adapters' configurations, none while disabled; and whether text needs no layer's work."""
+        if self._used is None:
+            self._used = _adapters_in_use(self.root, self.configs)
+        return self._used
+
+    def text_routing(self, shape: tuple[int, int]) -> Routing:
+        """The routing of tokens [batch, seq] that are all text, none of them padding."""
+        configs, idle = self.used()
+        views = {name: text_view(config, self.only) for name, config in configs.items()}
+        return Routing(shape, views, idle and self.only is None and self.recorder is None)
 
     def add(self, adapter_name: str, config: MokaConfig) -> None:
         """Know an adapter that is about to be injected."""
         self.configs[adapter_name] = config
+        self.changed()
         self._unchecked.add(adapter_name)
 
     def remove(self, adapter_name: str) -> None:
         """Forget an adapter."""
         self.configs.pop(adapter_name, None)
+        self.changed()
         self._unchecked.discard(adapter_name)
 
     def check(self, model: nn.Module, adapter_names) -> None:
@@ -76,13 +111,13 @@ class MokaRouter:
     @contextmanager
     def active(self, routing: Routing | None) -> Iterator[None]:
         """Run a forward, or its recomputation, under ``routing``."""
-        before = self.routing, self.running
-        self.routing, self.running = routing, True
+        before = self.routing, self.running, self.idle
+        self.routing, self.running, self.idle = routing, True, routing is not None and routing.idle
         self._seen_routing = self._seen_routing or routing is not None
         try:
             yield
         finally:
-            self.routing, self.running = before
+            self.routing, self.running, self.idle = before
 
     @contextmanager
     def scoped(self, scope: RoutingInputs) -> Iterator[None]:
@@ -93,10 +128,40 @@ class MokaRouter:
         finally:
             self.scope = before
 
-    def view(self, adapter_name: str) -> tuple[View | None, tuple[int, int] | None]:
+    def prepare(self, scope: RoutingInputs, mask: torch.Tensor | None) -> None:
+        """Build the routing of a block now, if its ids tell all: its forwards then compile without a graph break."""
+        configs, _ = self.used()
+        types, groups = scope.mm_token_type_ids, scope.interaction_ids
+        groups = groups if groups is not None else scope.question_mask
+        if not configs or types is None or groups is None or types.dim() != 2 or groups.shape != types.shape:
+            return
+        if mask is not None and mask.shape != types.shape:
+            return
+        given = {name: getattr(scope, name) for name in ROUTING_ARGUMENTS}
+        inputs = resolve(configs, {"attention_mask": mask}, given, None, training=False)
+        self.ready = None if inputs is None else (build_routing(configs, *inputs, only=self.only), mask)
+        if self.root.training:
+            route_checkpoints(self.root, self)
+        else:
+            self.check(self.root, configs)
+
+    def prepared(self, args: tuple, kwargs: dict) -> Routing | None:
+        """The routing that the enclosing block prepared, where it is that of this forward for sure."""
+        if self.ready is None or len(args) > 1 or any(kwargs.get(name) is not None for name in ROUTING_ARGUMENTS):
+            return None
+        routing, mask = self.ready
+        own_mask = kwargs.get("attention_mask")
+        if kwargs.get("past_key_values") is not None or not (own_mask is None or own_mask is mask):
+            return None
+        tokens = args[0] if args else kwargs.get("input_ids")
+        tokens = tokens if tokens is not None else kwargs.get("inputs_embeds")
+        known = isinstance(tokens, torch.Tensor) and tuple(tokens.shape[:2]) == routing.shape
+        return routing if known else None
+
+    def view(self, adapter_name: str) -> tuple[View, tuple[int, int] | None]:
         """The running forward's tokens as ``adapter_name`` sees them, and their [batch, seq].
 
-        (None, None): nothing is known, all is text.
+        Where nothing is known, all is text, of no known shape.
         """
         routing = self.routing
         if not self.running:
@@ -113,7 +178,7 @@ class MokaRouter:
         if not self._warned and len(self.configs[adapter_name].modalities) > 1:
             self._warned = True
             warnings.warn(_NO_ROUTING, stacklevel=2)
-        return None, None
+        return text_view(self.configs[adapter_name], self.only), None
 
     def _routing_of_scope(self, adapter_name: str) -> Routing | None:
         """For networks that reach their layers through a method other than ``forward``."""
@@ -121,7 +186,7 @@ class MokaRouter:
         given = dict.fromkeys(ROUTING_ARGUMENTS)
         inputs = resolve(configs, {}, given, self.scope, torch.is_grad_enabled())
         self._seen_routing = True
-        return None if inputs is None else build_routing(configs, *inputs)
+        return None if inputs is None else build_routing(configs, *inputs, only=self.only)
 
 
 def _in_backward() -> bool:
@@ -138,6 +203,7 @@ class RoutedForward:
         parameters = inspect.signature(type(model).forward).parameters.values()
         self.positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
         self.named = {p.name for p in parameters}
+        self.foreign = frozenset(ROUTING_ARGUMENTS) - self.named  # what the model itself would not take
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -152,26 +218,49 @@ class RoutedForward:
         return inspect.Signature([p for p in own if p.kind is not p.VAR_KEYWORD] + extra + catch_all)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        bound = {**dict(zip(self.positional, args, strict=False)), **kwargs}
-        given = {name: bound.get(name) for name in ROUTING_ARGUMENTS}
-        for name in ROUTING_ARGUMENTS:
-            if name not in self.named:
-                kwargs.pop(name, None)
-        call = self.wrapped or type(self.model).forward.__get__(self.model)
+        call = self.wrapped or self.own
         if self.router.running:
-            return call(*args, **kwargs)
-        configs = active_configs(self.model, self.router)
-        if not configs or self._leave_to_inner(bound, given):
-            return call(*args, **kwargs)
-        training = self.model.training and torch.is_grad_enabled()
-        if not self.model.training:
-            self.router.check(self.model, configs)
-        inputs = resolve(configs, bound, given, self.router.scope, training)
-        routing = None if inputs is None else build_routing(configs, *inputs)
-        if self.model.training:
-            route_checkpoints(self.model, self.router)
+            return call(*args, **self._without_routing(kwargs))
+        routing = self.router.prepared(args, kwargs)
+        if routing is None:
+            routing, routed = self._route(args, kwargs)
+            if not routed:
+                return call(*args, **self._without_routing(kwargs))
         with self.router.active(routing):
-            return call(*args, **kwargs)
+            return call(*args, **self._without_routing(kwargs))
+
+    @property
+    def own(self) -> Callable:
+        """The class's own ``forward``, bound to the model."""
+        return type(self.model).forward.__get__(self.model)
+
+    def _without_routing(self, kwargs: dict) -> dict:
+        return {name: value for name, value in kwargs.items() if name not in self.foreign}
+
+    @torch.compiler.disable  # how many tokens ask and answer depends on the data; the layers compile as one graph
+    def _route(self, args: tuple, kwargs: dict) -> tuple[Routing | None, bool]:
+        """The routing of this forward, and whether this is the model to route it."""
+        router = self.router
+        configs, _ = router.used()
+        if not configs:
+            return None, False
+        bound = {**dict(zip(self.positional, args, strict=False)), **kwargs}
+        if not self.model.training:
+            router.check(self.model, configs)
+        if router.scope is not None and router.scope.start is not None:
+            tokens = bound.get("input_ids")
+            tokens = tokens if tokens is not None else bound.get("inputs_embeds")
+            if tokens is not None and router.scope.decodes(cache_length(bound.get("past_key_values"))):
+                return router.text_routing((tokens.shape[0], tokens.shape[1])), True
+        given = {name: bound.get(name) for name in ROUTING_ARGUMENTS}
+        if self._leave_to_inner(bound, given):
+            return None, False
+        training = self.model.training and torch.is_grad_enabled()
+        inputs = resolve(configs, bound, given, router.scope, training)
+        routing = None if inputs is None else build_routing(configs, *inputs, only=router.only)
+        if self.model.training:
+            route_checkpoints(self.model, router)
+        return routing, True
 
     def _leave_to_inner(self, bound: dict, given: dict) -> bool:
         """Ids of the expanded prompt are in force, and these tokens are not expanded yet: an inner model routes."""
@@ -203,7 +292,7 @@ class RoutedGenerate:
         if inputs is not None:
             args = (inputs, *args)
         generate = type(self.model).generate.__get__(self.model)
-        configs = active_configs(self.model, self.router)
+        configs, _ = self.router.used()
         scope = self._scope_of_prompt(configs, bound, given) if configs else None
         if scope is None:
             return generate(*args, **kwargs)
@@ -236,17 +325,20 @@ class RoutedGenerate:
         return RoutingInputs(type_ids, interaction_ids, None, valid, start=start)
 
 
-def active_configs(model: nn.Module, router: MokaRouter) -> dict[str, MokaConfig]:
-    """The active (or merged) adapters and their configurations; none while they are disabled."""
+def _adapters_in_use(model: nn.Module, configs: dict[str, MokaConfig]) -> tuple[dict[str, MokaConfig], bool]:
+    """The active (or merged) adapters, none while disabled; and whether every text path is in its base weight."""
     names: dict[str, None] = {}
+    idle = True
     for module in model.modules():
         if isinstance(module, MokaLayer):
             if module.disable_adapters:
-                return {}
+                return {}, False
             # Adapters may target different layers, so every layer is asked.
-            used = module.merged_adapters or module.active_adapters
-            names |= {name: None for name in used if name in module.moka_A}
-    return {name: router.configs[name] for name in names}
+            for name in module.merged_adapters or module.active_adapters:
+                if name in module.moka_A:
+                    names[name] = None
+                    idle = idle and module._folded(name) == (TEXT in configs[name].adapted)
+    return {name: configs[name] for name in names}, idle
 
 
 def _holds_routed_model(model: nn.Module) -> bool:
@@ -259,7 +351,7 @@ def attach_router(model: nn.Module) -> MokaRouter:
     """Give ``model`` a router, once; returns the one it has."""
     router = model.__dict__.get(ROUTER_ATTRIBUTE)
     if router is None:
-        router = MokaRouter()
+        router = MokaRouter(model)
         object.__setattr__(model, ROUTER_ATTRIBUTE, router)
         for module in model.modules():
             generates = hasattr(type(module), "generate")
@@ -314,10 +406,11 @@ def routing(
     valid = None if attention_mask is None else attention_mask.bool()
     scope = RoutingInputs(mm_token_type_ids, interaction_ids, question_mask, valid)
     before = [(router, router.scope) for router in routers.values()]
-    for router, _ in before:
-        router.scope = scope
     try:
+        for router, _ in before:
+            router.scope = scope
+            router.prepare(scope, attention_mask)
         yield
     finally:
         for router, old in before:
-            router.scope = old
+            router.scope, router.ready = old, None

@@ -18,7 +18,7 @@ import torch
 
 from moka.errors import MokaError
 
-from .config import MokaConfig
+from .config import TEXT, MokaConfig
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,16 @@ class View:
     row: torch.Tensor | None  # [batch, seq] index into moka_A [M, r, in]; None: every token is text
     adapted: torch.Tensor | None  # [batch, seq, 1] bool; None: every token goes through the adapter
     pairs: Pairs | None  # None: no token interacts
+    silent: bool = False  # no token goes through the adapter at all
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all tokens are treated alike: as text, or not at all."""
+        return self.row is None and self.adapted is None
+
+
+TEXT_ONLY = View(row=None, adapted=None, pairs=None)
+SILENT = View(row=None, adapted=None, pairs=None, silent=True)
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,7 @@ class Routing:
 
     shape: tuple[int, int]  # batch, seq
     views: dict[str, View]  # by adapter name
+    idle: bool = False  # no layer has anything to add to its base layer's result
 
 
 def build_routing(
@@ -53,6 +64,7 @@ def build_routing(
     type_ids: torch.Tensor,
     interaction_ids: torch.Tensor | None,
     valid: torch.Tensor | None,
+    only: frozenset[str] | None = None,
 ) -> Routing:
     """Build the routing of one forward for the given adapters.
 
@@ -61,6 +73,7 @@ def build_routing(
         type_ids: [batch, seq] int.
         interaction_ids: [batch, seq] int, or None for no interaction.
         valid: [batch, seq] bool, False at padding; None: no padding.
+        only: the modalities whose tokens go through the adapters; None: all that they adapt.
     Raises:
         MokaError: an id that no modality of the configuration claims.
     """
@@ -71,9 +84,15 @@ def build_routing(
     for name, config in configs.items():
         key = _view_key(config)
         if key not in views:
-            views[key] = _build_view(config, type_ids, interaction_ids, valid)
+            views[key] = _build_view(config, type_ids, interaction_ids, valid, only)
         by_adapter[name] = views[key]
     return Routing(shape=(type_ids.shape[0], type_ids.shape[1]), views=by_adapter)
+
+
+def text_view(config: MokaConfig, only: frozenset[str] | None = None) -> View:
+    """The view of tokens that are all text, none of them padding."""
+    adapts = TEXT in config.adapted and (only is None or TEXT in only)
+    return TEXT_ONLY if adapts else SILENT
 
 
 def _view_key(config: MokaConfig) -> tuple:
@@ -100,13 +119,21 @@ def modality_rows(config: MokaConfig, type_ids: torch.Tensor) -> torch.Tensor:
 
 
 def _build_view(
-    config: MokaConfig, type_ids: torch.Tensor, interaction_ids: torch.Tensor | None, valid: torch.Tensor | None
+    config: MokaConfig,
+    type_ids: torch.Tensor,
+    interaction_ids: torch.Tensor | None,
+    valid: torch.Tensor | None,
+    only: frozenset[str] | None,
 ) -> View:
     rows = modality_rows(config, type_ids)
     is_text = rows == config.text_row
     adapted = valid
     names = list(config.modalities)
-    left_out = [i for i, name in enumerate(names) if name not in config.adapted]
+    if valid is None and bool(is_text.all()):
+        return text_view(config, only)
+    left_out = [
+        i for i, name in enumerate(names) if name not in config.adapted or (only is not None and name not in only)
+    ]
     if left_out:
         chosen = torch.isin(rows, torch.tensor(left_out, device=rows.device), invert=True)
         adapted = chosen if adapted is None else adapted & chosen

@@ -1,0 +1,150 @@
+"""bitsandbytes 8-bit and 4-bit backbones, on the CPU: forward, backward, merging asked for by name."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from transformers import BitsAndBytesConfig, LlamaForCausalLM
+
+import moka
+from moka.adapter import MokaLayer
+
+pytest.importorskip("bitsandbytes")
+
+ROUTED = ("input_ids", "mm_token_type_ids", "interaction_ids", "attention_mask")
+KINDS = {
+    "8-bit": {"load_in_8bit": True},
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tiny, tmp_path_factory):
+    """Widths that are multiples of 64, as bitsandbytes' 4-bit kernel for the CPU wants them."""
+    folder = tmp_path_factory.mktemp("backbone")
+    config = copy.deepcopy(tiny.backbone().config)
+    config.intermediate_size, config.num_key_value_heads = 128, 4
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=list(KINDS))
+def backbones(request, folder):
+    """A function that gives a fresh quantised backbone."""
+    settings = BitsAndBytesConfig(**KINDS[request.param])
+
+    def make():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return LlamaForCausalLM.from_pretrained(folder, quantization_config=settings, device_map={"": "cpu"}).eval()
+
+    return make
+
+
+def adapted(tiny, backbone, **overrides):
+    return tiny.strong_(get_peft_model(backbone, tiny.config(**overrides))).eval()
+
+
+def logits(model, batch):
+    with torch.no_grad():
+        return model(**batch.kwargs(*ROUTED)).logits.float()
+
+
+def near(a, b):
+    """bitsandbytes rounds 4-bit scales to bfloat16 when it packs weights for inference on a CPU."""
+    assert (a - b).norm() < 0.02 * b.norm()
+
+
+def stored(model):
+    """Quantised weights in their own order: bitsandbytes packs them otherwise for inference."""
+    return {n: m.state_dict()["weight"].clone() for n, m in model.named_modules() if n.endswith("base_layer")}
+
+
+def test_outputs_are_those_of_the_dequantised_backbone(tiny, backbones, batch):
+    quantised = adapted(tiny, backbones())
+    layers = [m for m in quantised.modules() if isinstance(m, MokaLayer)]
+    assert len(layers) == 14
+    assert all(type(m.get_base_layer()).__module__.startswith("bitsandbytes") for m in layers)
+    plain = adapted(tiny, backbones().dequantize().float())
+    out, expected = logits(quantised, batch), logits(plain, batch)
+    real = batch.attention_mask.bool()
+    bare = plain.unload()(batch.input_ids, attention_mask=batch.attention_mask).logits
+    error = (out - expected)[real].abs().mean()
+    assert error < 0.1 * (expected - bare)[real].abs().mean()
+
+
+def test_training_moves_the_adapter_and_nothing_else(tiny, backbones, batch):
+    model = prepare_model_for_kbit_training(backbones(), use_gradient_checkpointing=False)
+    model = adapted(tiny, model).train()
+    before = stored(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(4):
+        loss = model(**batch.kwargs(*ROUTED), labels=batch.input_ids).loss
+        loss.backward()
+        norms = [p.grad[row].norm() for n, p in model.named_parameters() if "moka_A" in n for row in range(3)]
+        assert min(norms) > 0  # every modality, in every layer
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(weight, before[name]) for name, weight in stored(model).items())
+
+
+def test_save_and_load(tiny, backbones, batch, tmp_path):
+    model = adapted(tiny, backbones())
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(backbones(), tmp_path)
+    assert torch.equal(logits(loaded, batch), logits(model, batch))
+
+
+@pytest.mark.parametrize("verb", ["merge_adapter", "merge_and_unload"])
+def test_merging_is_refused_unless_asked_for_by_name(tiny, backbones, batch, verb):
+    model = adapted(tiny, backbones())
+    before, expected = stored(model), logits(model, batch)
+    with pytest.raises(moka.MokaError, match=r"bnb \dbit weight would round it again.*requantize=True"):
+        getattr(model, verb)()
+    assert all(torch.equal(weight, before[name]) for name, weight in stored(model).items())
+    near(logits(model, batch), expected)
+
+
+def test_merging_by_name_says_the_error_and_can_be_taken_back(tiny, backbones, batch):
+    model = adapted(tiny, backbones())
+    before, expected = stored(model), logits(model, batch)
+    stored(model)
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, MokaLayer)}
+    wanted = {name: m.get_base_weight().float() + m.get_delta_weight("default") for name, m in layers.items()}
+    with pytest.warns(
+        UserWarning, match=r"Folded into 14 bnb \dbit weights.*relative to the weight: mean .* %"
+    ) as said:
+        model.merge_adapter(requantize=True)
+    share = float(str(said[-1].message).partition("weight: mean ")[2].partition(" %")[0])
+    assert 0.1 < share < 15  # 8-bit about 0.5 %, nf4 about 9 %
+    assert not all(torch.equal(weight, before[name]) for name, weight in stored(model).items())
+    for name, layer in layers.items():
+        error = layer.get_base_weight().float() - wanted[name]
+        assert error.norm() < 0.12 * wanted[name].norm()
+    assert not torch.equal(logits(model, batch), expected)
+    model.unmerge_adapter()
+    assert all(torch.equal(weight, before[name]) for name, weight in stored(model).items())
+    near(logits(model, batch), expected)
+
+
+def test_dequantised_first_merges_exactly(tiny, backbones, batch):
+    model = adapted(tiny, backbones().dequantize().float())
+    expected = logits(model, batch)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model, batch), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_copies_of_a_merged_model_unmerge_as_well(tiny, backbones, batch):
+    model = adapted(tiny, backbones())
+    expected = logits(model, batch)
+    with pytest.warns(UserWarning, match="Folded into"):
+        model.merge_adapter(requantize=True)
+    twin = copy.deepcopy(model)
+    twin.unmerge_adapter()
+    near(logits(twin, batch), expected)
