@@ -18,6 +18,8 @@ from torch import nn
 
 from moka.errors import MokaError
 
+# For a task's head peft lists every usual name in modules_to_save, and a model has one of them.
+TASK_HEADS = ("classifier", "score", "qa_outputs")
 _LISTED = 3
 PREFIX = "base_model.model."  # peft's, before every name in an adapter file
 
@@ -184,6 +186,8 @@ def _check_layout(path: Path, weights: Path, keys: list[str], method: str) -> No
 def _check_saved_modules(weights: Path, keys: list[str], names: list[str]) -> None:
     # peft itself answers a lost module with a bare KeyError, as it looks the tensors up before asking the tuner.
     lost = [name for name in names if not any(f".{name}." in f".{key}" for key in keys)]
+    if any(name not in lost for name in names if name in TASK_HEADS):
+        lost = [name for name in lost if name not in TASK_HEADS]
     if lost:
         raise MokaError(
             f"{weights} lacks the modules {lost}, which its configuration lists in modules_to_save: it lost them. "

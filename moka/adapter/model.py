@@ -15,14 +15,12 @@ from transformers.pytorch_utils import Conv1D
 
 from moka.errors import MokaError
 
-from .checks import check_adapter_tensors
+from .checks import TASK_HEADS, check_adapter_tensors
 from .config import TEXT, MokaConfig
 from .layer import MokaLayer, MokaLinear
 from .rollback import take_back, trained
 from .router import attach_router, detach_router
 from .targets import fill_targets, no_match, placeholder_ids
-
-TASK_HEADS = ("classifier", "score", "qa_outputs")
 
 
 class MokaModel(BaseTuner):
@@ -51,13 +49,11 @@ class MokaModel(BaseTuner):
             fill_targets(config, model)
         if config.modality_token_ids is None:
             config.modality_token_ids = placeholder_ids(model, config)
-        if config.modules_to_save:  # peft adds every usual name of a task's head; the saved file holds the real ones
-            names = [name for name, _ in model.named_modules(remove_duplicate=False)]
-            present = [m for m in dict.fromkeys(config.modules_to_save) if any(name.endswith(m) for name in names)]
-            unknown = set(config.modules_to_save).difference(present, TASK_HEADS)
-            if unknown:
-                raise MokaError(f"modules_to_save: {type(model).__name__} has no module called {sorted(unknown)}.")
-            config.modules_to_save = present or None
+        names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+        wanted = set(config.modules_to_save or ()) - set(TASK_HEADS)
+        unknown = sorted(m for m in wanted if not any(name.endswith(m) for name in names))
+        if unknown:
+            raise MokaError(f"modules_to_save: {type(model).__name__} has no module called {unknown}.")
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         router = attach_router(model)
         router.add(adapter_name, config)
@@ -66,7 +62,6 @@ class MokaModel(BaseTuner):
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except ValueError as error:
-            self.__dict__.get("_awaiting", {}).pop(adapter_name, None)
             take_back(self, adapter_name, trainable)
             if "not found in the base model" in str(error) or "No modules were targeted" in str(error):
                 raise MokaError(no_match(config, model)) from error
@@ -101,7 +96,7 @@ class MokaModel(BaseTuner):
     def _enable_peft_forward_hooks(self, *args, adapter_names: list[str] | None = None, **kwargs) -> Iterator[None]:
         # peft would drop the argument without a word and run every row through the active adapter.
         if adapter_names is not None:
-            raise MokaError("adapter_names: a batch of several adapters is for LoRA; run each adapter's rows by itself.")
+            raise MokaError("adapter_names: a batch of several adapters is for LoRA; run each adapter's rows alone.")
         yield
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -181,7 +176,7 @@ class MokaModel(BaseTuner):
             check_adapter_tensors(model, adapter_name, remapped)
         except MokaError:
             if adapter_name in awaiting and not trained(tuner, adapter_name):
-                take_back(tuner, adapter_name, awaiting.pop(adapter_name))
+                take_back(tuner, adapter_name, awaiting[adapter_name])
             raise
         awaiting.pop(adapter_name, None)
         return remapped

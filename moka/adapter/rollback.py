@@ -13,6 +13,10 @@ from .router import attach_router, detach_router
 def take_back(tuner: BaseTuner, adapter_name: str, trainable: list[nn.Parameter]) -> None:
     """Undo the injection of ``adapter_name``; ``trainable`` is what was trainable before it."""
     model = tuner.model
+    awaiting = tuner.__dict__.get("_awaiting", {})
+    awaiting.pop(adapter_name, None)
+    if not awaiting:
+        tuner.__dict__.pop("_awaiting", None)
     tuner.peft_config.pop(adapter_name, None)
     attach_router(model).remove(adapter_name)
     left = [name for name in tuner.active_adapters if name != adapter_name][:1]

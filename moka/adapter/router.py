@@ -57,6 +57,7 @@ class MokaRouter:
         self.fold_errors: list[tuple[float, float]] = []  # what that did to each, relative to the weight, to the update
         self.configs: dict[str, MokaConfig] = {}
         self.ready: tuple[Routing, torch.Tensor | None] | None = None  # of the enclosing block, with its mask
+        self._bypassed: list[MokaLayer] = []  # layers that stand aside while generate decodes
         self._used: tuple[dict[str, MokaConfig], bool] | None = None
         self._unchecked: set[str] = set()  # adapters that no inference has used yet
         self._seen_routing = False
@@ -71,18 +72,34 @@ class MokaRouter:
             "only": None,
             "recorder": None,
             "ready": None,
+            "_bypassed": [],
         }
         return {**self.__dict__, **own}
 
     def changed(self) -> None:
         """Forget which adapters are in use: one was added, removed, switched, merged or disabled."""
         self._used = self.ready = None
+        self.take_part()
 
     def used(self) -> tuple[dict[str, MokaConfig], bool]:
         """The active (or merged) adapters' configurations, none while disabled; and whether text needs no layer's work."""
         if self._used is None:
             self._used = _adapters_in_use(self.root, self.configs)
         return self._used
+
+    def stand_aside(self) -> None:
+        """Let every layer's call go straight to its base layer: a decode step has hundreds of such calls."""
+        if self._bypassed:
+            return
+        for module in self.root.modules():
+            if isinstance(module, MokaLayer) and not _has_hooks(module.base_layer):
+                object.__setattr__(module, "forward", module.base_layer.forward)
+                self._bypassed.append(module)
+
+    def take_part(self) -> None:
+        """Undo ``stand_aside``."""
+        while self._bypassed:
+            self._bypassed.pop().__dict__.pop("forward", None)
 
     def text_routing(self, shape: tuple[int, int]) -> Routing:
         """The routing of tokens [batch, seq] that are all text, none of them padding."""
@@ -127,6 +144,7 @@ class MokaRouter:
             yield
         finally:
             self.scope = before
+            self.take_part()
 
     def prepare(self, scope: RoutingInputs, mask: torch.Tensor | None) -> None:
         """Build the routing of a block now, if its ids tell all: its forwards then compile without a graph break."""
@@ -187,6 +205,10 @@ class MokaRouter:
         inputs = resolve(configs, {}, given, self.scope, torch.is_grad_enabled())
         self._seen_routing = True
         return None if inputs is None else build_routing(configs, *inputs, only=self.only)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _in_backward() -> bool:
@@ -251,7 +273,11 @@ class RoutedForward:
             tokens = bound.get("input_ids")
             tokens = tokens if tokens is not None else bound.get("inputs_embeds")
             if tokens is not None and router.scope.decodes(cache_length(bound.get("past_key_values"))):
-                return router.text_routing((tokens.shape[0], tokens.shape[1])), True
+                routing = router.text_routing((tokens.shape[0], tokens.shape[1]))
+                if routing.idle and not torch.compiler.is_compiling():
+                    router.stand_aside()
+                return routing, True
+        router.take_part()
         given = {name: bound.get(name) for name in ROUTING_ARGUMENTS}
         if self._leave_to_inner(bound, given):
             return None, False

@@ -30,8 +30,9 @@ def fill_targets(config: MokaConfig, model: nn.Module) -> None:
     """
     indices = config.layers_to_transform
     targets = default_targets(model)
-    if isinstance(targets, str) and indices not in (None, []):
-        targets = default_targets(model, [indices] if isinstance(indices, int) else indices, config.layers_pattern)
+    if isinstance(targets, str):
+        if indices not in (None, []):
+            targets = default_targets(model, [indices] if isinstance(indices, int) else indices, config.layers_pattern)
         config.layers_to_transform = config.layers_pattern = None
     config.target_modules = targets
 

@@ -58,12 +58,16 @@ def test_active_modalities_while_generating(tiny, batch, merged):
 
 
 def test_unknown_modality(model):
-    with pytest.raises(moka.MokaError, match=r"unknown modality 'vision'; known: \['text', 'visual', 'audio'\]"):
-        with active_modalities(model, ["vision"]):
-            pass
-    with pytest.raises(moka.MokaError, match="Linear holds no MokA adapter"):
-        with active_modalities(torch.nn.Linear(1, 1), []):
-            pass
+    with (
+        pytest.raises(moka.MokaError, match=r"unknown modality 'vision'; known: \['text', 'visual', 'audio'\]"),
+        active_modalities(model, ["vision"]),
+    ):
+        pass
+    with (
+        pytest.raises(moka.MokaError, match="Linear holds no MokA adapter"),
+        active_modalities(torch.nn.Linear(1, 1), []),
+    ):
+        pass
 
 
 def test_interaction_weights_are_the_softmax_of_the_definition(model, batch):

@@ -6,11 +6,13 @@ import warnings
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 import moka
-from moka.adapter import MokaLayer
+from moka.adapter import MokaLayer, MokaLinear
+from moka.adapter.config import DEFAULT_TARGETS
 
 ROUTED = ("input_ids", "mm_token_type_ids", "interaction_ids", "attention_mask")
 
@@ -252,3 +254,94 @@ def test_conv1d(gpt2, tiny, batch, share_b):
         module = model.base_model.model.get_submodule(head)
         ours = module.get_base_layer() if isinstance(module, MokaLayer) else module
         torch.testing.assert_close(getattr(ours, leaf), weight)
+
+
+def test_decode_steps_of_a_merged_model_do_no_adapter_work(tiny, batch, monkeypatch):
+    """After the prefill not one MokA layer's own forward runs, and the layers are as they were when generate ends."""
+    model = tiny.adapted()
+    settings = {"max_new_tokens": 5, "do_sample": False, "output_scores": True, "return_dict_in_generate": True}
+    expected = model.generate(**batch.kwargs(*ROUTED), **settings)
+    calls = []
+    own = MokaLinear.forward
+    monkeypatch.setattr(MokaLinear, "forward", lambda self, x: calls.append(x.shape[1]) or own(self, x))
+    model.generate(**batch.kwargs(*ROUTED), **settings)
+    assert calls == [10] * 14 + [1] * 14 * 4
+    model.merge_adapter()
+    calls.clear()
+    seen = []
+    watched = model.base_model.model.model.layers[0].self_attn.q_proj.base_layer
+    handle = watched.register_forward_hook(lambda m, args, out: seen.append(out.shape[1]))
+    got = model.generate(**batch.kwargs(*ROUTED), **settings)
+    handle.remove()
+    # A layer whose base has a hook keeps its own forward, which calls the base and so the hook.
+    assert calls == [10] * 14 + [1] * 4
+    assert seen == [10, 1, 1, 1, 1]
+    torch.testing.assert_close(torch.stack(got.scores), torch.stack(expected.scores), atol=1e-4, rtol=1e-4)
+    calls.clear()
+    model.generate(**batch.kwargs(*ROUTED), **settings)
+    assert calls == [10] * 14
+    assert not any("forward" in m.__dict__ for m in model.modules() if isinstance(m, MokaLayer))
+
+
+def test_switching_in_the_middle_of_generate_takes_effect(tiny, batch):
+    """A streamer or a stopping rule may unmerge or restrict the adapter between two steps."""
+    model = tiny.adapted()
+    model.merge_adapter()
+
+    def unmerge(ids, scores):
+        if ids.shape[1] == 12:
+            model.unmerge_adapter()
+        return scores
+
+    settings = {"max_new_tokens": 5, "do_sample": False, "output_scores": True, "return_dict_in_generate": True}
+    got = model.generate(**batch.kwargs(*ROUTED), **settings, logits_processor=[unmerge])
+    expected = tiny.adapted().generate(**batch.kwargs(*ROUTED), **settings)
+    torch.testing.assert_close(torch.stack(got.scores), torch.stack(expected.scores), atol=1e-4, rtol=1e-4)
+
+
+def lora_twin(tiny, model):
+    """peft's LoRA with the text path's numbers, on the same backbone."""
+    twin = get_peft_model(tiny.backbone(), LoraConfig(r=4, lora_alpha=8, target_modules=sorted(DEFAULT_TARGETS)))
+    state = {}
+    for name, layer in model.base_model.model.named_modules():
+        if isinstance(layer, MokaLayer):
+            state[f"base_model.model.{name}.lora_A.default.weight"] = layer.moka_A["default"][0].detach()
+            state[f"base_model.model.{name}.lora_B.default.weight"] = layer.moka_B["default"].detach()
+    assert not twin.load_state_dict(state, strict=False).unexpected_keys
+    return twin.eval()
+
+
+def test_weights_after_unmerging_are_bit_for_bit_those_of_lora(tiny):
+    """(W + d) - d is not W in floating point; it is what peft's LoRA gives, in every bit, merged and unmerged."""
+    model = tiny.adapted()
+    twin = lora_twin(tiny, model)
+    for verb in ("merge_adapter", "unmerge_adapter"):
+        getattr(model, verb)()
+        getattr(twin, verb)()
+        ours, theirs = weights(model), {n: p for n, p in twin.named_parameters() if "lora_" not in n}
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def relative(a, b, batch):
+    real = batch.attention_mask.bool()
+    return ((a - b)[real].norm() / b[real].norm()).item()
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_merged_equals_live_to_1e_5_in_float32(tiny, batch, kind):
+    model = tiny.adapted(kind)
+    live = logits(model, batch)
+    model.merge_adapter()
+    assert relative(logits(model, batch), live, batch) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_merged_equals_live_to_2e_2_in_bfloat16(tiny, batch, kind):
+    """With an adapter as strong as the backbone; both are about as far (1.1e-2) from the result without rounding."""
+    model = tiny.adapted(kind, backbone=tiny.backbone(kind).bfloat16(), alpha=4)
+    live = logits(model, batch).float()
+    with model.disable_adapter():
+        assert relative(logits(model, batch).float(), live, batch) > 0.5
+    model.merge_adapter()
+    assert relative(logits(model, batch).float(), live, batch) < 2e-2
