@@ -47,13 +47,14 @@ def equal(ours, theirs):
 @REENTRANT
 @pytest.mark.parametrize("count", [1, 2], ids=["one forward", "two forwards"])
 @pytest.mark.parametrize("when", ["before", "after", "between"])
-def test_gradients_equal_no_checkpointing(tiny, reentrant, count, when):
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_gradients_equal_no_checkpointing(tiny, kind, reentrant, count, when):
     batches = forwards(tiny)[:count]
-    expected = train(tiny.adapted(), batches, tiny)
-    backbone = tiny.backbone()
+    expected = train(tiny.adapted(kind), batches, tiny)
+    backbone = tiny.backbone(kind)
     if when == "before":
         checkpointed(backbone, reentrant)
-    model = tiny.adapted(backbone=backbone)
+    model = tiny.adapted(kind, backbone=backbone)
     if when == "between":  # enabled anew after a forward: the functions are new ones
         checkpointed(model, not reentrant)
         train(model, batches, tiny)
