@@ -54,7 +54,8 @@ class MokaLayer(BaseTunerLayer):
         self.moka_config: dict[str, MokaConfig] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self.moka_unfolded: list[tuple[nn.Parameter, dict]] = []  # quantised weights as they were before merging
+        # Quantised and tied weights as they were before an adapter was merged.
+        self.moka_unfolded: dict[str, tuple[nn.Parameter, dict]] = {}
         self.quantization_backend = resolve_quantization_backend(
             self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
         )
@@ -209,31 +210,35 @@ class MokaLinear(nn.Module, MokaLayer):
                 raise MokaError(f"With adapter {name!r} a {weight.dtype} weight is not finite; it was not merged.")
 
     def _fold(self, name: str) -> None:
-        backend, delta = self.quantization_backend, self.get_delta_weight(name)
+        backend, delta, base = self.quantization_backend, self.get_delta_weight(name), self.get_base_layer()
         if backend is None:
             weight = self.get_base_weight()
-            self.set_base_weight((weight + delta.to(weight.device)).to(weight.dtype))
+            folded = (weight + delta.to(weight.device)).to(weight.dtype)
+            if id(base.weight) in self.moka_router.tied:
+                self.moka_unfolded[name] = base.weight, {}
+                base.weight = nn.Parameter(folded, requires_grad=base.weight.requires_grad)
+            else:
+                self.set_base_weight(folded)
             return
-        base = self.get_base_layer()
         base.state_dict()  # bitsandbytes' inference on a CPU packs 4-bit weights anew; this puts them back in order
         weight = self.get_base_weight().float()
         wanted = weight + delta.to(weight.device)
-        self.moka_unfolded.append(_quantized_state(base))
+        self.moka_unfolded[name] = _quantized_state(base)
         self.set_base_weight(wanted.to(getattr(base, "compute_dtype", None) or torch.float32))
         error = self.get_base_weight().float() - wanted
         self.moka_router.fold_errors.append((float(error.norm() / wanted.norm()), float(error.norm() / delta.norm())))
 
     def unmerge(self) -> None:
-        """Take the folded text paths out of the base weight again; a quantised weight comes back as it was."""
+        """Take the folded text paths out of the base weight again; a quantised or tied weight comes back as it was."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             if name in self.moka_A and self._folds(name):
-                if self.moka_unfolded:
+                if name in self.moka_unfolded:
                     base = self.get_base_layer()
-                    base.weight, state = self.moka_unfolded.pop()
+                    base.weight, state = self.moka_unfolded.pop(name)
                     base.__dict__.update(state)
                     continue
                 weight = self.get_base_weight()

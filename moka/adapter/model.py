@@ -131,7 +131,14 @@ class MokaModel(BaseTuner):
                     stacklevel=2,
                 )
         with self._folding(adapter_names, safe_merge, requantize):
-            return super().merge_and_unload(progressbar, safe_merge, adapter_names)
+            backbone = super().merge_and_unload(progressbar, safe_merge, adapter_names)
+        if getattr(getattr(backbone, "config", None), "tie_word_embeddings", False) and _is_untied(backbone):
+            backbone.config.tie_word_embeddings = False
+            warnings.warn(
+                "The folded head is no longer the input embedding: config.tie_word_embeddings is False from here on.",
+                stacklevel=2,
+            )
+        return backbone
 
     @contextmanager
     def _folding(self, adapter_names: list[str] | None, safe_merge: bool, requantize: bool) -> Iterator[None]:
@@ -142,11 +149,12 @@ class MokaModel(BaseTuner):
                 if name in layer.moka_A and name not in layer.merged_adapters:
                     layer.check_merge(name, safe_merge, requantize)
         router = attach_router(self.model)
-        router.requantize, router.fold_errors = requantize, []
+        router.requantize, router.fold_errors, router.tied = requantize, [], _shared_weights(self.model)
         try:
             yield
         finally:
             errors, router.requantize, router.fold_errors = router.fold_errors, False, []
+            router.tied = set()
         if errors:
             weights, updates = zip(*errors, strict=True)
             kind = next(q.backend_name for q in (layer.quantization_backend for layer in layers) if q is not None)
@@ -180,3 +188,19 @@ class MokaModel(BaseTuner):
             raise
         awaiting.pop(adapter_name, None)
         return remapped
+
+
+def _is_untied(model: nn.Module) -> bool:
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is not model.get_input_embeddings().weight
+
+
+def _shared_weights(model: nn.Module) -> set[int]:
+    """ids of the weights that more than one module holds, such as tied embeddings."""
+    seen: set[int] = set()
+    shared: set[int] = set()
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            (shared if id(weight) in seen else seen).add(id(weight))
+    return shared

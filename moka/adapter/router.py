@@ -54,6 +54,7 @@ class MokaRouter:
         self.only: frozenset[str] | None = None  # of the enclosing `with active_modalities(...)`
         self.recorder: Callable | None = None  # of a diagnostic that is running: (layer, adapter, z of all rows, view)
         self.requantize = False  # merging may fold into quantised weights
+        self.tied: set[int] = set()  # ids of weights that several modules share: merging gives a layer its own
         self.fold_errors: list[tuple[float, float]] = []  # what that did to each, relative to the weight, to the update
         self.configs: dict[str, MokaConfig] = {}
         self.ready: tuple[Routing, torch.Tensor | None] | None = None  # of the enclosing block, with its mask
