@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,12 @@ from moka.data.media import BadMediaError
 from moka.errors import MokaError
 from moka.modeling import MokaForConditionalGeneration, MokaProcessor, TooLongError
 from moka.training.arguments import ModelSection
-from moka.training.build import build_model, context_length
+from moka.training.build import build_model, choose_dtype, context_length
 from moka.training.files import read_json
 from moka.training.folder import ADAPTER, FORMAT_VERSION, MODEL_CONFIG
+
+# Beside what `moka merge` and `moka export` write: the format, its checks, and where it came from.
+EXPORT = "export.json"
 
 
 class LoadedModel:
@@ -119,6 +123,12 @@ def _as_list(media: Any) -> list[Any]:
 def find_adapter(run: str | Path) -> Path:
     """The adapter folder of a run, or the folder itself if it is one."""
     path = Path(run)
+    kind = export_kind(path)
+    if kind not in (None, "text-merged"):
+        raise MokaError(
+            f"{path} is an export in the format {kind}, which needs no moka: its README.md tells how to load it. Here give a "
+            "run folder of `moka train`, an adapter folder, or the folder of `moka merge`."
+        )
     for folder in (path / ADAPTER, path):
         if (folder / "adapter_config.json").is_file():
             return folder
@@ -127,6 +137,13 @@ def find_adapter(run: str | Path) -> Path:
     if (path / "connector" / "connector.json").is_file():
         raise MokaError(f"{path} holds a stage-1 run alone, without an adapter; train stage 2 from {path}/connector.")
     raise MokaError(f"{path} holds no adapter (no adapter/adapter_config.json); give a finished run of `moka train`.")
+
+
+def export_kind(path: str | Path) -> str | None:
+    """The format of an export's folder; None for any other folder."""
+    file = Path(path) / EXPORT
+    description = read_json(file) if file.is_file() else None
+    return description.get("kind") if isinstance(description, dict) else None
 
 
 def _model_config(folder: Path) -> dict[str, Any]:
@@ -142,10 +159,15 @@ def _model_config(folder: Path) -> dict[str, Any]:
         raise MokaError(f"{path} lacks {', '.join(sorted(lost))}; it is damaged. Copy the folder again.")
     if config["format_version"] > FORMAT_VERSION:
         raise MokaError(f"{path} was written by a newer moka (format {config['format_version']}); upgrade moka-peft.")
+    if config.get("backbone_relative"):
+        # Of an export: its two folders move together.
+        config["backbone"] = os.path.normpath(folder.absolute() / config["backbone"])
     return config
 
 
-def load_base(run: str | Path, *, dtype: str = "auto", backbone: str | None = None) -> MokaForConditionalGeneration:
+def load_base(
+    run: str | Path, *, dtype: str = "auto", backbone: str | None = None, dequantize: bool = False
+) -> MokaForConditionalGeneration:
     """The composed model that an adapter folder belongs to, for ``PeftModel.from_pretrained(base, folder)``.
 
     Its projectors (and trainable encoders) are untrained until the adapter is loaded, which brings them.
@@ -154,10 +176,16 @@ def load_base(run: str | Path, *, dtype: str = "auto", backbone: str | None = No
         run: a run folder or an adapter folder.
         dtype: float32, bfloat16 or auto.
         backbone: where the language model lies here, if not at the recorded name.
+        dequantize: turn a quantised language model into one of ordinary weights.
     Raises:
         MokaError: the backbone is another than the adapter was trained on.
     """
     config = _model_config(find_adapter(run))
+    if config.get("backbone_relative") and backbone is None and not Path(config["backbone"]).is_dir():
+        raise MokaError(
+            f"{run} belongs to the backbone in {config['backbone']}, which is not there: an export of `moka merge` is moved "
+            "as a whole. Copy both folders, or say where the backbone lies."
+        )
     modalities = {name: dict(spec) for name, spec in config["modalities"].items()}
     section = ModelSection(backbone=backbone or config["backbone"], modalities=modalities, dtype=dtype)
     model, _ = build_model(section)
@@ -168,18 +196,40 @@ def load_base(run: str | Path, *, dtype: str = "auto", backbone: str | None = No
             f"{run} was trained on backbone {config['backbone']!r} (fingerprint {config['backbone_fingerprint']}); "
             f"{section.backbone!r} has {found}. Use the backbone it was trained on."
         )
+    if dequantize and getattr(model.language_model, "is_quantized", False):
+        model.language_model = _dequantized(model.language_model, choose_dtype(dtype))
     return model
 
 
+def _dequantized(language_model: Any, dtype: torch.dtype) -> Any:
+    """The language model with ordinary weights, which can be saved again."""
+    language_model = language_model.dequantize(dtype=dtype)
+    # transformers 5.23 keeps the conversions of the quantised file, and cannot turn them round when it saves.
+    kept = []
+    for conversion in getattr(language_model, "_weight_conversions", None) or []:
+        try:
+            conversion.reverse_transform()
+        except NotImplementedError:
+            continue
+        kept.append(conversion)
+    language_model._weight_conversions = kept
+    return language_model
+
+
 def load(
-    run: str | Path, *, device: str | None = None, dtype: str = "auto", backbone: str | None = None
+    run: str | Path,
+    *,
+    device: str | None = None,
+    dtype: str = "auto",
+    backbone: str | None = None,
+    dequantize: bool = False,
 ) -> LoadedModel:
     """Load a trained run: backbone, encoders, projectors, adapter and processor.
 
     Args:
-        run: a run folder of ``moka train``, or an adapter folder.
+        run: a run folder of ``moka train``, an adapter folder, or the folder of ``moka merge``.
         device: "cpu", "cuda", ...; default: the accelerator if there is one.
-        dtype, backbone: see ``load_base``.
+        dtype, backbone, dequantize: see ``load_base``.
     Raises:
         MokaError: no adapter there; tensors missing, damaged, or of another backbone.
     """
@@ -189,7 +239,7 @@ def load(
     check_adapter_folder(str(folder))
     _check_complete_folder(folder)
     processor = MokaProcessor.from_pretrained(folder)
-    base = load_base(folder, dtype=dtype, backbone=backbone)
+    base = load_base(folder, dtype=dtype, backbone=backbone, dequantize=dequantize)
     processor.teach_end(base)
     try:
         model = PeftModel.from_pretrained(base, str(folder))

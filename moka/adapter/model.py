@@ -131,14 +131,7 @@ class MokaModel(BaseTuner):
                     stacklevel=2,
                 )
         with self._folding(adapter_names, safe_merge, requantize):
-            backbone = super().merge_and_unload(progressbar, safe_merge, adapter_names)
-        if getattr(getattr(backbone, "config", None), "tie_word_embeddings", False) and _is_untied(backbone):
-            backbone.config.tie_word_embeddings = False
-            warnings.warn(
-                "The folded head is no longer the input embedding: config.tie_word_embeddings is False from here on.",
-                stacklevel=2,
-            )
-        return backbone
+            return super().merge_and_unload(progressbar, safe_merge, adapter_names)
 
     @contextmanager
     def _folding(self, adapter_names: list[str] | None, safe_merge: bool, requantize: bool) -> Iterator[None]:
@@ -188,11 +181,6 @@ class MokaModel(BaseTuner):
             raise
         awaiting.pop(adapter_name, None)
         return remapped
-
-
-def _is_untied(model: nn.Module) -> bool:
-    head = model.get_output_embeddings()
-    return head is not None and head.weight is not model.get_input_embeddings().weight
 
 
 def _shared_weights(model: nn.Module) -> set[int]:

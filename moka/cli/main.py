@@ -15,14 +15,17 @@ import moka
 from moka.errors import MokaError
 from moka.training.processes import disconnect, speaks
 
-from . import compare, evaluate, generate, train
+from . import compare, convert, evaluate, export, generate, merge, train
 
 _SPACE, _PLACE = "Free space, or choose another folder.", "Choose another folder."
 _REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _SPACE),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP), _PLACE),
 }
-VERBS = {"train": train, "generate": generate, "eval": evaluate, "compare": compare}
+VERBS = {
+    **{"train": train, "generate": generate, "eval": evaluate, "compare": compare, "convert": convert},
+    **{"merge": merge, "export": export},
+}
 
 
 def parser() -> argparse.ArgumentParser:

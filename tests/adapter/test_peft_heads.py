@@ -210,7 +210,7 @@ def test_merging_into_a_tied_head_leaves_the_embedding_alone(tiny, batch, tmp_pa
     assert torch.equal(result(model, batch), expected)
     text = tiny.rows(["t t q q"])
     expected = result(model, text)
-    with pytest.warns(UserWarning, match="tie_word_embeddings is False from here on"):
+    with pytest.warns(UserWarning, match="no longer tied after merging"):
         folded = model.merge_and_unload()
     folded.save_pretrained(tmp_path)
     again = LlamaForCausalLM.from_pretrained(tmp_path).eval()
