@@ -1,0 +1,309 @@
+"""The three formats that a trained run can leave moka in, and the folders they are.
+
+    text-merged   OUT/backbone  the language model, text path folded in      nothing is lost; `moka.load(OUT)`
+                  OUT/adapter   what media tokens have beyond the text path
+    hf-backbone   OUT           the language model, text path folded in      text alone; transformers
+    lora          OUT           one modality's path as a LoRA                one path for all tokens; peft
+
+For text tokens MokA is a constant update ``s B A_text`` of each weight, which a fold or a LoRA holds exactly. Media tokens
+also attend to the question, which no constant matrix does.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors.torch import save_file
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from moka.adapter import MokaConfig
+from moka.adapter.config import TEXT
+from moka.adapter.layer import MokaLayer
+from moka.data import resolve_backbone
+from moka.errors import MokaError, nearest
+from moka.inference import LoadedModel
+from moka.modeling.composed import fingerprint
+from moka.training.files import read_json, write_json
+from moka.training.folder import ADAPTER, MODEL_CONFIG, save_adapter
+
+TEXT_MERGED, HF_BACKBONE, LORA = "text-merged", "hf-backbone", "lora"
+FORMATS = (TEXT_MERGED, HF_BACKBONE, LORA)
+BACKBONE = "backbone"
+INSIDE = "language_model."
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+
+
+@dataclass(frozen=True)
+class Update:
+    """One linear map's constant update ``scale * B @ A``, as the adapter holds it for one modality."""
+
+    name: str  # in the bare language model
+    A: torch.Tensor  # [r, in] float32
+    B: torch.Tensor  # [out, r] float32
+    r: int
+    alpha: float
+    scale: float
+    transposed: bool  # the weight is [in, out]
+
+    def delta(self) -> torch.Tensor:
+        """In the layout of the weight, float32."""
+        delta = (self.B @ self.A) * self.scale
+        return delta.T if self.transposed else delta
+
+
+class Source:
+    """A live model and the updates of the modality that is to be exported.
+
+    Raises:
+        MokaError: an adapter, modality or layer that cannot leave in this format.
+    """
+
+    def __init__(self, live: LoadedModel, format: str, modality: str | None = None) -> None:
+        self.live, self.format = live, format
+        self.model: Any = live.model
+        self.base: Any = live.model.get_base_model()
+        self.config: Any = live.model.peft_config["default"]
+        self.is_moka = isinstance(self.config, MokaConfig)
+        # Of the weights that are written; the comparison is made in float32.
+        self.dtype: torch.dtype = self.base.language_model.dtype  # type: ignore[assignment]
+        self.modality = modality or TEXT
+        self._check_config(modality)
+        self.updates = self._read_updates()
+        if not self.updates:
+            raise MokaError(f"{live.folder}: no layer of the language model is adapted; there is nothing to export.")
+        if all(not update.B.any() or not update.A.any() for update in self.updates):
+            raise MokaError(
+                f"{live.folder}: the {self.modality} path of every adapted layer is zero, so an export would be the backbone "
+                "as it was. Train the adapter, or take another checkpoint."
+            )
+        if format != LORA:
+            self._check_not_tied()
+
+    @property
+    def backbone_place(self) -> str:
+        """Where others find the backbone: an embedded one by its folder, which they need no moka to read."""
+        return str(resolve_backbone(self.base.config.backbone))
+
+    @property
+    def lossless_for_media(self) -> bool:
+        """Whether the format keeps outputs for media tokens, too."""
+        return self.format == TEXT_MERGED or not self.is_moka
+
+    def lost(self) -> list[str]:
+        """What the export does not hold, in words."""
+        if self.format == TEXT_MERGED:
+            return []
+        parts = []
+        media = list(self.base.config.modalities)
+        if media:
+            parts.append(f"the encoders and projectors of {', '.join(media)}: it takes no media by itself")
+        if self.is_moka:
+            others = [name for name in self.config.adapted if name != self.modality]
+            if others:
+                parts.append(
+                    f"the {', '.join(others)} path of the adapter: every token goes through the {self.modality} path"
+                )
+            if self.config.interacts:
+                parts.append("the interaction of media tokens with the question")
+        return parts
+
+    def _check_config(self, modality: str | None) -> None:
+        config, folder = self.config, self.live.folder
+        if not self.is_moka and not isinstance(config, LoraConfig):
+            raise MokaError(f"{folder}: an adapter of type {config.peft_type} cannot be exported; MokA and LoRA can.")
+        if modality is not None and self.format != LORA:
+            raise MokaError(
+                f"modality: {modality!r} goes with the format {LORA} alone; {self.format} keeps the text path."
+            )
+        if self.is_moka:
+            if config.text_merged:
+                raise MokaError(f"{folder} is an export already (text_merged); give the run that it was made from.")
+            names = list(config.modalities)
+            if self.modality not in names:
+                raise MokaError(
+                    f"modality: {self.modality!r} is none of the adapter's: {', '.join(names)}.{nearest(self.modality, names)}"
+                )
+            if self.modality not in config.adapted:
+                raise MokaError(
+                    f"modality: this adapter leaves {self.modality} tokens alone (adapt is {config.adapt}), so there is no "
+                    f"{self.modality} path to export. `moka export --format lora --modality {config.adapted[0]}` exports "
+                    "another."
+                )
+        elif self.format == TEXT_MERGED:
+            raise MokaError(
+                f"{folder} holds a plain LoRA, which has one path for all tokens: there is nothing to keep apart. Use `moka "
+                f"export --format {HF_BACKBONE}`, which folds all of it, or --format {LORA}."
+            )
+        elif modality not in (None, TEXT):
+            raise MokaError(f"modality: {modality!r} is not in a plain LoRA, which has one path for all; leave it out.")
+        elif getattr(config, "use_dora", False) or getattr(config, "lora_bias", False):
+            raise MokaError(f"{folder}: DoRA and lora_bias cannot be exported; a plain LoRA can.")
+        if self.format == LORA and config.bias != "none":
+            raise MokaError(
+                f"{folder}: its trained biases (bias={config.bias!r}) have no place in a LoRA folder. Use `moka export --format "
+                f"{HF_BACKBONE}`, which keeps them."
+            )
+
+    def _read_updates(self) -> list[Update]:
+        updates = []
+        for path, module in self.base.named_modules():
+            if isinstance(module, AuxiliaryTrainingWrapper) and path.startswith(INSIDE):
+                raise MokaError(f"{path} is in modules_to_save, and inside the language model; it cannot be exported.")
+            if not isinstance(module, BaseTunerLayer):
+                continue
+            if not path.startswith(INSIDE):
+                if self.is_moka:
+                    raise MokaError(f"{path} is adapted, and lies outside the language model; it cannot be exported.")
+                continue  # lost with the encoders
+            name, layer = path.removeprefix(INSIDE), module  # type: Any, Any
+            transposed = isinstance(layer.get_base_layer(), Conv1D)
+            if isinstance(layer, MokaLayer):
+                row = list(self.config.modalities).index(self.modality)
+                A = layer.moka_A["default"][row]
+                B = layer.moka_B["default"] if self.config.share_b else layer.moka_B["default"][row]
+                r, alpha, scale = layer.moka_r, layer.moka_alpha, layer.moka_scaling
+            elif "default" in getattr(layer, "lora_A", {}):
+                A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+                r, alpha, scale = layer.r, layer.lora_alpha, layer.scaling
+            else:
+                raise MokaError(
+                    f"{path}: a LoRA of {type(layer).__name__} cannot be exported; one of linear layers can."
+                )
+            A, B = A.detach().float().contiguous(), B.detach().float().contiguous()
+            updates.append(Update(name, A, B, r["default"], alpha["default"], scale["default"], transposed))
+        return updates
+
+    def _check_not_tied(self) -> None:
+        model = self.base.language_model
+        uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+        tied = [u.name for u in self.updates if uses[id(model.get_submodule(u.name).get_base_layer().weight)] > 1]
+        if tied:
+            raise MokaError(
+                f"{', '.join(tied)}: this weight is tied to another (tie_word_embeddings), which a fold would change as well. "
+                f"Use --format {LORA}, or train without it in adapter.target_modules."
+            )
+
+
+def fold(language_model: nn.Module) -> Any:
+    """A copy of an adapted language model with the text path (of a LoRA: all of it) in its weights, and no adapter.
+
+    peft's ``merge_and_unload`` (0.21) fails where a whole encoder is in ``modules_to_save``.
+    """
+    copied: Any = copy.deepcopy(language_model)
+    for name, module in list(copied.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge(safe_merge=True)
+            parent, _, child = name.rpartition(".")
+            setattr(copied.get_submodule(parent), child, module.get_base_layer())
+    return copied
+
+
+def write(source: Source, folder: Path) -> None:
+    """Write the export's tensors and configurations into an empty folder."""
+    {TEXT_MERGED: _write_text_merged, HF_BACKBONE: _write_hf_backbone, LORA: _write_lora}[source.format](source, folder)
+
+
+def _write_text_merged(source: Source, folder: Path) -> None:
+    fingerprint = _write_backbone(source, folder / BACKBONE)
+    source.config.text_merged = True
+    try:
+        save_adapter(source.model, source.live.processor, folder / ADAPTER)
+    finally:
+        source.config.text_merged = False
+    relative = f"../{BACKBONE}"
+    path = folder / ADAPTER / MODEL_CONFIG
+    own = {"backbone": relative, "backbone_relative": True, "backbone_fingerprint": fingerprint}
+    write_json(path, {**read_json(path), **own})
+    path = folder / ADAPTER / "adapter_config.json"
+    write_json(path, {**read_json(path), "base_model_name_or_path": relative})
+
+
+def _write_hf_backbone(source: Source, folder: Path) -> None:
+    _write_backbone(source, folder)
+
+
+def _write_backbone(source: Source, folder: Path) -> str:
+    """The folded language model with tokenizer, chat template and generation config; returns its fingerprint."""
+    model = fold(source.base.language_model)
+    # The token that ends an answer may be another than the backbone's own.
+    model.generation_config = _saveable(source.base.generation_config)
+    model.save_pretrained(str(folder))
+    _save_tokenizer(source, folder)
+    return fingerprint(model)
+
+
+def _saveable(config: Any) -> Any:
+    """Some published generation configs hold sampling settings without sampling, which cannot be written again."""
+    config = copy.deepcopy(config)
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        for name in _SAMPLING:
+            setattr(config, name, None)
+    return config
+
+
+def _save_tokenizer(source: Source, folder: Path) -> None:
+    tokenizer = copy.deepcopy(source.live.processor.tokenizer)
+    tokenizer.chat_template = source.live.processor.chat_template or tokenizer.chat_template
+    tokenizer.save_pretrained(str(folder))
+
+
+def _write_lora(source: Source, folder: Path) -> None:
+    updates = source.updates
+    tensors = {}
+    for update in updates:
+        tensors[f"base_model.model.{update.name}.lora_A.weight"] = update.A.cpu().clone()
+        tensors[f"base_model.model.{update.name}.lora_B.weight"] = update.B.cpu().clone()
+    r, alpha = Counter((u.r, u.alpha) for u in updates).most_common(1)[0][0]
+    config = LoraConfig(
+        r=r,
+        lora_alpha=_whole_number(alpha),
+        rank_pattern={u.name: u.r for u in updates if u.r != r},
+        alpha_pattern={u.name: _whole_number(u.alpha) for u in updates if u.alpha != alpha},
+        use_rslora=source.config.use_rslora,
+        lora_dropout=0.0,
+        target_modules=_target_modules(source.base.language_model, [u.name for u in updates]),
+        fan_in_fan_out=any(u.transposed for u in updates),
+        bias="none",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=source.backbone_place,
+        inference_mode=True,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(str(folder))
+    # The sorted list rather than a set's order of the day.
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(_sorted_targets(read_json(path)), indent=2) + "\n", encoding="utf-8")
+    meta = {"format": "pt", "moka_path": source.modality, "moka_lost": "; ".join(source.lost())}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata=meta)
+    _save_tokenizer(source, folder)
+
+
+def _sorted_targets(config: dict[str, Any]) -> dict[str, Any]:
+    return {**config, "target_modules": sorted(config["target_modules"])}
+
+
+def _whole_number(alpha: float) -> Any:
+    return int(alpha) if float(alpha).is_integer() else alpha
+
+
+def _target_modules(model: nn.Module, names: list[str]) -> list[str]:
+    """The layers' plain names where these match no other, as serving engines like them; else their whole paths."""
+    plain = {name.rpartition(".")[2] for name in names}
+    matched = {
+        path.removesuffix(".base_layer")
+        for path, module in model.named_modules()
+        if path.removesuffix(".base_layer").rpartition(".")[2] in plain and hasattr(module, "weight")
+    }
+    return sorted(plain) if matched == set(names) else sorted(names)
