@@ -38,11 +38,12 @@ def random_adapter_(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def decode_variants(backbone: str) -> dict[str, torch.nn.Module]:
-    """Bare, MokA merged and live, and peft's LoRA live, each on a backbone of its own."""
+    """Bare twice, MokA merged and live, and peft's LoRA live, each on a backbone of its own."""
     bare = AutoModelForCausalLM.from_pretrained(resolve_backbone(backbone), dtype=torch.float32).eval()
     own = moka.MokaConfig(r=4, alpha=16, task_type="CAUSAL_LM")
     lora = LoraConfig(r=4, lora_alpha=16, target_modules=list(DEFAULT_TARGETS), task_type="CAUSAL_LM")
-    variants = {"bare": bare}
+    # Twice the same, each a copy as the others are: what their ratio is off 1 is the measurement's own error.
+    variants = {"bare": copy.deepcopy(bare), "bare again": copy.deepcopy(bare)}
     for name, config in (("moka merged", own), ("moka live", own), ("lora live", lora)):
         variants[name] = random_adapter_(get_peft_model(copy.deepcopy(bare), copy.deepcopy(config)))
     variants["moka merged"].merge_adapter()

@@ -17,7 +17,7 @@ from moka.data import open_source
 from moka.data.embedded import PREFIX
 from moka.errors import MokaError
 from moka.evaluation import evaluate, show, write
-from moka.inference import find_adapter
+from moka.inference import export_kind, find_adapter
 from moka.training import load_config
 from moka.training.files import read_json
 from moka.training.folder import CONFIG, SUMMARY, RunFolder
@@ -72,5 +72,6 @@ def run(arguments: argparse.Namespace) -> None:
     show(result, f"{folder}: {result['protocol']['data']}")
     path = write(result, folder)
     summary = folder / SUMMARY
-    write_card(RunFolder(folder), config, read_json(summary) if summary.exists() else {})
+    if export_kind(folder) is None:  # an export's card tells what it keeps and loses; the numbers lie beside it
+        write_card(RunFolder(folder), config, read_json(summary) if summary.exists() else {})
     print(f"written: {path}")

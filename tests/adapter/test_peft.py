@@ -236,3 +236,29 @@ def test_signatures_show_the_routing_arguments(model):
     assert names[0] == "input_ids"
     assert {"mm_token_type_ids", "interaction_ids", "question_mask"} <= set(names)
     assert "generation_config" in inspect.signature(backbone.generate).parameters
+
+
+class Seeing(nn.Module):
+    """A network with a part that is trained whole and has no weight of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8))
+        self.proj = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.proj(self.encoder(x))
+
+
+@pytest.mark.parametrize("verb", ["merge_and_unload", "unload"])
+def test_unloading_keeps_a_whole_encoder_of_modules_to_save(tiny, verb):
+    settings = {"target_modules": ["proj"], "modules_to_save": ["encoder"], "modalities": {"text": [0]}}
+    model = get_peft_model(Seeing(), tiny.config(task_type=None, modality_token_ids=None, **settings)).eval()
+    with torch.no_grad():
+        model.base_model.model.encoder.modules_to_save["default"][0].weight.add_(0.5)
+        x = torch.randn(2, 5, 8)
+        expected = model(x)
+        bare = getattr(model, verb)()
+        assert type(bare.encoder) is nn.Sequential
+        if verb == "merge_and_unload":
+            torch.testing.assert_close(bare(x), expected)
