@@ -210,7 +210,8 @@ class MokaLinear(nn.Module, MokaLayer):
                 raise MokaError(f"With adapter {name!r} a {weight.dtype} weight is not finite; it was not merged.")
 
     def _fold(self, name: str) -> None:
-        backend, delta, base = self.quantization_backend, self.get_delta_weight(name), self.get_base_layer()
+        backend, base = self.quantization_backend, self.get_base_layer()
+        delta = self.get_delta_weight(name).detach()
         if backend is None:
             weight = self.get_base_weight()
             folded = (weight + delta.to(weight.device)).to(weight.dtype)
@@ -226,7 +227,8 @@ class MokaLinear(nn.Module, MokaLayer):
         self.moka_unfolded[name] = _quantized_state(base)
         self.set_base_weight(wanted.to(getattr(base, "compute_dtype", None) or torch.float32))
         error = self.get_base_weight().float() - wanted
-        self.moka_router.fold_errors.append((float(error.norm() / wanted.norm()), float(error.norm() / delta.norm())))
+        share = (error.norm() / wanted.norm()).item(), (error.norm() / delta.norm()).item()
+        self.moka_router.fold_errors.append(share)
 
     def unmerge(self) -> None:
         """Take the folded text paths out of the base weight again; a quantised or tied weight comes back as it was."""

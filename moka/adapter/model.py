@@ -122,15 +122,15 @@ class MokaModel(BaseTuner):
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names=None, requantize: bool = False
     ) -> nn.Module:
         """The bare backbone with the text path folded in. What media tokens had beyond that is lost, and said."""
-        for name in adapter_names or self.active_adapters:
-            lost = [m for m in self.peft_config[name].adapted if m != TEXT]
-            if lost:
-                warnings.warn(
-                    f"merge_and_unload keeps the text path of adapter {name!r} alone. Lost: the {', '.join(lost)} "
-                    "projections and their interaction with the question. Use merge_adapter() to keep exact outputs.",
-                    stacklevel=2,
-                )
         with self._folding(adapter_names, safe_merge, requantize):
+            for name in adapter_names or self.active_adapters:
+                lost = [m for m in self.peft_config[name].adapted if m != TEXT]
+                if lost:
+                    warnings.warn(
+                        f"merge_and_unload keeps the text path of adapter {name!r} alone. Lost: the {', '.join(lost)} "
+                        "projections and their interaction with the question. Use merge_adapter() to keep exact outputs.",
+                        stacklevel=2,
+                    )
             return super().merge_and_unload(progressbar, safe_merge, adapter_names)
 
     @contextmanager

@@ -302,11 +302,12 @@ def _config(
             f"{CONFIG_NAME}: r is {settings['r']!r}, but the tensors have rank {rank}. Take the file that belongs to them."
         )
     if "alpha" not in values:
-        summary.notes.append(f"lora_alpha is not given in a {CONFIG_NAME}: alpha 16 is taken, the authors' default")
+        summary.notes.append(f"lora_alpha is not given in {CONFIG_NAME}: alpha 16 is taken, the authors' default")
     if not values.get("target_modules"):
         values["target_modules"] = leaves
         summary.notes.append(f"target_modules: {', '.join(leaves)}, from the tensors")
     targets = values["target_modules"]
+    _check_targets(targets)
     for module in parts:
         inner = _our_module(module).removeprefix(PREFIX)
         if isinstance(targets, str):
@@ -519,12 +520,23 @@ def _official_settings(config: Any, record: dict[str, Any], backbone: str | None
 # ---------------------------------------------------------------- files
 
 
+def _check_targets(targets: str | list) -> None:
+    if isinstance(targets, str):
+        try:
+            re.compile(targets)
+        except re.error as error:
+            raise MokaError(f"{CONFIG_NAME}: target_modules {targets!r} is no regular expression ({error}).") from error
+    elif not all(isinstance(name, str) for name in targets):
+        raise MokaError(f"{CONFIG_NAME}: target_modules {targets!r} holds what is no name; it is a list of strings.")
+
+
 def _check_output(source: Path, output: Path, overwrite: bool) -> None:
     inside, place = source.resolve(), output.resolve()
-    if place == inside or place in inside.parents:
-        raise MokaError(f"--output {output} is the source or holds it; give another folder.")
-    if output.is_file():
-        raise MokaError(f"--output {output} is a file; give a folder.")
+    if place == inside or place in inside.parents or inside in place.parents:
+        raise MokaError(f"--output {output} is the source, holds it or lies in it; give another folder.")
+    for folder in (output, *output.parents):
+        if folder.is_file():
+            raise MokaError(f"--output {output}: {folder} is a file; give a folder.")
     if output.exists() and any(output.iterdir()):
         if not overwrite:
             raise MokaError(f"--output {output} is not empty; give another folder, or add --overwrite to replace it.")
