@@ -4,6 +4,7 @@ Each model's inputs are built as its processor would: the placeholder token repe
 beside it. Capital letters of a layout are media (I image, V video, A sound), ``q`` question text, ``a`` an answer.
 """
 
+import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ import torch
 import transformers as tf
 from peft import PeftModel, get_peft_model
 from torch import nn
+from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as qwen2_5_omni_modeling
 
 import moka
 from moka.adapter import MokaLayer
@@ -144,6 +146,12 @@ def pictures(count, *shape):
     return {"pixel_values": torch.randn(count, *shape)}
 
 
+def stills(count, *shape):
+    """Video-LLaVA's pictures, which transformers called otherwise before 5.23."""
+    named = inspect.signature(tf.VideoLlavaForConditionalGeneration.forward).parameters
+    return {"pixel_values" if "pixel_values" in named else "pixel_values_images": torch.randn(count, *shape)}
+
+
 def clips(count, *shape):
     return {"pixel_values_videos": torch.randn(count, *shape)}
 
@@ -169,6 +177,10 @@ def omni_clips(count):
 def sounds(count):
     mask = torch.ones(count, 16, dtype=torch.long)
     return {"input_features": torch.randn(count, 8, 16), "feature_attention_mask": mask}
+
+
+# The thinker's text model moved in transformers 5.23.
+OMNI_DECODER = "model.language_model" if hasattr(qwen2_5_omni_modeling, "Qwen2_5OmniThinkerModel") else "model"
 
 
 @dataclass(frozen=True)
@@ -202,7 +214,7 @@ CASES = {
     "video_llava": Case(
         tf.VideoLlavaForConditionalGeneration,
         video_llava,
-        {"I": pieces(4, pictures, 3, 8, 8), "V": pieces(10, clips, 2, 3, 8, 8)},
+        {"I": pieces(4, stills, 3, 8, 8), "V": pieces(10, clips, 2, 3, 8, 8)},
     ),
     "qwen2_vl": Case(
         tf.Qwen2VLForConditionalGeneration,
@@ -221,6 +233,7 @@ CASES = {
         tf.Qwen2_5OmniThinkerForConditionalGeneration,
         qwen2_5_omni,
         {"I": pieces(4, qwen_pictures), "V": pieces(8, omni_clips), "A": pieces(4, sounds)},
+        OMNI_DECODER,
     ),
     "idefics3": Case(
         tf.Idefics3ForConditionalGeneration, idefics3, {"I": pieces(4, pictures, 1, 3, 16, 16)}, "model.text_model"
@@ -553,7 +566,7 @@ def blocks(prefix, *indices):
 
 def test_of_a_speaking_model_the_thinkers_text_is_adapted():
     parents, count, config = chosen(omni())
-    assert parents == blocks("thinker.model.language_model", 0, 1)
+    assert parents == blocks(f"thinker.{OMNI_DECODER}", 0, 1)
     assert count == 14
     assert config.modality_token_ids == {"visual": [IMAGE, VIDEO], "audio": [AUDIO]}
 
