@@ -272,7 +272,10 @@ def _device(name: str | None) -> str:
 
 
 def _tensor_names(folder: Path) -> set[str]:
-    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise MokaError(f"{folder} has no {weights.name}; moka.load reads safetensors alone. Save the adapter as such.")
+    with safe_open(weights, "pt") as file:
         return set(file.keys())
 
 

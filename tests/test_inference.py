@@ -111,6 +111,12 @@ def test_damaged_files_are_named(adapter, name, content, words):
         assert word in message, message
 
 
+def test_weights_in_a_pickle_alone_are_refused(adapter):
+    torch.save(load_file(adapter / WEIGHTS), adapter / "adapter_model.bin")
+    (adapter / WEIGHTS).unlink()
+    assert "moka.load reads safetensors alone" in refused(adapter)
+
+
 def test_values_that_are_not_finite_are_refused(adapter):
     saved = load_file(adapter / WEIGHTS)
     next(iter(saved.values())).view(-1)[0] = float("nan")
