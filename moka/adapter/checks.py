@@ -201,11 +201,10 @@ def check_adapter_tensors(model: nn.Module, adapter_name: str, state_dict: dict[
     Raises:
         MokaError: tensors missing, extra, of another shape, or not finite.
     """
-    own = _adapter_tensors(model, adapter_name)
+    expected = _adapter_tensors(model, adapter_name)
     # Names carry peft's prefix when the model is a PeftModel. peft takes it off only where a model has none.
-    bare = not any(key.startswith(PREFIX) for key in own)
+    bare = not any(key.startswith(PREFIX) for key in expected)
     given = {key.removeprefix(PREFIX) if bare else key: tensor for key, tensor in state_dict.items()}
-    expected = own
     missing = sorted(set(expected) - set(given))
     if missing:
         raise MokaError(

@@ -12,7 +12,6 @@ also attend to the question, which no constant matrix does.
 from __future__ import annotations
 
 import copy
-import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -284,14 +283,11 @@ def _write_lora(source: Source, folder: Path) -> None:
     config.save_pretrained(str(folder))
     # The sorted list rather than a set's order of the day.
     path = folder / "adapter_config.json"
-    path.write_text(json.dumps(_sorted_targets(read_json(path)), indent=2) + "\n", encoding="utf-8")
+    saved = read_json(path)
+    write_json(path, {**saved, "target_modules": sorted(saved["target_modules"])})
     meta = {"format": "pt", "moka_path": source.modality, "moka_lost": "; ".join(source.lost())}
     save_file(tensors, folder / "adapter_model.safetensors", metadata=meta)
     _save_tokenizer(source, folder)
-
-
-def _sorted_targets(config: dict[str, Any]) -> dict[str, Any]:
-    return {**config, "target_modules": sorted(config["target_modules"])}
 
 
 def _whole_number(alpha: float) -> Any:

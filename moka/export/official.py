@@ -110,10 +110,7 @@ def convert(
     Raises:
         MokaError: not such a folder; tensors that are unknown, missing, of the wrong shape or not finite.
     """
-    return _convert(Path(source), Path(output), to, backbone, overwrite)
-
-
-def _convert(source: Path, output: Path, to: str | None, backbone: str | None, overwrite: bool) -> Summary:
+    source, output = Path(source), Path(output)
     if to is not None and to not in LAYOUTS:
         raise MokaError(f"--to: {to!r} is not one of {', '.join(LAYOUTS)}.{nearest(to, LAYOUTS)}")
     if not source.is_dir():

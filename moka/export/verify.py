@@ -167,16 +167,7 @@ def verify(source: Source, folder: Path, probes: Sequence[Probe], expected: Sequ
 def _compare_weights(source: Source, back: Any, checks: Checks) -> None:
     """Every tensor read back is the live one, and those of the adapted maps have the text path on top."""
     updates = {f"{update.name}.weight": update for update in source.updates}
-    live = {
-        name.replace(".base_layer.", "."): tensor
-        for name, tensor in source.base.language_model.state_dict().items()
-        if ".moka_" not in name and ".lora_" not in name
-    }
-    read = {
-        name.replace(".base_layer.", "."): tensor
-        for name, tensor in back.state_dict().items()
-        if ".moka_" not in name and ".lora_" not in name
-    }
+    live, read = _backbone_tensors(source.base.language_model), _backbone_tensors(back)
     if set(live) != set(read):
         raise VerificationError(f"tensors missing or extra: {', '.join(sorted(set(live) ^ set(read))[:3])}")
     for name, tensor in live.items():
@@ -201,6 +192,15 @@ def _compare_weights(source: Source, back: Any, checks: Checks) -> None:
         raise VerificationError("no weight changed: the text path is too small for this dtype; use --dtype float32")
     if _tied(back) != _tied(source.base.language_model):
         raise VerificationError("input and output embeddings are tied in one of the models, and not in the other")
+
+
+def _backbone_tensors(model: Any) -> dict[str, torch.Tensor]:
+    """A language model's own tensors by their names without an adapter."""
+    return {
+        name.replace(".base_layer.", "."): tensor
+        for name, tensor in model.state_dict().items()
+        if ".moka_" not in name and ".lora_" not in name
+    }
 
 
 def _tied(model: Any) -> bool:
