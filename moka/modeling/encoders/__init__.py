@@ -1,0 +1,36 @@
+"""Encoders: one decoded medium, as numbers, to a few feature vectors ("tokens").
+
+    values [items, *input_shape]  ->  encoder  ->  features [items, num_tokens, width]
+
+Three small ones are trained together with the adapter (`conv-image`, `patch-image`, `conv-audio`); `clip` and
+`whisper` are the encoder halves of the Hugging Face models, frozen unless told otherwise. None uses batch statistics:
+an item's features are the same whatever else is in its batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from moka.modeling.fields import read_config
+
+from .base import Encoder
+from .small import ConvAudioEncoder, ConvImageEncoder, PatchImageEncoder
+from .towers import ClipEncoder, TowerEncoder, WhisperEncoder
+
+__all__ = ["ENCODERS", "Encoder", "TowerEncoder", "build_encoder"]
+
+ENCODERS: dict[str, type[Encoder]] = {
+    cls.name: cls for cls in (ConvImageEncoder, PatchImageEncoder, ConvAudioEncoder, ClipEncoder, WhisperEncoder)
+}
+
+
+def build_encoder(config: Mapping[str, Any], pretrained: bool = True) -> Encoder:
+    """The encoder that `config` describes: its "type" and the fields of that class's `Config`.
+
+    `pretrained=False` never loads weights: for rebuilding a saved model, whose state dict brings them. With the
+    `model_config` that `Encoder.to_dict` stores, that needs no network. Raises `MokaError` for an unknown type or
+    field, a bad value, or a `name_or_path` that cannot be loaded.
+    """
+    cls, parsed = read_config(config, ENCODERS, "encoder")
+    return cls(parsed, pretrained)

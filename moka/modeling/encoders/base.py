@@ -1,0 +1,78 @@
+"""What every encoder is: checked values in, features out, frozen where it is to be."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from moka.errors import MokaError
+from moka.modeling.fields import about
+
+
+class Encoder(nn.Module):
+    """Base of all encoders: `forward` checks, casts and keeps frozen; subclasses write `build` and `encode`."""
+
+    @dataclass
+    class Config:
+        trainable: bool = field(
+            default=True, metadata=about("train this encoder's weights; False freezes it, in evaluation mode")
+        )
+
+    name: ClassVar[str]  # the `type` in a configuration
+    kind: ClassVar[str]  # "image" or "audio"
+    input_name: ClassVar[str]  # what transformers calls the values: "pixel_values" or "input_features"
+    input_shape: tuple[int, ...]  # of one item
+    width: int  # of one feature vector
+    num_tokens: int  # feature vectors per item
+
+    def __init__(self, config: Any, pretrained: bool = True):
+        super().__init__()
+        self.config = config
+        self.build(pretrained)
+        self.train()
+
+    def build(self, pretrained: bool) -> None:
+        """Creates the modules and sets `input_shape`, `width` and `num_tokens`."""
+        raise NotImplementedError
+
+    def encode(self, values: torch.Tensor) -> torch.Tensor:
+        """[items, *input_shape] in the parameters' type -> [items, num_tokens, width]."""
+        raise NotImplementedError
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        """[items, *input_shape] -> [items, num_tokens, width], in the type of the parameters (float32 by default).
+
+        Raises `MokaError` for values of another shape.
+        """
+        if tuple(values.shape[1:]) != self.input_shape:
+            raise MokaError(
+                f"encoder {self.name!r}: given {self.input_name} of shape {list(values.shape)}; "
+                f"expected [items, {', '.join(map(str, self.input_shape))}]. Use the front end of this encoder."
+            )
+        dtype = next(self.parameters()).dtype
+        if not len(values):  # a batch without this modality; not every tower takes it
+            return values.new_zeros(0, self.num_tokens, self.width, dtype=dtype)
+        # The trainer's autocast would lower the precision behind the back of "float32 by default".
+        grad = self.config.trainable and torch.is_grad_enabled()
+        with torch.set_grad_enabled(grad), torch.autocast(values.device.type, enabled=False):
+            return self.encode(values.to(dtype))
+
+    def train(self, mode: bool = True) -> Encoder:
+        """As `nn.Module.train`, but a frozen encoder stays in evaluation mode and frozen."""
+        # Here and not only at the start: `PreTrainedModel.from_pretrained` makes weights anew, which require gradients,
+        # and ends in `eval()`.
+        if not self.config.trainable:
+            self.requires_grad_(False)
+        return super().train(mode and self.config.trainable)
+
+    def dummy_input(self, items: int = 1) -> torch.Tensor:
+        """Zeros [items, *input_shape]: lets a batch without this modality still touch every parameter."""
+        return torch.zeros(items, *self.input_shape, device=next(self.parameters()).device)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration, fit for JSON: `build_encoder(that, pretrained=False)` rebuilds the modules."""
+        return {"type": self.name, **dataclasses.asdict(self.config)}
