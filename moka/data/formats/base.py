@@ -1,0 +1,80 @@
+"""What a reader of a published data set layout is.
+
+    root folder  ->  Format.read(root, split, **options)  ->  Rows  ->  FormatDataset  ->  checked samples, media as paths
+
+A reader knows one published layout and nothing else: it finds the annotation files, and turns one record into one sample
+of `moka.data.schema` whose media paths start from a media root. Decoding, checking and counting are done elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moka.errors import MokaError
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The records of one split.
+
+    Attributes:
+        items: the raw records; anything with ``len`` and indexing (a list, a lazily parsed file, a Parquet table).
+        make: one record -> one sample of `moka.data.schema`, media as paths under ``media_root`` (or as ``bytes``).
+        where: position -> what opens an error message, such as ``"annotations.json: record 7"``.
+        media_root: folder that the media paths start from and may not leave.
+        notes: what the reader left out and why, as one line each ("3 videos of 'bad' quality left out").
+    """
+
+    items: Sequence[Any]
+    make: Callable[[Any], dict[str, Any]]
+    where: Callable[[int], str]
+    media_root: Path
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Format:
+    """One published layout.
+
+    Attributes:
+        name: what a configuration calls it.
+        about: one line: what it holds and where it is published.
+        media: of "image", "audio", "video", those its samples carry.
+        splits: the names of its splits; the first is the default.
+        layout: the tree expected under ``root``, for errors and the documentation.
+        fields: the fields read from each record, for the documentation: name -> meaning.
+        read: ``read(root, split, **options) -> Rows``.
+        options: option -> (default, help); ``read`` takes them as keyword arguments.
+        benchmark: the scorer (`moka score`) that its predictions go to, where it has one.
+    """
+
+    name: str
+    about: str
+    media: tuple[str, ...]
+    splits: tuple[str, ...]
+    layout: str
+    fields: Mapping[str, str]
+    read: Callable[..., Rows]
+    options: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
+    benchmark: str | None = None
+
+
+def find_file(root: Path, *candidates: str, format: Format | str, layout: str = "") -> Path:
+    """The first of ``candidates`` (relative paths) that is a file under ``root``.
+
+    Raises:
+        MokaError: the root is absent, or none is there; names every file looked for, and the layout expected.
+    """
+    name = format if isinstance(format, str) else format.name
+    layout = layout or ("" if isinstance(format, str) else format.layout)
+    if not root.is_dir():
+        raise MokaError(f"format {name}: root {str(root)!r} is not a folder. Put the data set there, or name another root.")
+    for candidate in candidates:
+        if (root / candidate).is_file():
+            return root / candidate
+    looked = ", ".join(str(root / candidate) for candidate in candidates)
+    expected = f" Expected under the root: {' '.join(layout.split())}." if layout else ""
+    raise MokaError(f"format {name}: looked for {looked}, and found none.{expected}")
