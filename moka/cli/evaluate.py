@@ -1,8 +1,10 @@
-"""Evaluate a trained run on its test questions, and again with each modality blanked.
+"""Evaluate a trained run on its test questions, and again with each modality blanked; or on a published benchmark.
 
   moka eval runs/quickstart
+  moka eval RUN --benchmark pope --root data/pope
 
-Prints a table and writes RUN/evaluation.json, RUN/predictions.jsonl and the model card.
+The first prints a table and writes RUN/evaluation.json, RUN/predictions.jsonl and the model card; the second writes raw
+answers, RUN/benchmarks/NAME/predictions.jsonl, and scores them as `moka score` does.
 """
 
 from __future__ import annotations
@@ -15,10 +17,13 @@ import transformers
 import moka
 from moka.data import open_source
 from moka.data.embedded import PREFIX
+from moka.data.sources import describe_source
 from moka.errors import MokaError
-from moka.evaluation import evaluate, show, write
+from moka.evaluation import BENCHMARKS, evaluate, evaluate_benchmark, show, write
+from moka.evaluation.ask import benchmark_source
+from moka.evaluation.benchmarks.table import score_table
 from moka.inference import export_kind, find_adapter
-from moka.training import load_config
+from moka.training import RunConfig, load_config
 from moka.training.files import read_json
 from moka.training.folder import CONFIG, SUMMARY, RunFolder
 from moka.training.report import write_card
@@ -30,6 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", help="run folder of `moka train`")
     parser.add_argument("--split", choices=["test", "validation"], default="test", help="which data (default test)")
     parser.add_argument("--data", metavar="FILE", help="another JSONL file of questions with answers")
+    parser.add_argument("--benchmark", metavar="NAME", help=f"one of {', '.join(BENCHMARKS)}; all: those of the run")
+    parser.add_argument("--root", metavar="FOLDER", help="the benchmark's data, if not where the run says")
     parser.add_argument("--size", type=int, help="number of questions (default: evaluation.size, or all)")
     parser.add_argument("--blank-size", type=int, help="questions repeated with a modality blanked")
     parser.add_argument("--no-blank", action="store_true", help="leave the blanked repetitions out")
@@ -46,17 +53,24 @@ def run(arguments: argparse.Namespace) -> None:
         raise MokaError(f"{folder} is no run folder (no {CONFIG}); give one that `moka train` made.")
     config = load_config(folder / CONFIG)
     settings = config.evaluation
-    source = arguments.data or getattr(config.data, arguments.split)
-    if source is None:
-        raise MokaError(f"data.{arguments.split} is not set in {folder / CONFIG}; give --data FILE.")
-    transformers.utils.logging.disable_progress_bar()
     for name in ("size", "blank_size", "batch_size"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise MokaError(f"--{name.replace('_', '-')}: {value} is too small; at least 1 is due.")
+    transformers.utils.logging.disable_progress_bar()
+    if arguments.benchmark:
+        _benchmarks(arguments, config)
+        return
+    source = arguments.data or getattr(config.data, arguments.split)
+    if source is None:
+        raise MokaError(f"data.{arguments.split} is not set in {folder / CONFIG}; give --data FILE.")
     find_adapter(folder)
     samples = open_source(
-        source, arguments.split, media_root=config.data.media_root, video_frames=config.data.video_frames
+        source,
+        arguments.split,
+        media_root=config.data.media_root,
+        video_frames=config.data.video_frames,
+        audio_windows=config.data.audio_windows,
     )
     result = evaluate(
         moka.load(folder, device=arguments.device, backbone=arguments.backbone),
@@ -67,11 +81,32 @@ def run(arguments: argparse.Namespace) -> None:
         batch_size=arguments.batch_size or settings.batch_size,
         max_new_tokens=settings.max_new_tokens,
     )
-    # A JSONL file is one split by itself, whatever was asked for.
-    result["protocol"]["data"] = f"{source}, {arguments.split}" if source.startswith(PREFIX) else source
+    # A file or a format names its split by itself, whatever was asked for.
+    result["protocol"]["data"] = describe_source(source)
+    if str(source).startswith(PREFIX):
+        result["protocol"]["data"] += f", {arguments.split}"
     show(result, f"{folder}: {result['protocol']['data']}")
     path = write(result, folder)
     summary = folder / SUMMARY
     if export_kind(folder) is None:  # an export's card tells what it keeps and loses; the numbers lie beside it
         write_card(RunFolder(folder), config, read_json(summary) if summary.exists() else {})
     print(f"written: {path}")
+
+
+def _benchmarks(arguments: argparse.Namespace, config: RunConfig) -> None:
+    """Ask and score one benchmark, or all that the run's configuration names."""
+    folder = Path(arguments.run)
+    find_adapter(folder)
+    names = list(config.evaluation.benchmarks) if arguments.benchmark == "all" else [arguments.benchmark]
+    if not names:
+        raise MokaError(f"--benchmark all: {folder / CONFIG} names none under evaluation.benchmarks.")
+    for name in names:
+        benchmark_source(config, name, arguments.root)
+    loaded = moka.load(folder, device=arguments.device, backbone=arguments.backbone)
+    for name in names:
+        results = evaluate_benchmark(
+            folder, name, root=arguments.root, size=arguments.size, batch_size=arguments.batch_size, loaded=loaded
+        )
+        for result in results.values():
+            score_table(result).show()
+        print(f"written: {folder / 'benchmarks' / name}")

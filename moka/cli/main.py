@@ -7,7 +7,7 @@ import errno
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from tqdm import tqdm
 
@@ -15,7 +15,7 @@ import moka
 from moka.errors import MokaError
 from moka.training.processes import disconnect, speaks
 
-from . import compare, convert, evaluate, export, generate, merge, train
+from . import compare, convert, evaluate, export, generate, merge, score, train
 
 _SPACE, _PLACE = "Free space, or choose another folder.", "Choose another folder."
 _REMEDIES = {
@@ -23,8 +23,8 @@ _REMEDIES = {
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP), _PLACE),
 }
 VERBS = {
-    **{"train": train, "generate": generate, "eval": evaluate, "compare": compare, "convert": convert},
-    **{"merge": merge, "export": export},
+    **{"train": train, "generate": generate, "eval": evaluate, "score": score, "compare": compare},
+    **{"convert": convert, "merge": merge, "export": export},
 }
 
 
@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit code: 0, or 2 for a mistake that the user can mend."""
+    """Run one verb; returns the exit code: the verb's own, or 2 for a mistake that the user can mend."""
     top = parser()
     arguments, extra = top.parse_known_args(argv)
     # argparse takes all positional arguments in one go; key=value may also follow an option.
@@ -58,16 +58,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     if arguments.verb != "train" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return _complain(f"moka {arguments.verb} runs as one process; start it without a launcher.")
+    return guarded(lambda: VERBS[arguments.verb].run(arguments), arguments.debug)
+
+
+def guarded(action: Callable[[], int | None], debug: bool = False) -> int:
+    """Run a command's work; a mistake that the user can mend becomes one clear line and exit code 2."""
     well = False
     try:
-        VERBS[arguments.verb].run(arguments)
+        code = action()
         well = True
     except MokaError as error:
-        if arguments.debug:
+        if debug:
             raise
         return _complain(str(error))
     except OSError as error:
-        if arguments.debug or error.errno not in _REMEDIES:
+        if debug or error.errno not in _REMEDIES:
             raise
         return _complain(f"{error.filename or 'writing'}: {error.strerror}. {_REMEDIES[error.errno]}")
     except KeyboardInterrupt:
@@ -75,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     finally:
         disconnect(well)
-    return 0
+    return code or 0
 
 
 def _complain(message: str) -> int:

@@ -22,6 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example training.learning_rate=1e-4")
     parser.add_argument("--resume", action="store_true", help="go on from the run folder's newest checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="replace a run that is already in output.dir")
+    parser.add_argument(
+        "--tiny", action="store_true", help="tiny random parts of the same architecture, two steps a stage, in DIR-tiny"
+    )
     parser.add_argument("--help-config", action="store_true", help="list all configuration keys and exit")
 
 
@@ -31,7 +34,8 @@ def run(arguments: argparse.Namespace) -> None:
         return
     if arguments.config is None:
         raise MokaError("moka train: name a configuration file, such as configs/quickstart/audio_visual_text.yaml.")
-    config = load_config(arguments.config, arguments.overrides)
+    overrides = [*arguments.overrides, *(["model.tiny=true"] if arguments.tiny else [])]
+    config = load_config(arguments.config, overrides)
     folder = run_training(config, resume=arguments.resume, overwrite=arguments.overwrite)
     if is_main():
         after = f"moka eval {folder}" if 2 in config.stages else f"stages=[2] model.connectors=[{folder / CONNECTOR}]"

@@ -1,12 +1,15 @@
 """Readers of media files: images by Pillow, sound and video by PyAV, ready-made audio features from ``.npy``.
 
-A file that cannot be used raises `BadMediaError`, one line that names the file and what is wrong.
+Each takes a path, or the ``bytes`` of an encoded file (a cell of a Parquet or TSV table). A file that cannot be used
+raises `BadMediaError`, one line that names the file and what is wrong.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,11 +25,17 @@ from moka.modeling.media import AudioFeatures, Waveform
 _STATES_LENGTH = ("flac", "aiff", "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 _PEAK_LIMIT = 10.0  # float sound overshoots 1.0 a little; beyond this its samples are integers in disguise
 _SLACK = 0.1  # share of the length, and seconds, that may lack before a file counts as cut
+# What lies in memory may not send FFmpeg to a file or an address; nor may a file of these formats, which lists others.
+_NO_REFERENCES = {"protocol_whitelist": "none"}
+_PLAYLISTS = ("hls", "concat", "dash", "imf", "sdp")
 _SEEK_OVER_S = 2.0  # nearer targets usually share a group of pictures, which a seek would decode again
 
 
+MediaFile = str | os.PathLike[str] | bytes
+
+
 class BadMediaError(MokaError):
-    """A media file that cannot be used: ``file`` is its path and ``reason`` what is wrong with it."""
+    """A media file that cannot be used: ``file`` is its path (or how many bytes it has) and ``reason`` what is wrong."""
 
     # A single positional argument is enough, since loader workers rebuild an exception from its message.
     def __init__(self, message: str, file: str = "", reason: str = "") -> None:
@@ -35,8 +44,10 @@ class BadMediaError(MokaError):
         self.reason = reason
 
 
-def file_problem(path: str | os.PathLike[str]) -> str | None:
+def file_problem(path: MediaFile) -> str | None:
     """Why ``path`` cannot be read as a file (absent, a folder, empty, ...), or None; the content is not looked at."""
+    if isinstance(path, bytes):
+        return None if path else "is empty (0 bytes)"
     try:
         info = os.stat(path)
         if stat.S_ISDIR(info.st_mode):
@@ -52,15 +63,15 @@ def file_problem(path: str | os.PathLike[str]) -> str | None:
         return f"cannot be read ({getattr(error, 'strerror', None) or error})"
 
 
-def load_image(path: str | os.PathLike[str]) -> Image.Image:
-    """An image file, fully decoded, upright by its EXIF orientation, in its own mode; of an animation, frame one.
+def load_image(path: MediaFile) -> Image.Image:
+    """An image file (path or bytes), fully decoded, upright by its EXIF orientation, in its own mode; of an animation, frame one.
 
     Raises:
         BadMediaError: absent, empty, not an image, truncated, or with more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``.
     """
     _check_file(path)
     try:
-        with Image.open(path) as image:
+        with Image.open(_opening(path)) as image:
             _check_pixels(path, *image.size)
             image.load()
             return ImageOps.exif_transpose(image)
@@ -74,12 +85,13 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
         raise _bad(path, f"is a damaged or truncated image ({_one_line(error)})") from error
 
 
-def load_audio(path: str | os.PathLike[str], rate: int | None = None) -> Waveform:
+def load_audio(path: MediaFile, rate: int | None = None, rates: Counter[int] | None = None) -> Waveform:
     """The first audio stream of a sound or video file, as the mean of its channels.
 
     Args:
-        path: any container and codec that FFmpeg reads (wav, flac, mp3, ogg, mp4, ...).
+        path: a file, or its bytes, of any container and codec that FFmpeg reads (wav, flac, mp3, ogg, mp4, ...).
         rate: samples a second (Hz) to resample to; the file's own by default.
+        rates: where to count the file under its own rate (Hz).
 
     Returns:
         `Waveform` with float32 samples [n] in -1 ... 1 at ``rate``.
@@ -109,11 +121,13 @@ def load_audio(path: str | os.PathLike[str], rate: int | None = None) -> Wavefor
     peak = np.abs(samples).max()
     if not peak <= _PEAK_LIMIT:  # also true of NaN
         raise _bad(path, f"has samples up to {peak:g}, where -1 ... 1 is due: scale float sound before it is saved")
+    if rates is not None:
+        rates[stream.rate] += 1
     return Waveform(np.clip(samples, -1.0, 1.0), rate or stream.rate)
 
 
-def load_features(path: str | os.PathLike[str], kind: str = "mfcc") -> AudioFeatures:
-    """Audio features from a ``.npy`` file: floats [frames, bins], of the front end called ``kind``.
+def load_features(path: MediaFile, kind: str = "mfcc") -> AudioFeatures:
+    """Audio features from a ``.npy`` file, or its bytes: floats [frames, bins], of the front end called ``kind``.
 
     Raises:
         BadMediaError: absent, empty, not a plain ``.npy`` array, truncated, not 2-D, not of floats, or not finite.
@@ -121,8 +135,8 @@ def load_features(path: str | os.PathLike[str], kind: str = "mfcc") -> AudioFeat
     _check_file(path)
     try:
         # Mapping compares the shape in the header with the size of the file before any memory is taken.
-        mapped = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError, SyntaxError) as error:
+        mapped = np.load(_opening(path), mmap_mode=None if isinstance(path, bytes) else "r", allow_pickle=False)
+    except (OSError, ValueError, EOFError, SyntaxError, MemoryError) as error:
         raise _bad(path, f"is not a readable .npy array ({_one_line(error)})") from error
     if not isinstance(mapped, np.ndarray):
         mapped.close()
@@ -137,8 +151,8 @@ def load_features(path: str | os.PathLike[str], kind: str = "mfcc") -> AudioFeat
     return AudioFeatures(values, kind)
 
 
-def load_video(path: str | os.PathLike[str], frames: int = 10) -> list[Image.Image]:
-    """``frames`` RGB images from the first video stream, upright, at the middles of as many equal stretches of time.
+def load_video(path: MediaFile, frames: int = 10) -> list[Image.Image]:
+    """``frames`` RGB images from the first video stream of a file or its bytes, upright, at the middles of as many equal stretches of time.
 
     Each is the frame nearest in time; a video with fewer frames repeats them. Long videos are sought through, not
     decoded whole.
@@ -195,9 +209,14 @@ def _sought(container: Any, stream: Any, wanted: float) -> tuple[Iterator[Any], 
     return frames, first
 
 
-def _bad(path: str | os.PathLike[str], reason: str) -> BadMediaError:
-    file = os.fspath(path)
+def _bad(path: MediaFile, reason: str) -> BadMediaError:
+    file = f"{len(path)} bytes in memory" if isinstance(path, bytes) else os.fspath(path)
     return BadMediaError(f"{file}: {reason}. Mend or replace the file, or remove the sample.", file, reason)
+
+
+def _opening(path: MediaFile) -> Any:
+    """What Pillow, NumPy and PyAV open: the path, or a file object over the bytes."""
+    return io.BytesIO(path) if isinstance(path, bytes) else os.fspath(path)
 
 
 def _one_line(error: BaseException) -> str:
@@ -205,12 +224,12 @@ def _one_line(error: BaseException) -> str:
     return " ".join(text.split()) or type(error).__name__
 
 
-def _check_file(path: str | os.PathLike[str]) -> None:
+def _check_file(path: MediaFile) -> None:
     if problem := file_problem(path):
         raise _bad(path, problem)
 
 
-def _check_pixels(path: str | os.PathLike[str], width: int, height: int) -> None:
+def _check_pixels(path: MediaFile, width: int, height: int) -> None:
     limit = Image.MAX_IMAGE_PIXELS  # Pillow's own knob: above it Pillow only warns
     if limit is not None and width * height > limit:
         raise _bad(path, f"has {width} x {height} pixels, more than PIL.Image.MAX_IMAGE_PIXELS ({limit})")
@@ -227,13 +246,16 @@ def _av() -> Any:
 
 
 @contextmanager
-def _opened(path: str | os.PathLike[str], kind: str) -> Iterator[tuple[Any, Any]]:
+def _opened(path: MediaFile, kind: str) -> Iterator[tuple[Any, Any]]:
     """The PyAV container of a file and its first stream of ``kind``; whatever FFmpeg raises inside becomes one line."""
     av = _av()
     _check_file(path)
     _check_riff(path)
     try:
-        with av.open(os.fspath(path), metadata_errors="ignore") as container:
+        options = _NO_REFERENCES if isinstance(path, bytes) else {}
+        with av.open(_opening(path), metadata_errors="ignore", options=options) as container:
+            if container.format.name in _PLAYLISTS:
+                raise _bad(path, "is a playlist, which names other files; give the files themselves")
             # The cover picture of a song is a video stream too.
             cover = av.stream.Disposition.attached_pic
             streams = [s for s in container.streams if s.type == kind and not s.disposition & cover]
@@ -269,7 +291,7 @@ def _upright(frame: Any) -> Image.Image:
     return image.rotate(frame.rotation, expand=True) if frame.rotation else image  # both count counterclockwise
 
 
-def _video_span(path: str | os.PathLike[str]) -> tuple[float, float]:
+def _video_span(path: MediaFile) -> tuple[float, float]:
     """When the video stream begins and ends, in seconds; from its packets where the header does not say (mkv, webm)."""
     with _opened(path, "video") as (container, stream):
         if stream.duration:
@@ -289,19 +311,20 @@ def _video_span(path: str | os.PathLike[str]) -> tuple[float, float]:
         return min(begins for begins, _ in spans), max(ends for _, ends in spans)
 
 
-def _check_length(path: str | os.PathLike[str], container: Any, stated: float, found: float) -> None:
+def _check_length(path: MediaFile, container: Any, stated: float, found: float) -> None:
     """Compares the seconds found with those that the header states."""
     if container.format.name in _STATES_LENGTH and found < (1 - _SLACK) * stated - _SLACK:
         raise _bad(path, f"is truncated: {found:.2f} s can be decoded of the {stated:.2f} s that its header states")
 
 
-def _check_riff(path: str | os.PathLike[str]) -> None:
+def _check_riff(path: MediaFile) -> None:
     """A cut WAV or AVI file: FFmpeg silently takes the size of the file for the size stated in the header."""
-    with open(path, "rb") as file:
-        head = file.read(8)
+    if isinstance(path, bytes):
+        head, size = path[:8], len(path)
+    else:
+        with open(path, "rb") as file:
+            head, size = file.read(8), os.path.getsize(path)
     stated = int.from_bytes(head[4:], "little")
     # Streamed files state a size near the maximum, or none.
-    if head[:4] == b"RIFF" and stated < 0x7FFFF000 and os.path.getsize(path) < (1 - _SLACK) * stated:
-        raise _bad(
-            path, f"is truncated: it has {os.path.getsize(path)} bytes of the {stated + 8} that its header states"
-        )
+    if head[:4] == b"RIFF" and stated < 0x7FFFF000 and size < (1 - _SLACK) * stated:
+        raise _bad(path, f"is truncated: it has {size} bytes of the {stated + 8} that its header states")

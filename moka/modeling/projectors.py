@@ -2,14 +2,13 @@
 
     features [items, in_tokens, in_width]  ->  projector  ->  tokens [items, num_tokens, out_width]
 
-`linear` and `mlp` are LLaVA's; `qformer` is the one of BLIP-2, which gives a fixed number of tokens whatever comes in,
-and can take the weights that the MokA authors published (`import_official`).
+`linear` and `mlp` are LLaVA's, and can take its weights (`import_llava`); `qformer` is the one of BLIP-2, which gives a
+fixed number of tokens whatever comes in, and can take the weights that the MokA authors published (`import_official`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -20,6 +19,9 @@ from torch import nn
 
 from moka.errors import MokaError
 from moka.modeling.fields import about, read_config
+from moka.modeling.importers import import_llava, import_official
+
+__all__ = ["PROJECTORS", "Projector", "build_projector", "import_llava", "import_official", "tiny_projector"]
 
 
 class Projector(nn.Module):
@@ -67,6 +69,16 @@ class Projector(nn.Module):
             return features.new_zeros(0, self.num_tokens, self.out_width, dtype=dtype)
         return self.project(features.to(dtype))
 
+    @property
+    def takes_any_number(self) -> bool:
+        """Whether the weights fit any number of features per item; each is then read alone, averaged or attended to."""
+        return True
+
+    @classmethod
+    def tiny(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """`config` ("type" and fields) with the sizes of a small model; one that is tiny already comes back as it is."""
+        return dict(config)
+
     def to_dict(self) -> dict[str, Any]:
         """The configuration, fit for JSON, as `build_projector` takes it."""
         return {"type": self.name, **dataclasses.asdict(self.config)}
@@ -83,6 +95,10 @@ class LinearProjector(Projector):
         )
 
     name = "linear"
+
+    @property
+    def takes_any_number(self) -> bool:
+        return self.config.tokens is None
 
     def build(self) -> None:
         tokens = self.config.tokens
@@ -113,6 +129,12 @@ class MlpProjector(Projector):
 
     name = "mlp"
 
+    @classmethod
+    def tiny(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        # No tiny encoder of a published type gives fewer features than 4.
+        tokens = config.get("tokens")
+        return {**config, **({"tokens": min(tokens, 4)} if tokens else {})}
+
     def build(self) -> None:
         self.num_tokens = self.config.tokens or self.in_tokens
         if self.num_tokens > self.in_tokens:
@@ -134,7 +156,8 @@ class QFormerProjector(Projector):
 
         features -> layer norm -> | queries: self-attention, cross-attention, MLP |  x layers -> MLP with GELU -> tokens
 
-    For several frames of one video, give the frames as items, as the MokA authors do: `queries` tokens for each frame.
+    For several frames of one video, or windows of one recording, give them as items, as the MokA authors do: `queries`
+    tokens for each frame or window, which reads that one alone.
 
     Source: Li et al., BLIP-2 (2023); `transformers`' `Blip2QFormerModel`.
     """
@@ -154,6 +177,10 @@ class QFormerProjector(Projector):
         )
 
     name = "qformer"
+
+    @classmethod
+    def tiny(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        return {**config, "queries": 4, "hidden_size": 32, "heads": 2, "intermediate_size": 64}
 
     def build(self) -> None:
         from transformers import Blip2QFormerConfig, Blip2QFormerModel
@@ -190,54 +217,6 @@ class QFormerProjector(Projector):
         return self.output(F.gelu(self.hidden(found)))
 
 
-# The authors' names, without "model.vl_projector." and "visual_" (or "al" and "audio"), to ours. Their Q-Former is a
-# BERT whose text half (word embeddings, feed-forward layers of text, masked-word head) queries never pass through.
-OFFICIAL_NAMES = (
-    (r"query_tokens", "queries"),
-    (r"ln\.(weight|bias)", r"norm.\1"),
-    (r"proj\.0\.(weight|bias)", r"hidden.\1"),
-    (r"proj\.2\.(weight|bias)", r"output.\1"),
-    (r"Qformer\.bert\.embeddings\.LayerNorm\.(weight|bias)", r"qformer.layernorm.\1"),
-    (r"Qformer\.bert\.(encoder\.layer\.\d+\.(?:cross)?attention)\.self\.(.+)", r"qformer.\1.attention.\2"),
-    (r"Qformer\.bert\.(encoder\.layer\.\d+\.(?:cross)?attention\.output\..+)", r"qformer.\1"),
-    (r"Qformer\.bert\.(encoder\.layer\.\d+\.(?:intermediate|output)_query\..+)", r"qformer.\1"),
-)
-OFFICIAL_UNUSED = (
-    r"Qformer\.cls\..+",
-    r"Qformer\.bert\.embeddings\.(position_ids|(word|position)_embeddings\.weight)",
-    r"Qformer\.bert\.encoder\.layer\.\d+\.(intermediate|output)\..+",
-)
-
-
-def import_official(state_dict: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """The MokA authors' `visual_pretrain.bin` or `audio_pretrain.bin`, as `torch.load` gives it, in our names.
-
-    Returns:
-        the state dict for a `qformer` projector, to load strictly, and the names left out (the text half, which
-        queries never use).
-
-    Raises:
-        MokaError: a name that belongs to neither.
-    """
-    state, unused = {}, []
-    for key, value in state_dict.items():
-        short = re.sub(r"^(model\.)?((vl|al)_projector\.)?(visual|audio)_", "", key)
-        if any(re.fullmatch(pattern, short) for pattern in OFFICIAL_UNUSED):
-            unused.append(key)
-            continue
-        for pattern, name in OFFICIAL_NAMES:
-            match = re.fullmatch(pattern, short)
-            if match:
-                state[match.expand(name)] = value
-                break
-        else:
-            raise MokaError(
-                f"not one of the weights of the MokA authors' projectors: {key!r}. Give one of their files "
-                f"visual_pretrain.bin and audio_pretrain.bin."
-            )
-    return state, unused
-
-
 PROJECTORS: dict[str, type[Projector]] = {cls.name: cls for cls in (LinearProjector, MlpProjector, QFormerProjector)}
 
 
@@ -249,3 +228,12 @@ def build_projector(config: Mapping[str, Any], in_tokens: int, in_width: int, ou
     """
     cls, parsed = read_config(config, PROJECTORS, "projector")
     return cls(parsed, in_tokens, in_width, out_width)
+
+
+def tiny_projector(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A small projector of the kind that `config` describes, as a configuration for `build_projector`.
+
+    Raises `MokaError` for an unknown type or field, and a bad value.
+    """
+    cls, _ = read_config(config, PROJECTORS, "projector")
+    return cls.tiny(config)

@@ -1,6 +1,16 @@
 """Training: configuration, trainer, run folder."""
 
 from .arguments import RunConfig, config_from_dict, load_config
-from .run import run_training
+from .run import Run, finish, open_run, run_training, train_adapter, train_connectors
 
-__all__ = ["RunConfig", "config_from_dict", "load_config", "run_training"]
+__all__ = [
+    "Run",
+    "RunConfig",
+    "config_from_dict",
+    "finish",
+    "load_config",
+    "open_run",
+    "run_training",
+    "train_adapter",
+    "train_connectors",
+]

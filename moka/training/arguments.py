@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from moka.errors import MokaError, nearest
+from moka.modeling import tiny
 
 from .values import at_least, convert, describe_training, one_of, training_section
 
@@ -18,7 +19,8 @@ METHODS = ("moka", "lora", "none")
 PRESETS = ("paper", "official-avt", "official-vt")
 INTERACTIONS = ("own_turn", "first_turn")
 DTYPES = ("auto", "float32", "bfloat16")
-BAD_MEDIA = ("error", "substitute")
+BAD_MEDIA = ("error", "skip", "substitute")
+Source = str | dict[str, Any] | list[Any] | None
 # What only MokA knows; with share_b the settings that tell its variants apart.
 LORA_HAS_NOT = ("interaction", "interaction_weight", "scale_position", "adapt")
 
@@ -56,6 +58,9 @@ class ModelSection:
         default=None, metadata=_help("Longest sample in tokens; default: the backbone's context length.", 1)
     )
     attn_implementation: str | None = field(default=None, metadata=_help("sdpa, eager, flash_attention_2, ..."))
+    tiny: bool = field(
+        default=False, metadata=_help("Tiny random parts of the same architecture: the whole run in seconds.")
+    )
 
 
 @dataclass
@@ -79,20 +84,30 @@ class AdapterSection:
     use_rslora: bool = field(default=False, metadata=_help("Scale by alpha / sqrt(r)."))
 
 
+_SOURCE = "JSONL file, embedded:TASK, {format: NAME, root: FOLDER, split: ...}, or a list of these."
+
+
 @dataclass
 class DataSection:
-    train: str | None = field(default=None, metadata=_help("JSONL file, or embedded:TASK, for stage 2."))
-    alignment: str | None = field(default=None, metadata=_help("JSONL file, or embedded:TASK, for stage 1."))
-    validation: str | None = field(default=None, metadata=_help("JSONL file, or embedded:TASK; loss during training."))
-    test: str | None = field(default=None, metadata=_help("JSONL file, or embedded:TASK; only `moka eval` reads it."))
+    train: Source = field(default=None, metadata=_help(f"{_SOURCE} For stage 2."))
+    alignment: Source = field(default=None, metadata=_help("The same, for stage 1."))
+    validation: Source = field(default=None, metadata=_help("The same; loss during training."))
+    test: Source = field(default=None, metadata=_help("The same; only `moka eval` reads it."))
     media_root: str | None = field(default=None, metadata=_help("Folder that media paths are relative to."))
     train_size: int | None = field(default=None, metadata=_help("Use that many training samples.", 1))
     validation_size: int | None = field(default=None, metadata=_help("Use that many validation samples.", 1))
     video_frames: int = field(default=10, metadata=_help("Pictures taken from each video.", 1))
-    on_bad_media: str = field(
-        default="error", metadata=_help("error, or substitute within the budget.", choices=BAD_MEDIA)
+    audio_windows: dict | None = field(
+        default=None,
+        metadata=_help("Sound as several clips: {count: 10, seconds: 1.0, every: 1.0, first: 0.5}, in seconds."),
     )
-    bad_media_budget: float = field(default=0.01, metadata=_help("Share of samples that may be substituted.", 0))
+    on_bad_media: str = field(
+        default="error",
+        metadata=_help(
+            "error; skip (all files are tried before training) or substitute, within the budget.", choices=BAD_MEDIA
+        ),
+    )
+    bad_media_budget: float = field(default=0.01, metadata=_help("Share of samples that may be bad.", 0))
 
 
 @dataclass
@@ -102,6 +117,10 @@ class EvaluationSection:
     blank: bool = field(default=True, metadata=_help("Repeat with each modality blanked."))
     batch_size: int = field(default=32, metadata=_help("Questions generated at once.", 1))
     max_new_tokens: int = field(default=16, metadata=_help("Longest answer in tokens.", 1))
+    benchmarks: dict[str, Any] = field(
+        default_factory=dict,
+        metadata=_help("Benchmark -> its data, as in data.test: what `moka eval RUN --benchmark NAME` asks."),
+    )
 
 
 @dataclass
@@ -128,20 +147,13 @@ class RunConfig:
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
-    """Read a YAML file, apply ``section.key=value`` overrides, check every key.
+    """Read a YAML file on top of those that its ``base`` names, apply ``section.key=value`` overrides, check every key.
 
     Raises:
         MokaError: unreadable file, unknown key (with the nearest name), or a value of the wrong type.
     """
     path = Path(path)
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except FileNotFoundError:
-        raise MokaError(f"No configuration file {path}; shipped ones lie in configs/.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise MokaError(f"{path} cannot be read as YAML: {_reason(error)}. Mend the file.") from error
-    if not isinstance(raw, dict):
-        raise MokaError(f"{path}: the top level must be a mapping of sections: {', '.join(_names(RunConfig))}.")
+    raw = _read(path, ())
     for override in overrides or []:
         _apply(raw, override)
     return config_from_dict(raw, str(path))
@@ -158,8 +170,78 @@ def config_from_dict(raw: dict[str, Any], where: str = "config") -> RunConfig:
         raise MokaError(f"{where}: stages: {config.stages} is not one of [1], [2], [1, 2].")
     config.alignment = training_section(config.alignment, where, "alignment")
     config.training = training_section(config.training, where, "training")
+    if config.model.tiny:
+        make_tiny(config)
     _check_together(config, where)
     return config
+
+
+def make_tiny(config: RunConfig) -> None:
+    """Put tiny random parts of the same architecture in the place of published ones; a second time changes nothing."""
+    from moka.modeling.encoders import tiny_encoder
+    from moka.modeling.projectors import tiny_projector
+
+    model = config.model
+    model.backbone = tiny.PREFIX + tiny.tiny_kind(model.backbone)
+    model.dtype = "float32"
+    for name, spec in model.modalities.items():
+        if isinstance(spec.get("encoder"), dict) and isinstance(spec.get("projector"), dict):
+            model.modalities[name] = {
+                **spec,
+                "encoder": tiny_encoder(spec["encoder"]),
+                "projector": tiny_projector(spec["projector"]),
+            }
+    model.connectors = [_beside(folder) for folder in model.connectors]
+    config.output.dir = _beside(config.output.dir)
+    for section in (config.alignment, config.training):
+        section.update({key: False for key in ("bf16", "fp16", "tf32") if key in section})
+        section.update({"dataloader_num_workers": 0, "max_steps": section.get("max_steps", 2)})
+
+
+def _beside(folder: str) -> str:
+    """Tiny runs lie beside the real ones, whose folders they must not take: RUN-tiny, RUN-tiny/connector."""
+    path = Path(folder)
+    run = path.parent if path.name == "connector" else path
+    if run.name.endswith("-tiny"):
+        return folder
+    beside = run.with_name(f"{run.name}-tiny")
+    return str(beside / path.name if path.name == "connector" else beside)
+
+
+def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    """A YAML file as a mapping, merged over its ``base``: one file or a list, relative to it, later ones on top."""
+    if path.resolve() in above:
+        raise MokaError(f"{path}: base: it is, by way of others, its own base ({', '.join(map(str, above))}).")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except FileNotFoundError:
+        where = f"{above[-1]}: base: no" if above else "No"
+        raise MokaError(f"{where} configuration file {path}; shipped ones lie in configs/.") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise MokaError(f"{path} cannot be read as YAML: {_reason(error)}. Mend the file.") from error
+    if not isinstance(raw, dict):
+        raise MokaError(f"{path}: the top level must be a mapping of sections: {', '.join(_names(RunConfig))}.")
+    bases = raw.pop("base", [])
+    merged: dict[str, Any] = {}
+    for base in bases if isinstance(bases, list) else [bases]:
+        if not isinstance(base, str):
+            raise MokaError(f"{path}: base: {base!r} is no path; a YAML file, relative to this one, or a list is due.")
+        merged = _merge(merged, _read(path.parent / base, (*above, path.resolve())))
+    return _merge(merged, raw)
+
+
+def _merge(below: Any, above: Any) -> Any:
+    """``above`` over ``below``, mappings key by key. One that names another ``type`` or ``format`` replaces the whole:
+    the fields of an encoder mean nothing to another.
+    """
+    if not isinstance(below, dict) or not isinstance(above, dict):
+        return above
+    if any(key in above and above[key] != below.get(key) for key in ("type", "format")):
+        return above
+    merged = dict(below)
+    for key, value in above.items():
+        merged[key] = _merge(below[key], value) if key in below else value
+    return merged
 
 
 def _check_together(config: RunConfig, where: str) -> None:

@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from moka.adapter import MokaConfig
 from moka.adapter.config import DEFAULT_MODALITIES, DEFAULT_TARGETS, TEXT
 from moka.data import resolve_backbone
 from moka.errors import MokaError
 from moka.modeling import MokaForConditionalGeneration, MokaProcessor
+from moka.modeling.configuration import MokaModelConfig
+from moka.modeling.encoders import build_encoder
 
 from .arguments import AdapterSection, ModelSection, RunConfig
 from .connector import load_connector, trained_parts
@@ -167,3 +169,34 @@ def build_for_stage_two(config: RunConfig) -> tuple[MokaForConditionalGeneration
             f"model.connectors: none of {config.model.connectors} holds {', '.join(empty)}; add its stage 1."
         )
     return model, processor
+
+
+def build_processor(section: ModelSection) -> tuple[MokaForConditionalGeneration, MokaProcessor]:
+    """As ``build_model``, but the model is a skeleton without memory: only configurations and the tokenizer are read.
+
+    For what needs no weights, such as counting tokens; the skeleton tells sizes and the context length.
+
+    Raises:
+        MokaError: a backbone that is not there, an unknown encoder or projector.
+    """
+    folder = resolve_backbone(section.backbone)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        text_config = AutoConfig.from_pretrained(folder)
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise MokaError(
+            f"model.backbone: {section.backbone!r} cannot be loaded ({reason}). Give a folder of a causal language model, "
+            "a hub name that this machine can reach, or embedded:smollm2-135m."
+        ) from error
+    config = MokaModelConfig(text_config, section.modalities, backbone=section.backbone)
+    with torch.device("meta"):
+        encoders: dict[str, Any] = {}
+        for name, spec in config.modalities.items():
+            encoders[name] = build_encoder(spec["encoder"], pretrained=False)
+            spec["encoder"] = encoders[name].to_dict()
+        skeleton = MokaForConditionalGeneration(config, encoders=encoders)
+    processor = MokaProcessor.from_model(
+        skeleton, tokenizer, chat_template=section.chat_template, interaction=section.interaction
+    )
+    return skeleton, processor

@@ -2,10 +2,16 @@
 
 A folder of two files: ``connector.safetensors`` and ``connector.json`` (modalities, widths, the backbone's name and
 fingerprint). A connector of another backbone, encoder or size is refused before any tensor is copied.
+
+Or a file that others published: the MokA authors' ``visual_pretrain.bin`` and ``audio_pretrain.bin``, LLaVA's
+``mm_projector.bin``, or their tensors as safetensors. Those hold no more than names and shapes to compare.
 """
 
 from __future__ import annotations
 
+import pickle
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +20,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from moka.errors import MokaError
-from moka.modeling import MokaForConditionalGeneration
+from moka.modeling import ENCODERS, MokaForConditionalGeneration
+from moka.modeling.fields import without_weightless
+from moka.modeling.projectors import import_llava, import_official
 
 from .files import read_json, write_json
 
 WEIGHTS, METADATA = "connector.safetensors", "connector.json"
 FORMAT_VERSION = 1
+# What names of weights in published files tell: whose they are, and of which medium.
+PUBLISHED = (
+    (re.compile(r"(model\.)?(vl_projector\.|visual_)"), "official", "image"),
+    (re.compile(r"(model\.)?(al_projector\.|audio_)"), "official", "audio"),
+    (re.compile(r"(model\.)?mm_projector\."), "llava", "image"),
+)
 
 
 def trained_parts(model: MokaForConditionalGeneration) -> list[str]:
@@ -68,16 +82,21 @@ def save_connector(model: MokaForConditionalGeneration, folder: str | Path, stat
             )
 
 
-def load_connector(model: MokaForConditionalGeneration, folder: str | Path) -> list[str]:
-    """Copy a stage-1 result into ``model``; returns the parts it filled.
+def load_connector(model: MokaForConditionalGeneration, path: str | Path) -> list[str]:
+    """Copy a stage-1 result, or the projector of a published file, into ``model``; returns the parts it filled.
 
     Raises:
         MokaError: no connector there, a damaged file, or one made for another backbone, encoder or projector.
     """
-    folder = Path(folder)
+    path = Path(path)
+    return _load_published(model, path) if path.is_file() else _load_folder(model, path)
+
+
+def _load_folder(model: MokaForConditionalGeneration, folder: Path) -> list[str]:
     if not (folder / METADATA).is_file() or not (folder / WEIGHTS).is_file():
         raise MokaError(
-            f"{folder} holds no stage-1 result ({METADATA}, {WEIGHTS}); give RUN/connector of a stage-1 run."
+            f"{folder} holds no stage-1 result ({METADATA}, {WEIGHTS}); give RUN/connector of a stage-1 run, or a "
+            "published projector file."
         )
     meta = read_json(folder / METADATA)
     own = describe_connector(model)
@@ -93,12 +112,12 @@ def load_connector(model: MokaForConditionalGeneration, folder: str | Path) -> l
                 f"{own['backbone']!r} ({key} {own[key]}). Train stage 1 again for it, or use that backbone."
             )
     for name, spec in meta["modalities"].items():
+        ours = own["modalities"].get(name, {})
         for key, theirs in spec.items():
-            ours = own["modalities"].get(name, {}).get(key)
-            if ours != theirs:
+            if not _fits(model, name, key, theirs, ours.get(key)):
                 raise MokaError(
-                    f"{folder}: its {name} {key} is {theirs}, and this run's is {ours}. Make model.modalities agree, or "
-                    "train stage 1 again."
+                    f"{folder}: its {name} {key} is {theirs}, and this run's is {ours.get(key)}. Make model.modalities "
+                    "agree, or train stage 1 again."
                 )
     try:
         state = load_file(folder / WEIGHTS)
@@ -110,3 +129,104 @@ def load_connector(model: MokaForConditionalGeneration, folder: str | Path) -> l
         raise MokaError(f"{folder / WEIGHTS}: {len(bad)} tensors missing, extra or of another shape ({bad[0]}, ...).")
     model.load_state_dict(state, strict=False)
     return meta["parts"]
+
+
+def _fits(model: MokaForConditionalGeneration, name: str, key: str, theirs: Any, ours: Any) -> bool:
+    """Whether trained weights fit this run's encoder or projector, by their configurations.
+
+    Where the projector takes any number of features, an encoder may take longer clips than in stage 1, for example.
+    """
+    free = key == "encoder" and name in model.projectors and model.projectors[name].takes_any_number
+    if free and isinstance(theirs, dict) and isinstance(ours, dict):
+        return without_weightless(theirs, ENCODERS) == without_weightless(ours, ENCODERS)
+    return theirs == ours
+
+
+def _load_published(model: MokaForConditionalGeneration, path: Path) -> list[str]:
+    groups: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
+    for key, tensor in _read_tensors(path).items():
+        found = next(((whose, kind) for pattern, whose, kind in PUBLISHED if pattern.match(key)), None)
+        if found is None:
+            raise MokaError(
+                f"{path}: {key!r} is no weight of a projector. Give RUN/connector of a stage-1 run, the MokA authors' "
+                "visual_pretrain.bin or audio_pretrain.bin, or LLaVA's mm_projector.bin."
+            )
+        groups.setdefault(found, {})[key] = tensor
+    filled: dict[str, dict[str, torch.Tensor]] = {}
+    for (whose, kind), tensors in groups.items():
+        name = next((n for n, encoder in model.encoders.items() if encoder.kind == kind), None)
+        if name is None or name in filled:
+            why = f"has no modality of that medium, only {', '.join(model.encoders)}" if name is None else "takes one"
+            raise MokaError(f"{path} holds a projector of {kind} features; this model {why}. Leave the file out.")
+        try:
+            state, projector = import_llava(tensors) if whose == "llava" else (import_official(tensors)[0], "qformer")
+        except MokaError as error:
+            raise MokaError(f"{path}: {error}") from error
+        _check_published(model, name, projector, state, path)
+        filled[name] = state
+    for name, state in filled.items():
+        model.projectors[name].load_state_dict(state)
+    return [f"projectors.{name}" for name in filled]
+
+
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file of safetensors, or of a pickle that holds nothing else."""
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise MokaError(
+            f"{path} is no file of plain tensors: loading it would run code that it holds, or it is damaged. Get it from "
+            "its authors, or save its tensors as safetensors where you trust it."
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise MokaError(f"{path} cannot be read ({reason}); it is truncated or damaged.") from error
+    if not isinstance(state, Mapping) or not state or not all(isinstance(t, torch.Tensor) for t in state.values()):
+        raise MokaError(f"{path} holds no mapping of names to tensors; give a published projector file.")
+    for key, tensor in state.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise MokaError(f"{path}: {key} is not finite; the file is damaged. Get it again.")
+    return dict(state)
+
+
+def _check_published(
+    model: MokaForConditionalGeneration, name: str, projector: str, state: dict[str, torch.Tensor], path: Path
+) -> None:
+    """Raises `MokaError` unless the tensors, under our names, are all of those of the modality's projector."""
+    ours: Any = model.projectors[name]
+    where = f"model.modalities.{name}"
+    if ours.name != projector or (projector == "linear" and ours.config.tokens):
+        raise MokaError(
+            f"{path} holds a projector of type {projector!r}, and this run's {name} projector is {ours.to_dict()}. Set "
+            f"{where}.projector: {{type: {projector}}}."
+        )
+    expected = {key: tensor.shape for key, tensor in ours.state_dict().items()}
+    # The ends of the projector tell most of what is wrong.
+    for key in sorted(set(expected) & set(state), key=lambda key: (key.startswith("qformer."), key != "norm.weight")):
+        if state[key].shape != expected[key]:
+            raise MokaError(
+                f"{path}: {key} has shape {list(state[key].shape)}, and this run's {name} projector has "
+                f"{list(expected[key])}. {_remedy(key, state[key].shape, expected[key], projector, where)}"
+            )
+    odd = sorted(set(expected) ^ set(state))
+    if odd:
+        layers = {match[1] for key in state if (match := re.search(r"layer\.(\d+)\.", key))}
+        side = "lacks" if odd[0] in expected else "also has"
+        raise MokaError(
+            f"{path} {side} {odd[0]}. It has {len(layers)} layers: set {where}.projector.layers: {len(layers)}, and "
+            "cross_attention_frequency: 1."
+        )
+
+
+def _remedy(key: str, theirs: torch.Size, ours: torch.Size, projector: str, where: str) -> str:
+    reads_features = (projector, key) in (("mlp", "hidden.weight"), ("linear", "output.weight"))
+    if key.startswith("norm.") or (reads_features and theirs[1] != ours[1]):
+        return f"It was made for an encoder of width {theirs[-1]}; choose that one as {where}.encoder."
+    if key == "queries":
+        return f"Set {where}.projector.queries: {theirs[1]} and hidden_size: {theirs[2]}."
+    if key.startswith(("output.", "hidden.")) and theirs[0] != ours[0]:
+        return f"It was made for a language model of width {theirs[0]}; choose that one as model.backbone."
+    return f"Set hidden_size and intermediate_size of {where}.projector to the file's."

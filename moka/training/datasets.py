@@ -38,6 +38,7 @@ def open_data(config: RunConfig, reports: Path | None = None) -> dict[str, Any]:
             on_bad_media=data.on_bad_media,
             bad_media_budget=data.bad_media_budget,
             video_frames=data.video_frames,
+            audio_windows=data.audio_windows,
             report_path=None if reports is None else reports / f"bad-media-{name}.jsonl",
         )
 
@@ -45,7 +46,7 @@ def open_data(config: RunConfig, reports: Path | None = None) -> dict[str, Any]:
         if stage in config.stages:
             if getattr(data, name) is None:
                 raise MokaError(
-                    f"data.{name} is not set, and stage {stage} trains on it: a JSONL file or embedded:TASK."
+                    f"data.{name} is not set, and stage {stage} trains on it: a JSONL file, embedded:TASK or a format."
                 )
             open_one(name, "train", stage, data.train_size if name == "train" else None)
     if data.validation is not None:
@@ -56,7 +57,7 @@ def open_data(config: RunConfig, reports: Path | None = None) -> dict[str, Any]:
 def check_media(datasets: dict[str, Any], config: RunConfig) -> None:
     """Decode the media of up to 200 samples of each set, so that a damaged file is told before training."""
     for name, samples in datasets.items():
-        if getattr(config.data, name).startswith(PREFIX):
+        if str(getattr(config.data, name)).startswith(PREFIX) or config.data.on_bad_media == "skip":
             continue
         tried = np.unique(np.linspace(0, len(samples) - 1, min(_TRIED, len(samples))).astype(int))
         for index in tqdm(tried, f"trying media of data.{name}", unit="sample", delay=2.0, leave=False):

@@ -55,7 +55,7 @@ def write_card(folder: RunFolder, config: RunConfig, summary: dict[str, Any]) ->
     numbers = (
         _evaluation_table(json.loads(evaluation.read_text("utf-8"))) if evaluation.exists() else "Not evaluated yet."
     )
-    data = "".join(sorted({attribution(s) for s in (config.data.train, config.data.alignment) if s}))
+    data = "".join(dict.fromkeys(attribution(s) for s in (config.data.train, config.data.alignment) if s))
     header = {"library_name": "peft", "tags": ["moka", "multimodal", method], "base_model": config.model.backbone}
     run = folder.path.as_posix()
     modalities = ", ".join(["text", *config.model.modalities])

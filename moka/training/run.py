@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,8 +39,8 @@ SECTIONS = {1: "alignment", 2: "training"}
 
 
 @dataclass
-class _Run:
-    """What the stages of one run share."""
+class Run:
+    """What the stages of one run share: its configuration and folder, the data, the model and its processor."""
 
     config: RunConfig
     folder: RunFolder
@@ -47,6 +49,7 @@ class _Run:
     datasets: dict[str, Any]
     model: MokaForConditionalGeneration
     processor: MokaProcessor
+    started: float = 0.0
 
     @property
     def max_length(self) -> int | None:
@@ -59,6 +62,23 @@ def run_training(config: RunConfig, resume: bool = False, overwrite: bool = Fals
     Raises:
         MokaError: anything in the configuration, data or folder that must be mended first; nothing is written then.
     """
+    with open_run(config, resume, overwrite) as run:
+        if run is not None:
+            if 1 in config.stages:
+                train_connectors(run)
+            finish(run, train_adapter(run) if 2 in config.stages else None)
+    return Path(config.output.dir)
+
+
+@contextmanager
+def open_run(config: RunConfig, resume: bool = False, overwrite: bool = False) -> Iterator[Run | None]:
+    """Everything that can be tried before training is tried; the run folder is made; then the run is yours.
+
+    None where a run to be resumed is complete. A run that fails before it has anything to go on from leaves no folder.
+
+    Raises:
+        MokaError: as ``run_training``.
+    """
     started = time.monotonic()
     folder = RunFolder(config.output.dir)
     # The arguments come first: they connect the processes.
@@ -68,18 +88,20 @@ def run_training(config: RunConfig, resume: bool = False, overwrite: bool = Fals
         agree(lambda: folder.check_same(config))
         if agree((folder / SUMMARY).exists):
             _say(f"note: {folder.path} is complete; there is nothing to go on with.")
-            return folder.path
+            yield None
+            return
     # What has to be downloaded and prepared is so once.
     agree(lambda: resolve_backbone(config.model.backbone), main_first=True)
     datasets = agree(lambda: open_data(config), main_first=True)
     run = agree(lambda: _prepare(config, folder, arguments, resume, datasets))
     on_main(lambda: check_media(run.datasets, config))
+    run.started = started
     if not resume:
         on_main(lambda: folder.create(config))
     if config.data.on_bad_media == "substitute":
         run.datasets = agree(lambda: open_data(config, folder.path))
     try:
-        result = _stages(run)
+        yield run
     except BadMediaError:
         # A file that cannot be read is found as late as its sample comes; with nothing to resume, nothing stays.
         folder.discard()
@@ -88,8 +110,6 @@ def run_training(config: RunConfig, resume: bool = False, overwrite: bool = Fals
         if not lost_peer(error):
             raise
         raise MokaError("Another process of this run has ended; its own message says why.") from error
-    on_main(lambda: _write_artefacts(run, result, time.monotonic() - started))
-    return folder.path
 
 
 def _prepare(
@@ -98,23 +118,17 @@ def _prepare(
     arguments: dict[int, TrainingArguments],
     resume: bool,
     datasets: dict[str, Any],
-) -> _Run:
+) -> Run:
     """The model, after everything was tried that can be tried before training."""
     _seed(config)
     model, processor = build_for_stage_two(config)
-    run = _Run(config, folder, arguments, resume, datasets, model, processor)
+    run = Run(config, folder, arguments, resume, datasets, model, processor)
     if 2 in config.stages:
         adapter_parameters(model, config.adapter)
     for samples in datasets.values():
         # A template, encoder or length that cannot work.
         EncodedDataset(samples, processor, run.max_length)[0]
     return run
-
-
-def _stages(run: _Run) -> PeftModel | None:
-    if 1 in run.config.stages:
-        _stage_one(run)
-    return _stage_two(run) if 2 in run.config.stages else None
 
 
 def _seed(config: RunConfig) -> None:
@@ -140,7 +154,7 @@ def _arguments(config: RunConfig, folder: RunFolder, stage: int) -> TrainingArgu
     return training_arguments(section, folder / f"checkpoints/stage{stage}", name)
 
 
-def _trainer(run: _Run, stage: int, module: torch.nn.Module, step: int) -> MokaTrainer:
+def _trainer(run: Run, stage: int, module: torch.nn.Module, step: int) -> MokaTrainer:
     arguments, name = run.arguments[stage], SECTIONS[stage]
     section = getattr(run.config, name)
     train = run.datasets["alignment" if stage == 1 else "train"]
@@ -177,7 +191,7 @@ def _tensorboard(folder: RunFolder, stage: int, arguments: TrainingArguments, st
     return TensorBoardCallback(SummaryWriter(str(folder / f"tensorboard/stage{stage}"), purge_step=step + 1))
 
 
-def _train(run: _Run, stage: int, module: torch.nn.Module) -> None:
+def _train(run: Run, stage: int, module: torch.nn.Module) -> None:
     """One stage, from the newest checkpoint where the run is resumed."""
     arguments = run.arguments[stage]
     checkpoint, step = None, 0
@@ -193,7 +207,7 @@ def _train(run: _Run, stage: int, module: torch.nn.Module) -> None:
     _say_replaced(run, stage)
 
 
-def _say_batch(run: _Run, stage: int, going_on: bool) -> None:
+def _say_batch(run: Run, stage: int, going_on: bool) -> None:
     """The samples of one optimizer step; a resumed stage keeps them, whatever the number of processes."""
     arguments = run.arguments[stage]
     batch, accumulated = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
@@ -217,8 +231,8 @@ def _say_batch(run: _Run, stage: int, going_on: bool) -> None:
         on_main(lambda: run.folder.log({"stage": stage, "step": 0, key: total}))
 
 
-def _stage_one(run: _Run) -> None:
-    """Train encoders and projectors; the language model is frozen and has no adapter."""
+def train_connectors(run: Run) -> None:
+    """Stage 1: train encoders and projectors; the language model is frozen and has no adapter."""
     target = run.folder / CONNECTOR
     if run.resume and (target / "connector.json").is_file():
         load_connector(run.model, target)
@@ -234,8 +248,8 @@ def _stage_one(run: _Run) -> None:
     on_main(save)
 
 
-def _stage_two(run: _Run) -> PeftModel:
-    """Train the adapter with projectors and trainable encoders."""
+def train_adapter(run: Run) -> PeftModel:
+    """Stage 2: train the adapter with projectors and trainable encoders."""
     parts = trained_parts(run.model)
     if parts and 1 not in run.config.stages and not run.config.model.connectors:
         _say(f"note: {', '.join(parts)} start untrained: neither stage 1 nor model.connectors is given.")
@@ -247,7 +261,7 @@ def _stage_two(run: _Run) -> PeftModel:
     return adapted
 
 
-def _say_replaced(run: _Run, stage: int) -> None:
+def _say_replaced(run: Run, stage: int) -> None:
     """Samples that could not be used, counted over all processes and loader workers."""
     names = {f"dropped-stage{stage}.jsonl": "id", f"bad-media-{'alignment' if stage == 1 else 'train'}.jsonl": "id"}
     for name, key in names.items():
@@ -261,7 +275,12 @@ def _say_replaced(run: _Run, stage: int) -> None:
             )
 
 
-def _write_artefacts(run: _Run, result: PeftModel | None, seconds: float) -> None:
+def finish(run: Run, result: PeftModel | None) -> None:
+    """Plot, sample answers, model card and summary; the summary, written last, marks the run as complete."""
+    on_main(lambda: _write_artefacts(run, result, time.monotonic() - run.started))
+
+
+def _write_artefacts(run: Run, result: PeftModel | None, seconds: float) -> None:
     config, folder = run.config, run.folder
     summary: dict[str, Any] = {"method": config.adapter.method if 2 in config.stages else "stage 1 only"}
     if result is not None:

@@ -14,9 +14,11 @@ import soundfile
 from PIL import Image
 
 from moka.data.media import (
+    AudioWindows,
     BadMediaError,
     BadMediaPolicy,
     DecodedDataset,
+    audio_windows,
     decode_sample,
     load_audio,
     load_features,
@@ -387,7 +389,7 @@ def test_under_error_the_first_bad_file_stops_with_sample_and_file(tmp_path):
         dataset[1]
     assert str(caught.value).startswith(f"sample 's1': {tmp_path / '1.png'}: ")
     assert dataset.report == [
-        {"index": 1, "id": "s1", "file": str(tmp_path / "1.png"), "reason": caught.value.reason},
+        {"index": 1, "id": "s1", "file": str(tmp_path / "1.png"), "reason": caught.value.reason, "action": "error"},
     ]
     assert dataset[-1]["id"] == "s2"
     with pytest.raises(IndexError):
@@ -409,7 +411,7 @@ def test_a_substitute_is_a_whole_good_sample_fixed_by_seed_and_index(tmp_path):
         (_, image), *_ = media_parts(sample)
         assert image.getpixel((0, 0)) == number  # medium, text and id are of one sample
         assert sample["messages"][0]["content"][-1]["text"] == f"Question s{number}"
-    assert {record["index"] for record in dataset.report} == bad
+    assert {(record["index"], record["action"]) for record in dataset.report} == {(i, "substitute") for i in bad}
     again = DecodedDataset(samples, policy, seed=3)
     assert [again[i]["id"] for i in reversed(range(20))] == [sample["id"] for sample in reversed(found)]
     choices = {tuple(DecodedDataset(samples, policy, seed=s)[i]["id"] for i in sorted(bad)) for s in range(5)}
@@ -456,3 +458,160 @@ def test_mistakes_that_are_not_bad_media_are_never_substituted(tmp_path):
 def test_unknown_policies_and_budgets_are_refused(given, words):
     with pytest.raises(MokaError, match=words):
         BadMediaPolicy(*given)
+
+
+def as_arrays(medium):
+    """What a decoded medium holds, to be compared."""
+    if isinstance(medium, list):
+        return [as_arrays(item) for item in medium]
+    if isinstance(medium, Waveform):
+        return medium.rate, medium.samples.tolist()
+    return medium.values.tolist() if isinstance(medium, AudioFeatures) else (medium.mode, medium.tobytes())
+
+
+@pytest.mark.parametrize(
+    ("loader", "name"),
+    [
+        *((load_image, name) for name in ("x.png", "turned.jpg", "x.gif")),
+        *((load_audio, name) for name in ("x.wav", "x.flac", "x.mp4", "x.mkv")),
+        *((load_video, name) for name in ("x.mp4", "x.mkv", "long.mp4", "x.gif")),
+        (load_features, "x.npy"),
+    ],
+)
+def test_bytes_are_decoded_as_the_file_is(tmp_path, loader, name):
+    path = tmp_path / name
+    if name == "x.npy":
+        np.save(path, np.random.default_rng(0).normal(size=(7, 13)))
+    elif name in ("x.wav", "x.flac"):
+        soundfile.write(path, tone(0.5, 22050), 22050)
+    elif name == "x.gif":
+        first, *rest = [Image.fromarray(frame) for frame in grey_ramp(4)]
+        first.save(path, save_all=True, append_images=rest, duration=1000)
+    elif path.suffix in (".mp4", ".mkv"):
+        write_video(path, grey_ramp(150 if name == "long.mp4" else 10), gop=10, sound=("aac", 16000))  # long: sought
+    else:
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        Image.fromarray(grey_ramp(3)[1]).save(path, exif=exif)
+    assert as_arrays(loader(path.read_bytes())) == as_arrays(loader(path))
+
+
+def test_bad_bytes_have_the_reasons_of_bad_files(tmp_path):
+    """But for how the system names a file, and a cut array, whose size a file tells beforehand."""
+    for name, (loader, words) in bad_files(tmp_path).items():
+        if not (tmp_path / name).is_file():
+            continue
+        content = (tmp_path / name).read_bytes()
+        with pytest.raises(BadMediaError) as caught:
+            loader(content)
+        assert words in caught.value.reason, name
+        assert str(caught.value).startswith(f"{len(content)} bytes in memory: "), name
+        assert "\n" not in str(caught.value)
+
+
+def test_playlists_cannot_send_ffmpeg_to_another_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    soundfile.write("secret.wav", tone(1.0, 16000), 16000)
+    write_video("secret.ts", grey_ramp(10), sound=("aac", 16000))
+    playlist = f"#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\nfile://{tmp_path}/secret.ts\n#EXT-X-ENDLIST\n"
+    for name, content in (("x.m3u8", playlist), ("x.ffconcat", "ffconcat version 1.0\nfile secret.wav\n")):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(BadMediaError, match="is a playlist, which names other files"):
+            load_audio(tmp_path / name)
+        with pytest.raises(BadMediaError):
+            load_audio(content.encode())
+
+
+def test_a_sample_of_bytes_is_decoded_and_its_errors_name_the_sample(tmp_path):
+    Image.new("L", (3, 2), 7).save(tmp_path / "x.png")
+    content = (tmp_path / "x.png").read_bytes()
+
+    def of(image):
+        return {"id": "row7", "messages": [{"role": "user", "content": [{"type": "image", "image": image}]}]}
+
+    ((_, image),) = media_parts(decode_sample(of(content)))
+    assert (image.size, image.getpixel((0, 0))) == ((3, 2), 7)
+    with pytest.raises(BadMediaError, match=r"^sample 'row7': image, 40 bytes in memory: ") as caught:
+        decode_sample(of(content[:40]))
+    assert caught.value.file == "image bytes of sample 'row7'"
+
+
+def numbered(seconds, rate=100):
+    """A clip whose samples are their own positions."""
+    return Waveform(np.arange(int(seconds * rate), dtype=np.float32), rate)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "given", "starts", "length"),
+    [
+        (10, (10, 1.0, 1.0, 0.5), range(0, 1000, 100), 100),  # AVE
+        # MUSIC-AVQA: the first and the last are moved inside.
+        (60, (10, 2.0, 6.0, 0.0), [0, *range(500, 5400, 600)], 200),
+        (55, (10, 2.0, 6.0, 0.0), [0, *range(500, 5300, 600), 5300], 200),
+        (30, (10, 2.0, 6.0, 0.0), [0, 500, 1100, 1700, 2300, *[2800] * 5], 200),
+        (10, (4, 0.5, 2.5, None), [100, 350, 600, 850], 50),  # first: half of every
+        (10, (3, 10.0, 1.0, 0.5), [0, 0, 0], 1000),
+    ],
+)
+def test_windows_stand_at_their_exact_samples(seconds, given, starts, length):
+    windows = audio_windows(numbered(seconds), *given)
+    assert [int(window.samples[0]) for window in windows] == list(starts)
+    for window, start in zip(windows, starts, strict=True):
+        np.testing.assert_array_equal(window.samples, np.arange(start, start + length))
+        assert window.rate == 100
+
+
+def test_a_clip_shorter_than_a_window_is_followed_by_silence():
+    for window in audio_windows(Waveform(np.ones(30, np.float32), 100), 3, 1.0, 1.0, 0.5):
+        np.testing.assert_array_equal(window.samples, [1.0] * 30 + [0.0] * 70)
+        assert window.samples.dtype == np.float32
+
+
+def test_sound_parts_become_lists_of_windows_and_other_media_stay(tmp_path):
+    soundfile.write(tmp_path / "x.wav", np.arange(80) / 100, 8, subtype="FLOAT")  # 10 s
+    write_video(tmp_path / "x.mp4", grey_ramp(5))
+    sample = asks("a", audio=str(tmp_path / "x.wav"), video=str(tmp_path / "x.mp4"))
+    windows = AudioWindows(count=2, seconds=2.0, every=5.0)
+    for dataset in ([sample], [decode_sample(sample, 3)]):  # files, and sound that is decoded already
+        (_, sounds), (_, frames) = media_parts(DecodedDataset(dataset, video_frames=3, audio_windows=windows)[0])
+        assert len(frames) == 3
+        np.testing.assert_allclose([w.samples for w in sounds], [np.arange(12, 28) / 100, np.arange(52, 68) / 100])
+
+
+def test_windows_of_ready_made_features_are_refused_and_never_substituted(tmp_path):
+    np.save(tmp_path / "x.npy", np.ones((7, 13)))
+    policy = BadMediaPolicy("substitute", 1.0)
+    for features in (str(tmp_path / "x.npy"), AudioFeatures(np.ones((7, 13), np.float32), "mfcc")):
+        dataset = DecodedDataset([asks("a", audio=features)], policy, audio_windows=AudioWindows())
+        with pytest.raises(MokaError, match=r"ready-made features.*data\.audio_windows") as caught:
+            dataset[0]
+        assert not isinstance(caught.value, BadMediaError)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"count": 0}, r"audio_windows\.count is 0"),
+        ({"count": 2.5}, "positive integer"),
+        ({"seconds": 0}, r"audio_windows\.seconds is 0; .* above 0"),
+        ({"every": -1}, r"audio_windows\.every is -1"),
+        ({"first": "half"}, r"audio_windows\.first is 'half'"),
+        ({"second": 1}, "'second'; allowed are count, seconds, every, first. Did you mean 'seconds'"),
+    ],
+)
+def test_windows_that_cannot_be_are_refused(given, words):
+    with pytest.raises(MokaError, match=words):
+        AudioWindows.from_dict(given)
+
+
+@pytest.mark.parametrize("rate", [None, 16000])
+def test_decoding_counts_clips_by_their_own_rate(tmp_path, rate):
+    samples = []
+    for i, own in enumerate([8000, 44100, 8000, 16000]):
+        soundfile.write(tmp_path / f"{i}.wav", tone(0.1, own), own)
+        samples.append(asks(f"s{i}", audio=str(tmp_path / f"{i}.wav")))
+    dataset = DecodedDataset(samples, audio_rate=rate)
+    assert [waveform.rate for i in range(4) for _, waveform in media_parts(dataset[i])] == (
+        [rate] * 4 if rate else [8000, 44100, 8000, 16000]
+    )
+    assert dataset.sampling_rates == {8000: 2, 16000: 1, 44100: 1}

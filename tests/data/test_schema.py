@@ -58,6 +58,13 @@ def test_decoded_media_are_accepted_as_they_are():
     assert found[3][1] == [image, image]
 
 
+@pytest.mark.parametrize("kind", ["image", "audio", "video"])
+def test_the_bytes_of_a_file_are_a_medium(kind):
+    checked = check_sample(ask({"type": kind, kind: b"RIFF"}), WHERE)
+    assert list(media_parts(checked)) == [(kind, b"RIFF")]
+    assert check_sample(checked, WHERE) == checked
+
+
 def test_a_literal_placeholder_in_text_is_text():
     checked = check_sample(ask({"type": "text", "text": "What does <image> mean in HTML? <audio>"}), WHERE)
     assert list(media_parts(checked)) == []
@@ -105,10 +112,15 @@ MISTAKES = {
     ),
     "placeholder without medium": (
         ask({"type": "image"}, {"type": "text", "text": "?"}),
-        ["messages[0].content[0]", "a placeholder without a medium", "only 'type'", "a path or a PIL image"],
+        ["messages[0].content[0]", "a placeholder without a medium", "only 'type'", "or a PIL image"],
     ),
     "placeholder with null": (ask({"type": "audio", "audio": None}), ["a placeholder without a medium"]),
     "empty path": (ask({"type": "audio", "audio": ""}), ["messages[0].content[0].audio", "''", "Waveform"]),
+    "empty bytes": (
+        ask({"type": "image", "image": b""}),
+        ["messages[0].content[0].image", "b''", "the bytes of a file"],
+    ),
+    "bytes as text": (ask({"type": "text", "text": b"x"}), ["messages[0].content[0].text", "(bytes)"]),
     "medium of a wrong type": (ask({"type": "audio", "audio": 5}), ["messages[0].content[0].audio", "5 (int)"]),
     "frames as paths": (ask({"type": "video", "video": ["1.png"]}), ["messages[0].content[0].video", "PIL images"]),
     "no frames": (ask({"type": "video", "video": []}), ["messages[0].content[0].video", "at least one"]),

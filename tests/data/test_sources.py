@@ -116,7 +116,7 @@ def test_missing_media_are_told_before_training(folder):
     message = str(caught.value)
     assert message.startswith(f"{folder / 'train.jsonl'}:3: image {folder / 'media' / '2.png'}: ")
     assert "and 2 more: 3 media files are missing in all" in message
-    assert "on_bad_media=substitute" in message
+    assert "data.on_bad_media to skip or substitute" in message
 
 
 def test_substitutes_are_other_samples_and_the_same_every_time(folder):

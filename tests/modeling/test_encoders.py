@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from moka.errors import MokaError
-from moka.modeling.encoders import ENCODERS, build_encoder
+from moka.modeling.encoders import ENCODERS, TowerEncoder, build_encoder, tiny_encoder
 from moka.modeling.frontends import build_front_end, front_end_from_dict
 from moka.modeling.media import AudioFeatures, Waveform
 
@@ -53,6 +53,18 @@ TINY = {
     "conv-audio": {"type": "conv-audio", "frames": 20, "channels": [6, 8], "width": 8, "num_tokens": 2},
     "clip": {"type": "clip", "model_config": CLIP},
     "whisper": {"type": "whisper", "model_config": WHISPER},
+    "siglip": tiny_encoder({"type": "siglip"}),
+    "dinov2": tiny_encoder({"type": "dinov2"}),
+    "ast": tiny_encoder({"type": "ast"}),
+    "hubert": tiny_encoder({"type": "hubert", "seconds": 0.5}),
+    "wav2vec2": tiny_encoder(
+        {
+            "type": "wav2vec2",
+            "seconds": 0.5,
+            "model_config": {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True},
+        }
+    ),
+    "beats": tiny_encoder({"type": "beats"}),
 }
 
 
@@ -60,6 +72,9 @@ def random_items(encoder, items=3):
     values = torch.randn(items, *encoder.input_shape)
     if encoder.name == "conv-audio":
         for length, item in zip((5, 20, 1), values, strict=False):
+            item[-1] = (torch.arange(item.shape[1]) < length).float()
+    if encoder.name == "wav2vec2":
+        for length, item in zip((3000, 8000, 0), values, strict=False):
             item[-1] = (torch.arange(item.shape[1]) < length).float()
     return values
 
@@ -113,6 +128,47 @@ def test_configuration_and_weights_rebuild_the_encoder(encoder):
     torch.testing.assert_close(again.eval()(values), encoder.eval()(values))
 
 
+def test_encoders_of_sound_say_how_long_a_clip_they_take(encoder):
+    rate = 16000
+    if encoder.kind == "image":
+        assert encoder.length_in_seconds is None
+        return
+    samples = round(encoder.length_in_seconds * rate)
+    front_end = build_front_end(encoder.to_dict())
+    if encoder.name == "conv-audio":
+        rate, samples = 8000, samples // 2
+    within, beyond = np.random.default_rng(0).normal(0, 0.1, (2, samples + rate)).astype(np.float32)
+    beyond[:samples] = within[:samples]
+    if encoder.name == "conv-audio":
+        assert len(front_end(Waveform(within[: samples - 1], rate))[0]) == encoder.config.frames
+        return
+    a, b = front_end(Waveform(within, rate)), front_end(Waveform(beyond, rate))
+    np.testing.assert_array_equal(a[..., : a.shape[-1] - 2], b[..., : a.shape[-1] - 2])  # Whisper's frames look ahead
+    within[samples - 400 : samples] = 0
+    assert (front_end(Waveform(within, rate)) != a).any()
+
+
+@pytest.mark.parametrize("name", sorted(ENCODERS))
+def test_a_tiny_configuration_keeps_everything_but_the_size(name):
+    config = {"type": name, "trainable": True}
+    if issubclass(ENCODERS[name], TowerEncoder):
+        config.update(name_or_path="somewhere/that-is-not-there", layer=-2)
+    tiny = tiny_encoder(config)
+    assert tiny_encoder(tiny) == tiny
+    encoder = build_encoder(tiny)
+    assert (encoder.name, encoder.config.trainable) == (name, True)
+    assert getattr(encoder.config, "layer", -2) == -2
+    assert sum(parameter.numel() for parameter in encoder.parameters()) < 100_000
+    assert encoder.width == 32
+    medium = drawing() if encoder.kind == "image" else sine(16000)
+    assert build_front_end(tiny)(medium).shape == encoder.input_shape
+
+
+def test_a_tiny_encoder_has_the_layer_asked_for_or_the_nearest():
+    layers = {layer: tiny_encoder({"type": "clip", "layer": layer})["layer"] for layer in (-20, -3, -1, 0, 1, 23)}
+    assert layers == {-20: -3, -3: -3, -1: -1, 0: 0, 1: 1, 23: 2}
+
+
 def test_a_frozen_encoder_stays_frozen_and_in_evaluation_mode():
     for config in TINY.values():
         encoder = build_encoder({**config, "trainable": False})
@@ -146,7 +202,7 @@ def test_an_encoder_survives_from_pretrained_of_the_model_around_it(encoder, tra
 
 
 def test_the_towers_are_frozen_and_the_small_encoders_trained_by_default(encoder):
-    assert encoder.config.trainable is (encoder.name not in ("clip", "whisper"))
+    assert encoder.config.trainable is not isinstance(encoder, TowerEncoder)
     assert encoder.train().training is encoder.config.trainable
 
 

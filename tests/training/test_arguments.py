@@ -67,7 +67,7 @@ def test_unknown_key_names_the_nearest(raw, key, near):
         ({"adapter": {"r": True}}, ["adapter.r", "whole number"]),
         ({"adapter": {"r": "eight"}}, ["adapter.r", "'eight' is text"]),
         ({"stages": [1, 2], "model": {"connectors": ["x"]}}, ["model.connectors", "stages: [2]"]),
-        ({"data": {"on_bad_media": "skip"}}, ["data.on_bad_media", "error, substitute"]),
+        ({"data": {"on_bad_media": "skp"}}, ["data.on_bad_media", "error, skip, substitute", "Did you mean 'skip'"]),
         ({"training": {"learning_rate": "fast"}}, ["training.learning_rate", "a number is due"]),
         ({"training": {"bf16": "yes please"}}, ["training.bf16", "true or false"]),
         ({"training": {"eval_strategy": 5}}, ["training.eval_strategy", "text is due"]),

@@ -22,7 +22,8 @@ class Rows:
 
     Attributes:
         items: the raw records; anything with ``len`` and indexing (a list, a lazily parsed file, a Parquet table).
-        make: one record -> one sample of `moka.data.schema`, media as paths under ``media_root`` (or as ``bytes``).
+        make: one record -> one sample of `moka.data.schema`, media as paths under ``media_root`` (or as ``bytes``). What
+            it raises (a MokaError, or the KeyError of a missing field) is told with the place of the record in front.
         where: position -> what opens an error message, such as ``"annotations.json: record 7"``.
         media_root: folder that the media paths start from and may not leave.
         notes: what the reader left out and why, as one line each ("3 videos of 'bad' quality left out").
@@ -49,6 +50,7 @@ class Format:
         read: ``read(root, split, **options) -> Rows``.
         options: option -> (default, help); ``read`` takes them as keyword arguments.
         benchmark: the scorer (`moka score`) that its predictions go to, where it has one.
+        any_split: whether other split names are allowed too (the files of the user decide).
     """
 
     name: str
@@ -60,6 +62,7 @@ class Format:
     read: Callable[..., Rows]
     options: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
     benchmark: str | None = None
+    any_split: bool = False
 
 
 def find_file(root: Path, *candidates: str, format: Format | str, layout: str = "") -> Path:
@@ -71,7 +74,9 @@ def find_file(root: Path, *candidates: str, format: Format | str, layout: str = 
     name = format if isinstance(format, str) else format.name
     layout = layout or ("" if isinstance(format, str) else format.layout)
     if not root.is_dir():
-        raise MokaError(f"format {name}: root {str(root)!r} is not a folder. Put the data set there, or name another root.")
+        raise MokaError(
+            f"format {name}: root {str(root)!r} is not a folder. Put the data set there, or name another root."
+        )
     for candidate in candidates:
         if (root / candidate).is_file():
             return root / candidate

@@ -2,9 +2,10 @@
 
     values [items, *input_shape]  ->  encoder  ->  features [items, num_tokens, width]
 
-Three small ones are trained together with the adapter (`conv-image`, `patch-image`, `conv-audio`); `clip` and
-`whisper` are the encoder halves of the Hugging Face models, frozen unless told otherwise. None uses batch statistics:
-an item's features are the same whatever else is in its batch.
+Three small ones are trained together with the adapter (`conv-image`, `patch-image`, `conv-audio`). The others are the
+encoders of published checkpoints, frozen unless told otherwise: `clip`, `siglip`, `dinov2` for pictures, `whisper`,
+`ast`, `hubert`, `wav2vec2` and `beats` for sound. None uses batch statistics: an item's features are the same whatever
+else is in its batch.
 """
 
 from __future__ import annotations
@@ -15,13 +16,21 @@ from typing import Any
 from moka.modeling.fields import read_config
 
 from .base import Encoder
+from .beats import BeatsEncoder
 from .small import ConvAudioEncoder, ConvImageEncoder, PatchImageEncoder
-from .towers import ClipEncoder, TowerEncoder, WhisperEncoder
+from .sound import AstEncoder, HubertEncoder, Wav2Vec2Encoder, WhisperEncoder
+from .towers import TowerEncoder
+from .vision import ClipEncoder, Dinov2Encoder, SiglipEncoder
 
-__all__ = ["ENCODERS", "Encoder", "TowerEncoder", "build_encoder"]
+__all__ = ["ENCODERS", "Encoder", "TowerEncoder", "build_encoder", "tiny_encoder"]
 
 ENCODERS: dict[str, type[Encoder]] = {
-    cls.name: cls for cls in (ConvImageEncoder, PatchImageEncoder, ConvAudioEncoder, ClipEncoder, WhisperEncoder)
+    cls.name: cls
+    for cls in (
+        *(ConvImageEncoder, PatchImageEncoder, ConvAudioEncoder),
+        *(ClipEncoder, SiglipEncoder, Dinov2Encoder),
+        *(WhisperEncoder, AstEncoder, HubertEncoder, Wav2Vec2Encoder, BeatsEncoder),
+    )
 }
 
 
@@ -34,3 +43,12 @@ def build_encoder(config: Mapping[str, Any], pretrained: bool = True) -> Encoder
     """
     cls, parsed = read_config(config, ENCODERS, "encoder")
     return cls(parsed, pretrained)
+
+
+def tiny_encoder(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A small random encoder of the architecture that `config` describes, as a configuration for `build_encoder`.
+
+    Raises `MokaError` for an unknown type or field, and a bad value. Nothing is loaded.
+    """
+    cls, _ = read_config(config, ENCODERS, "encoder")
+    return cls.tiny(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -28,6 +29,7 @@ class Encoder(nn.Module):
     input_shape: tuple[int, ...]  # of one item
     width: int  # of one feature vector
     num_tokens: int  # feature vectors per item
+    length_in_seconds: float | None = None  # the longest sound it takes whole; None: no limit, or no sound
 
     def __init__(self, config: Any, pretrained: bool = True):
         super().__init__()
@@ -36,7 +38,16 @@ class Encoder(nn.Module):
         self.train()
 
     def build(self, pretrained: bool) -> None:
-        """Creates the modules and sets `input_shape`, `width` and `num_tokens`."""
+        """Creates the modules and sets `input_shape`, `width` and `num_tokens`, for sound also `length_in_seconds`."""
+        raise NotImplementedError
+
+    @classmethod
+    def tiny(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """`config` ("type" and fields) with the sizes of a model that is built and run in milliseconds.
+
+        For trying a recipe without its checkpoints: the architecture and every other field stay. A tiny configuration
+        comes back as it is.
+        """
         raise NotImplementedError
 
     def encode(self, values: torch.Tensor) -> torch.Tensor:

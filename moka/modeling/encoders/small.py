@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +54,10 @@ class ConvImageEncoder(Encoder):
         )
 
     name, kind, input_name = "conv-image", "image", "pixel_values"
+
+    @classmethod
+    def tiny(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        return {**config, "channels": [8, 8], "width": 32}
 
     def build(self, pretrained: bool) -> None:
         config = self.config
@@ -105,6 +110,10 @@ class PatchImageEncoder(Encoder):
 
     name, kind, input_name = "patch-image", "image", "pixel_values"
 
+    @classmethod
+    def tiny(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        return {**config, "image_size": 28, "patch_size": 14, "width": 32, "layers": 2, "heads": 2}
+
     def build(self, pretrained: bool) -> None:
         config = self.config
         for whole, part in (("image_size", "patch_size"), ("width", "heads")):
@@ -139,7 +148,9 @@ class ConvAudioEncoder(Encoder):
         bins: int = field(default=13, metadata=about("numbers per frame", minimum=1))
         frames: int = field(
             default=48,
-            metadata=about("length that recordings are cut or padded to, in frames (of 25 ms for MFCC)", minimum=1),
+            metadata=about(
+                "length that recordings are cut or padded to, in frames (of 25 ms for MFCC)", minimum=1, weightless=True
+            ),
         )
         channels: list[int] = field(
             default_factory=lambda: [64, 96, 96], metadata=about("channels of each convolution", minimum=1)
@@ -153,8 +164,13 @@ class ConvAudioEncoder(Encoder):
     name, kind, input_name = "conv-audio", "audio", "input_features"
     windows_per_token: ClassVar[int] = 3
 
+    @classmethod
+    def tiny(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        return {**config, "channels": [8, 8], "width": 32}
+
     def build(self, pretrained: bool) -> None:
         config = self.config
+        self.length_in_seconds = config.frames / 40
         self.input_shape = (config.bins + 1, config.frames)
         self.width, self.num_tokens = config.width, config.num_tokens
         channels = [config.bins, *config.channels]

@@ -1,14 +1,15 @@
-"""Encoders of `transformers`: the towers of published checkpoints, frozen unless told otherwise."""
+"""Encoders of published checkpoints: loading their weights with every one accounted for, frozen unless told otherwise."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from moka.errors import MokaError
@@ -18,7 +19,11 @@ from .base import Encoder
 
 
 class TowerEncoder(Encoder):
-    """Base of the encoders of `transformers`: weights from `name_or_path`, or random ones from `model_config`."""
+    """Base of the encoders of `transformers`: weights from `name_or_path`, or random ones from `model_config`.
+
+    Features are `hidden_states[layer]` of the plain model without its first `special_tokens`: of every layer but what
+    the class says otherwise, before the model's final layer norm.
+    """
 
     @dataclass
     class Config(Encoder.Config):
@@ -37,18 +42,27 @@ class TowerEncoder(Encoder):
         )
 
     model_types: ClassVar[tuple[str, ...]]  # `model_type` of the checkpoints that hold this encoder
+    tiny_model: ClassVar[dict[str, Any]]  # a small `model_config` of the same architecture, of two layers
+    kept_in_tiny: ClassVar[tuple[str, ...]] = ()  # keys of `model_config` that are of the architecture, not of its size
+    special_tokens: int = 0  # leading hidden states that stand for no part of the medium
     model: nn.Module
 
     @classmethod
-    def model_config_class(cls) -> Any:
+    def classes(cls, model_type: str | None) -> tuple[Any, Any]:
+        """The `transformers` configuration and model whose checkpoints are read; `model_type` tells variants apart."""
         raise NotImplementedError
+
+    @classmethod
+    def adjust(cls, model_config: Any) -> Any:
+        """The configuration with what this encoder does not need turned off."""
+        return model_config
 
     @classmethod
     def resolve_model_config(cls, config: Any, use_name: bool) -> Any:
         """The `transformers` configuration: of `name_or_path` when `use_name` or without `model_config`, else that."""
         if config.name_or_path and (use_name or config.model_config is None):
             source = str(config.name_or_path)
-            with _loading(cls.name, source):
+            with loading(cls.name, source):
                 from transformers import AutoConfig
 
                 model_type = AutoConfig.from_pretrained(source, trust_remote_code=False).model_type
@@ -57,26 +71,32 @@ class TowerEncoder(Encoder):
                         f"encoder {cls.name!r}: {source!r} holds a model of type {model_type!r}; "
                         f"expected {' or '.join(map(repr, cls.model_types))}."
                     )
-                return cls.model_config_class().from_pretrained(source)
+                model_config = cls.adjust(cls.classes(model_type)[0].from_pretrained(source))
+            if config.model_config:
+                check_same_sizes(cls.name, source, model_config.to_dict(), config.model_config)
+            return model_config
         if config.model_config is None:
             raise MokaError(
                 f"encoder {cls.name!r}: give name_or_path (the model whose weights to load) or model_config "
                 "(random weights)."
             )
-        return cls.model_config_class().from_dict(config.model_config)
+        model_config_class = cls.classes(config.model_config.get("model_type"))[0]
+        return cls.adjust(model_config_class.from_dict(config.model_config))
+
+    @classmethod
+    def tiny(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        given = config.get("model_config") or {}
+        small = {**cls.tiny_model, **{key: given[key] for key in cls.kept_in_tiny if key in given}}
+        layer = max(-3, min(config.get("layer", -1), 2))  # 0 and two layers
+        rest = {key: value for key, value in config.items() if key != "name_or_path"}
+        return {**rest, "model_config": small, **({"layer": layer} if "layer" in config else {})}
 
     def build(self, pretrained: bool) -> None:
         model_config = self.resolve_model_config(self.config, use_name=pretrained)
         self.config = dataclasses.replace(self.config, model_config=model_config.to_dict())
         self.read_sizes(model_config)
         if pretrained and self.config.name_or_path:
-            with _loading(self.name, self.config.name_or_path):
-                self.model, missing = self.load(self.config.name_or_path)
-            if missing:
-                raise MokaError(
-                    f"encoder {self.name!r}: {self.config.name_or_path!r} lacks weights of the encoder, such as "
-                    f"{min(missing)!r}. Give a checkpoint that holds all of them."
-                )
+            self.model = self.load(str(self.config.name_or_path), model_config)
         else:
             self.model = self.create(model_config)
 
@@ -91,96 +111,71 @@ class TowerEncoder(Encoder):
                 f"-{layers + 1} to {layers} are allowed (0 is the embeddings, -1 the last layer)."
             )
 
-    def load(self, name_or_path: str) -> tuple[nn.Module, set[str]]:
-        """The module with the checkpoint's weights, and the names of weights that the checkpoint lacks."""
-        raise NotImplementedError
+    def part(self, model: Any) -> tuple[nn.Module, str]:
+        """The encoder within the model of the checkpoint, and the prefix of its weights' names there."""
+        return model, ""
+
+    def load(self, source: str, model_config: Any) -> nn.Module:
+        """The module with the checkpoint's weights; `MokaError` where one is missing or of another shape."""
+        with loading(self.name, source):
+            loaded: Any = self.classes(model_config.model_type)[1].from_pretrained(
+                source, config=model_config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+        model, info = loaded
+        module, prefix = self.part(model)
+        for key, theirs, ours in sorted(info["mismatched_keys"]):
+            if key.startswith(prefix):
+                raise wrong_shape(self.name, source, key, theirs, ours)
+        check_missing(self.name, source, [key for key in info["missing_keys"] if key.startswith(prefix)])
+        return module
 
     def create(self, model_config: Any) -> nn.Module:
         """The module with random weights."""
-        raise NotImplementedError
+        return self.classes(model_config.model_type)[1](model_config)
 
     def encode(self, values: torch.Tensor) -> torch.Tensor:
-        return self.model(values, output_hidden_states=True).hidden_states[self.config.layer]
+        hidden_states = self.model(values, output_hidden_states=True).hidden_states
+        return hidden_states[self.config.layer][:, self.special_tokens :]
 
 
-class ClipEncoder(TowerEncoder):
-    """CLIP's vision tower: one feature vector per patch, without the class token, before the final layer norm.
-
-    LLaVA takes layer -2; the class token and the pooled output are never used.
-    """
-
-    name, kind, input_name = "clip", "image", "pixel_values"
-    model_types = ("clip", "clip_vision_model")
-
-    @classmethod
-    def model_config_class(cls) -> Any:
-        from transformers import CLIPVisionConfig
-
-        return CLIPVisionConfig
-
-    def read_sizes(self, model_config: Any) -> None:
-        self.check_layer(model_config.num_hidden_layers)
-        self.input_shape = (model_config.num_channels, model_config.image_size, model_config.image_size)
-        self.width = model_config.hidden_size
-        self.num_tokens = (model_config.image_size // model_config.patch_size) ** 2
-
-    def load(self, name_or_path: str) -> tuple[nn.Module, set[str]]:
-        from transformers import CLIPVisionModel
-
-        loaded: Any = CLIPVisionModel.from_pretrained(name_or_path, dtype=torch.float32, output_loading_info=True)
-        model, info = loaded
-        return model, set(info["missing_keys"])
-
-    def create(self, model_config: Any) -> nn.Module:
-        from transformers import CLIPVisionModel
-
-        return CLIPVisionModel(model_config)
-
-    def encode(self, values: torch.Tensor) -> torch.Tensor:
-        return super().encode(values)[:, 1:]  # the first is the class token
+def check_missing(name: str, source: str, missing: list[str]) -> None:
+    if missing:
+        raise MokaError(
+            f"encoder {name!r}: {source!r} lacks weights of the encoder, such as {min(missing)!r}. Give a checkpoint "
+            "that holds all of them."
+        )
 
 
-class WhisperEncoder(TowerEncoder):
-    """The encoder half of Whisper: log-mel frames of a clip of fixed length to one feature vector per 20 ms.
+def wrong_shape(name: str, source: str, key: str, theirs: Any, ours: Any) -> MokaError:
+    """The error for a weight that is not as large as the configuration says."""
+    return MokaError(
+        f"encoder {name!r}: {source!r} is a checkpoint of another encoder size: its {key!r} has shape {list(theirs)}, "
+        f"and the configuration asks for {list(ours)}. Give the checkpoint that belongs to this configuration."
+    )
 
-    Layer -1 is the model's output, after its final layer norm.
-    """
 
-    name, kind, input_name = "whisper", "audio", "input_features"
-    model_types = ("whisper",)
-
-    @classmethod
-    def model_config_class(cls) -> Any:
-        from transformers import WhisperConfig
-
-        return WhisperConfig
-
-    def read_sizes(self, model_config: Any) -> None:
-        self.check_layer(model_config.encoder_layers)
-        self.width, self.num_tokens = model_config.d_model, model_config.max_source_positions
-        self.input_shape = (model_config.num_mel_bins, 2 * self.num_tokens)
-
-    def load(self, name_or_path: str) -> tuple[nn.Module, set[str]]:
-        from transformers import WhisperModel
-
-        loaded: Any = WhisperModel.from_pretrained(name_or_path, dtype=torch.float32, output_loading_info=True)
-        model, info = loaded
-        return model.encoder, {key for key in info["missing_keys"] if key.startswith("encoder.")}
-
-    def create(self, model_config: Any) -> nn.Module:
-        from transformers.models.whisper.modeling_whisper import WhisperEncoder as Tower
-
-        return Tower(model_config)
+def check_same_sizes(name: str, source: str, theirs: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Raises `MokaError` where a size of the given `model_config` is not the checkpoint's."""
+    for key, value in given.items():
+        sizes = value if isinstance(value, (list, tuple)) else [value]
+        if key not in theirs or not all(isinstance(size, int) and not isinstance(size, bool) for size in sizes):
+            continue
+        own = theirs[key]
+        if (list(own) if isinstance(own, (list, tuple)) else [own]) != list(sizes):
+            raise MokaError(
+                f"encoder {name!r}: {source!r} is a checkpoint of another encoder size: its {key} is {own}, and "
+                f"model_config asks for {value}. Take model_config out, or name a checkpoint of that size."
+            )
 
 
 @contextmanager
-def _loading(name: str, source: str) -> Iterator[None]:
+def loading(name: str, source: str) -> Iterator[None]:
     """Turns what `transformers` raises for a source that is not there into a `MokaError` that names it."""
     try:
         yield
     except MokaError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise MokaError(
             f"encoder {name!r}: cannot load {source!r}: neither a folder with a model nor a model on the hub that can "
             f"be reached. Check the name, or download it first. ({str(error).strip().splitlines()[0]})"

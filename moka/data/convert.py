@@ -1,0 +1,218 @@
+"""Samples of any source written as our JSONL: a manifest beside media that stay, or a folder with the media in it.
+
+open_samples(...)  ->  write_manifest: FILE.jsonl, paths relative to the media root
+                   ->  convert: FOLDER/data.jsonl and FOLDER/media/...
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import shutil
+import struct
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from moka.data.check import place
+from moka.data.decoders import file_problem
+from moka.data.schema import map_media, media_parts
+from moka.errors import MokaError
+from moka.modeling.media import AudioFeatures, Waveform
+
+MEDIA_MODES = ("copy", "link", "none")
+DATA = "data.jsonl"
+# How encoded files begin; elsewhere the suffix does not matter, as decoders look at the content.
+_BEGINNINGS = {
+    b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"GIF8": ".gif", b"fLaC": ".flac", b"OggS": ".ogg", b"ID3": ".mp3",
+    b"\x1aE\xdf\xa3": ".mkv",
+}  # fmt: skip
+_RIFF = {b"WAVE": ".wav", b"WEBP": ".webp", b"AVI ": ".avi"}
+
+
+def media_root(samples: Any) -> Path | None:
+    """The folder that holds all media of a data set, by its own word or those of its parts; None where none is named."""
+    if hasattr(samples, "parts"):
+        roots = [media_root(part) for part in samples.parts]
+        found = [str(root) for root in roots if root is not None]
+        return Path(os.path.commonpath(found)) if found else None
+    if getattr(samples, "media_root", None) is not None:
+        return Path(samples.media_root)
+    return media_root(samples.dataset) if hasattr(samples, "dataset") else None
+
+
+def write_manifest(path: str | os.PathLike[str], samples: Any, indices: Sequence[int]) -> Path:
+    """A JSONL file of the samples at ``indices``; their media stay where they are.
+
+    Paths are relative to the returned folder, which `JsonlDataset` wants as ``media_root``.
+
+    Raises:
+        MokaError: the file is there already, no sample is left to write, or a medium is in no file.
+    """
+    path = Path(path)
+    if path.exists():
+        raise MokaError(f"{path} is there already. Name another file, or delete it.")
+    if not len(indices):
+        raise MokaError(f"{path}: not one sample is good, so there is nothing to write.")
+    root = media_root(samples) or path.parent.resolve()
+
+    def relative(kind: str, medium: Any) -> str:
+        if not isinstance(medium, str):
+            raise MokaError(
+                f"{path}: a manifest names files, and the {kind} of {place(samples, index)} is in none. Write the data "
+                "set to files with `moka data convert` first."
+            )
+        return _relative(medium, root)
+
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "w", encoding="utf-8") as file:
+            for index in indices:
+                file.write(_line(map_media(samples[index], relative)))
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    return root
+
+
+def convert(samples: Any, output: str | os.PathLike[str], media: str = "copy") -> Path:
+    """Writes every sample to ``output/data.jsonl``, and the media as ``media`` says; the folder appears when it is whole.
+
+    Args:
+        samples: map-style, of checked samples with media as paths, bytes or decoded (drawings as PNG, MFCC as .npy,
+            sound as float WAV: nothing is lost).
+        output: a folder that is not there, or is empty.
+        media: "copy", "link" (hard links, which take no space and lead nowhere out of the folder) or "none": the files
+            stay, and ``data.media_root`` has to name their folder (see `media_root`).
+
+    Returns:
+        The path of data.jsonl.
+
+    Raises:
+        MokaError: the folder holds something, a sample is bad, a medium is not there, or it cannot be linked to.
+    """
+    if media not in MEDIA_MODES:
+        raise MokaError(f"media is {media!r}; allowed are {', '.join(MEDIA_MODES)}.")
+    output = Path(output)
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise MokaError(
+            f"{output} is there already, and nothing is ever overwritten. Name another folder, or delete it."
+        )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as made:
+        folder = Path(made) / "whole"
+        folder.mkdir()  # with the permissions of any new folder, which the temporary one lacks
+        writer = _MediaWriter(folder, media_root(samples), media)
+        with open(folder / DATA, "w", encoding="utf-8") as file:
+            for index in tqdm(range(len(samples)), "converting", unit="sample", delay=2.0, leave=False):
+                file.write(_line(writer.written(samples[index], f"{index:06d}", place(samples, index))))
+        if output.exists():
+            output.rmdir()
+        os.replace(folder, output)
+    return output / DATA
+
+
+class _MediaWriter:
+    """Puts media into ``folder``; files named by several samples once."""
+
+    def __init__(self, folder: Path, root: Path | None, mode: str) -> None:
+        self.folder, self.root, self.mode = folder, root, mode
+        self._names: dict[str, str] = {}  # source -> name in the folder
+
+    def written(self, sample: dict[str, Any], stem: str, where: str) -> dict[str, Any]:
+        """The sample with the names that its media have in the folder."""
+        numbers = iter(range(sum(1 for _ in media_parts(sample))))
+
+        def put(kind: str, medium: Any) -> str:
+            name = f"extracted/{stem}-{next(numbers)}"  # apart from files, which keep their names
+            if isinstance(medium, str):
+                return self._file(medium, name, f"{where}: {kind} {medium}")
+            if self.mode == "none":
+                raise MokaError(f"{where}: the {kind} is in no file. Take --media copy, which writes it to one.")
+            return self._made(kind, medium, name, where)
+
+        return map_media(sample, put)
+
+    def _file(self, source: str, name: str, where: str) -> str:
+        if source in self._names:
+            return self._names[source]
+        if reason := file_problem(source):
+            raise MokaError(f"{where}: {reason}. Leave bad samples out with `moka data check --manifest FILE`.")
+        if self.mode == "none":
+            self._names[source] = _relative(source, self.root)
+            return self._names[source]
+        relative = _relative(source, self.root)
+        name = name + Path(source).suffix if relative == source else f"media/{relative}"
+        target = self.folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if self.mode == "copy":
+            shutil.copyfile(source, target)
+        else:
+            _link(source, target)
+        self._names[source] = name
+        return name
+
+    def _made(self, kind: str, medium: Any, name: str, where: str) -> str:
+        suffix, content = _encoded(kind, medium, where)
+        target = self.folder / (name + suffix)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)
+        return name + suffix
+
+
+def _link(source: str, target: Path) -> None:
+    """A hard link: a symbolic one would lead out of the media root, which readers refuse."""
+    try:
+        os.link(os.path.realpath(source), target)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
+            raise
+        raise MokaError(
+            f"{source} cannot be linked to from {target.parent} ({error.strerror}). Write to the same file system, or "
+            "take --media copy."
+        ) from error
+
+
+def _encoded(kind: str, medium: Any, where: str) -> tuple[str, bytes]:
+    """Suffix and content of a file that is decoded to the same medium."""
+    buffer = io.BytesIO()
+    if isinstance(medium, bytes):
+        riff = _RIFF.get(medium[8:12]) if medium[:4] == b"RIFF" else None
+        mp4 = ".mp4" if medium[4:8] == b"ftyp" else None
+        known = next((s for start, s in _BEGINNINGS.items() if medium.startswith(start)), ".bin")
+        return riff or mp4 or known, medium
+    if isinstance(medium, Image.Image):
+        medium.save(buffer, format="PNG")
+        return ".png", buffer.getvalue()
+    if isinstance(medium, AudioFeatures) and medium.kind == "mfcc":
+        np.save(buffer, medium.values)
+        return ".npy", buffer.getvalue()
+    if isinstance(medium, Waveform):
+        return ".wav", _wav(medium)
+    raise MokaError(f"{where}: a decoded {kind} ({type(medium).__name__}) has no file format here. Give it as a file.")
+
+
+def _wav(waveform: Waveform) -> bytes:
+    """A mono WAV file of 32-bit floats, so that no sample is rounded."""
+    data = waveform.samples.astype("<f4").tobytes()
+    layout = struct.pack("<HHIIHH", 3, 1, waveform.rate, 4 * waveform.rate, 4, 32)  # float, mono, rate, bytes a second
+    chunks = b"fmt " + struct.pack("<I", len(layout)) + layout + b"data" + struct.pack("<I", len(data)) + data
+    return b"RIFF" + struct.pack("<I", 4 + len(chunks)) + b"WAVE" + chunks
+
+
+def _relative(path: str, root: Path | None) -> str:
+    """``path`` from ``root`` on, with forward slashes, where it lies inside."""
+    inside = root is not None and Path(path).is_relative_to(root)
+    return Path(path).relative_to(root).as_posix() if root and inside else path
+
+
+def _line(sample: dict[str, Any]) -> str:
+    return json.dumps(sample, ensure_ascii=False) + "\n"

@@ -1,0 +1,142 @@
+"""MMBench: multiple-choice questions about pictures, once each or in every rotation of their options (CircularEval).
+
+one TSV file, a row a question, pictures in base64  ->  samples that hold the pictures' bytes
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import sys
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from moka.data.formats.base import Format, Rows, find_file
+from moka.data.formats.questions import LETTERS, Entry, count, entries, entry_rows, lettered, question_sample
+from moka.errors import MokaError
+
+_MMBENCH_FILES = {
+    "dev": ("mmbench_dev_20230712.tsv", "MMBench_DEV_EN.tsv", "mmbench_dev_en_20231003.tsv", "MMBench_DEV_EN_V11.tsv"),
+    "test": (
+        "mmbench_test_20230712.tsv",
+        "MMBench_TEST_EN.tsv",
+        "mmbench_test_en_20231003.tsv",
+        "MMBench_TEST_EN_V11.tsv",
+    ),
+}
+_COPY = 1_000_000  # the index of a rotated copy is that of its question plus a multiple of this
+_INDEX_LENGTH = 64  # an image column shorter than this holds the index of the row that has the picture
+
+
+def _read_mmbench(root: Path, split: str, circular: bool = False) -> Rows:
+    if not isinstance(circular, bool):
+        raise MokaError(f"format mmbench: option circular is {circular!r}; true or false is due.")
+    path = find_file(root, *_MMBENCH_FILES[split], format=MMBENCH)
+    rows = _mmbench_rows(path)
+    pictures = {row["index"]: row["image"] for _, row in rows if len(row["image"]) > _INDEX_LENGTH}
+    first = [(place, row) for place, row in rows if int(row["index"]) < _COPY]
+    notes = []
+    if circular:
+        placed = [(place, (copy, turn)) for place, row in first for turn, copy in enumerate(_rotations(row, place))]
+        found = entries(placed, lambda data: f"{data[0]['index']}-{data[1]}")
+    else:
+        found = entries(((place, (row, 0)) for place, row in first), lambda data: data[0]["index"])
+    if left := len(rows) - len(first):
+        made = "; rotations are made here instead" if circular else ""
+        notes.append(f"{count(left, 'rotated copy', 'rotated copies')} of questions left out of {path.name}{made}")
+    return entry_rows(found, partial(_mmbench_sample, pictures=pictures), root, notes)
+
+
+def _mmbench_rows(path: Path) -> list[tuple[str, dict[str, str]]]:
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # a picture is one field, far longer than the default limit
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, delimiter="\t")
+        if missing := {"index", "question", "A", "B", "image"} - set(reader.fieldnames or ()):
+            raise MokaError(f"{path}: column {', '.join(sorted(missing))} is missing. Use the file as it is published.")
+        rows: list[tuple[str, dict[str, str]]] = []
+        for row in reader:
+            place = f"{path}: row {len(rows) + 1}"
+            if None in row or None in row.values() or not row["index"].isdecimal():
+                raise MokaError(f"{place}: has other columns than the first line, or an index that is no number.")
+            rows.append((place, {name: _filled(value) for name, value in row.items()}))
+    return rows
+
+
+def _filled(cell: str) -> str:
+    cell = cell.strip()
+    return "" if cell.lower() == "nan" else cell
+
+
+def _options(row: dict[str, str]) -> list[str]:
+    return [row[letter] for letter in "ABCDE" if row.get(letter)]
+
+
+def _rotations(row: dict[str, str], place: str) -> Iterable[dict[str, str]]:
+    """CircularEval: the question once for each of its options, which move on by one place each time."""
+    options, answer = _options(row), row.get("answer", "")
+    if answer and answer not in LETTERS[: len(options)]:
+        raise MokaError(f"{place}: {_bad_answer(answer, options)}")
+    for turn in range(len(options)):
+        turned = options[turn:] + options[:turn]
+        copy = {**row, **dict.fromkeys("ABCDE", ""), **dict(zip(LETTERS, turned, strict=False))}
+        if answer:
+            copy["answer"] = LETTERS[(LETTERS.index(answer) - turn) % len(options)]
+        yield copy
+
+
+def _bad_answer(answer: str, options: list[str]) -> str:
+    return f"answer is {answer!r}; one of {', '.join(LETTERS[: len(options)])} is due."
+
+
+def _mmbench_sample(entry: Entry, pictures: dict[str, str]) -> dict[str, Any]:
+    row, _ = entry.data
+    options = _options(row)
+    truth = row.get("answer") or None
+    if truth is not None and truth not in LETTERS[: len(options)]:
+        raise MokaError(_bad_answer(truth, options))
+    return question_sample(
+        entry.id,
+        [("image", _picture(row["image"], pictures))],
+        lettered(row["question"], options, row.get("hint", "")),
+        truth,
+        category=row.get("category") or None,
+        group=row["index"],
+        reference=truth,
+    )
+
+
+def _picture(cell: str, pictures: dict[str, str]) -> bytes:
+    if len(cell) <= _INDEX_LENGTH:
+        if cell not in pictures:
+            raise MokaError(f"image is {cell!r}; a picture in base64, or the index of a row that has one, is due.")
+        cell = pictures[cell]
+    try:
+        return base64.b64decode(cell, validate=True)
+    except ValueError as error:
+        raise MokaError(f"image is not base64 ({error}). Get the file again.") from error
+
+
+MMBENCH = Format(
+    name="mmbench",
+    about="MMBench: multiple-choice questions about pictures (Liu et al. 2023, arXiv 2307.06281)",
+    media=("image",),
+    splits=("dev", "test"),
+    layout="mmbench_dev_20230712.tsv or MMBench_DEV_EN.tsv (mmbench_test_20230712.tsv or MMBench_TEST_EN.tsv, which hold "
+    "no answers)",
+    fields={
+        "index": "the sample's id and group; 1,000,000 and more: a rotated copy of the question index modulo 1,000,000",
+        "question": "the question",
+        "hint": "text before the question, if there is any",
+        "A, B, C, D": "the options; an empty one, or nan, is none",
+        "answer": "the letter; absent from the test files",
+        "category": "the ability asked for",
+        "image": "the picture in base64, or the index of the row that holds it",
+    },
+    read=_read_mmbench,
+    options={"circular": (False, "CircularEval: each question once per option, which rotate; ids {index}-{turn}")},
+    benchmark="mmbench",
+)
+
+FORMATS: tuple[Format, ...] = (MMBENCH,)

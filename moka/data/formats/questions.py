@@ -1,0 +1,176 @@
+"""What readers of questions about media share: entries with a place and an id, and the sample that asks and answers.
+
+annotation file  ->  entries(...)  ->  Entry(id, place, data)  ->  question_sample(...)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from moka.data.formats.base import Rows
+from moka.errors import MokaError, nearest
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+LETTER_INSTRUCTION = "Answer with the option's letter from the given choices directly."
+
+
+class Entry(NamedTuple):
+    """One record: the id of its sample, what opens an error message about it, and its content."""
+
+    id: str
+    place: str
+    data: Any
+
+
+def entries(placed: Iterable[tuple[str, Any]], name: Callable[[Any], str]) -> list[Entry]:
+    """Entries with unique ids from ``(place, record)`` pairs.
+
+    An id that ``name`` gives again gets ``-2``, ``-3`` and so on. A record that ``name`` stumbles over is called by its
+    file and position, so that the error comes when the record is read, with the field that is wrong.
+    """
+    seen: dict[str, int] = {}
+    found = []
+    for place, data in placed:
+        try:
+            given = name(data)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+            given = Path(place).name
+        unique = given
+        while unique in seen:  # "a-2" may be an id of its own
+            seen[given] += 1
+            unique = f"{given}-{seen[given]}"
+        seen[unique] = 1
+        found.append(Entry(unique, place, data))
+    return found
+
+
+def entry_rows(
+    found: list[Entry], make: Callable[[Entry], dict[str, Any]], root: Path, notes: Iterable[str] = ()
+) -> Rows:
+    """`Rows` of entries, whose media paths start from ``root``."""
+    return Rows(found, make, partial(_place, found), root, tuple(notes))
+
+
+def _place(found: list[Entry], index: int) -> str:
+    return found[index].place
+
+
+def question_sample(
+    id: str,
+    media: Iterable[tuple[str, Any]],
+    question: str,
+    answer: str | None,
+    **extra: Any,
+) -> dict[str, Any]:
+    """A sample of one question: the media in order, then the text; the answer is the last message, if there is one.
+
+    Args:
+        id: unique in its data set.
+        media: ``(type, path or bytes)`` pairs.
+        question: the text after the media.
+        answer: what an assistant is to say; None where the truth is not published.
+        extra: further keys, such as ``reference``, ``category``, ``group``; those that are None are left out.
+    """
+    content = [{"type": kind, kind: medium} for kind, medium in media]
+    messages: list[dict[str, Any]] = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
+    if answer is not None:
+        messages.append({"role": "assistant", "content": answer})
+    return {"id": id, **{key: value for key, value in extra.items() if value is not None}, "messages": messages}
+
+
+def lettered(question: str, options: Sequence[str], hint: str = "") -> str:
+    """A multiple-choice question: hint, question, one line ``A. option`` each, and the instruction to give the letter."""
+    lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]
+    return "\n".join(line for line in [hint, question, *lines, LETTER_INSTRUCTION] if line)
+
+
+def json_entries(path: Path, key: str = "", loaded: Any = None) -> list[tuple[str, Any]]:
+    """The records of a JSON file as ``(place, record)``: its list, or the list under ``key`` of its object.
+
+    Args:
+        path: the file.
+        key: where the list stands, if the file may hold an object.
+        loaded: the file's content, where it was read before.
+
+    Raises:
+        MokaError: not JSON, or no such list.
+    """
+    records = load_json(path) if loaded is None else loaded
+    if key and isinstance(records, dict):
+        records = records.get(key)
+    if not isinstance(records, list):
+        due = f'an object with a list under "{key}"' if key else "a list of records"
+        raise MokaError(f"{path}: {due} is due at the top of the file. Use the file as it is published.")
+    return [(f"{path}: record {number}", record) for number, record in enumerate(records, start=1)]
+
+
+def load_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        MokaError: not UTF-8, or not JSON.
+    """
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return json.load(file)
+    except UnicodeDecodeError as error:
+        raise MokaError(f"{path}: is not UTF-8 text ({error.reason}). Use the file as it is published.") from error
+    except json.JSONDecodeError as error:
+        raise MokaError(
+            f"{path}:{error.lineno}: is not valid JSON: {error.msg}. Use the file as it is published."
+        ) from error
+
+
+def text_lines(path: Path) -> list[tuple[str, str]]:
+    """The lines of a text file that are not blank, as ``(place, line)``.
+
+    Raises:
+        MokaError: not UTF-8.
+    """
+    try:
+        text = path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise MokaError(f"{path}: is not UTF-8 text ({error.reason}). Use the file as it is published.") from error
+    return [(f"{path}:{number}", line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+
+
+def take(record: Any, *names: str) -> str:
+    """The text of the first of the fields ``names`` that the record has; a number becomes text.
+
+    Raises:
+        MokaError: the record is no object, has none of them, or what it has is blank or not text.
+    """
+    if not isinstance(record, dict):
+        raise MokaError(f"is {type(record).__name__}; an object with {', '.join(map(repr, names))} is due.")
+    for name in names:
+        value = record.get(name)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            value = str(value)
+        if value is not None:
+            if not isinstance(value, str) or not value.strip():
+                raise MokaError(f"field {name!r} is {value!r}; text is due.")
+            return value.strip()
+    due = " or ".join(map(repr, names))
+    raise MokaError(f"field {due} is missing; the record has {', '.join(map(repr, record)) or 'no fields'}.")
+
+
+def chosen(format: str, option: str, value: Any, allowed: Iterable[str]) -> str:
+    """``value`` where it is one of ``allowed``.
+
+    Raises:
+        MokaError: it is not.
+    """
+    allowed = tuple(allowed)
+    if value not in allowed:
+        hint = nearest(str(value), allowed)
+        raise MokaError(f"format {format}: option {option} is {value!r}; allowed are {', '.join(allowed)}.{hint}")
+    return value
+
+
+def count(number: int, one: str, many: str = "") -> str:
+    """``"1 question"`` or ``"3 questions"``."""
+    return f"{number} {one if number == 1 else many or one + 's'}"

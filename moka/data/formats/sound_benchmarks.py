@@ -1,0 +1,146 @@
+"""Benchmarks of questions about sound: MMAU and AIR-Bench's foundation part. For evaluation, not for training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from moka.data.formats.base import Format, Rows, find_file
+from moka.data.formats.questions import (
+    LETTERS,
+    Entry,
+    chosen,
+    count,
+    entries,
+    entry_rows,
+    json_entries,
+    lettered,
+    question_sample,
+    take,
+)
+from moka.errors import MokaError
+
+_DOMAINS = ("speech", "sound", "music", "all")
+_MMAU_INSTRUCTION = "Select one option from the provided choices."
+# AIR-Bench names no domain. Its task names tell the sound and the music tasks; the others are about speech.
+_AIR_PREFIXES = {"sound": ("audio_", "sound_", "acoustic_", "vocal_"), "music": ("music_",)}
+
+
+def _read_mmau(root: Path, split: str, task: str = "speech") -> Rows:
+    chosen("mmau", "task", task, _DOMAINS)
+    records = json_entries(find_file(root, "mmau-test-mini.json", format=MMAU))
+    kept = [(place, record) for place, record in records if task == "all" or _domain_of(record) in (task, None)]
+    found = entries(kept, lambda record: take(record, "id"))
+    return entry_rows(found, _mmau_sample, root, _left_out(len(records) - len(kept), task))
+
+
+def _domain_of(record: Any) -> Any:
+    # A record without a task is kept, so that the error tells of it.
+    return record.get("task") if isinstance(record, dict) else None
+
+
+def _mmau_sample(entry: Entry) -> dict[str, Any]:
+    record = entry.data
+    options = record.get("choices") if isinstance(record, dict) else None
+    if not isinstance(options, list) or not all(isinstance(option, str) for option in options) or len(options) < 2:
+        raise MokaError(f"field 'choices' is {options!r}; a list of at least two texts is due.")
+    task, truth = take(record, "task"), take(record, "answer")
+    options = [option.strip() for option in options]
+    _check_among(truth, options, "answer")
+    category = record.get("sub-category") or record.get("sub_category") or record.get("category") or task
+    return question_sample(
+        entry.id,
+        [("audio", take(record, "audio_id").removeprefix("./"))],
+        "\n".join([take(record, "question"), _MMAU_INSTRUCTION, *options]),
+        truth,
+        category=category,
+        reference=truth,
+        options=options,
+    )
+
+
+def _read_air_bench(root: Path, split: str, tasks: str = "speech") -> Rows:
+    chosen("air-bench", "tasks", tasks, _DOMAINS)
+    path = find_file(root, "Foundation_meta.json", "Foundation/Foundation_meta.json", format=AIR_BENCH)
+    records = json_entries(path)
+    kept = [(place, record) for place, record in records if tasks in ("all", air_bench_domain(record))]
+    found = entries(kept, lambda record: take(record, "uniq_id"))
+    return entry_rows(found, _air_bench_sample, path.parent, _left_out(len(records) - len(kept), tasks))
+
+
+def air_bench_domain(record: Any) -> str:
+    """``"speech"``, ``"sound"`` or ``"music"``, by the record's task name."""
+    name = str(record.get("task_name", "")).lower() if isinstance(record, dict) else ""
+    return next((domain for domain, prefixes in _AIR_PREFIXES.items() if name.startswith(prefixes)), "speech")
+
+
+def _air_bench_sample(entry: Entry) -> dict[str, Any]:
+    record = entry.data
+    task, truth = take(record, "task_name"), take(record, "answer_gt")
+    options = [str(record[f"choice_{letter}"]).strip() for letter in "abcd" if record.get(f"choice_{letter}")]
+    _check_among(truth, options, "answer_gt")
+    letter = LETTERS[options.index(truth)]
+    sound = take(record, "path")
+    if task.lower() == "audio_grounding":  # the list says .wav, the archive holds .flac
+        sound = f"{sound.rpartition('.')[0]}.flac"
+    return question_sample(
+        entry.id,
+        [("audio", f"{task}_{take(record, 'dataset_name')}/{sound}")],
+        lettered(take(record, "question"), options),
+        letter,
+        category=task,
+        reference=letter,
+    )
+
+
+def _check_among(truth: str, options: list[str], field: str) -> None:
+    if truth not in options:
+        raise MokaError(f"field {field!r} is {truth!r}, which is none of the options {options}.")
+
+
+def _left_out(left: int, domain: str) -> list[str]:
+    return [f"{count(left, 'question')} of other tasks than {domain} left out"] if left else []
+
+
+MMAU = Format(
+    name="mmau",
+    about="MMAU test-mini: multiple-choice questions about speech, sound and music (Sakshi et al. 2024, arXiv 2410.19168)",
+    media=("audio",),
+    splits=("test-mini",),
+    layout="mmau-test-mini.json and test-mini-audios/{id}.wav",
+    fields={
+        "id": "the sample's id",
+        "audio_id": "the sound file, from the root on",
+        "question": "the question",
+        "choices": "the options' texts",
+        "answer": "the text of the right one",
+        "task": "speech, sound or music",
+        "sub-category": "the category; else category, else task",
+    },
+    read=_read_mmau,
+    options={"task": ("speech", "speech, sound, music, or all")},
+    benchmark="mmau",
+)
+
+AIR_BENCH = Format(
+    name="air-bench",
+    about="AIR-Bench foundation: multiple-choice questions about sound (Yang et al. 2024, arXiv 2402.07729)",
+    media=("audio",),
+    splits=("test",),
+    layout="Foundation_meta.json and {task_name}_{dataset_name}/{path}, in the root or in Foundation/",
+    fields={
+        "uniq_id": "the sample's id",
+        "path": "the sound file in its task's folder; .wav stands for .flac in Audio_Grounding",
+        "question": "the question",
+        "choice_a ... choice_d": "the options; empty ones are none",
+        "answer_gt": "the text of the right one",
+        "task_name": "the category; names that begin with Audio, Sound, Acoustic or Vocal are about sound, with Music about "
+        "music, all others about speech",
+        "dataset_name": "where the sounds come from; a part of the folder's name",
+    },
+    read=_read_air_bench,
+    options={"tasks": ("speech", "speech, sound, music, or all")},
+    benchmark="air-bench",
+)
+
+FORMATS: tuple[Format, ...] = (MMAU, AIR_BENCH)

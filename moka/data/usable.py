@@ -1,0 +1,231 @@
+"""``on_bad_media: skip``: every file is tried before training, and samples whose media cannot be used are left out.
+
+    data set --every medium once, in parallel--> good indices, report --> Subset --> DecodedDataset
+
+One process tries and writes the report; the others, and a resumed run, read the same indices back (`read_usable`), so
+that all ranks have the same number of samples.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+from moka.data.decoders import BadMediaError
+from moka.data.media import BadMediaPolicy, bad_media_record, decode_medium
+from moka.data.schema import map_media, media_parts
+from moka.data.windows import AudioWindows
+from moka.errors import MokaError
+
+T = TypeVar("T")
+_BAR_AFTER_S = 2.0
+_SHOWN = 3
+_AHEAD = 4  # samples in work per worker: keeps all busy, and few decoded media in memory
+
+
+@dataclass(frozen=True)
+class SkipReport:
+    """What was left out of a data set.
+
+    Attributes:
+        name: of the data set, for messages.
+        tried: samples tried.
+        allowed: how many the budget lets go.
+        skipped: one record a sample left out: ``index``, ``id``, ``file``, ``reason``, ``action`` ("skip").
+        path: the JSONL file that lists them, if any.
+    """
+
+    name: str
+    tried: int
+    allowed: int
+    skipped: list[dict[str, Any]] = field(default_factory=list)
+    path: Path | None = None
+
+    @property
+    def indices(self) -> list[int]:
+        """The samples that stay, ascending."""
+        bad = {record["index"] for record in self.skipped}
+        return [index for index in range(self.tried) if index not in bad]
+
+    def summary(self) -> str:
+        """One line for the start of a run."""
+        listed = f"; listed in {self.path}" if self.path is not None and self.skipped else ""
+        return (
+            f"{self.name}: {len(self.skipped)} of {self.tried} samples left out for media that cannot be used "
+            f"(budget: {self.allowed}){listed}"
+        )
+
+    def check(self) -> None:
+        """Raises ``MokaError`` when more samples are bad than the budget allows, or none is left."""
+        if len(self.skipped) <= self.allowed and len(self.skipped) < self.tried:
+            return
+        first = "; ".join(f"sample {r['id']!r}: {r['file']}: {r['reason']}" for r in self.skipped[:_SHOWN])
+        listed = f" All are listed in {self.path}." if self.path is not None else ""
+        raise MokaError(
+            f"{self.name}: {len(self.skipped)} of {self.tried} samples have media that cannot be used, and the budget "
+            f"allows {self.allowed}. The first: {first}.{listed} Mend the files, or raise data.bad_media_budget."
+        )
+
+
+class Subset:
+    """The items of a map-style data set at ``indices``, in that order."""
+
+    def __init__(self, dataset: Any, indices: Sequence[int]) -> None:
+        self.dataset, self.indices = dataset, list(indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[self.indices[index]]
+
+    def where(self, index: int) -> str:
+        return self.dataset.where(self.indices[index])
+
+
+def usable_indices(
+    dataset: Any,
+    *,
+    budget: float = 0.01,
+    workers: int | None = None,
+    report_path: str | os.PathLike[str] | None = None,
+    video_frames: int = 10,
+    audio_rate: int | None = None,
+    audio_windows: AudioWindows | None = None,
+    name: str = "data",
+) -> tuple[list[int], SkipReport]:
+    """The samples of which every medium can be decoded; all are tried, each file once.
+
+    The result depends on the files alone, not on ``workers``.
+
+    Args:
+        dataset: map-style, of checked samples with media as paths or bytes.
+        budget: share of the samples that may be left out, as in `BadMediaPolicy`.
+        workers: threads; decoding releases Python's lock. Default: the cores of this process.
+        report_path: JSONL file to write, replacing what is there: a line of totals, then one line a sample left out.
+        video_frames, audio_rate, audio_windows: as the run will decode.
+        name: of the data set, for the progress bar and messages.
+
+    Raises:
+        MokaError: more bad samples than the budget allows (the report is written all the same), or a bad sample.
+    """
+
+    def decode(kind: str, medium: Any) -> BadMediaError | None:
+        try:
+            decode_medium(kind, medium, video_frames, audio_rate, audio_windows)
+        except BadMediaError as error:
+            return error
+        return None
+
+    skipped = []
+    samples = ((index, dataset[index]) for index in range(len(dataset)))
+    tried = try_media(samples, decode, workers)
+    for index, sample, errors in tqdm(
+        tried, f"trying media of {name}", len(dataset), unit="sample", delay=_BAR_AFTER_S, leave=False
+    ):
+        for (kind, medium), error in zip(media_parts(sample), errors, strict=True):
+            if error is not None:
+                file = error.file if medium is not None else f"{kind} bytes of sample {sample['id']!r}"
+                skipped.append(bad_media_record(index, sample["id"], file, error.reason, "skip"))
+                break
+    path = None if report_path is None else Path(report_path)
+    report = SkipReport(name, len(dataset), BadMediaPolicy("skip", budget).allowed(len(dataset)), skipped, path)
+    if path is not None:
+        _write(report, path)
+    report.check()
+    return report.indices, report
+
+
+def read_usable(
+    report_path: str | os.PathLike[str], samples: int, *, budget: float = 0.01, name: str = "data"
+) -> tuple[list[int], SkipReport]:
+    """What `usable_indices` found and wrote, without trying the files again.
+
+    Args:
+        samples: of the data set; a report of another number of samples is refused.
+
+    Raises:
+        MokaError: no report there, one of another data set, or more bad samples than the budget allows.
+    """
+    path = Path(report_path)
+    try:
+        totals, *skipped = map(json.loads, path.read_text("utf-8").splitlines())
+        tried = totals["tried"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise MokaError(f"{path} is no report of tried media ({error}). Let the files be tried again.") from error
+    if tried != samples or totals["skipped"] != len(skipped):
+        raise MokaError(
+            f"{path} is of {tried} samples, and the data set has {samples}. Delete it to have the files tried again."
+        )
+    report = SkipReport(name, tried, BadMediaPolicy("skip", budget).allowed(tried), skipped, path)
+    report.check()
+    return report.indices, report
+
+
+def try_media(
+    samples: Iterable[tuple[int, dict[str, Any]]], look: Callable[[str, Any], T], workers: int | None = None
+) -> Iterator[tuple[int, dict[str, Any], list[T]]]:
+    """What ``look(kind, medium)`` says of every medium, in parallel; results come in the order of the samples.
+
+    A path is looked at once, however many samples name it. Bytes and decoded media are let go as soon as they were
+    looked at: the sample comes back with None in their place.
+
+    Args:
+        samples: (index, sample); read in this thread.
+        look: called in threads. What it raises is raised here.
+        workers: threads; the cores of this process by default.
+    """
+    workers = workers or usable_cores()
+    known: dict[tuple[str, str], Future[T]] = {}
+    waiting: deque[tuple[int, dict[str, Any], list[Future[T]]]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+
+        def submit(kind: str, medium: Any) -> Future[T]:
+            if not isinstance(medium, str):
+                return pool.submit(look, kind, medium)
+            if (kind, medium) not in known:
+                known[kind, medium] = pool.submit(look, kind, medium)
+            return known[kind, medium]
+
+        def finished() -> tuple[int, dict[str, Any], list[T]]:
+            index, sample, futures = waiting.popleft()
+            return index, sample, [future.result() for future in futures]
+
+        try:
+            for index, sample in samples:
+                futures = [submit(kind, medium) for kind, medium in media_parts(sample)]
+                waiting.append((index, map_media(sample, lambda _, m: m if isinstance(m, str) else None), futures))
+                if len(waiting) > _AHEAD * workers:
+                    yield finished()
+            while waiting:
+                yield finished()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on Linux
+        return os.cpu_count() or 1
+
+
+def _write(report: SkipReport, path: Path) -> None:
+    """Whole or not at all, so that another process never reads half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    lines = [{"tried": report.tried, "skipped": len(report.skipped)}, *report.skipped]
+    try:
+        part.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

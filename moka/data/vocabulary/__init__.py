@@ -1,0 +1,23 @@
+"""The closed answer sets of two benchmarks, one entry a line in the files beside this one."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+
+@cache
+def ave_events() -> tuple[str, ...]:
+    """AVE's 28 event names as its annotations spell them; "Background" is not among them."""
+    return _lines("ave_events.txt")
+
+
+@cache
+def music_avqa_answers() -> tuple[str, ...]:
+    """MUSIC-AVQA's 42 answer words."""
+    return _lines("music_avqa_answers.txt")
+
+
+def _lines(name: str) -> tuple[str, ...]:
+    text = (Path(__file__).parent / name).read_text("utf-8")
+    return tuple(line.strip() for line in text.splitlines() if line.strip())

@@ -1,0 +1,128 @@
+"""AVE: which event is seen and heard, and in which of the clip's ten one-second segments."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from moka.data.vocabulary import ave_events
+from moka.errors import MokaError, nearest
+
+from .base import Benchmark, Figures, Item, Protocol
+from .intervals import bootstrap, percent
+from .parsing import clean, tagged
+
+SEGMENTS = 10
+BACKGROUND = "background"
+Labels = tuple[str, ...]  # one label a segment
+
+
+def labels(event: str, ranges: Sequence[tuple[int, int]]) -> Labels:
+    """The label of each segment: the event inside one of the ranges, both ends included, else background."""
+    inside = (any(start <= second <= end for start, end in ranges) for second in range(SEGMENTS))
+    return tuple(event if hit else BACKGROUND for hit in inside)
+
+
+def _events() -> dict[str, str]:
+    return {name.casefold(): name for name in ave_events()}
+
+
+def _reference(record: Mapping[str, Any]) -> Labels:
+    given, due = record["reference"], 'due is {"event": name, "start": second, "end": second}'
+    if not isinstance(given, Mapping) or not {"event", "start", "end"} <= set(given):
+        raise MokaError(f"reference {given!r} is no event with its seconds; {due}.")
+    event, start, end = given["event"], given["start"], given["end"]
+    if not isinstance(event, str) or event.strip().casefold() not in _events():
+        hint = nearest(event, ave_events()) if isinstance(event, str) else ""
+        raise MokaError(f"reference event {event!r} is not known; allowed are AVE's 28 names.{hint}")
+    for second in (start, end):
+        if not isinstance(second, int) or isinstance(second, bool):
+            raise MokaError(f"reference second {second!r} is no whole number; {due}.")
+    if not 0 <= start <= end <= SEGMENTS:
+        raise MokaError(f"reference seconds {start} to {end} are no range; 0 <= start <= end <= {SEGMENTS} is due.")
+    return labels(_events()[event.strip().casefold()], [(start, end)])
+
+
+_RANGE = re.compile(r"<range>\s*(\d{1,4})\s*,\s*(\d{1,4})\s*</range>")
+_PAIR = re.compile(r"\(\s*(\d{1,4})[\s,]+(\d{1,4})\s*\)")
+_NAME_THEN_RANGES = re.compile(r"\s*(.*?)\s*,\s*((?:\([\s\d,]+\)[\s,]*)+)", re.DOTALL)
+
+
+def _seconds(pattern: re.Pattern[str], text: str) -> list[tuple[int, int]]:
+    return [(int(start), int(end)) for start, end in pattern.findall(text)]
+
+
+def _event_and_ranges(inner: str, text: str) -> tuple[str, list[tuple[int, int]]] | None:
+    """What an event tag says: a name, with the ranges of the text, or "name, (a b) (c d)" by itself."""
+    if event := _events().get(inner.strip().casefold()):
+        return event, _seconds(_RANGE, text)
+    if match := _NAME_THEN_RANGES.fullmatch(inner):
+        event = _events().get(match[1].casefold())
+        if event:
+            return event, _seconds(_PAIR, match[2])
+    return None
+
+
+def parse_paper(text: str, record: Mapping[str, Any] | None = None) -> Labels | None:
+    """The authors' rule: exactly one event tag with a known name, and the ranges of the whole text."""
+    tags = tagged(text, "event")
+    found = _event_and_ranges(tags[0], text) if len(tags) == 1 else None
+    return labels(*found) if found and found[1] else None
+
+
+def parse_strict(text: str, record: Mapping[str, Any] | None = None) -> Labels | None:
+    """The last event tag decides, with the ranges of the text, or those behind it where there are several events.
+
+    A range is valid with 0 <= start <= end <= 10; others do not count.
+    """
+    text = clean(text)
+    tags = tagged(text, "event")
+    if not tags:
+        return None
+    after = text if len(tags) == 1 else text[text.rindex("<event>") :]
+    found = _event_and_ranges(tags[-1], after)
+    if found is None:
+        return None
+    valid = [(start, end) for start, end in found[1] if start <= end <= SEGMENTS]
+    return labels(found[0], valid) if valid else None
+
+
+def measure(items: Sequence[Item], overall: bool) -> Figures:
+    """The share of right segments; an unparsable clip has none. Clips are resampled: their segments go together."""
+    units = np.zeros((len(items), 2))  # [clips, (right segments, segments)]
+    for row, item in zip(units, items, strict=True):
+        answer = item.answer or (None,) * SEGMENTS
+        row[:] = sum(a == b for a, b in zip(answer, item.reference, strict=True)), SEGMENTS
+    return {"accuracy": bootstrap(units, percent, SEGMENTS * len(items))}
+
+
+def _count(items: list[Item], protocol: str) -> tuple[list[Item], dict[str, int]]:
+    return items, {"segments": SEGMENTS * len(items)}
+
+
+AVE = Benchmark(
+    name="ave",
+    about="AVE: event and when it happens; accuracy over the 10 one-second segments of every clip",
+    expects='{"event": one of the 28 names, "start": int, "end": int}, seconds, both ends included',
+    figures={"accuracy": "%"},
+    reference=_reference,
+    measure=measure,
+    protocols={
+        "strict": Protocol(
+            "the last <event>E</event>, E one of the 28 names (case ignored), with the <range>a,b</range> of the text, "
+            'or E reads "name, (a b) (c d)"; 0 <= a <= b <= 10',
+            parse_strict,
+        ),
+        "paper": Protocol(
+            "exactly one <event>E</event>, E one of the 28 names (case ignored), with every <range>a,b</range>, or E "
+            'reads "name, (a b) (c d)". Unparsable clips are wrong in all segments; the published script counts them '
+            "as right",
+            parse_paper,
+        ),
+    },
+    optional={"category": "a row each"},
+    select=_count,
+)

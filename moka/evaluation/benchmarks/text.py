@@ -1,0 +1,168 @@
+"""Free text: speech recognition (WER, CER with jiwer) and captioning (CIDEr, BLEU, ROUGE-L with pycocoevalcap).
+
+Both libraries are optional, and imported when they are needed: pip install 'moka-peft[score]'. Of pycocoevalcap only
+the parts in pure Python are used; its tokenizer, METEOR and SPICE need Java.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from moka.errors import MokaError
+
+from .base import Benchmark, Figures, Item, Protocol
+from .intervals import BOOTSTRAP, bootstrap, figure, percent, percentiles, resampled
+from .parsing import clean, plain
+
+BLEU_ORDERS = 4
+
+
+def library(name: str, purpose: str) -> ModuleType:
+    """An optional library.
+
+    Raises:
+        MokaError: it is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.partition(".")[0]
+        raise MokaError(f"{purpose} needs {package}: pip install 'moka-peft[score]' ({error}).") from error
+
+
+def words(text: str, record: Mapping[str, Any] | None = None) -> str | None:
+    """The text as it is compared; None where no word is left.
+
+    Special tokens are dropped; lower case; punctuation becomes space, apostrophes inside words stay.
+    """
+    return plain(clean(text)) or None
+
+
+def _one_text(record: Mapping[str, Any]) -> str:
+    given = record["reference"]
+    if not isinstance(given, str) or not words(given):
+        raise MokaError(f"reference {given!r} holds no word; the spoken text is due.")
+    return words(given) or ""
+
+
+def _texts(record: Mapping[str, Any]) -> list[str]:
+    given = record["reference"]
+    if not isinstance(given, list) or not given or not all(isinstance(text, str) and words(text) for text in given):
+        raise MokaError(f"reference {given!r} is no list of captions; a list of one or more texts is due.")
+    return [words(text) or "" for text in given]
+
+
+def error_rates(items: Sequence[Item], overall: bool) -> Figures:
+    """WER and CER in per cent: edits over the reference's words (characters, spaces too), summed over utterances.
+
+    Utterances are resampled for the interval. An empty answer deletes every word.
+    """
+    jiwer = library("jiwer", "asr")
+    units = {"WER": np.zeros((len(items), 2)), "CER": np.zeros((len(items), 2))}  # [utterances, (edits, length)]
+    for i, item in enumerate(items):
+        for name, process in (("WER", jiwer.process_words), ("CER", jiwer.process_characters)):
+            out = process(item.reference, item.answer or "")
+            kept = out.hits + out.substitutions + out.deletions
+            units[name][i] = out.substitutions + out.deletions + out.insertions, kept
+    return {name: bootstrap(rows, percent) for name, rows in units.items()}
+
+
+def captions(items: Sequence[Item], overall: bool) -> Figures:
+    """CIDEr (CIDEr-D, usually given x 100), BLEU-1 to BLEU-4 of the corpus and ROUGE-L, in per cent.
+
+    CIDEr weighs n-grams by how few clips have them, over the clips of the same row of the table.
+    """
+    cider = library("pycocoevalcap.cider.cider", "captioning").Cider
+    rouge = library("pycocoevalcap.rouge.rouge", "captioning").Rouge
+    names = ["CIDEr", *(f"BLEU-{n + 1}" for n in range(BLEU_ORDERS)), "ROUGE-L"]
+    if not items:
+        return {name: figure(None, None, 0, BOOTSTRAP) for name in names}
+    truth = {i: item.reference for i, item in enumerate(items)}
+    given = {i: [item.answer or ""] for i, item in enumerate(items)}
+    per_clip = {
+        "CIDEr": cider().compute_score(truth, given)[1],
+        "ROUGE-L": rouge().compute_score(truth, given)[1],
+    }
+    means = {
+        name: bootstrap(np.stack([values, np.ones(len(items))], axis=1), percent) for name, values in per_clip.items()
+    }
+    return {"CIDEr": means["CIDEr"], **_bleu(items), "ROUGE-L": means["ROUGE-L"]}
+
+
+def _bleu(items: Sequence[Item]) -> Figures:
+    """Corpus BLEU of pycocoevalcap ("closest" reference length), with intervals over resampled clips."""
+    scorer = library("pycocoevalcap.bleu.bleu_scorer", "captioning").BleuScorer(n=BLEU_ORDERS)
+    for item in items:
+        scorer += (item.answer or "", item.reference)
+    values, _ = scorer.compute_score(option="closest")
+    units = np.array(
+        [_bleu_counts(item.answer or "", item.reference, clip) for item, clip in zip(items, scorer.ctest, strict=True)]
+    )
+    drawn = 100.0 * bleu_of_sums(resampled(units))
+    return {
+        f"BLEU-{n + 1}": figure(100.0 * value, percentiles(drawn[:, n]), len(items), BOOTSTRAP)
+        for n, value in enumerate(values)
+    }
+
+
+def _bleu_counts(answer: str, references: Sequence[str], clip: Mapping[str, Any]) -> list[float]:
+    """Of one clip: its length, the closest reference's (the shorter of two), n-grams right, n-grams given."""
+    length = len(answer.split())
+    closest = min((abs(len(text.split()) - length), len(text.split())) for text in references)[1]
+    return [length, closest, *clip["correct"], *clip["guess"]]
+
+
+def bleu_of_sums(sums: np.ndarray) -> np.ndarray:
+    """BLEU-1 to BLEU-4 of summed counts (Papineni et al. 2002), as pycocoevalcap computes them.
+
+    Args:
+        sums: [..., 2 + 8], as `_bleu_counts` orders them.
+
+    Returns:
+        [..., 4], from 0 to 1.
+    """
+    length, reference = sums[..., :1], sums[..., 1:2]
+    right, given = sums[..., 2 : 2 + BLEU_ORDERS], sums[..., 2 + BLEU_ORDERS :]
+    precisions = np.cumprod((right + 1e-15) / (given + 1e-9), axis=-1) ** (1 / np.arange(1, BLEU_ORDERS + 1))
+    ratio = (length + 1e-15) / (reference + 1e-9)
+    return precisions * np.exp(np.minimum(0.0, 1 - 1 / ratio))
+
+
+ASR = Benchmark(
+    name="asr",
+    about="speech recognition, such as LibriSpeech: word and character error rates (jiwer)",
+    expects="the spoken text",
+    figures={"WER": "%", "CER": "%"},
+    reference=_one_text,
+    measure=error_rates,
+    protocols={
+        "strict": Protocol(
+            "both texts: special tokens dropped, lower case, punctuation a space (apostrophes in words stay); an answer "
+            "without a word is unparsable and counts as all words deleted",
+            words,
+        )
+    },
+    optional={"category": "a row each"},
+)
+CAPTIONING = Benchmark(
+    name="captioning",
+    about="captions, such as AudioCaps: CIDEr, BLEU, ROUGE-L (pycocoevalcap)",
+    expects="list of texts",
+    figures={"CIDEr": "x100", **{f"BLEU-{n + 1}": "%" for n in range(BLEU_ORDERS)}, "ROUGE-L": "%"},
+    reference=_texts,
+    measure=captions,
+    protocols={
+        "strict": Protocol(
+            "both texts: special tokens dropped, lower case, punctuation a space (apostrophes in words stay), split at "
+            "spaces: not the Java PTB tokenizer of the COCO tools, whose figures differ a little; an answer without a "
+            "word is unparsable and counts as an empty caption",
+            words,
+        )
+    },
+    optional={"category": "a row each"},
+)

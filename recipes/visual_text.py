@@ -1,0 +1,43 @@
+"""Visual-text: from public checkpoints to scored answers, top to bottom.
+
+    accelerate launch recipes/visual_text.py --config STAGE.yaml [STAGE.yaml ...] [--set key=value ...]
+
+    stage 1     pictures and videos with captions         CLIP -> Q-Former -> the language model writes the caption
+    stage 2     LLaVA-Instruct-150K and A-OKVQA           the same, and a MokA adapter in the language model
+    evaluate    MME perception, MMBench, POPE, SEED-Bench
+
+Each configuration is one stage, just as `moka train STAGE.yaml` and `moka eval RUN --benchmark NAME` run it; later ones name
+the connectors of earlier ones (`model.connectors`). Data, hardware, time and the paper's numbers are in visual_text.md.
+"""
+
+import sys
+
+from moka.cli.main import guarded
+from moka.cli.recipe import recipe_arguments
+from moka.evaluation import evaluate_benchmark
+from moka.training import RunConfig, finish, open_run, train_adapter, train_connectors
+from moka.training.processes import is_main
+
+
+def main() -> None:
+    configs, resume = recipe_arguments(__doc__, modalities={"visual"})
+    for config in configs:
+        train(config, resume)
+        if 2 in config.stages and is_main():
+            for benchmark in config.evaluation.benchmarks:
+                evaluate_benchmark(config.output.dir, benchmark)  # raw answers, then their figures
+
+
+def train(config: RunConfig, resume: bool) -> None:
+    # Backbone, frozen encoders, fresh or handed-over projectors; the data, opened and tried; the run folder.
+    with open_run(config, resume) as run:
+        if run is None:
+            return  # it was complete
+        if 1 in config.stages:
+            train_connectors(run)  # the language model is frozen and has no adapter
+        adapted = train_adapter(run) if 2 in config.stages else None  # MokA, and the projectors with it
+        finish(run, adapted)  # plots, sample answers, model card
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))
