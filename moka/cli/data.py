@@ -9,7 +9,9 @@ moka data formats [NAME]                        the published layouts that can b
 from __future__ import annotations
 
 import argparse
+from inspect import cleandoc
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import yaml
@@ -89,7 +91,7 @@ def check(arguments: argparse.Namespace) -> None:
             **_decoding(config.data),
         )
         reports.append(report)
-        _show_report(report, getattr(samples, "notes", ()), arguments.limit)
+        _show_report(report, _notes(samples), arguments.limit)
         if arguments.manifest:
             root = write_manifest(arguments.manifest, samples, report.good)
             print(f"written: {arguments.manifest} ({len(report.good)} samples), to be read with data.media_root={root}")
@@ -172,7 +174,7 @@ def convert_source(arguments: argparse.Namespace) -> None:
         samples = open_samples(source, arguments.split or "train", size=arguments.size, media_root=root)
     path = convert(samples, arguments.output, arguments.media)
     stay = f", to be read with data.media_root={media_root(samples)}" if arguments.media == "none" else ""
-    for note in getattr(samples, "notes", ()):
+    for note in _notes(samples):
         print(f"note: {note}")
     print(f"written: {path} ({len(samples)} samples{stay})")
 
@@ -199,10 +201,11 @@ def list_formats(arguments: argparse.Namespace) -> None:
         raise MokaError(f"Format {name!r} is not known; there are {', '.join(FORMATS)}.{nearest(name, FORMATS)}")
     format = FORMATS[name]
     print(f"{format.name}: {format.about}\n")
-    print(f"media:   {', '.join(format.media)}\nsplits:  {', '.join(format.splits)} (default {format.splits[0]})")
+    splits = ", ".join(format.splits) + (", or any other" if format.any_split else "")
+    print(f"media:   {', '.join(format.media)}\nsplits:  {splits} (default {format.splits[0]})")
     if format.benchmark:
         print(f"scored:  moka score {format.benchmark} FILE")
-    print(f"\nlayout:\n{format.layout.rstrip()}\n\nfields:")
+    print(f"\nlayout:\n{indent(cleandoc(format.layout), '  ')}\n\nfields:")
     for field, meaning in format.fields.items():
         print(f"  {field}: {meaning}")
     if format.options:
@@ -235,6 +238,12 @@ def _open(config: RunConfig, split: str) -> Any:
     )
 
 
+def _notes(samples: Any) -> list[str]:
+    """What the readers left out, of a data set or of those that it is made of."""
+    inner = [*getattr(samples, "parts", ()), *([samples.dataset] if hasattr(samples, "dataset") else [])]
+    return [*getattr(samples, "notes", ()), *(note for part in inner for note in _notes(part))]
+
+
 def _decoding(data: DataSection) -> dict[str, Any]:
     windows = None if data.audio_windows is None else AudioWindows.from_dict(data.audio_windows)
     return {"video_frames": data.video_frames, "audio_windows": windows}
@@ -247,7 +256,7 @@ def _positive(text: str) -> int:
     return number
 
 
-def _show_report(report: CheckReport, notes: tuple[str, ...], limit: int) -> None:
+def _show_report(report: CheckReport, notes: list[str], limit: int) -> None:
     console = Console()
     console.print(_table(report))
     for note in notes:
@@ -263,11 +272,11 @@ def _table(report: CheckReport) -> Table:
     table.add_column("what")
     table.add_column("found", overflow="fold")
     for kind, title in PROBLEMS.items():
-        found = report.of(kind)
-        files = len({problem.file for problem in found if problem.file})
-        table.add_row(
-            title, f"{len(found)}" + (f" ({files} files)" if files else ""), style="bold red" if found else ""
-        )
+        if found := report.of(kind):
+            files = len({problem.file for problem in found if problem.file})
+            table.add_row(title, f"{len(found)}" + (f" ({files} files)" if files else ""), style="bold red")
+    if not report.problems:
+        table.add_row("problems", "none")
     table.add_section()
     table.add_row("media per sample", _counted(report.layouts))
     table.add_row("categories", _counted(report.categories))

@@ -28,11 +28,12 @@ from moka.modeling.frontends import MfccFrontEnd
 from moka.modeling.media import Waveform
 from moka.modeling.processing import IGNORE, MokaProcessor, TooLongError
 
+_BAR_AFTER_S = 2.0
 # Kind of problem -> what it is called in the table, in the order in which a sample meets them.
 PROBLEMS = {
     "schema": "samples that cannot be read",
     "duplicate": "ids used before",
-    "missing": "media files that are not there",
+    "missing": "media files absent, empty or unreadable",
     "decoding": "media that cannot be decoded",
     "encoder": "media that no encoder takes",
     "template": "chats that the template refuses",
@@ -155,7 +156,7 @@ def check_samples(
     look = _Look(processor, encoders or {}, video_frames, audio_windows)
     counter = copy.copy(processor)
     counter.front_ends = dict.fromkeys(processor.front_ends, _nothing)  # type: ignore[arg-type]
-    bar = tqdm(desc=f"checking {name}", total=len(samples), unit="sample", leave=False)
+    bar = tqdm(desc=f"checking {name}", total=len(samples), unit="sample", delay=_BAR_AFTER_S, leave=False)
     with bar:
         counted: set[tuple[str, str]] = set()
         for index, sample, seen in try_media(_readable(samples, report, bar), look, workers):

@@ -193,7 +193,8 @@ class DecodedDataset:
         """One record a bad sample, in the order met: ``index``, ``id``, ``file``, ``reason`` and ``action`` (policy)."""
         if self.report_path is not None and self.report_path.exists():
             for record in map(json.loads, self.report_path.read_text("utf-8").splitlines()):
-                self._seen.setdefault(record["index"], record)
+                if "index" in record:  # the first line of what `SkipReport.write` wrote has totals
+                    self._seen.setdefault(record["index"], record)
         return list(self._seen.values())
 
     def __getitem__(self, index: int) -> dict[str, Any]:

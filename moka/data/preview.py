@@ -27,7 +27,7 @@ _KINDS = {0: TEXT, **{type_id: kind for kind, type_id in MEDIA_TYPE_IDS.items()}
 _BACKGROUND = {"image": "black on cyan", "video": "black on magenta", "audio": "black on yellow", TEXT: ""}
 _QUESTION = "black on green"
 _LEARNT = "bold underline"
-_COLUMNS = ("position", "token", "id", "modality", "interaction", "supervised")
+_COLUMNS = ("position", "id", "modality", "interaction", "supervised", "token")
 
 
 @dataclass(frozen=True)
@@ -106,25 +106,26 @@ def _split(length: int, sizes: list[int]) -> list[int]:
 def show(rows: Sequence[Span], title: str, console: Console | None = None) -> None:
     """Prints spans in colour, or as a plain table where the console has none (a pipe, ``NO_COLOR``)."""
     console = console or Console()
-    console.print(Text(printable(title), style="bold"), soft_wrap=True)
     if console.is_terminal and not console.no_color:
+        console.print(Text(printable(title), style="bold"), soft_wrap=True)
         console.print(_legend())
         console.print(_coloured(rows))
+        lines = [counts(rows), ""]
     else:
-        for line in table(rows):
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
-    console.print(counts(rows), markup=False, highlight=False, soft_wrap=True)
+        lines = [printable(title), *table(rows), counts(rows), ""]
+    print("\n".join(lines), file=console.file)
 
 
 def table(rows: Sequence[Span]) -> list[str]:
-    """One line a span, columns separated by tabs, after a line of their names; the token is a JSON string."""
-    lines = ["\t".join(_COLUMNS)]
+    """One line a span, in columns, after a line of their names; the token comes last, as a JSON string."""
+    cells = [_COLUMNS]
     for row in rows:
         at = str(row.start) if row.count == 1 else f"{row.start}-{row.start + row.count - 1}"
-        token = json.dumps(row.text, ensure_ascii=False)
+        token = printable(json.dumps(row.text, ensure_ascii=False))
         learnt = "yes" if row.supervised else "no"
-        lines.append("\t".join([at, printable(token), str(row.token_id), row.modality, str(row.interaction), learnt]))
-    return lines
+        cells.append((at, str(row.token_id), row.modality, str(row.interaction), learnt, token))
+    widths = [max(len(line[column]) for line in cells) for column in range(len(_COLUMNS) - 1)]
+    return ["  ".join([*map(str.ljust, line, widths), line[-1]]) for line in cells]
 
 
 def counts(rows: Sequence[Span]) -> str:

@@ -19,7 +19,7 @@ from moka.data.embedded import ATTRIBUTION, PREFIX, Split
 from moka.data.embedded_tasks import EmbeddedTask
 from moka.data.formats import FORMATS, open_format
 from moka.data.jsonl import JsonlDataset
-from moka.data.media import BadMediaPolicy, DecodedDataset
+from moka.data.media import AudioWindows, BadMediaPolicy, DecodedDataset
 from moka.errors import MokaError
 from moka.modeling.processing import IGNORE, TooLongError
 
@@ -116,7 +116,7 @@ def open_source(
     """A map-style data set of samples with decoded media: ``open_samples``, and what to do about bad files.
 
     Args:
-        on_bad_media: "error", "skip" (every file is tried now, and bad samples are left out) or "substitute".
+        on_bad_media: "error", "substitute", or "skip", for which the caller leaves samples out (``moka.data.usable``).
         audio_windows: fields of ``moka.data.media.AudioWindows``: sound as several short clips.
     Raises:
         MokaError: as ``open_samples``; media that are not there.
@@ -136,6 +136,7 @@ def open_source(
         BadMediaPolicy(on_bad_media, bad_media_budget),
         seed=seed,
         video_frames=video_frames,
+        audio_windows=None if audio_windows is None else AudioWindows.from_dict(audio_windows),
         report_path=report_path,
     )
 
@@ -174,6 +175,10 @@ class Joined:
         part, place = self._place(index)
         return part.where(place) if hasattr(part, "where") else f"{type(part).__name__} {place}"
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return tuple(note for part in self.parts for note in getattr(part, "notes", ()))
+
     def missing_media(self, limit: int = 20) -> list[str]:
         found = [line for part in self.parts if hasattr(part, "missing_media") for line in part.missing_media(limit)]
         return found[:limit]
@@ -192,6 +197,10 @@ class Prefix:
         if not 0 <= index < self.size:
             raise IndexError(index)
         return self.dataset[index]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return getattr(self.dataset, "notes", ())
 
     def where(self, index: int) -> str:
         return self.dataset.where(index)

@@ -63,6 +63,18 @@ class SkipReport:
             f"(budget: {self.allowed}){listed}"
         )
 
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """The report as JSONL for `read_usable`, whole or not at all: another process never reads half of it."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
+        lines = [{"tried": self.tried, "skipped": len(self.skipped)}, *self.skipped]
+        try:
+            part.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+
     def check(self) -> None:
         """Raises ``MokaError`` when more samples are bad than the budget allows, or none is left."""
         if len(self.skipped) <= self.allowed and len(self.skipped) < self.tried:
@@ -139,7 +151,7 @@ def usable_indices(
     path = None if report_path is None else Path(report_path)
     report = SkipReport(name, len(dataset), BadMediaPolicy("skip", budget).allowed(len(dataset)), skipped, path)
     if path is not None:
-        _write(report, path)
+        report.write(path)
     report.check()
     return report.indices, report
 
@@ -157,8 +169,10 @@ def read_usable(
     """
     path = Path(report_path)
     try:
-        totals, *skipped = map(json.loads, path.read_text("utf-8").splitlines())
+        totals, *records = map(json.loads, path.read_text("utf-8").splitlines())
         tried = totals["tried"]
+        # A file that has gone bad since may be listed too, by the data set that met it.
+        skipped = [record for record in records if record["action"] == "skip"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise MokaError(f"{path} is no report of tried media ({error}). Let the files be tried again.") from error
     if tried != samples or totals["skipped"] != len(skipped):
@@ -217,15 +231,3 @@ def usable_cores() -> int:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not on Linux
         return os.cpu_count() or 1
-
-
-def _write(report: SkipReport, path: Path) -> None:
-    """Whole or not at all, so that another process never reads half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    lines = [{"tried": report.tried, "skipped": len(report.skipped)}, *report.skipped]
-    try:
-        part.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -74,7 +74,7 @@ def evaluate_benchmark(
         raise MokaError(
             f"{'; '.join(missing)}. Put the files there, or set data.on_bad_media in the run's config.yaml."
         )
-    windows = None if data.audio_windows is None else AudioWindows(**data.audio_windows)
+    windows = None if data.audio_windows is None else AudioWindows.from_dict(data.audio_windows)
     samples = DecodedDataset(opened, video_frames=data.video_frames, audio_windows=windows)
     folder = Path(run) / "benchmarks" / name
     records = ask(

@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoConfig, AutoModel, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from moka.errors import MokaError
 
 from .configuration import MokaModelConfig
 from .encoders import build_encoder
+from .language_models import create_language_model, load_language_model
+from .positions import grid_positions
 from .projectors import build_projector
 
 
@@ -42,7 +44,7 @@ class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> None:
         super().__init__(config)
         self._has_loaded_parts = language_model is not None
-        self.language_model = language_model or AutoModelForCausalLM.from_config(config.text_config)
+        self.language_model = language_model or create_language_model(config.text_config)
         self.encoders = nn.ModuleDict()
         self.projectors = nn.ModuleDict()
         width = config.text_config.hidden_size
@@ -71,13 +73,14 @@ class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Compose a model around a causal language model on disk or on the hub.
 
         Args:
-            backbone: folder or hub name, read by ``AutoModelForCausalLM.from_pretrained``.
+            backbone: folder or hub name, read by ``AutoModelForCausalLM.from_pretrained``; of a Qwen2.5-VL checkpoint
+                the language model alone is read.
             modalities: see ``MokaModelConfig``.
             name: what to record as the backbone's name, where it differs from its folder.
             pretrained: load published encoders' weights (False: their configuration alone).
             kwargs: for ``AutoModelForCausalLM.from_pretrained`` (dtype, quantization_config, ...).
         """
-        language_model = AutoModelForCausalLM.from_pretrained(backbone, **kwargs)
+        language_model = load_language_model(backbone, **kwargs)
         config = MokaModelConfig(language_model.config, modalities, backbone=name or str(backbone))
         encoders = {n: build_encoder(s["encoder"], pretrained=pretrained) for n, s in config.modalities.items()}
         for modality, encoder in encoders.items():
@@ -193,7 +196,10 @@ class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 inputs_embeds = self.merge_embeddings(
                     input_ids, types, pixel_values=pixel_values, input_features=input_features
                 )
-        if position_ids is None and past_key_values is None and _is_mask(attention_mask, inputs_embeds):
+        if position_ids is None and self.config.uses_grid_positions:
+            types = mm_token_type_ids if input_ids is None or mm_token_type_ids is not None else self.derive_type_ids(input_ids)
+            position_ids = self._grid_positions(inputs_embeds, types, attention_mask, past_key_values)
+        elif position_ids is None and past_key_values is None and _is_mask(attention_mask, inputs_embeds):
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         targets = None
         if labels is not None:
@@ -211,6 +217,10 @@ class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
             logits_to_keep=logits_to_keep,
             **{**kwargs, "return_dict": True},
         )
+        if self.config.uses_grid_positions and outputs.past_key_values is not None:
+            # A picture takes fewer positions than it has tokens, so the length of the cache does not tell the next one.
+            rows = position_ids if position_ids.dim() == 2 else position_ids[-3:].amax(0)  # [batch, seq]
+            outputs.past_key_values.next_position = rows.amax(-1) + 1  # [batch]
         if targets is not None:
             outputs["loss"] = self.loss_function(
                 logits=outputs.logits,
@@ -220,6 +230,35 @@ class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 num_items_in_batch=num_items,
             )
         return outputs
+
+    def _grid_positions(
+        self, tokens: torch.Tensor, types: torch.Tensor | None, mask: torch.Tensor | None, cache: Any
+    ) -> torch.Tensor:
+        """Positions [3, batch, seq] of ``tokens`` [batch, seq, ...], which follow those in the cache."""
+        (batch, seq), past = tokens.shape[:2], int(cache.get_seq_length()) if cache is not None else 0
+        valid = torch.ones(batch, seq, dtype=torch.long, device=tokens.device)
+        counted = torch.full((batch,), past, device=tokens.device)
+        if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+            whole = mask.shape[1] >= past + seq  # or these tokens' own alone
+            valid = mask[:, past : past + seq] if whole else mask[:, -seq:]
+            counted = mask[:, :past].sum(-1) if whole else counted
+        types = torch.zeros_like(valid) if types is None else types[:, -seq:]
+        grids = []
+        for name, spec in self.config.modalities.items():
+            grid = getattr(self.encoders[name], "grid", None)
+            if grid is not None and grid[0] * grid[1] == self.projectors[name].num_tokens:
+                grids.append((spec["type_ids"], grid))
+        start = getattr(cache, "next_position", None) if past else None
+        start = counted if start is None else start.repeat_interleave(batch // len(start))
+        return grid_positions(types, valid, grids) + start[:, None]
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor: torch.Tensor, model_kwargs: dict) -> torch.Tensor:
+        """As in ``GenerationMixin``, which calls it before the first step; later steps count on from the last position."""
+        if not self.config.uses_grid_positions:
+            return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+        types, mask, cache = (model_kwargs.get(n) for n in ("mm_token_type_ids", "attention_mask", "past_key_values"))
+        whole = mask is None or mask.shape[1] == inputs_tensor.shape[1]
+        return self._grid_positions(inputs_tensor, types, mask, None if whole else cache)
 
     def _continue_prompt(self, input_ids: torch.Tensor, prompt_embeds: torch.Tensor, cache: Any) -> torch.Tensor:
         """Embeddings of the tokens of one generation step: of the prompt where it reaches, of the ids beyond it."""

@@ -8,6 +8,8 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from moka.errors import MokaError, nearest
 
+from .language_models import decoder_config
+
 # The media a content part can be, and transformers' `mm_token_type_ids` for each.
 MEDIA_TYPE_IDS = {"image": 1, "video": 2, "audio": 3}
 DEFAULT_TYPE_IDS = {"visual": [1, 2], "audio": [3]}
@@ -18,7 +20,7 @@ class MokaModelConfig(PreTrainedConfig):
     """Configuration of ``MokaForConditionalGeneration``.
 
     Args:
-        text_config: configuration of the decoder-only language model.
+        text_config: configuration of the decoder-only language model, or of a checkpoint that holds it (Qwen2.5-VL).
         modalities: name -> {"encoder": {...}, "projector": {...}, "type_ids": [...]}; see ``moka.modeling.encoders``
             and ``moka.modeling.projectors`` for the fields. ``type_ids`` are the values of ``mm_token_type_ids`` that
             this encoder serves (default: visual 1 and 2, audio 3).
@@ -44,6 +46,7 @@ class MokaModelConfig(PreTrainedConfig):
             text_config = AutoConfig.for_model(**text_config)
         if text_config is None:
             text_config = AutoConfig.for_model("llama")
+        text_config = decoder_config(text_config)
         # The base class resets the attention implementation of sub-configurations it finds; set ours after it.
         super().__init__(**{**kwargs, "tie_word_embeddings": text_config.tie_word_embeddings})
         self.text_config = text_config
@@ -54,6 +57,11 @@ class MokaModelConfig(PreTrainedConfig):
     @property
     def vocab_size(self) -> int:
         return self.text_config.vocab_size
+
+    @property
+    def uses_grid_positions(self) -> bool:
+        """Whether the language model takes positions in time, height and width (M-RoPE)."""
+        return "mrope_section" in (getattr(self.text_config, "rope_parameters", None) or {})
 
     def placeholder_id(self, type_id: int) -> int:
         """Token id of the placeholders with this ``mm_token_type_ids`` value."""

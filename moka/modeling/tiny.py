@@ -1,4 +1,4 @@
-"""Tiny random stand-ins of published language models, to run a configuration's whole code path in seconds.
+"""Tiny random stand-ins of published language models (and of Qwen2.5-VL with its vision tower), to run a configuration's whole code path in seconds.
 
 Same architecture, same kind of tokenizer, same chat template; two layers of random weights. ``model.tiny: true`` puts
 ``tiny:KIND`` in the place of the backbone and shrinks the encoders and projectors the same way.
@@ -98,6 +98,7 @@ def write_tiny_backbone(kind: str, folder: Path) -> None:
 
 def _model(kind: str, vocab_size: int, special: dict[str, Any]) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+    from transformers import Qwen2_5_VLForConditionalGeneration as QwenVl
 
     settings: dict[str, Any] = {
         "vocab_size": vocab_size,

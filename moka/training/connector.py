@@ -204,8 +204,7 @@ def _check_published(
             f"{where}.projector: {{type: {projector}}}."
         )
     expected = {key: tensor.shape for key, tensor in ours.state_dict().items()}
-    # The ends of the projector tell most of what is wrong.
-    for key in sorted(set(expected) & set(state), key=lambda key: (key.startswith("qformer."), key != "norm.weight")):
+    for key in sorted(set(expected) & set(state), key=_from_the_ends):
         if state[key].shape != expected[key]:
             raise MokaError(
                 f"{path}: {key} has shape {list(state[key].shape)}, and this run's {name} projector has "
@@ -219,6 +218,11 @@ def _check_published(
             f"{path} {side} {odd[0]}. It has {len(layers)} layers: set {where}.projector.layers: {len(layers)}, and "
             "cross_attention_frequency: 1."
         )
+
+
+def _from_the_ends(key: str) -> tuple[bool, bool, str]:
+    """Sorts the ends of a projector first: they tell most of what is wrong."""
+    return key.startswith("qformer."), key != "norm.weight", key
 
 
 def _remedy(key: str, theirs: torch.Size, ours: torch.Size, projector: str, where: str) -> str:

@@ -10,6 +10,8 @@ from tqdm import tqdm
 
 from moka.data import open_source
 from moka.data.embedded import PREFIX
+from moka.data.media import DecodedDataset
+from moka.data.usable import SkipReport, read_usable, usable_indices
 from moka.errors import MokaError
 
 from .arguments import RunConfig
@@ -39,7 +41,7 @@ def open_data(config: RunConfig, reports: Path | None = None) -> dict[str, Any]:
             bad_media_budget=data.bad_media_budget,
             video_frames=data.video_frames,
             audio_windows=data.audio_windows,
-            report_path=None if reports is None else reports / f"bad-media-{name}.jsonl",
+            report_path=None if reports is None else bad_media_report(reports, name),
         )
 
     for stage, name in ((1, "alignment"), (2, "train")):
@@ -52,6 +54,31 @@ def open_data(config: RunConfig, reports: Path | None = None) -> dict[str, Any]:
     if data.validation is not None:
         open_one("validation", "validation", max(config.stages), data.validation_size)
     return datasets
+
+
+def try_media(datasets: dict[str, Any], config: RunConfig, folder: Path, resume: bool) -> dict[str, SkipReport]:
+    """``on_bad_media: skip``: every file of every set is tried; a resumed run keeps to what was found when it began.
+
+    Raises:
+        MokaError: more bad samples than the budget allows.
+    """
+    data = config.data
+    reports = {}
+    for name, samples in datasets.items():
+        if not isinstance(samples, DecodedDataset):
+            continue  # embedded
+        settings: dict[str, Any] = {"budget": data.bad_media_budget, "name": f"data.{name}"}
+        path = bad_media_report(folder, name)
+        if resume and path.exists():
+            _, reports[name] = read_usable(path, len(samples), **settings)
+        else:
+            decoding = {"video_frames": samples.video_frames, "audio_windows": samples.audio_windows}
+            _, reports[name] = usable_indices(samples.dataset, **settings, **decoding)
+    return reports
+
+
+def bad_media_report(folder: Path, name: str) -> Path:
+    return folder / f"bad-media-{name}.jsonl"
 
 
 def check_media(datasets: dict[str, Any], config: RunConfig) -> None:

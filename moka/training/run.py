@@ -20,6 +20,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from moka.data import Collator, EncodedDataset, resolve_backbone
 from moka.data.media import BadMediaError
+from moka.data.usable import SkipReport, Subset
 from moka.errors import MokaError
 from moka.modeling import MokaForConditionalGeneration, MokaProcessor
 
@@ -27,11 +28,11 @@ from .arguments import RunConfig
 from .build import adapter_parameters, attach_adapter, build_for_stage_two, context_length, count_parameters
 from .callbacks import DivergenceGuard, MetricsWriter
 from .connector import load_connector, save_connector, trained_parts
-from .datasets import check_media, open_data
+from .datasets import bad_media_report, check_media, open_data, try_media
 from .files import whole, write_json
 from .folder import ADAPTER, CONNECTOR, SUMMARY, RunFolder, save_result
 from .objectives import EmbeddingAlignment
-from .processes import agree, is_main, lost_peer, on_main
+from .processes import agree, everyones, is_main, lost_peer, on_main
 from .report import plot_loss, write_card, write_samples
 from .trainer import MokaTrainer, last_checkpoint, training_arguments
 
@@ -93,11 +94,17 @@ def open_run(config: RunConfig, resume: bool = False, overwrite: bool = False) -
     # What has to be downloaded and prepared is so once.
     agree(lambda: resolve_backbone(config.model.backbone), main_first=True)
     datasets = agree(lambda: open_data(config), main_first=True)
+    for note in dict.fromkeys(
+        note for samples in datasets.values() for note in getattr(getattr(samples, "dataset", None), "notes", ())
+    ):
+        _say(f"note: {note}")
+    tried = _leave_out(datasets, config, folder, resume)
     run = agree(lambda: _prepare(config, folder, arguments, resume, datasets))
     on_main(lambda: check_media(run.datasets, config))
     run.started = started
     if not resume:
         on_main(lambda: folder.create(config))
+        on_main(lambda: [report.write(bad_media_report(folder.path, name)) for name, report in tried.items()])
     if config.data.on_bad_media == "substitute":
         run.datasets = agree(lambda: open_data(config, folder.path))
     try:
@@ -110,6 +117,17 @@ def open_run(config: RunConfig, resume: bool = False, overwrite: bool = False) -
         if not lost_peer(error):
             raise
         raise MokaError("Another process of this run has ended; its own message says why.") from error
+
+
+def _leave_out(datasets: dict[str, Any], config: RunConfig, folder: RunFolder, resume: bool) -> dict[str, SkipReport]:
+    """``on_bad_media: skip``: put the samples that can be used in the place of each data set, the same on every process."""
+    if config.data.on_bad_media != "skip":
+        return {}
+    tried = everyones(agree(lambda: try_media(datasets, config, folder.path, resume) if is_main() else {}))[0]
+    for name, report in tried.items():
+        datasets[name] = Subset(datasets[name], report.indices)
+        _say(report.summary())
+    return tried
 
 
 def _prepare(

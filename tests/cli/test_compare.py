@@ -8,6 +8,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from moka.evaluation import compare as comparing
 from moka.training import config_from_dict
 from moka.training.build import adapter_parameters, build_model
 
@@ -20,7 +21,7 @@ SHORT = {
 }
 
 
-def test_comparison_is_fair_complete_and_resumable(moka, config_file, monkeypatch):
+def test_comparison_is_fair_complete_and_resumable(moka, config_file):
     path, root = config_file(**SHORT, adapter__r=3)
     command = ("compare", path, "--methods", "lora,multiple_lora,moka", "--seeds", "2", "--match-params")
     done = moka(*command)
@@ -61,6 +62,16 @@ def test_comparison_is_fair_complete_and_resumable(moka, config_file, monkeypatc
     assert "| method | r | adapter parameters | written | spoken | same | sum | overall |" in table
     assert f"| moka | 3 | {wanted:,} |" in table
     assert "multiple_lora" in done.out
+    assert result["missing"] == []
+    expected = f"moka compare {path} --methods lora,multiple_lora,moka --seeds 2 --match-params"
+    assert result["command"] == expected
+    assert expected in table
+    assert f"moka & 3 & {wanted:,} &" in (root / "comparison.tex").read_text()
+
+    # The table can be had again without training, in each format.
+    assert moka("compare", "--show", root, "--format", "markdown").out == table
+    assert moka("compare", "--show", root, "--format", "latex").out == (root / "comparison.tex").read_text()
+    assert "multiple_lora" in moka("compare", "--show", root).out
 
     # Again: nothing is trained twice but what is missing or was made with other settings.
     (root / "seed43/moka/comparison.json").unlink()
@@ -76,6 +87,41 @@ def test_comparison_is_fair_complete_and_resumable(moka, config_file, monkeypatc
     assert moka(*command[:-3], "--seeds", "1", "--match-params", "data.train_size=32").code == 0
     newest = {p: p.stat().st_mtime_ns for p in root.rglob("adapter_model.safetensors")}
     assert {p.parts[-4] for p in newest if newest[p] != after[p]} == {"seed42"}
+
+
+def test_interrupted_comparison_shows_what_is_done_and_goes_on(moka, config_file, monkeypatch):
+    path, root = config_file(**SHORT)
+    command = ("compare", path, "--methods", "lora,moka", "--seeds", "1")
+    train = comparing.run_training
+
+    def interrupted(config, **kwargs):
+        if config.output.dir.endswith("moka"):
+            raise KeyboardInterrupt
+        return train(config, **kwargs)
+
+    monkeypatch.setattr(comparing, "run_training", interrupted)
+    assert moka(*command).code == 130
+    monkeypatch.undo()
+    shown = moka("compare", "--show", root)
+    assert shown.code == 0
+    assert "Missing: 1 of 2 runs: moka (seed 42)." in shown.out
+    assert f"to go on: moka compare {path}" in shown.out
+    assert moka(*command).code == 0
+    assert "Missing" not in moka("compare", "--show", root).out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["compare"], ["CONFIG.yaml", "--show"]),
+        (["compare", "--show", "nowhere"], ["nowhere", "holds no comparison"]),
+        (["compare", "some.yaml", "--show", "nowhere"], ["--show", "some.yaml"]),
+    ],
+)
+def test_show_wants_a_comparison_and_no_configuration(refused, arguments, words):
+    line = refused(*arguments)
+    for word in words:
+        assert word in line, line
 
 
 @pytest.mark.parametrize(

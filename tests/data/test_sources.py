@@ -1,6 +1,7 @@
 """From a name to batches: embedded tasks and JSONL files, with samples that cannot be used replaced and counted."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -48,6 +49,11 @@ def folder(tmp_path):
         lines.append(line(number, image=f"media/{number}.png", audio=f"media/{number}.wav"))
     (tmp_path / "train.jsonl").write_text("\n".join(lines) + "\n")
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def formats():
+    return Path(__file__).parent / "formats" / "fixtures"
 
 
 def media(sample):
@@ -269,3 +275,50 @@ def test_the_collator_pads_where_it_is_told(processor, side):
     assert (batch["labels"][0, pad] == IGNORE).all()
     kept = batch["attention_mask"][0].bool()
     assert torch.equal(batch["input_ids"][0][kept], torch.tensor(encoded[0]["input_ids"]))
+
+
+def test_list_of_sources_is_joined_in_order(folder):
+    (folder / "more.jsonl").write_text(line(9, image="media/0.png") + "\n")
+    root = {"format": "messages", "root": str(folder), "file": "train.jsonl"}
+    joined = open_source([root, str(folder / "more.jsonl")], "train")
+    assert [joined[i]["id"] for i in range(len(joined))] == ["s0", "s1", "s2", "s3", "s4", "s5", "s9"]
+    assert media(joined[6])[0].size == (10, 8)
+    assert "more.jsonl" in joined.dataset.where(6)
+    assert len(open_source([root, str(folder / "more.jsonl")], "train", size=3)) == 3
+
+
+def test_missing_files_of_every_joined_source_are_told(folder):
+    (folder / "more.jsonl").write_text(line(9, image="media/gone.png") + "\n")
+    with pytest.raises(MokaError, match=r"gone\.png"):
+        open_source([str(folder / "train.jsonl"), str(folder / "more.jsonl")], "train")
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ([], "list of data sources is empty"),
+        ({"root": "x"}, "no 'format'"),
+        ({"format": "ave"}, "no 'root'"),
+        ({"format": "avee", "root": "x"}, "Did you mean 'ave'"),
+        ({"format": "librispeech", "root": "x"}, "names no 'split'"),
+        ({"format": "ave", "root": "x", "spilt": "train"}, "Did you mean 'split'"),
+    ],
+)
+def test_wrong_sources_are_told(source, words):
+    with pytest.raises(MokaError, match=words):
+        open_source(source, "train")
+
+
+def test_format_gets_the_split_that_the_run_asks_for(formats):
+    splits = {
+        split: open_source({"format": "ave", "root": str(formats / "ave")}, split) for split in ("train", "validation")
+    }
+    ids = {split: {dataset.dataset[i]["id"] for i in range(len(dataset))} for split, dataset in splits.items()}
+    assert ids["train"] and ids["validation"] and not ids["train"] & ids["validation"]
+
+
+def test_sound_comes_as_windows(folder):
+    windows = {"count": 3, "seconds": 0.05, "every": 0.05, "first": 0.025}
+    whole, cut = (open_source(str(folder / "train.jsonl"), "train", audio_windows=w)[2] for w in (None, windows))
+    assert [len(window.samples) for window in media(cut)[1]] == [400, 400, 400]
+    np.testing.assert_array_equal(media(cut)[1][1].samples, media(whole)[1].samples[400:800])

@@ -10,7 +10,7 @@ import pytest
 import soundfile
 from PIL import Image
 
-from moka.data.media import BadMediaPolicy, DecodedDataset
+from moka.data.media import BadMediaError, BadMediaPolicy, DecodedDataset
 from moka.data.schema import check_sample, media_parts
 from moka.data.usable import Subset, read_usable, try_media, usable_indices
 from moka.errors import MokaError
@@ -123,3 +123,16 @@ def test_mistakes_that_are_not_bad_media_are_raised(tmp_path):
 
     with pytest.raises(MokaError, match=r"train\.jsonl:3"):
         usable_indices(Broken([1, 2]), budget=1.0)
+
+
+def test_a_file_that_goes_bad_after_the_trial_stops_the_run_and_joins_the_report(tmp_path):
+    made = samples(tmp_path, 4, bad={1})
+    path = tmp_path / "bad.jsonl"
+    indices, report = usable_indices(made, budget=0.25, report_path=path)
+    (tmp_path / "2.png").unlink()
+    decoded = Subset(DecodedDataset(made, BadMediaPolicy("skip", 0.25), report_path=path), indices)
+    assert decoded[0]["id"] == "s0"
+    with pytest.raises(BadMediaError, match="sample 's2'"):
+        decoded[1]
+    assert [(r["id"], r["action"]) for r in decoded.dataset.report] == [("s2", "error"), ("s1", "skip")]
+    assert read_usable(path, 4, budget=0.25) == (indices, report)

@@ -88,7 +88,7 @@ def test_yes_and_no(text, strict, mme, pope):
         ("the answer is (b).", "B"),
         ("The correct option is A", "A"),
         ("The answer is A because it barks", "A"),
-        ("Options A and C are wrong, so the answer is D.", None),
+        ("Options A and C are wrong, so the answer is D.", "D"),
         ("A and C are wrong, so the answer is D.", "D"),
         ("Answer: a", "A"),
         # A capital letter of its own.
@@ -97,6 +97,7 @@ def test_yes_and_no(text, strict, mme, pope):
         ("b) a dog", "B"),
         ("A. cat", "A"),
         ("I choose (b)", "B"),
+        ("A is right", "A"),
         ("C, since it is black", "C"),
         # The article is none.
         ("a dog", None),

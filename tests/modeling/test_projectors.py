@@ -1,6 +1,8 @@
 """Projectors: shapes, round trips, and equality with the MokA authors' Q-Former on golden data."""
 
+import csv
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -9,9 +11,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from moka.errors import MokaError
-from moka.modeling.projectors import PROJECTORS, build_projector, import_official
+from moka.modeling.encoders import build_encoder, tiny_encoder
+from moka.modeling.projectors import PROJECTORS, build_projector, import_llava, import_official, tiny_projector
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "official_qformer_projector_small.safetensors"
+OFFICIAL_KEYS = Path(__file__).parents[1] / "golden" / "official_projector_keys.tsv"
 QFORMER = {"type": "qformer", "queries": 5, "hidden_size": 8, "heads": 2, "intermediate_size": 12}
 CONFIGS = {
     "linear": {"type": "linear"},
@@ -140,6 +144,79 @@ def test_the_official_audio_projector_has_the_same_names():
     weights, _, _ = official()
     audio = {f"model.al_projector.{key.replace('visual_', 'audio_')}": value for key, value in weights.items()}
     assert import_official(audio)[0].keys() == import_official(weights)[0].keys()
+
+
+@pytest.mark.parametrize(("file", "in_width"), [("visual_pretrain.bin", 1024), ("audio_pretrain.bin", 768)])
+def test_every_weight_of_the_published_files_is_mapped_or_named(file, in_width):
+    with OFFICIAL_KEYS.open(newline="") as table:
+        rows = [row for row in csv.DictReader(table, delimiter="\t") if row["file"] == file]
+    # On no device: half a gigabyte otherwise.
+    published = {row["key"]: torch.empty(json.loads(row["shape"]), device="meta") for row in rows}
+    state, unused = import_official(published)
+    assert len(state) + len(unused) == len(published) == 83
+    with torch.device("meta"):
+        ours = build_projector({"type": "qformer"}, 257, in_width, 4096)
+    ours.load_state_dict(state, assign=True)  # strictly, by name and shape
+    text = ("_Qformer.cls.", "word_embeddings", "position_embeddings", "position_ids", ".intermediate.", ".output.")
+    assert all(any(part in name for part in text) for name in unused)
+    assert sum(math.prod(value.shape) for value in state.values()) == sum(p.numel() for p in ours.parameters())
+
+
+def test_frames_of_a_video_are_read_one_by_one():
+    projector = build("qformer").eval()
+    frames = torch.randn(3, 4, 6)  # three frames as three items
+    tokens = projector(frames)
+    assert tokens.flatten(0, 1).shape == (3 * 5, 10)
+    changed = frames.clone()
+    changed[1] = torch.randn(4, 6)
+    differs = (projector(changed) - tokens).abs().amax((1, 2)) > 1e-6
+    assert differs.tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("prefix", ["model.mm_projector.", "mm_projector."])
+def test_llavas_projectors_are_mapped(prefix):
+    layers = {"linear": nn.Linear(6, 10), "mlp": nn.Sequential(nn.Linear(6, 10), nn.GELU(), nn.Linear(10, 10))}
+    features = torch.randn(2, 4, 6)
+    for kind, llava in layers.items():
+        state, found = import_llava({prefix + key: value for key, value in llava.state_dict().items()})
+        assert found == kind
+        projector = build(kind)
+        projector.load_state_dict(state)
+        torch.testing.assert_close(projector(features), llava(features))
+
+
+@pytest.mark.parametrize("keys", [(), ("weight", "bias"), ("model.mm_projector.0.weight", "model.mm_projector.0.bias")])
+def test_other_projectors_are_not_taken_for_llavas(keys):
+    with pytest.raises(MokaError, match="not one of LLaVA's projectors"):
+        import_llava({key: torch.zeros(1) for key in keys})
+
+
+def test_weights_fit_any_number_of_features_but_where_all_are_read_together(name):
+    projector = build(name)
+    assert projector.takes_any_number is (name != "linear-tokens")
+    longer = build_projector(CONFIGS[name], in_tokens=8, in_width=6, out_width=10)
+    if projector.takes_any_number:
+        longer.load_state_dict(projector.state_dict())
+    else:
+        with pytest.raises(RuntimeError, match="size mismatch"):
+            longer.load_state_dict(projector.state_dict())
+
+
+def test_a_tiny_projector_keeps_its_kind_and_fits_every_tiny_encoder(name):
+    published = {"linear-tokens": 8, "mlp-pooled": 64}.get(name)
+    config = {**CONFIGS[name], **({"tokens": published} if published else {})}
+    if name == "qformer":
+        config = {"type": "qformer", "layers": 3}
+    tiny = tiny_projector(config)
+    assert tiny_projector(tiny) == tiny
+    assert tiny["type"] == config["type"]
+    for kind in ("clip", "siglip", "dinov2", "whisper", "ast", "hubert", "wav2vec2", "beats", "patch-image"):
+        encoder = build_encoder(tiny_encoder({"type": kind}))
+        projector = build_projector(tiny, encoder.num_tokens, encoder.width, 16)
+        assert projector(torch.randn(1, encoder.num_tokens, encoder.width)).shape == (1, projector.num_tokens, 16)
+    if name == "qformer":
+        assert len(projector.qformer.encoder.layer) == 3
+        assert (projector.num_tokens, projector.config.hidden_size) == (4, 32)
 
 
 def test_a_foreign_weight_is_named():

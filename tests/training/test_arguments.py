@@ -190,3 +190,86 @@ def test_help_lists_every_key():
         *("output_dir", "resume_from_checkpoint", "remove_unused_columns", "label_names", "prediction_loss_only"),
         *("average_tokens_across_devices", "label_smoothing_factor"),
     }
+
+
+def test_file_stands_on_its_bases(config_file):
+    config_file("adapter: {r: 2, alpha: 4}\ntraining: {seed: 1, learning_rate: 1e-3}\n", "low.yaml")
+    config_file("base: low.yaml\nadapter: {r: 3}\n", "high.yaml")
+    config_file("data: {train: other.jsonl}\n", "side.yaml")
+    path = config_file("base: [high.yaml, side.yaml]\ntraining: {seed: 5}\n")
+    config = load_config(path, ["adapter.dropout=0.5"])
+    assert (config.adapter.r, config.adapter.alpha, config.adapter.dropout) == (3, 4, 0.5)
+    assert config.training == {"seed": 5, "learning_rate": 1e-3}
+    assert config.data.train == "other.jsonl"
+
+
+def test_mapping_of_another_type_or_format_replaces_the_one_below(config_file):
+    low = {
+        "model": {"modalities": {"visual": {"encoder": {"type": "clip", "layer": -2}, "projector": {"type": "mlp"}}}},
+        "data": {"train": {"format": "ave", "root": "a", "split": "train"}},
+    }
+    config_file(yaml.safe_dump(low), "low.yaml")
+    high = {
+        "base": "low.yaml",
+        "model": {"modalities": {"visual": {"encoder": {"type": "siglip"}, "projector": {"tokens": 4}}}},
+        "data": {"train": {"format": "pope", "root": "b"}},
+    }
+    config = load_config(config_file(yaml.safe_dump(high)))
+    visual = config.model.modalities["visual"]
+    assert visual == {"encoder": {"type": "siglip"}, "projector": {"type": "mlp", "tokens": 4}}
+    assert config.data.train == {"format": "pope", "root": "b"}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("base: gone.yaml\n", ["run.yaml: base: no configuration file", "gone.yaml"]),
+        ("base: run.yaml\n", ["its own base"]),
+        ("base: [7]\n", ["base: 7 is no path"]),
+    ],
+)
+def test_base_that_cannot_be_read_is_told(config_file, text, words):
+    path = config_file(text)
+    with pytest.raises(MokaError) as caught:
+        load_config(path)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def tiny_config(**changes):
+    spec = {"encoder": {"type": "clip", "name_or_path": "openai/clip-vit-large-patch14", "layer": -2}}
+    spec["projector"] = {"type": "qformer"}
+    raw = {
+        "stages": [2],
+        "model": {
+            "backbone": "meta-llama/Llama-2-7b-chat-hf",
+            "tiny": True,
+            "connectors": ["runs/one/connector", "visual.bin"],
+            "modalities": {"visual": spec},
+        },
+        "training": {"bf16": True, "learning_rate": 1e-4},
+        "output": {"dir": "runs/two"},
+    }
+    return config_from_dict({**raw, **changes})
+
+
+def test_tiny_swaps_parts_and_folders_and_nothing_else():
+    config = tiny_config()
+    assert config.model.backbone == "tiny:llama-2"
+    encoder = config.model.modalities["visual"]["encoder"]
+    assert encoder["type"] == "clip" and encoder["layer"] == -2 and not encoder.get("name_or_path")
+    assert encoder["model_config"]["num_hidden_layers"] <= 3
+    assert config.model.connectors[0] == "runs/one-tiny/connector"
+    assert config.output.dir == "runs/two-tiny"
+    assert config.training["learning_rate"] == 1e-4
+    assert (config.training["bf16"], config.training["max_steps"]) == (False, 2)
+
+
+def test_tiny_made_tiny_again_is_the_same():
+    once = tiny_config().to_dict()
+    assert config_from_dict(once).to_dict() == once
+
+
+def test_backbone_without_a_stand_in_is_told():
+    with pytest.raises(MokaError, match=r"bigscience/bloom.*tiny:llama-2, tiny:llama-3, tiny:qwen2"):
+        config_from_dict({"model": {"backbone": "bigscience/bloom", "tiny": True}})

@@ -55,7 +55,7 @@ def open_format(
     for option in options:
         if option not in format.options:
             allowed = f"allowed are {', '.join(format.options)}" if format.options else "it has none"
-            hint = nearest(option, format.options)
+            hint = nearest(option, [*format.options, "format", "root", "split", "media_root"])
             raise MokaError(f"format {name}: option {option!r} is not known; {allowed}.{hint}")
     given = {option: default for option, (default, _) in format.options.items()} | options
     if root is None:

@@ -14,6 +14,8 @@ _SPECIAL = re.compile(
     r"<\|[^<>|]*\|>|</?s>|<(?:pad|unk|bos|eos|start_of_turn|end_of_turn)>|\[(?:PAD|UNK|CLS|SEP)\]", re.IGNORECASE
 )
 LETTERS = "ABCDE"
+# Words that follow the letter A and no article.
+_AFTER = "(?:and|or|but|is|was|because|since|as|which)"
 
 
 def clean(text: str) -> str:
@@ -76,7 +78,7 @@ def letter(text: str, letters: str = LETTERS, options: Mapping[str, str] | None 
     5. exactly one option's text stands in the answer as a whole (needs ``options``).
 
     The article is no option: a bare "a" inside a sentence, or an "A" that a word follows ("A dog runs", "The answer is
-    a dog"); after an announcement "because", "since", "as" and "which" may follow it.
+    a dog"), unless that word is one that follows no article: "A is right", "A and B", "A because".
     Two different letters by the same rule are unparsable.
     """
     text = answer_text(text)
@@ -96,9 +98,9 @@ def letter(text: str, letters: str = LETTERS, options: Mapping[str, str] | None 
 
 def _announced(letters: str) -> re.Pattern[str]:
     """A letter after "answer is", "answer:", "option" or "choice", that is not the article of a noun."""
-    cue = r"\b(?:(?i:answers?|options?|choices?))(?i:\s+(?:is|would be|must be|should be))?\s*[:=]?\s*"
+    cue = r"\b(?:(?i:answer|option|choice))(?i:\s+(?:is|would be|must be|should be))?\s*[:=]?\s*"
     others = letters.replace("A", "")
-    bare = rf"(?:([{others}{others.lower()}])|([Aa])(?!\s+(?!(?:because|since|as|which)\b)\w))(?![\w'-])"
+    bare = rf"(?:([{others}{others.lower()}])|([Aa])(?!\s+(?!{_AFTER}\b)\w))(?![\w'-])"
     return re.compile(rf"{cue}(?:\**[(\[]([{letters}{letters.lower()}])[)\]]|\**{bare})")
 
 
@@ -109,7 +111,7 @@ def _alone(letters: str) -> re.Pattern[str]:
     return re.compile(
         rf"[(\[]([{letters}{letters.lower()}])[)\]]"
         rf"|^([{letters.lower()}])[.):]\s"
-        rf"|(?<!not )(?<![\w'.-])(?:([{others}]){edge}|(A){edge}(?!\s+\w))"
+        rf"|(?<!not )(?<![\w'.-])(?:([{others}]){edge}|(A){edge}(?!\s+(?!{_AFTER}\b)\w))"
     )
 
 

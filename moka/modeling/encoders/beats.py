@@ -133,10 +133,11 @@ def read_checkpoint(name_or_path: str) -> tuple[Path, dict[str, Any], dict[str, 
     return path, dict(checkpoint["cfg"]), dict(checkpoint["model"])
 
 
-def load_published(model: nn.Module, state: Mapping[str, torch.Tensor], source: str) -> None:
+def load_published(model: nn.Module, state: Mapping[str, torch.Tensor], source: str) -> list[str]:
     """Copy the weights of a published checkpoint into `model`, with none missing, left over or of another shape.
 
-    Left out by name: the predictor, and the copies of the first layer's position bias in the other layers.
+    Returns:
+        the names left out: the predictor, and the copies of the first layer's position bias in the other layers.
     """
     expected = {_published_name(key): value.shape for key, value in model.state_dict().items()}
     kept = {}
@@ -154,6 +155,7 @@ def load_published(model: nn.Module, state: Mapping[str, torch.Tensor], source: 
         kept[key] = value
     check_missing("beats", source, [key for key in expected if key not in kept])
     model.load_state_dict(kept)
+    return [key for key in state if key not in kept]
 
 
 def _published_name(key: str) -> str:

@@ -11,8 +11,11 @@ ReLU6 for swish, stem and head not scaled. Names of modules are those of the pub
 
 from __future__ import annotations
 
+import os
 import pickle
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -155,6 +158,11 @@ class EfficientNetEncoder(Encoder):
             load_weights(self.model, config.name_or_path)
         del self.model._fc  # the classifier: nothing here uses it
 
+    @classmethod
+    def tiny(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        # The widths are the architecture's; a small picture is what makes it quick.
+        return {**config, "name_or_path": None, "image_size": _SHRINKS * config.get("grid", 1)}
+
     def train(self, mode: bool = True) -> EfficientNetEncoder:
         super().train(mode)
         for module in self.modules():
@@ -163,20 +171,22 @@ class EfficientNetEncoder(Encoder):
         return self
 
     def encode(self, values: torch.Tensor) -> torch.Tensor:
+        # Depthwise convolutions on a CPU are two to three times faster with the channels last.
+        values = values.contiguous(memory_format=torch.channels_last)
         features = self.model.head(self.model.last_map(values))  # [items, 1280, size / 32, size / 32]
         return F.adaptive_avg_pool2d(features, self.config.grid).flatten(2).transpose(1, 2)
 
 
 def load_weights(model: EfficientNetLite0, path: str) -> None:
     """Reads a state dict from a file into ``model``; raises `MokaError` where it is none of this network."""
+    if not os.path.isfile(path):
+        raise MokaError(
+            f"encoder 'efficientnet': name_or_path {path!r} is no file. Give embedded:efficientnet-lite0, or a file with "
+            "the network's state dict."
+        )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise MokaError(
-            f"encoder 'efficientnet': cannot read name_or_path {path!r} ({error.strerror or error}). Give "
-            "embedded:efficientnet-lite0, or a file with the network's state dict."
-        ) from error
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise MokaError(
             f"encoder 'efficientnet': {path!r} is no state dict that can be read safely (torch.load with "
             "weights_only=True); it may be damaged."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -166,7 +167,8 @@ class ProcessorFrontEnd(FrontEnd):
                 processor = cls.processor_class().from_pretrained(name_or_path)
         settings = processor.to_dict()
         kept = {key: value for key, value in settings.items() if key not in ("image_processor_type", "processor_class")}
-        return cls(cls.fitted(kept, image_size))
+        # as JSON holds them: lists, not tuples
+        return cls(json.loads(json.dumps(cls.fitted(kept, image_size))))
 
     @classmethod
     def fitted(cls, settings: dict[str, Any], image_size: int) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -118,7 +120,8 @@ class AstFrontEnd(FrontEnd):
     def __post_init__(self) -> None:
         from transformers import ASTFeatureExtractor
 
-        self.extractor = ASTFeatureExtractor(**self.settings)
+        with _narrow_bands():
+            self.extractor = ASTFeatureExtractor(**self.settings)
 
     def __call__(self, medium: Any) -> np.ndarray:
         rate = self.extractor.sampling_rate
@@ -180,11 +183,20 @@ class WaveformFrontEnd(FrontEnd):
 
 
 def _extractor_settings(extractor_class: Any, name_or_path: str | None) -> dict[str, Any]:
-    extractor = extractor_class()
-    if name_or_path:
-        with contextlib.suppress(OSError):  # a folder with weights alone
-            extractor = extractor_class.from_pretrained(name_or_path)
+    with _narrow_bands():
+        extractor = extractor_class()
+        if name_or_path:
+            with contextlib.suppress(OSError):  # a folder with weights alone
+                extractor = extractor_class.from_pretrained(name_or_path)
     return extractor.to_dict()
+
+
+@contextlib.contextmanager
+def _narrow_bands() -> Iterator[None]:
+    """Kaldi's lowest mel bands are narrower than an FFT bin, as the published models expect; say nothing of it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="At least one mel filter has all zero values")
+        yield
 
 
 @dataclass
@@ -236,14 +248,15 @@ def _kaldi_constants() -> tuple[np.ndarray, np.ndarray]:
     """The window [400] and the mel bands [257, 128]."""
     from transformers.audio_utils import mel_filter_bank, window_function
 
-    bands = mel_filter_bank(
-        num_frequency_bins=257,
-        num_mel_filters=128,
-        min_frequency=20,
-        max_frequency=8000,
-        sampling_rate=16_000,
-        norm=None,
-        mel_scale="kaldi",
-        triangularize_in_mel_space=True,
-    )
+    with _narrow_bands():
+        bands = mel_filter_bank(
+            num_frequency_bins=257,
+            num_mel_filters=128,
+            min_frequency=20,
+            max_frequency=8000,
+            sampling_rate=16_000,
+            norm=None,
+            mel_scale="kaldi",
+            triangularize_in_mel_space=True,
+        )
     return window_function(400, "povey", periodic=False), bands

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import numpy as np
 from PIL import Image
 
-from moka.modeling.frontends import FrontEnd, ImageFrontEnd, to_8_bit, wrong_medium
+from .base import FrontEnd, wrong_medium
+from .pictures import ImageFrontEnd, to_8_bit
 
 # As EfficientNet-Lite was trained: (value - 127) / 128 for values 0 ... 255.
 MEAN, STD = 127.0, 128.0
@@ -16,7 +17,7 @@ MEAN, STD = 127.0, 128.0
 
 @dataclass
 class EfficientNetFrontEnd(FrontEnd):
-    """Pictures of any size and mode for `efficientnet`: float32 [3, image_size, image_size] in about -1 ... 1.
+    """Pictures of any size and mode for `efficientnet`: float32 [3, image_size, image_size] in -0.992 ... 1.
 
     The whole picture is kept, with its aspect ratio; what is left of the square takes the colour of its border.
     """

@@ -1,0 +1,109 @@
+"""Every shipped configuration: parsed, and run from stage 1 to scored answers with tiny parts on the formats' fixtures."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moka.evaluation import BENCHMARKS, evaluate_benchmark
+from moka.training import load_config, run_training
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs"
+RUNNABLE = sorted(p.relative_to(CONFIGS) for p in CONFIGS.glob("**/*.yaml") if p.parts[-2] != "accelerate")
+RUNNABLE = [path for path in RUNNABLE if path.parts[0] != "shared"]
+CELLS = [path for path in RUNNABLE if path.parts[0] != "quickstart"]
+FIXTURES = ROOT / "tests/data/formats/fixtures"
+# Two steps of four samples; the fixtures hold files that cannot be used, on purpose.
+SMALL = [
+    "model.tiny=true",
+    "output.samples=1",
+    "evaluation.max_new_tokens=4",
+    "data.on_bad_media=substitute",
+    "data.bad_media_budget=0.9",
+    *(
+        f"{section}.{key}"
+        for section in ("alignment", "training")
+        for key in ("global_batch_size=4", "per_device_train_batch_size=2", "warmup_steps=1", "save_strategy=no")
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder with ``data/FORMAT`` for every format, as the configurations name them."""
+    folder = tmp_path_factory.mktemp("work")
+    (folder / "data").mkdir()
+    for fixture in FIXTURES.iterdir():
+        (folder / "data" / fixture.name).symlink_to(fixture)
+    return folder
+
+
+@pytest.mark.parametrize("path", RUNNABLE, ids=str)
+def test_configuration_is_read_and_its_comment_names_its_own_command(path):
+    config = load_config(CONFIGS / path)
+    comment = (CONFIGS / path).read_text("utf-8").split("\nbase:")[0]
+    assert f"configs/{path}" in comment
+    assert all(
+        f"configs/{path}" == named or "shared" in named or "accelerate" in named
+        for named in re.findall(r"configs/\S+\.yaml", comment)
+    )
+    assert config.model.modalities
+    assert set(config.evaluation.benchmarks) <= set(BENCHMARKS)
+
+
+@pytest.mark.parametrize("path", CELLS, ids=str)
+def test_cell_has_the_papers_hyperparameters(path):
+    config = load_config(CONFIGS / path)
+    section = config.training if 2 in config.stages else config.alignment
+    assert section["learning_rate"] == 1e-4
+    assert section["lr_scheduler_type"] == "cosine"
+    assert section["warmup_steps"] == 0.03
+    assert section["global_batch_size"] in (64, 80)
+    if 2 in config.stages:
+        adapter = config.adapter
+        assert (adapter.method, adapter.r, adapter.alpha, adapter.dropout) == ("moka", 4, 16, 0.05)
+        assert adapter.target_modules is None  # the seven projections
+
+
+SCENARIOS = sorted({path.parent for path in CELLS})
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=str)
+def test_scenario_runs_from_stage_one_to_scored_answers(scenario, workplace, monkeypatch):
+    """In the order of names: stage 1 hands its connectors over to stage 2."""
+    monkeypatch.chdir(workplace)
+    for path in sorted(CELLS):
+        if path.parent != scenario:
+            continue
+        config = load_config(CONFIGS / path, SMALL)
+        run = run_training(config)
+        assert json.loads((run / "summary.json").read_text("utf-8"))["method"] in ("moka", "stage 1 only")
+        steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+        assert max(record["step"] for record in steps) == 2
+        for name in config.evaluation.benchmarks:
+            results = evaluate_benchmark(run, name, progress=False)
+            predictions = (run / "benchmarks" / name / "predictions.jsonl").read_text("utf-8").splitlines()
+            assert results["strict"]["n"] == len(predictions) > 0
+            assert json.loads((run / "benchmarks" / name / "score.json").read_text("utf-8")).keys() == results.keys()
+
+
+def test_recipe_runs_its_stages_under_a_launcher(workplace):
+    cell = "configs/qwen2_7b/speech_text"
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"),
+            *(str(ROOT / "recipes/speech_text.py"), "--tiny", "--config"),
+            *(str(ROOT / cell / "stage1.yaml"), str(ROOT / cell / "stage2.yaml")),
+            *("--set", *SMALL, "output.dir=recipe", "model.connectors=[]"),
+        ],
+        cwd=workplace,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
