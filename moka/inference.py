@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from moka.adapter.checks import check_adapter_folder
 from moka.data import check_sample, decode_sample
-from moka.data.media import BadMediaError
+from moka.data.media import AudioWindows, BadMediaError
 from moka.errors import MokaError
 from moka.modeling import MokaForConditionalGeneration, MokaProcessor, TooLongError
 from moka.training.arguments import ModelSection
@@ -88,11 +88,16 @@ class LoadedModel:
                 )
         if names is None:
             names = [f"chat {i}" for i in range(len(chats))] if len(chats) > 1 else ["the question"]
+        windows = self.processor.decoding["audio_windows"]
+        decoding = {
+            "video_frames": self.processor.decoding["video_frames"],
+            "audio_windows": None if windows is None else AudioWindows.from_dict(windows),
+        }
         encoded = []
         for name, chat in zip(names, chats, strict=True):
             sample = check_sample({"id": name, "messages": chat}, name, require_answer=False)
             try:
-                messages = decode_sample(sample)["messages"]
+                messages = decode_sample(sample, **decoding)["messages"]
             except BadMediaError as error:
                 raise MokaError(f"{name}: {error.file}: {error.reason}") from error
             try:

@@ -15,7 +15,7 @@ import moka
 from moka.errors import MokaError
 from moka.training.processes import disconnect, speaks
 
-from . import compare, convert, evaluate, export, generate, merge, score, train
+from . import compare, convert, data, evaluate, export, generate, merge, score, train
 
 _SPACE, _PLACE = "Free space, or choose another folder.", "Choose another folder."
 _REMEDIES = {
@@ -23,7 +23,7 @@ _REMEDIES = {
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP), _PLACE),
 }
 VERBS = {
-    **{"train": train, "generate": generate, "eval": evaluate, "score": score, "compare": compare},
+    **{"data": data, "train": train, "generate": generate, "eval": evaluate, "score": score, "compare": compare},
     **{"convert": convert, "merge": merge, "export": export},
 }
 

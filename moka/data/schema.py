@@ -29,7 +29,7 @@ PARTS = ("text", *MEDIA)
 _DUE = {
     "text": "a string",
     "image": "a path, the bytes of a file or a PIL image",
-    "audio": "a path, the bytes of a file, a Waveform or AudioFeatures",
+    "audio": "a path, the bytes of a file, a Waveform (or a list of them: its windows) or AudioFeatures",
     "video": "a path, the bytes of a file or a list of PIL images",
 }
 _DECODED = {"image": (Image.Image,), "audio": (Waveform, AudioFeatures), "video": ()}
@@ -176,6 +176,8 @@ def _content(kind: str, value: Any, where: str, field: str) -> Any:
         if value and all(isinstance(frame, Image.Image) for frame in value):
             return list(value)
         _fail(where, field, f"is {_show(value)}; a list must hold PIL images, at least one. For a file give its path")
+    if kind == "audio" and isinstance(value, list) and value and all(isinstance(one, Waveform) for one in value):
+        return list(value)  # one clip cut into windows, as video is into frames
     if isinstance(value, (list, tuple)):
         remedy = f"Write one part of type {kind!r} for each {kind}, in the order in which they are to be seen"
         _fail(where, field, f"is a list of {len(value)}; {_DUE[kind]} is due. {remedy}")

@@ -197,7 +197,11 @@ class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
                     input_ids, types, pixel_values=pixel_values, input_features=input_features
                 )
         if position_ids is None and self.config.uses_grid_positions:
-            types = mm_token_type_ids if input_ids is None or mm_token_type_ids is not None else self.derive_type_ids(input_ids)
+            types = (
+                mm_token_type_ids
+                if input_ids is None or mm_token_type_ids is not None
+                else self.derive_type_ids(input_ids)
+            )
             position_ids = self._grid_positions(inputs_embeds, types, attention_mask, past_key_values)
         elif position_ids is None and past_key_values is None and _is_mask(attention_mask, inputs_embeds):
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)

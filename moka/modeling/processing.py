@@ -38,6 +38,8 @@ class MokaProcessor:
         chat_template: "chatml", "bare", "plain", Jinja text, or None for the tokenizer's own.
         interaction: "own_turn": a medium interacts with the question of its own user turn (default);
             "first_turn": with the first question of the chat. For one sample a turn see ``split_turns``.
+        decoding: how media files are to be decoded for it, as it was in training: {"video_frames": pictures of a video,
+            "audio_windows": fields of ``moka.data.media.AudioWindows`` or None}. The processor only remembers it.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class MokaProcessor:
         vocab_size: int,
         chat_template: str | None = None,
         interaction: str = "own_turn",
+        decoding: dict[str, Any] | None = None,
     ) -> None:
         if interaction not in INTERACTIONS:
             raise MokaError(f"interaction: {interaction!r} is not one of {', '.join(INTERACTIONS)}.")
@@ -54,6 +57,7 @@ class MokaProcessor:
         self.modalities = modalities
         self.vocab_size = vocab_size
         self.interaction = interaction
+        self.decoding = {"video_frames": 10, "audio_windows": None, **(decoding or {})}
         self.chat_template = resolve_template(chat_template, tokenizer)
         self.front_ends = {
             name: front_end_from_dict(spec["front_end"]) if "front_end" in spec else build_front_end(spec["encoder"])
@@ -212,6 +216,7 @@ class MokaProcessor:
             "vocab_size": self.vocab_size,
             "chat_template": self.chat_template,
             "interaction": self.interaction,
+            "decoding": self.decoding,
         }
         (folder / CONFIG_NAME).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 

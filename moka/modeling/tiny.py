@@ -1,4 +1,4 @@
-"""Tiny random stand-ins of published language models (and of Qwen2.5-VL with its vision tower), to run a configuration's whole code path in seconds.
+"""Tiny random stand-ins of published backbones, to run a configuration's whole code path in seconds.
 
 Same architecture, same kind of tokenizer, same chat template; two layers of random weights. ``model.tiny: true`` puts
 ``tiny:KIND`` in the place of the backbone and shrinks the encoders and projectors the same way.
@@ -91,17 +91,16 @@ def write_tiny_backbone(kind: str, folder: Path) -> None:
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = _model(kind, len(tokenizer), special)
+        model = (_qwen_vl if kind == "qwen2.5-vl" else _model)(kind, tokenizer, special)
+    if kind == "qwen2.5-vl":
+        _write_image_processor(folder)
     model.generation_config = GenerationConfig(**special)
     model.save_pretrained(folder)
 
 
-def _model(kind: str, vocab_size: int, special: dict[str, Any]) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
-    from transformers import Qwen2_5_VLForConditionalGeneration as QwenVl
-
-    settings: dict[str, Any] = {
-        "vocab_size": vocab_size,
+def _settings(kind: str, tokenizer: Any, special: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "vocab_size": len(tokenizer),
         "hidden_size": _WIDTH,
         "intermediate_size": 2 * _WIDTH,
         "num_hidden_layers": _LAYERS,
@@ -112,9 +111,39 @@ def _model(kind: str, vocab_size: int, special: dict[str, Any]) -> Any:
         "tie_word_embeddings": False,
         **special,
     }
+
+
+def _model(kind: str, tokenizer: Any, special: dict[str, Any]) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+    settings = _settings(kind, tokenizer, special)
     if kind == "qwen2":
         return Qwen2ForCausalLM(Qwen2Config(**settings))
     return LlamaForCausalLM(LlamaConfig(**settings))
+
+
+def _qwen_vl(kind: str, tokenizer: Any, special: dict[str, Any]) -> Any:
+    """The whole checkpoint: language model, vision tower and merger."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    from .encoders.qwen2_5_vl import QwenVlEncoder
+
+    text = _settings(kind, tokenizer, special)
+    # A head has 8 numbers, so 4 angles: for time, height and width.
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]}
+    names = {"vision_start": "<|vision_start|>", "vision_end": "<|vision_end|>", "image": "<|image_pad|>"}
+    names["video"] = "<|video_pad|>"
+    ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(token) for name, token in names.items()}
+    config = Qwen2_5_VLConfig(
+        text_config=text, vision_config=dict(QwenVlEncoder.tiny_model), tie_word_embeddings=False, **ids
+    )
+    return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def _write_image_processor(folder: Path) -> None:
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    Qwen2VLImageProcessorPil().save_pretrained(folder)
 
 
 def _write_sentencepiece(kind: str, folder: Path) -> None:
@@ -155,6 +184,14 @@ _BYTE_BPE: dict[str, tuple[tuple[str, ...], str, dict[str, str]]] = {
         _QWEN2_TEMPLATE,
         {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
     ),
+    "qwen2.5-vl": (
+        (
+            *("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+            *("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
+        ),
+        _QWEN2_TEMPLATE,
+        {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
+    ),
 }
 
 
@@ -185,5 +222,6 @@ def _corpus() -> Iterator[str]:
 KINDS: dict[str, tuple[str, ...]] = {
     "llama-2": ("llama-2", "llama2"),
     "llama-3": ("llama-3", "llama3"),
+    "qwen2.5-vl": ("qwen2.5-vl", "qwen2-5-vl"),
     "qwen2": ("qwen2", "qwen3"),
 }

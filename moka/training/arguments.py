@@ -12,6 +12,8 @@ import yaml
 
 from moka.errors import MokaError, nearest
 from moka.modeling import tiny
+from moka.modeling.encoders import tiny_encoder
+from moka.modeling.projectors import tiny_projector
 
 from .values import at_least, convert, describe_training, one_of, training_section
 
@@ -41,7 +43,10 @@ class ModelSection:
     )
     connectors: list[str] = field(
         default_factory=list,
-        metadata=_help("Folders of stage-1 results (RUN/connector) to start stage 2 from; checked by their metadata."),
+        metadata=_help(
+            "What stage 2 starts from: stage-1 results (RUN/connector), or published projector files "
+            "(visual_pretrain.bin, audio_pretrain.bin, mm_projector.bin)."
+        ),
     )
     chat_template: str | None = field(
         default=None, metadata=_help("chatml, bare (shortest), plain, or Jinja text; default: the tokenizer's own.")
@@ -178,9 +183,6 @@ def config_from_dict(raw: dict[str, Any], where: str = "config") -> RunConfig:
 
 def make_tiny(config: RunConfig) -> None:
     """Put tiny random parts of the same architecture in the place of published ones; a second time changes nothing."""
-    from moka.modeling.encoders import tiny_encoder
-    from moka.modeling.projectors import tiny_projector
-
     model = config.model
     model.backbone = tiny.PREFIX + tiny.tiny_kind(model.backbone)
     model.dtype = "float32"

@@ -9,6 +9,7 @@ Or a file that others published: the MokA authors' ``visual_pretrain.bin`` and `
 
 from __future__ import annotations
 
+import json
 import pickle
 import re
 from collections.abc import Mapping
@@ -114,10 +115,11 @@ def _load_folder(model: MokaForConditionalGeneration, folder: Path) -> list[str]
     for name, spec in meta["modalities"].items():
         ours = own["modalities"].get(name, {})
         for key, theirs in spec.items():
-            if not _fits(model, name, key, theirs, ours.get(key)):
+            changed = _differences(model, name, key, theirs, ours.get(key))
+            if changed:
                 raise MokaError(
-                    f"{folder}: its {name} {key} is {theirs}, and this run's is {ours.get(key)}. Make model.modalities "
-                    "agree, or train stage 1 again."
+                    f"{folder}: its {name} {key} has {_shown(theirs, changed)}, and this run's has "
+                    f"{_shown(ours.get(key), changed)}. Make model.modalities agree, or train stage 1 again."
                 )
     try:
         state = load_file(folder / WEIGHTS)
@@ -131,15 +133,33 @@ def _load_folder(model: MokaForConditionalGeneration, folder: Path) -> list[str]
     return meta["parts"]
 
 
-def _fits(model: MokaForConditionalGeneration, name: str, key: str, theirs: Any, ours: Any) -> bool:
-    """Whether trained weights fit this run's encoder or projector, by their configurations.
+def _differences(model: MokaForConditionalGeneration, name: str, key: str, theirs: Any, ours: Any) -> list[str]:
+    """The fields of an encoder's or projector's configuration that keep trained weights from fitting this run's.
 
     Where the projector takes any number of features, an encoder may take longer clips than in stage 1, for example.
     """
-    free = key == "encoder" and name in model.projectors and model.projectors[name].takes_any_number
-    if free and isinstance(theirs, dict) and isinstance(ours, dict):
-        return without_weightless(theirs, ENCODERS) == without_weightless(ours, ENCODERS)
-    return theirs == ours
+    if not isinstance(theirs, dict) or not isinstance(ours, dict):
+        return [] if theirs == ours else ["type"]
+    if key == "encoder" and name in model.projectors and model.projectors[name].takes_any_number:
+        theirs, ours = without_weightless(theirs, ENCODERS), without_weightless(ours, ENCODERS)
+    theirs, ours = _plain(theirs), _plain(ours)
+    return sorted(field for field in {*theirs, *ours} if theirs.get(field) != ours.get(field))
+
+
+# What transformers notes in a configuration beside the architecture; it changes with its version.
+_NOTES = ("transformers_version", "_name_or_path", "architectures", "dtype", "id2label", "label2id", "problem_type")
+
+
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration as JSON gives it back, the fields of ``model_config`` beside the others, notes left out."""
+    flat = json.loads(json.dumps(config))
+    inner = flat.pop("model_config", None) or {}
+    return {**{f"model_config.{field}": value for field, value in inner.items() if field not in _NOTES}, **flat}
+
+
+def _shown(config: Any, fields: list[str]) -> str:
+    plain = _plain(config) if isinstance(config, dict) else {}
+    return ", ".join(f"{field} {plain.get(field)!r}" for field in fields)
 
 
 def _load_published(model: MokaForConditionalGeneration, path: Path) -> list[str]:

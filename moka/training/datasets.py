@@ -72,9 +72,15 @@ def try_media(datasets: dict[str, Any], config: RunConfig, folder: Path, resume:
         if resume and path.exists():
             _, reports[name] = read_usable(path, len(samples), **settings)
         else:
-            decoding = {"video_frames": samples.video_frames, "audio_windows": samples.audio_windows}
+            decoding: dict[str, Any] = {"video_frames": samples.video_frames, "audio_windows": samples.audio_windows}
             _, reports[name] = usable_indices(samples.dataset, **settings, **decoding)
     return reports
+
+
+def write_reports(tried: dict[str, SkipReport], folder: Path) -> None:
+    """What ``try_media`` found, into the run folder, for people and for resumed runs."""
+    for name, report in tried.items():
+        report.write(bad_media_report(folder, name))
 
 
 def bad_media_report(folder: Path, name: str) -> Path:

@@ -28,7 +28,7 @@ from .arguments import RunConfig
 from .build import adapter_parameters, attach_adapter, build_for_stage_two, context_length, count_parameters
 from .callbacks import DivergenceGuard, MetricsWriter
 from .connector import load_connector, save_connector, trained_parts
-from .datasets import bad_media_report, check_media, open_data, try_media
+from .datasets import check_media, open_data, try_media, write_reports
 from .files import whole, write_json
 from .folder import ADAPTER, CONNECTOR, SUMMARY, RunFolder, save_result
 from .objectives import EmbeddingAlignment
@@ -104,7 +104,7 @@ def open_run(config: RunConfig, resume: bool = False, overwrite: bool = False) -
     run.started = started
     if not resume:
         on_main(lambda: folder.create(config))
-        on_main(lambda: [report.write(bad_media_report(folder.path, name)) for name, report in tried.items()])
+        on_main(lambda: write_reports(tried, folder.path))
     if config.data.on_bad_media == "substitute":
         run.datasets = agree(lambda: open_data(config, folder.path))
     try:
@@ -140,6 +140,7 @@ def _prepare(
     """The model, after everything was tried that can be tried before training."""
     _seed(config)
     model, processor = build_for_stage_two(config)
+    processor.decoding = {"video_frames": config.data.video_frames, "audio_windows": config.data.audio_windows}
     run = Run(config, folder, arguments, resume, datasets, model, processor)
     if 2 in config.stages:
         adapter_parameters(model, config.adapter)

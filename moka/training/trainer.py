@@ -147,6 +147,10 @@ def training_arguments(
         "prediction_loss_only": True,
         **fixed,
     }
+    for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
+        new = old.replace("gradient", "activation")
+        if old in settings and new in TrainingArguments.__dataclass_fields__:  # transformers 5.23 renamed them
+            settings[new] = settings.pop(old)
     for key in ("bf16", "fp16", "tf32"):
         if settings.get(key) and (settings.get("use_cpu") or not torch.cuda.is_available()):
             raise MokaError(f"{name}.{key}: true needs a GPU, and this run is on the CPU. Take it out.")

@@ -257,3 +257,12 @@ def test_dinov2_reads_the_preprocessing_beside_the_weights(tmp_path):
     np.testing.assert_allclose(build_front_end(config)(black), np.full((3, 224, 224), -2.0), atol=1e-6)
     item = build_front_end({**config, "image_size": 28})(black)
     np.testing.assert_allclose(item, np.full((3, 28, 28), -2.0), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["clip", "whisper", "beats"])
+def test_random_weights_are_the_same_in_every_run(name):
+    states = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        states.append(build_encoder(tiny_encoder({"type": name})).state_dict())
+    assert all(torch.equal(tensor, states[1][key]) for key, tensor in states[0].items())

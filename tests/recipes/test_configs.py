@@ -34,10 +34,10 @@ SMALL = [
 ]
 
 
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory):
+@pytest.fixture
+def workplace(tmp_path):
     """A folder with ``data/FORMAT`` for every format, as the configurations name them."""
-    folder = tmp_path_factory.mktemp("work")
+    folder = tmp_path
     (folder / "data").mkdir()
     for fixture in FIXTURES.iterdir():
         (folder / "data" / fixture.name).symlink_to(fixture)
@@ -100,10 +100,13 @@ def test_recipe_runs_its_stages_under_a_launcher(workplace):
             *(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"),
             *(str(ROOT / "recipes/speech_text.py"), "--tiny", "--config"),
             *(str(ROOT / cell / "stage1.yaml"), str(ROOT / cell / "stage2.yaml")),
-            *("--set", *SMALL, "output.dir=recipe", "model.connectors=[]"),
+            *("--set", *SMALL),
         ],
         cwd=workplace,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
+    run = workplace / "runs/qwen2_7b/speech_text/stage2-tiny"
+    assert {path.name for path in (run / "benchmarks").iterdir()} == {"asr", "mmau", "air-bench"}
+    assert (run / "adapter" / "adapter_model.safetensors").is_file()

@@ -24,8 +24,13 @@ def clean(text: str) -> str:
 
 
 def tagged(text: str, tag: str) -> list[str]:
-    """What every ``<tag>...</tag>`` holds."""
-    return re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
+    """What every ``<tag>...</tag>`` holds, each from its opening to the next closing."""
+    found = []
+    start = text.find(f"<{tag}>")
+    while start >= 0 and (end := text.find(f"</{tag}>", start)) >= 0:
+        found.append(text[start + len(tag) + 2 : end])
+        start = text.find(f"<{tag}>", end)
+    return found
 
 
 def answer_text(text: str) -> str:
@@ -81,7 +86,7 @@ def letter(text: str, letters: str = LETTERS, options: Mapping[str, str] | None 
     a dog"), unless that word is one that follows no article: "A is right", "A and B", "A because".
     Two different letters by the same rule are unparsable.
     """
-    text = answer_text(text)
+    text = " ".join(answer_text(text).split())
     if whole := re.fullmatch(rf"[(\[*\s]*([{letters}])[)\].:,*\s]*", text, re.IGNORECASE):
         return whole[1].upper()
     texts = {name: plain(option) for name, option in (options or {}).items()}

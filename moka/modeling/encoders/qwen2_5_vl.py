@@ -40,9 +40,7 @@ class QwenVlEncoder(TowerEncoder):
     class Config(TowerEncoder.Config):
         image_size: int = field(
             default=224,
-            metadata=about(
-                "height and width of the picture, in pixels: a multiple of 28", minimum=1, weightless=True
-            ),
+            metadata=about("height and width of the picture, in pixels: a multiple of 28", minimum=1, weightless=True),
         )
 
     name, kind, input_name = "qwen2.5-vl", "image", "pixel_values"

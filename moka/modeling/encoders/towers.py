@@ -98,7 +98,10 @@ class TowerEncoder(Encoder):
         if pretrained and self.config.name_or_path:
             self.model = self.load(str(self.config.name_or_path), model_config)
         else:
-            self.model = self.create(model_config)
+            # The same every time: a frozen encoder's weights are saved nowhere, and would differ from run to run.
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                self.model = self.create(model_config)
 
     def read_sizes(self, model_config: Any) -> None:
         """Sets `input_shape`, `width` and `num_tokens`, and checks `layer`."""
