@@ -33,10 +33,11 @@ HELP = "measure a trained run on unseen questions"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", help="run folder of `moka train`")
-    parser.add_argument("--split", choices=["test", "validation"], default="test", help="which data (default test)")
+    parser.add_argument("--split", help="test (default) or validation; of a benchmark: a split of its format")
     parser.add_argument("--data", metavar="FILE", help="another JSONL file of questions with answers")
     parser.add_argument("--benchmark", metavar="NAME", help=f"one of {', '.join(BENCHMARKS)}; all: those of the run")
     parser.add_argument("--root", metavar="FOLDER", help="the benchmark's data, if not where the run says")
+    parser.add_argument("--format", metavar="NAME", help="their format, where it is not the benchmark's own")
     parser.add_argument("--size", type=int, help="number of questions (default: evaluation.size, or all)")
     parser.add_argument("--blank-size", type=int, help="questions repeated with a modality blanked")
     parser.add_argument("--no-blank", action="store_true", help="leave the blanked repetitions out")
@@ -61,13 +62,16 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.benchmark:
         _benchmarks(arguments, config)
         return
-    source = arguments.data or getattr(config.data, arguments.split)
+    split = arguments.split or "test"
+    if split not in ("test", "validation"):
+        raise MokaError(f"--split: {split!r} is not one of test, validation.")
+    source = arguments.data or getattr(config.data, split)
     if source is None:
-        raise MokaError(f"data.{arguments.split} is not set in {folder / CONFIG}; give --data FILE.")
+        raise MokaError(f"data.{split} is not set in {folder / CONFIG}; give --data FILE.")
     find_adapter(folder)
     samples = open_source(
         source,
-        arguments.split,
+        split,
         media_root=config.data.media_root,
         video_frames=config.data.video_frames,
         audio_windows=config.data.audio_windows,
@@ -84,7 +88,7 @@ def run(arguments: argparse.Namespace) -> None:
     # A file or a format names its split by itself, whatever was asked for.
     result["protocol"]["data"] = describe_source(source)
     if str(source).startswith(PREFIX):
-        result["protocol"]["data"] += f", {arguments.split}"
+        result["protocol"]["data"] += f", {split}"
     show(result, f"{folder}: {result['protocol']['data']}")
     path = write(result, folder)
     summary = folder / SUMMARY
@@ -100,12 +104,13 @@ def _benchmarks(arguments: argparse.Namespace, config: RunConfig) -> None:
     names = list(config.evaluation.benchmarks) if arguments.benchmark == "all" else [arguments.benchmark]
     if not names:
         raise MokaError(f"--benchmark all: {folder / CONFIG} names none under evaluation.benchmarks.")
+    chosen = {"root": arguments.root, "split": arguments.split, "format": arguments.format}
     for name in names:
-        benchmark_source(config, name, arguments.root)
+        benchmark_source(config, name, **chosen)
     loaded = moka.load(folder, device=arguments.device, backbone=arguments.backbone)
     for name in names:
         results = evaluate_benchmark(
-            folder, name, root=arguments.root, size=arguments.size, batch_size=arguments.batch_size, loaded=loaded
+            folder, name, **chosen, size=arguments.size, batch_size=arguments.batch_size, loaded=loaded
         )
         for result in results.values():
             score_table(result).show()

@@ -81,7 +81,7 @@ class PhotographsTask:
         size: number of samples; 20000, 240 and 720 when left out.
         seed: of the training questions.
         stage: 2 asks questions. 1 pairs a single medium with its words and no question, to align encoders: a photograph
-            with its English caption ("A duck.") or with its kind, in turns, and a recording with its language.
+            with its kind (three times of four) or its English caption ("A duck."), and a recording with its language.
         augment: vary training media a little (photographs: mirrored, cropped; recordings: loudness). The questions and
             the items shown stay the same.
 
@@ -146,7 +146,7 @@ class PhotographsTask:
         kind, language = dealt
         if self.categories[place] == "recording":
             return [self._audio(int(rng.choice(self._spoken[language])), language, rng)], language
-        if turn % 2:
+        if turn % 4:
             return [self._image(int(rng.choice(self._of_kind[kind])), rng)], kind
         item = int(rng.choice(self._indices))
         return [self._image(item, rng)], self._stamps.items[item].caption

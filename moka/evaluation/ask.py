@@ -38,6 +38,7 @@ def evaluate_benchmark(
     *,
     root: str | None = None,
     split: str | None = None,
+    format: str | None = None,
     size: int | None = None,
     batch_size: int | None = None,
     device: str | None = None,
@@ -51,7 +52,8 @@ def evaluate_benchmark(
 
     Args:
         name: a key of ``moka.evaluation.BENCHMARKS``; the run's ``evaluation.benchmarks`` tells where its data lie.
-        root: folder with the data instead, in the benchmark's published layout; split: of them.
+        root: folder with the data instead, in the benchmark's published layout; split and format of them, where they
+            are not the benchmark's own.
         loaded: the run's model, where it is loaded already; device and backbone: as for ``moka.load``, where not.
     Returns:
         protocol -> result, as ``moka.evaluation.score`` gives it.
@@ -66,7 +68,7 @@ def evaluate_benchmark(
         )
     config = load_config(Path(run) / CONFIG)
     data, settings = config.data, config.evaluation
-    source = benchmark_source(config, name, root, split)
+    source = benchmark_source(config, name, root, split, format)
     tolerate = data.on_bad_media != "error"
     opened = open_samples(source, "test", media_root=data.media_root, require_answer=False)
     missing = [] if tolerate else opened.missing_media(limit=1)
@@ -96,7 +98,9 @@ def evaluate_benchmark(
     return results
 
 
-def benchmark_source(config: RunConfig, name: str, root: str | None = None, split: str | None = None) -> Any:
+def benchmark_source(
+    config: RunConfig, name: str, root: str | None = None, split: str | None = None, format: str | None = None
+) -> Any:
     """Where a benchmark's data are: under ``root``, or as the run's configuration says.
 
     Raises:
@@ -106,16 +110,18 @@ def benchmark_source(config: RunConfig, name: str, root: str | None = None, spli
         raise MokaError(
             f"benchmark {name!r} is not known; allowed are {', '.join(BENCHMARKS)}.{nearest(name, BENCHMARKS)}"
         )
-    if root is not None:
-        format = next((format.name for format in FORMATS.values() if format.benchmark == name), None)
-        if format is None:
-            raise MokaError(f"benchmark {name}: no format is its own; name its data under evaluation.benchmarks.")
-        return {"format": format, "root": root, **({"split": split} if split else {})}
-    source = config.evaluation.benchmarks.get(name)
-    if source is None:
-        there = ", ".join(config.evaluation.benchmarks) or "none"
-        raise MokaError(f"benchmark {name}: this run's evaluation.benchmarks names {there}; give --root FOLDER.")
-    return {**source, "split": split} if split and isinstance(source, dict) else source
+    if root is None:
+        source = config.evaluation.benchmarks.get(name)
+        if source is None:
+            there = ", ".join(config.evaluation.benchmarks) or "none"
+            raise MokaError(f"benchmark {name}: this run's evaluation.benchmarks names {there}; give --root FOLDER.")
+        return {**source, "split": split} if split and isinstance(source, dict) else source
+    if format is None:
+        serving = [one.name for one in FORMATS.values() if one.benchmark == name]
+        if name not in serving and len(serving) != 1:
+            raise MokaError(f"benchmark {name}: several formats hold its data; give --format: {', '.join(serving)}.")
+        format = name if name in serving else serving[0]
+    return {"format": format, "root": root, **({"split": split} if split else {})}
 
 
 def ask(

@@ -28,7 +28,7 @@ class QwenVLForCausalLM(Qwen2_5_VLPreTrainedModel, GenerationMixin):
     (``qwen2.5-vl``), so its weights are not held twice and no adapter is put into it by mistake.
     """
 
-    config: Qwen2_5_VLTextConfig
+    config: Qwen2_5_VLTextConfig  # type: ignore[assignment]
     config_class = Qwen2_5_VLTextConfig
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _keys_to_ignore_on_load_unexpected = [r"^visual\.", r"^model\.visual\."]

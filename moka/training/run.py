@@ -28,7 +28,7 @@ from .arguments import RunConfig
 from .build import adapter_parameters, attach_adapter, build_for_stage_two, context_length, count_parameters
 from .callbacks import DivergenceGuard, MetricsWriter
 from .connector import load_connector, save_connector, trained_parts
-from .datasets import check_media, open_data, try_media, write_reports
+from .datasets import bad_media_report, check_media, open_data, try_media, write_reports
 from .files import whole, write_json
 from .folder import ADAPTER, CONNECTOR, SUMMARY, RunFolder, save_result
 from .objectives import EmbeddingAlignment
@@ -282,14 +282,15 @@ def train_adapter(run: Run) -> PeftModel:
 
 def _say_replaced(run: Run, stage: int) -> None:
     """Samples that could not be used, counted over all processes and loader workers."""
-    names = {f"dropped-stage{stage}.jsonl": "id", f"bad-media-{'alignment' if stage == 1 else 'train'}.jsonl": "id"}
-    for name, key in names.items():
-        path = run.folder / name
+    paths = [run.folder / f"dropped-stage{stage}.jsonl"]
+    if run.config.data.on_bad_media == "substitute":
+        paths.append(bad_media_report(run.folder.path, "alignment" if stage == 1 else "train"))
+    for path in paths:
         if is_main() and path.exists():
             records = {r["index"]: r for r in map(json.loads, path.read_text("utf-8").splitlines())}
             first = next(iter(records.values()))
             print(
-                f"stage {stage}: {len(records)} samples replaced by others; see {path}. The first, {first[key]}: "
+                f"stage {stage}: {len(records)} samples replaced by others; see {path}. The first, {first['id']}: "
                 f"{first['reason']}"
             )
 

@@ -239,6 +239,33 @@ def test_bad_media_can_be_substituted_and_are_reported(moka, config_file, media,
     assert (run / "adapter").is_dir()
 
 
+def test_bad_media_can_be_left_out_before_training(moka, config_file, media, tmp_path):
+    data = jsonl(tmp_path, media, _spoil("3.png", lambda p: p.write_text("only text")))
+    path, run = config_file(stages=[2])
+    skip = ["data.on_bad_media=skip", "data.bad_media_budget=0.2"]
+    done = moka("train", path, *on(data), *skip)
+    assert done.code == 0, done.err[-800:]
+    assert "1 of 8 samples left out" in done.out
+    totals, record = map(json.loads, (run / "bad-media-train.jsonl").read_text().splitlines())
+    assert totals == {"tried": 8, "skipped": 1}
+    assert (record["id"], record["action"]) == ("s3", "skip")
+    # The file was mended meanwhile: the run to be resumed keeps to the samples it began with.
+    shutil.copy(tmp_path / "media" / "2.png", tmp_path / "media" / "3.png")
+    (run / "summary.json").unlink()
+    again = moka("train", path, *on(data), *skip, "--resume")
+    assert again.code == 0, again.err[-800:]
+    assert "1 of 8 samples left out" in again.out
+
+
+def test_more_bad_media_than_the_budget_leave_no_run(refused, config_file, media, tmp_path):
+    data = jsonl(tmp_path, media, _spoil("3.png", lambda p: p.write_text("only text")))
+    path, run = config_file(stages=[2])
+    line = refused("train", path, *on(data), "data.on_bad_media=skip", "data.bad_media_budget=0")
+    for word in ("1 of 8 samples", "budget allows 0", "3.png", "data.bad_media_budget"):
+        assert word in line
+    assert not run.exists()
+
+
 def test_connectors_of_another_model_are_refused(refused, moka, config_file, backbones, trained_run, tmp_path):
     path, run = config_file(stages=[2], model__connectors=[str(trained_run / "connector")])
     for override, words in (

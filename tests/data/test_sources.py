@@ -314,7 +314,9 @@ def test_format_gets_the_split_that_the_run_asks_for(formats):
         split: open_source({"format": "ave", "root": str(formats / "ave")}, split) for split in ("train", "validation")
     }
     ids = {split: {dataset.dataset[i]["id"] for i in range(len(dataset))} for split, dataset in splits.items()}
-    assert ids["train"] and ids["validation"] and not ids["train"] & ids["validation"]
+    assert ids["train"]
+    assert ids["validation"]
+    assert not ids["train"] & ids["validation"]
 
 
 def test_sound_comes_as_windows(folder):

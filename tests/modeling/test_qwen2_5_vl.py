@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, DynamicCache, Qwen2_5_VLForConditionalGe
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import moka
-from moka import MokaConfig, MokaError, MokaForConditionalGeneration, MokaProcessor
+from moka import MokaConfig, MokaError, MokaForConditionalGeneration
 from moka.modeling.encoders import build_encoder, tiny_encoder
 from moka.modeling.frontends import build_front_end, front_end_from_dict
 from moka.modeling.positions import grid_positions
@@ -220,7 +220,8 @@ def test_gradient_checkpointing_gives_equal_gradients(folder, modalities, refere
         if "moka_B" in name:
             parameter.data.normal_(std=0.1)
     ours, _ = both_inputs(model, reference, tokenizer, PROMPTS["left padding"])
-    ours["labels"] = ours["input_ids"].masked_fill(torch.arange(ours["input_ids"].shape[1]) < 30, -100)
+    ours["labels"] = ours["input_ids"].clone()
+    ours["labels"][:, :-3] = -100
 
     def gradients():
         adapted.zero_grad()
@@ -231,7 +232,8 @@ def test_gradient_checkpointing_gives_equal_gradients(folder, modalities, refere
     adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     adapted.enable_input_require_grads()
     found = gradients()
-    assert expected and all(value.abs().sum() > 0 for name, value in expected.items() if "moka_B" in name)
+    assert expected
+    assert all(value.abs().sum() > 0 for name, value in expected.items() if "moka_B" in name)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, atol=1e-6, rtol=1e-5)
 
@@ -318,18 +320,19 @@ def test_an_encoder_that_cannot_be_is_refused(folder, config, message):
 
 
 def test_a_checkpoint_of_another_kind_is_refused(backbones):
-    with pytest.raises(MokaError, match="holds a model of type 'qwen2'.*expected 'qwen2_5_vl'"):
+    with pytest.raises(MokaError, match=r"holds a model of type 'qwen2'.*expected 'qwen2_5_vl'"):
         build_encoder({"type": "qwen2.5-vl", "name_or_path": str(backbones["qwen2"])})
 
 
 def test_identity_wants_the_width_of_the_language_model():
     projector = build_projector({"type": "identity"}, 9, 32, 32)
     features = torch.randn(2, 9, 32)
-    assert torch.equal(projector(features), features) and projector.num_tokens == 9
+    assert torch.equal(projector(features), features)
+    assert projector.num_tokens == 9
     assert projector(features[:0]).shape == (0, 9, 32)
     with pytest.raises(MokaError, match=r"expected \[items, 9, 32\]"):
         projector(features[:, :8])
-    with pytest.raises(MokaError, match="width 1024.*64"):
+    with pytest.raises(MokaError, match=r"width 1024.*64"):
         build_projector({"type": "identity"}, 9, 1024, 64)
 
 

@@ -257,7 +257,9 @@ def test_tiny_swaps_parts_and_folders_and_nothing_else():
     config = tiny_config()
     assert config.model.backbone == "tiny:llama-2"
     encoder = config.model.modalities["visual"]["encoder"]
-    assert encoder["type"] == "clip" and encoder["layer"] == -2 and not encoder.get("name_or_path")
+    assert encoder["type"] == "clip"
+    assert encoder["layer"] == -2
+    assert not encoder.get("name_or_path")
     assert encoder["model_config"]["num_hidden_layers"] <= 3
     assert config.model.connectors[0] == "runs/one-tiny/connector"
     assert config.output.dir == "runs/two-tiny"

@@ -75,7 +75,7 @@ class BeatsEncoder(TowerEncoder):
             model_config = self.resolve_model_config(self.config, use_name=False)
         self.config = dataclasses.replace(self.config, model_config=model_config.to_dict())
         self.read_sizes(model_config)
-        self.model = self.create(model_config)
+        self.model = self.create_alike(model_config)
         if state is not None:
             load_published(self.model, state, str(source))
 

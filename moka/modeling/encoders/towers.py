@@ -98,10 +98,7 @@ class TowerEncoder(Encoder):
         if pretrained and self.config.name_or_path:
             self.model = self.load(str(self.config.name_or_path), model_config)
         else:
-            # The same every time: a frozen encoder's weights are saved nowhere, and would differ from run to run.
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                self.model = self.create(model_config)
+            self.model = self.create_alike(model_config)
 
     def read_sizes(self, model_config: Any) -> None:
         """Sets `input_shape`, `width` and `num_tokens`, and checks `layer`."""
@@ -135,6 +132,12 @@ class TowerEncoder(Encoder):
     def create(self, model_config: Any) -> nn.Module:
         """The module with random weights."""
         return self.classes(model_config.model_type)[1](model_config)
+
+    def create_alike(self, model_config: Any) -> nn.Module:
+        """`create`, with the same weights every time: a frozen encoder's are saved nowhere, and runs must agree on them."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return self.create(model_config)
 
     def encode(self, values: torch.Tensor) -> torch.Tensor:
         hidden_states = self.model(values, output_hidden_states=True).hidden_states

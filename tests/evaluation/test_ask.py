@@ -1,0 +1,131 @@
+"""Asking a benchmark: every answer is kept, an interrupted evaluation goes on, and nothing is lost in silence."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+
+from moka.data.media import BadMediaError, DecodedDataset
+from moka.errors import MokaError
+from moka.evaluation import ask
+from moka.evaluation.ask import benchmark_source
+from moka.training import config_from_dict
+
+
+class Echo:
+    """Stands for a loaded model: it answers with the question, and counts what it was asked."""
+
+    folder = Path("adapter")
+    processor = SimpleNamespace(chat_template=None)
+
+    def __init__(self, fails_after=None):
+        self.asked, self.fails_after = [], fails_after
+
+    def generate_batch(self, chats, max_new_tokens, names):
+        assert len(chats) == len(names) > 0
+        if self.fails_after is not None and len(self.asked) >= self.fails_after:
+            raise KeyboardInterrupt
+        texts = [part["text"] for chat in chats for part in chat[-1]["content"] if part["type"] == "text"]
+        self.asked += texts
+        return texts
+
+
+class Samples(list):
+    """What readers give."""
+
+
+def sample(number, **more):
+    content = [{"type": "text", "text": f"question {number}"}]
+    answer = [{"type": "text", "text": f"answer {number}"}]
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+    return {"id": f"q{number}", "messages": messages, **more}
+
+
+SAMPLES = Samples(sample(n) for n in range(7))
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text("utf-8").splitlines()]
+
+
+def asked(model, folder, samples=SAMPLES, **changes):
+    return ask(model, samples, folder, source="test", batch_size=2, progress=False, **changes)
+
+
+def test_records_carry_what_scorers_read(tmp_path):
+    samples = [sample(0, reference="yes", category="existence", group="a.jpg", options=["x"]), sample(1)]
+    records = asked(Echo(), tmp_path, samples)
+    assert records == lines(tmp_path)
+    assert records[0] == {
+        **{"id": "q0", "prediction": "question 0", "reference": "yes"},
+        **{"category": "existence", "group": "a.jpg", "options": ["x"]},
+    }
+    assert records[1] == {"id": "q1", "prediction": "question 1", "reference": "answer 1"}
+
+
+def test_interrupted_evaluation_goes_on_and_gives_the_same(tmp_path, capsys):
+    with pytest.raises(KeyboardInterrupt):
+        asked(Echo(fails_after=4), tmp_path)
+    with open(tmp_path / "predictions.jsonl", "a") as file:
+        file.write('{"id": "q4", "predi')  # killed while it wrote
+    second = Echo()
+    records = asked(second, tmp_path)
+    assert second.asked == ["question 4", "question 5", "question 6"]
+    assert "4 of 7 answers" in capsys.readouterr().out
+    assert records == lines(tmp_path) == asked(Echo(), tmp_path / "other")
+
+
+def test_other_settings_begin_anew(tmp_path):
+    asked(Echo(), tmp_path)
+    again = Echo()
+    asked(again, tmp_path, max_new_tokens=5)
+    assert len(again.asked) == 7
+    assert len(lines(tmp_path)) == 7
+
+
+@pytest.fixture
+def spoilt(tmp_path):
+    """Three questions about pictures, the second of which is no picture."""
+    samples = Samples()
+    for number in range(3):
+        path = tmp_path / f"{number}.png"
+        Image.new("L", (4, 4), number).save(path)
+        one = sample(number)
+        one["messages"][0]["content"].insert(0, {"type": "image", "image": str(path)})
+        samples.append(one)
+    (tmp_path / "1.png").write_bytes(b"not a picture")
+    return DecodedDataset(samples)
+
+
+def test_bad_media_end_the_evaluation_or_count_as_wrong(spoilt, tmp_path):
+    with pytest.raises(BadMediaError, match=r"1\.png"):
+        asked(Echo(), tmp_path / "strict", spoilt)
+    model = Echo()
+    records = asked(model, tmp_path / "tolerant", spoilt, tolerate_bad_media=True)
+    assert [record["prediction"] for record in records] == ["question 0", "", "question 2"]
+    assert "1.png" in records[1]["error"]
+    assert [record["reference"] for record in records] == ["answer 0", "answer 1", "answer 2"]
+
+
+def test_question_without_a_truth_is_told(tmp_path):
+    silent = sample(0)
+    silent["messages"].pop()
+    with pytest.raises(MokaError, match=r"'q0' has no 'reference'"):
+        asked(Echo(), tmp_path, [silent])
+
+
+def test_benchmark_is_where_the_run_or_the_root_says():
+    there = {"format": "pope", "root": "data/pope"}
+    config = config_from_dict({"evaluation": {"benchmarks": {"pope": there}}})
+    assert benchmark_source(config, "pope") == there
+    assert benchmark_source(config, "pope", root="elsewhere") == {"format": "pope", "root": "elsewhere"}
+    assert benchmark_source(config, "mme", root="x") == {"format": "mme", "root": "x"}
+    assert benchmark_source(config, "asr", root="x", format="librispeech", split="test-other")["split"] == "test-other"
+    with pytest.raises(MokaError, match=r"--format: gigaspeech, librispeech"):
+        benchmark_source(config, "asr", root="x")
+    with pytest.raises(MokaError, match=r"names pope; give --root"):
+        benchmark_source(config, "mme")
+    with pytest.raises(MokaError, match=r"Did you mean 'pope'"):
+        benchmark_source(config, "poep")
