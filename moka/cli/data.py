@@ -23,13 +23,13 @@ from moka.data.convert import MEDIA_MODES, convert, media_root, write_manifest
 from moka.data.formats import FORMATS
 from moka.data.media import AudioWindows, decode_sample
 from moka.data.preview import printable, show, spans
-from moka.data.sources import open_samples
+from moka.data.sources import attribution, open_samples
 from moka.errors import MokaError, nearest
 from moka.modeling.processing import TooLongError
 from moka.training import load_config
 from moka.training.arguments import DataSection, RunConfig
 from moka.training.build import build_processor, context_length
-from moka.training.files import write_json
+from moka.training.files import write_json, write_text
 
 HELP = "check, show and convert data"
 SPLITS = ("train", "alignment", "validation", "test")
@@ -166,13 +166,16 @@ def convert_source(arguments: argparse.Namespace) -> None:
             raise MokaError(f"moka data convert: the folder is {source!r} and --root {root!r}; give one of them.")
         values = yaml.safe_load("\n".join(_option(option) for option in options)) or {}
         mapping = {"format": arguments.format, "root": source or root, "split": arguments.split, **values}
-        samples = open_samples({k: v for k, v in mapping.items() if v is not None}, "train", size=arguments.size)
+        given: Any = {k: v for k, v in mapping.items() if v is not None}
     elif source is None or options:
-        given = f"the options {' '.join(options)} belong to a --format" if options else "nothing to convert is named"
-        raise MokaError(f"moka data convert: {given}. Give a JSONL file, embedded:TASK, or --format NAME --root DIR.")
+        what = f"the options {' '.join(options)} belong to a --format" if options else "nothing to convert is named"
+        raise MokaError(f"moka data convert: {what}. Give a JSONL file, embedded:TASK, or --format NAME --root DIR.")
     else:
-        samples = open_samples(source, arguments.split or "train", size=arguments.size, media_root=root)
+        given = source
+    from_file = None if arguments.format else root
+    samples = open_samples(given, arguments.split or "train", size=arguments.size, media_root=from_file)
     path = convert(samples, arguments.output, arguments.media)
+    write_text(path.parent / "ATTRIBUTION.md", attribution(given))
     stay = f", to be read with data.media_root={media_root(samples)}" if arguments.media == "none" else ""
     for note in _notes(samples):
         print(f"note: {note}")

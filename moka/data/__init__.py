@@ -1,13 +1,15 @@
 """Samples: their schema, readers, media decoding, collation, and the embedded data sets."""
 
 from .embedded import resolve_backbone
-from .embedded_tasks import EmbeddedTask, export_jsonl
+from .embedded_tasks import EmbeddedTask
+from .formats import FORMATS, open_format
 from .jsonl import JsonlDataset
 from .media import BadMediaPolicy, DecodedDataset, decode_sample, load_audio, load_image, load_video
 from .schema import check_sample
-from .sources import Collator, EncodedDataset, attribution, open_source
+from .sources import Collator, EncodedDataset, attribution, open_samples, open_source
 
 __all__ = [
+    "FORMATS",
     "BadMediaPolicy",
     "Collator",
     "DecodedDataset",
@@ -17,10 +19,11 @@ __all__ = [
     "attribution",
     "check_sample",
     "decode_sample",
-    "export_jsonl",
     "load_audio",
     "load_image",
     "load_video",
+    "open_format",
+    "open_samples",
     "open_source",
     "resolve_backbone",
 ]

@@ -8,16 +8,14 @@ Only items of the split are shown. All 6 speakers are in every split, for want o
 
 from __future__ import annotations
 
-import json
 import operator
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from moka.data.embedded import ATTRIBUTION, SPLITS, Drawings, Recordings, Split, split_indices
+from moka.data.embedded import SPLITS, Drawings, Recordings, Split, split_indices
 from moka.errors import MokaError, nearest
 from moka.modeling.media import AudioFeatures
 
@@ -239,43 +237,10 @@ def _augment_recording(values: np.ndarray, rng: np.random.RandomState) -> np.nda
     return stretched.astype(np.float32)
 
 
-def export_jsonl(task: EmbeddedTask, folder: str | Path) -> Path:
-    """Write a task as a plain data set, to see the format or to train from files.
-
-    ``folder/data.jsonl`` has a sample a line; ``folder/media`` holds PNG images and .npy arrays float32 [frames, 13] of
-    MFCC, named in the messages relative to ``folder``; ``folder/ATTRIBUTION.md`` names the sources and licences.
-
-    Returns:
-        The path of data.jsonl.
-
-    Raises:
-        MokaError: the folder already holds a data.jsonl.
-    """
-    folder = Path(folder)
-    target = folder / "data.jsonl"
-    if target.exists():
-        raise MokaError(f"{target} exists already; name another folder, or delete it")
-    (folder / "media").mkdir(parents=True, exist_ok=True)
-    lines = []
-    for index in range(len(task)):
-        sample = task[index]
-        for place, part in enumerate(sample["messages"][0]["content"]):
-            stem = f"media/{index:06d}-{place}"
-            if part["type"] == "image":
-                part["image"].save(folder / f"{stem}.png")
-                part["image"] = f"{stem}.png"
-            elif part["type"] == "audio":
-                np.save(folder / f"{stem}.npy", part["audio"].values)
-                part["audio"] = f"{stem}.npy"
-        lines.append(json.dumps(sample) + "\n")
-    (folder / "ATTRIBUTION.md").write_text(ATTRIBUTION, encoding="utf-8")
-    target.write_text("".join(lines), encoding="utf-8")
-    return target
-
-
 def _check(name: str, split: str, size: int | None, seed: int, stage: int) -> None:
     if name not in TASKS:
-        raise MokaError(f"unknown embedded task {name!r}; there are {', '.join(TASKS)}.{nearest(name, TASKS)}")
+        known = [*TASKS, "photographs"]  # the latter is a task of its own, in moka.data.stamps_tasks
+        raise MokaError(f"unknown embedded task {name!r}; there are {', '.join(known)}.{nearest(name, known)}")
     if split not in SPLITS:
         raise MokaError(f"unknown split {split!r}; there are {', '.join(SPLITS)}.{nearest(split, SPLITS)}")
     if stage not in (1, 2):

@@ -15,17 +15,22 @@ from typing import Any
 
 import numpy as np
 
+from moka.data import stamps
 from moka.data.embedded import ATTRIBUTION, PREFIX, Split
 from moka.data.embedded_tasks import EmbeddedTask
 from moka.data.formats import FORMATS, open_format
 from moka.data.jsonl import JsonlDataset
 from moka.data.media import AudioWindows, BadMediaPolicy, DecodedDataset
+from moka.data.stamps_tasks import PhotographsTask
 from moka.errors import MokaError
+from moka.modeling.encoders import RESOLVERS
 from moka.modeling.processing import IGNORE, TooLongError
 
 _TRIES = 20
 # What published data sets call the splits of ours.
 _SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "val", "dev"), "test": ("test",)}
+PHOTOGRAPHS = "embedded:photographs"
+RESOLVERS[PREFIX] = stamps.resolve_encoder_file  # names of encoders, for every way in which a model is built
 Source = str | dict[str, Any] | list[Any]
 
 
@@ -69,6 +74,8 @@ def open_samples(
         samples: Any = Joined([open_samples(one, split, **settings) for one in source])  # type: ignore[arg-type]
     elif isinstance(source, dict):
         samples = _open_mapping(source, split, require_answer)
+    elif source == PHOTOGRAPHS:
+        return PhotographsTask(split=split, size=size, seed=seed, stage=stage)
     elif source.startswith(PREFIX):
         return EmbeddedTask(source.removeprefix(PREFIX), split, size=size, seed=seed, stage=stage)
     else:
@@ -148,6 +155,8 @@ def attribution(source: Source) -> str:
     if isinstance(source, dict):
         about = FORMATS[source["format"]].about if source.get("format") in FORMATS else ""
         return f"- {describe_source(source)}: {about}\n"
+    if source == PHOTOGRAPHS:
+        return stamps.ATTRIBUTION
     return ATTRIBUTION if source.startswith(PREFIX) else f"- {source}\n"
 
 

@@ -37,7 +37,7 @@ def _language(dealt: Dealt, rng: np.random.RandomState, turn: int) -> tuple[Deal
 
 
 def _pair(dealt: Dealt, rng: np.random.RandomState, turn: int) -> tuple[Dealt, str, str]:
-    return dealt, "What kind of thing is shown, and which language is spoken?", f"{dealt[0]}, {dealt[1]}"
+    return dealt, "What kind of thing, and which language?", f"{dealt[0]}, {dealt[1]}"
 
 
 def _both(dealt: Dealt, rng: np.random.RandomState, turn: int) -> tuple[Dealt, str, str]:
@@ -65,11 +65,11 @@ class PhotographsTask:
     The user's content holds ``{"type": "image", "image": PIL image, mode "RGB", at most 256 x 256}``, ``{"type": "audio",
     "audio": Waveform at 16 kHz}`` and the question; the assistant's content is the answer. Four categories take turns:
 
-        category   question                                                      always the same answer   one medium alone
-        kind       What kind of thing is shown?                                  1/6                      (image) all
-        language   Which language is spoken?                                     1/6                      (sound) all
-        both       Is an animal shown and is French spoken?                      1/2                      3/4
-        pair       What kind of thing is shown, and which language is spoken?    1/36                     1/6
+        category   question                                    always the same answer   one medium alone
+        kind       What kind of thing is shown?                1/6                      (image) all
+        language   Which language is spoken?                   1/6                      (sound) all
+        both       Is an animal shown and is French spoken?    1/2                      3/4
+        pair       What kind of thing, and which language?     about 1/36               about 1/6
 
     Six kinds and six languages are dealt evenly; the last two columns are the accuracy that can be reached so. In "both",
     the kind shown is the one asked for in three questions of four, two of which are true; likewise the language.

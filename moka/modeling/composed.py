@@ -186,22 +186,19 @@ class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         In training the logits cover the supervised positions alone (``logits_to_keep``); in evaluation all positions.
         """
+        types = mm_token_type_ids
+        if types is None and input_ids is not None:
+            types = self.derive_type_ids(input_ids)
         if inputs_embeds is None:
             if input_ids is None:
                 raise MokaError("forward: pass input_ids or inputs_embeds.")
             if prompt_embeds is not None:
                 inputs_embeds = self._continue_prompt(input_ids, prompt_embeds, past_key_values)
             else:
-                types = mm_token_type_ids if mm_token_type_ids is not None else self.derive_type_ids(input_ids)
                 inputs_embeds = self.merge_embeddings(
                     input_ids, types, pixel_values=pixel_values, input_features=input_features
                 )
         if position_ids is None and self.config.uses_grid_positions:
-            types = (
-                mm_token_type_ids
-                if input_ids is None or mm_token_type_ids is not None
-                else self.derive_type_ids(input_ids)
-            )
             position_ids = self._grid_positions(inputs_embeds, types, attention_mask, past_key_values)
         elif position_ids is None and past_key_values is None and _is_mask(attention_mask, inputs_embeds):
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
@@ -257,7 +254,7 @@ class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return grid_positions(types, valid, grids) + start[:, None]
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: torch.Tensor, model_kwargs: dict) -> torch.Tensor:
-        """As in ``GenerationMixin``, which calls it before the first step; later steps count on from the last position."""
+        """As in ``GenerationMixin``, which asks before the first step; later steps count on from the last position."""
         if not self.config.uses_grid_positions:
             return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
         types, mask, cache = (model_kwargs.get(n) for n in ("mm_token_type_ids", "attention_mask", "past_key_values"))

@@ -28,6 +28,7 @@ class Projector(nn.Module):
     """Base of all projectors: `forward` checks and casts; subclasses write `build` and `project`.
 
     `output` is the last linear layer of each: scale its weights to give new tokens the scale of the model's embeddings.
+    It is None where a projector has no parameters.
     """
 
     @dataclass
@@ -43,8 +44,9 @@ class Projector(nn.Module):
         self.config = config
         self.in_tokens, self.in_width, self.out_width = in_tokens, in_width, out_width
         self.build()
-        nn.init.normal_(self.output.weight, std=0.02)
-        nn.init.zeros_(self.output.bias)
+        if self.output is not None:
+            nn.init.normal_(self.output.weight, std=0.02)
+            nn.init.zeros_(self.output.bias)
 
     def build(self) -> None:
         """Creates the modules and sets `num_tokens`."""
@@ -64,7 +66,7 @@ class Projector(nn.Module):
                 f"projector {self.name!r}: given features of shape {list(features.shape)}; expected "
                 f"[items, {self.in_tokens}, {self.in_width}]. It was built for another encoder."
             )
-        dtype = self.output.weight.dtype
+        dtype = features.dtype if self.output is None else self.output.weight.dtype
         if not len(features):  # a batch without this modality
             return features.new_zeros(0, self.num_tokens, self.out_width, dtype=dtype)
         return self.project(features.to(dtype))
@@ -82,6 +84,24 @@ class Projector(nn.Module):
     def to_dict(self) -> dict[str, Any]:
         """The configuration, fit for JSON, as `build_projector` takes it."""
         return {"type": self.name, **dataclasses.asdict(self.config)}
+
+
+class IdentityProjector(Projector):
+    """The features as they are, without parameters: for an encoder that ends in the language model's own connector."""
+
+    name = "identity"
+
+    def build(self) -> None:
+        if self.in_width != self.out_width:
+            raise MokaError(
+                f"projector 'identity': the encoder gives features of width {self.in_width}, and the language model's "
+                f"embeddings have {self.out_width}. Choose the encoder of that very model, or projector 'linear' or 'mlp'."
+            )
+        self.num_tokens = self.in_tokens
+        self.output = None  # type: ignore[assignment]
+
+    def project(self, features: torch.Tensor) -> torch.Tensor:
+        return features
 
 
 class LinearProjector(Projector):
@@ -217,7 +237,9 @@ class QFormerProjector(Projector):
         return self.output(F.gelu(self.hidden(found)))
 
 
-PROJECTORS: dict[str, type[Projector]] = {cls.name: cls for cls in (LinearProjector, MlpProjector, QFormerProjector)}
+PROJECTORS: dict[str, type[Projector]] = {
+    cls.name: cls for cls in (IdentityProjector, LinearProjector, MlpProjector, QFormerProjector)
+}
 
 
 def build_projector(config: Mapping[str, Any], in_tokens: int, in_width: int, out_width: int) -> Projector:

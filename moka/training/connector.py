@@ -38,12 +38,13 @@ PUBLISHED = (
 
 
 def trained_parts(model: MokaForConditionalGeneration) -> list[str]:
-    """Names of the modules that stage 1 trains: every projector, and encoders that are trainable."""
+    """Names of the modules that stage 1 trains: every projector with weights, and encoders that are trainable."""
     parts = []
     for name in model.config.modalities:
         if any(p.requires_grad for p in model.encoders[name].parameters()):
             parts.append(f"encoders.{name}")
-        parts.append(f"projectors.{name}")
+        if any(True for _ in model.projectors[name].parameters()):
+            parts.append(f"projectors.{name}")
     return parts
 
 

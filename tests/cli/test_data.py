@@ -203,6 +203,7 @@ def test_an_embedded_task_is_converted_without_loss(moka, tmp_path):
     ours = open_samples("embedded:audio-visual-text", "validation", size=6)
     theirs = JsonlDataset(tmp_path / "made/data.jsonl")
     assert len(theirs) == 6
+    assert "CC BY-SA 4.0" in (tmp_path / "made/ATTRIBUTION.md").read_text("utf-8")
     for one, other in zip(iterate(ours), iterate(theirs), strict=True):
         assert_same(one, decode_sample(other))
 

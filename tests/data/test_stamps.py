@@ -33,7 +33,7 @@ GOLDEN_QUESTIONS = [
     ("What kind of thing is shown?", "animal"),
     ("Which language is spoken?", "Spanish"),
     ("Is food shown and is Russian spoken?", "yes"),
-    ("What kind of thing is shown, and which language is spoken?", "household, Spanish"),
+    ("What kind of thing, and which language?", "household, Spanish"),
 ]
 
 

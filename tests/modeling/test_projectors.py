@@ -37,7 +37,8 @@ def build(name):
 
 
 def test_every_type_has_a_configuration():
-    assert {config["type"] for config in CONFIGS.values()} == set(PROJECTORS)
+    # `identity` has no weights and one width: see test_qwen2_5_vl.py.
+    assert {config["type"] for config in CONFIGS.values()} == set(PROJECTORS) - {"identity"}
 
 
 def test_an_item_gives_the_promised_tokens(name):

@@ -1,6 +1,7 @@
 """Qwen2.5-VL as the backbone, its own vision tower as the visual encoder: the numbers of transformers' own class."""
 
 import copy
+import json
 import shutil
 
 import numpy as np
@@ -189,14 +190,26 @@ def test_the_adapter_reaches_the_seven_projections_of_the_language_model_alone(f
     assert all(".language_model.model.layers." in name for name in names)
 
 
-@pytest.mark.parametrize("naming", ["in memory", "tied"])
-def test_a_checkpoint_of_another_naming_or_with_tied_embeddings_is_read(
-    folder, modalities, tokenizer, tmp_path, naming
-):
-    """transformers 5 names the parts otherwise in memory than published files do; the 3B ties its embeddings."""
+def flatten(folder):
+    """The configuration as older versions of transformers wrote it: that of the language model at the top level."""
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    text = config.pop("text_config")
+    rope = text.pop("rope_parameters")
+    scaling = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+    for key in ("rope_parameters", "model_type"):
+        config["vision_config"].pop(key)
+    flat = {**text, "rope_theta": rope["rope_theta"], "rope_scaling": scaling, **config}
+    (folder / "config.json").write_text(json.dumps(flat), "utf-8")
+
+
+@pytest.mark.parametrize("layout", ["names in memory", "tied", "flat configuration"])
+def test_a_checkpoint_in_another_layout_is_read(folder, modalities, tokenizer, tmp_path, layout):
+    """transformers 5 names the parts otherwise in memory than in files; small checkpoints tie their embeddings."""
     reference = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     shutil.copytree(folder, tmp_path / "copy")
-    if naming == "tied":
+    if layout == "flat configuration":
+        flatten(tmp_path / "copy")
+    elif layout == "tied":
         reference.config.tie_word_embeddings = reference.config.text_config.tie_word_embeddings = True
         reference.lm_head.weight = reference.get_input_embeddings().weight
         reference.save_pretrained(tmp_path / "copy")
@@ -208,7 +221,7 @@ def test_a_checkpoint_of_another_naming_or_with_tied_embeddings_is_read(
     ours, theirs = both_inputs(model, reference, tokenizer, PROMPTS["one picture"])
     with torch.no_grad():
         torch.testing.assert_close(model.eval()(**ours).logits, reference(**theirs).logits, atol=1e-5, rtol=0)
-    assert model.config.tie_word_embeddings == (naming == "tied")
+    assert model.config.tie_word_embeddings == (layout == "tied")
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -3,7 +3,7 @@
     values [items, *input_shape]  ->  encoder  ->  features [items, num_tokens, width]
 
 Three small ones are trained together with the adapter (`conv-image`, `patch-image`, `conv-audio`). The others are the
-encoders of published checkpoints, frozen unless told otherwise: `clip`, `siglip`, `dinov2` for pictures, `whisper`,
+encoders of published checkpoints, frozen unless told otherwise: `clip`, `siglip`, `dinov2`, `efficientnet` for pictures, `whisper`,
 `ast`, `hubert`, `wav2vec2` and `beats` for sound. None uses batch statistics: an item's features are the same whatever
 else is in its batch.
 """
@@ -15,20 +15,22 @@ from typing import Any
 
 from moka.modeling.fields import read_config
 
-from .base import Encoder
+from .base import RESOLVERS, Encoder
 from .beats import BeatsEncoder
+from .efficientnet import EfficientNetEncoder
+from .qwen2_5_vl import QwenVlEncoder
 from .small import ConvAudioEncoder, ConvImageEncoder, PatchImageEncoder
 from .sound import AstEncoder, HubertEncoder, Wav2Vec2Encoder, WhisperEncoder
 from .towers import TowerEncoder
 from .vision import ClipEncoder, Dinov2Encoder, SiglipEncoder
 
-__all__ = ["ENCODERS", "Encoder", "TowerEncoder", "build_encoder", "tiny_encoder"]
+__all__ = ["ENCODERS", "RESOLVERS", "Encoder", "TowerEncoder", "build_encoder", "tiny_encoder"]
 
 ENCODERS: dict[str, type[Encoder]] = {
     cls.name: cls
     for cls in (
         *(ConvImageEncoder, PatchImageEncoder, ConvAudioEncoder),
-        *(ClipEncoder, SiglipEncoder, Dinov2Encoder),
+        *(ClipEncoder, SiglipEncoder, Dinov2Encoder, EfficientNetEncoder, QwenVlEncoder),
         *(WhisperEncoder, AstEncoder, HubertEncoder, Wav2Vec2Encoder, BeatsEncoder),
     )
 }

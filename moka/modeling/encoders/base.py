@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -12,6 +12,17 @@ from torch import nn
 
 from moka.errors import MokaError
 from moka.modeling.fields import about
+
+# Prefix of names -> what makes a local file of such a name. The rooms above add theirs.
+RESOLVERS: dict[str, Callable[[str], str]] = {}
+
+
+def local_path(name_or_path: str) -> str:
+    """The file of a name that a resolver knows; any other unchanged."""
+    for prefix, resolve in RESOLVERS.items():
+        if name_or_path.startswith(prefix):
+            return resolve(name_or_path)
+    return name_or_path
 
 
 class Encoder(nn.Module):

@@ -24,7 +24,7 @@ from torch import nn
 from moka.errors import MokaError
 from moka.modeling.fields import about
 
-from .base import Encoder
+from .base import Encoder, local_path
 
 # Stages of (blocks, kernel, stride of the first block, expansion, channels).
 STAGES = (
@@ -155,7 +155,7 @@ class EfficientNetEncoder(Encoder):
         self.width, self.num_tokens = HEAD, config.grid**2
         self.model = EfficientNetLite0()
         if pretrained and config.name_or_path:
-            load_weights(self.model, config.name_or_path)
+            load_weights(self.model, local_path(config.name_or_path))
         del self.model._fc  # the classifier: nothing here uses it
 
     @classmethod

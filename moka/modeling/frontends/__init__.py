@@ -16,7 +16,9 @@ from moka.modeling.encoders import ENCODERS, TowerEncoder
 from moka.modeling.fields import read_config
 
 from .base import FrontEnd, wrong_medium
+from .efficientnet import EfficientNetFrontEnd
 from .pictures import ClipFrontEnd, Dinov2FrontEnd, ImageFrontEnd, SiglipFrontEnd, border_colour, centre_ink, to_8_bit
+from .qwen2_5_vl import QwenVlFrontEnd
 from .sound import (
     MFCC_MEAN,
     MFCC_STD,
@@ -36,9 +38,11 @@ __all__ = [
     "BeatsFrontEnd",
     "ClipFrontEnd",
     "Dinov2FrontEnd",
+    "EfficientNetFrontEnd",
     "FrontEnd",
     "ImageFrontEnd",
     "MfccFrontEnd",
+    "QwenVlFrontEnd",
     "SiglipFrontEnd",
     "WaveformFrontEnd",
     "WhisperFrontEnd",
@@ -54,7 +58,7 @@ __all__ = [
 FRONT_ENDS: dict[str, type[FrontEnd]] = {
     cls.name: cls
     for cls in (
-        *(ImageFrontEnd, ClipFrontEnd, SiglipFrontEnd, Dinov2FrontEnd),
+        *(ImageFrontEnd, ClipFrontEnd, SiglipFrontEnd, Dinov2FrontEnd, EfficientNetFrontEnd, QwenVlFrontEnd),
         *(MfccFrontEnd, WhisperFrontEnd, AstFrontEnd, WaveformFrontEnd, BeatsFrontEnd),
     )
 }
@@ -67,6 +71,8 @@ def build_front_end(encoder_config: Mapping[str, Any]) -> FrontEnd:
     published one at the model's size. Raises `MokaError` for a bad configuration.
     """
     cls, config = read_config(encoder_config, ENCODERS, "encoder")
+    if cls.name == "efficientnet":
+        return EfficientNetFrontEnd(config.image_size)
     if cls.name == "conv-audio":
         if config.bins != len(MFCC_MEAN):
             raise MokaError(
@@ -80,6 +86,8 @@ def build_front_end(encoder_config: Mapping[str, Any]) -> FrontEnd:
         return BeatsFrontEnd(round(config.seconds * BeatsFrontEnd.rate))
     model_config = cls.resolve_model_config(config, use_name=False)
     source = config.name_or_path
+    if cls.name == "qwen2.5-vl":
+        return QwenVlFrontEnd.read(source, config.image_size)
     if cls.name == "dinov2":
         return Dinov2FrontEnd.read(source, config.image_size)
     if cls.name == "whisper":
