@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import transformers
 
@@ -62,7 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.benchmark:
         _benchmarks(arguments, config)
         return
-    split = arguments.split or "test"
+    split: Any = arguments.split or "test"
     if split not in ("test", "validation"):
         raise MokaError(f"--split: {split!r} is not one of test, validation.")
     source = arguments.data or getattr(config.data, split)
