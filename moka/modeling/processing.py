@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ class MokaProcessor:
     Args:
         tokenizer: the backbone's tokenizer.
         modalities: name -> {"encoder": its configuration, "type_ids": [...], "tokens": placeholders per item}, and
-            "front_end": its settings where they are known (else they are those of the encoder).
+            "front_end": its settings where they are known (else they are those of the encoder). Where an encoder names
+            marks that the tokenizer has (Qwen2.5-VL's own), they stand around each of its items.
         vocab_size: of the backbone; placeholder ids start there.
         chat_template: "chatml", "bare", "plain", Jinja text, or None for the tokenizer's own.
         interaction: "own_turn": a medium interacts with the question of its own user turn (default);
@@ -64,6 +66,9 @@ class MokaProcessor:
             for name, spec in modalities.items()
         }
         self._owner = {type_id: name for name, spec in modalities.items() for type_id in spec["type_ids"]}
+        words = {token.content for token in tokenizer.added_tokens_decoder.values()}
+        marks = {name: ENCODERS[spec["encoder"]["type"]].marks for name, spec in modalities.items()}
+        self._marks = {name: pair for name, pair in marks.items() if words.issuperset(pair)}
         self._scaffold_ids: dict[str, list[int]] = {}
         # What can end an answer. Many tokenizers name a few of their special tokens alone; bos opens what follows.
         special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -138,8 +143,9 @@ class MokaProcessor:
             MokaError: a medium that this model has no encoder for.
         """
         runs = [
-            self._run(segment)
+            self._run(part)
             for segment in segments(messages, self.tokenizer, self.chat_template, add_generation_prompt)
+            for part in self._with_marks(segment)
         ]
         self._close_answers(runs)
         total = sum(len(run["ids"]) for run in runs)
@@ -231,6 +237,16 @@ class MokaProcessor:
 
     def _input_name(self, modality: str) -> str:
         return ENCODERS[self.modalities[modality]["encoder"]["type"]].input_name
+
+    def _with_marks(self, segment: Segment) -> list[Segment]:
+        """The segment; a medium whose encoder names marks that the tokenizer has: each item between them."""
+        name = self._owner.get(MEDIA_TYPE_IDS[segment.medium]) if segment.medium is not None else None
+        marks = self._marks.get(name) if name is not None else None
+        if not marks:
+            return [segment]
+        start, end = (Segment("template", segment.turn, text=mark) for mark in marks)
+        frames = segment.value if isinstance(segment.value, (list, tuple)) else [segment.value]
+        return [part for frame in frames for part in (start, replace(segment, value=frame), end)]
 
     def _run(self, segment: Segment) -> dict[str, Any]:
         """Token ids of one segment, with what is known of them."""

@@ -65,6 +65,7 @@ TINY = {
         }
     ),
     "beats": tiny_encoder({"type": "beats"}),
+    "efficientnet": tiny_encoder({"type": "efficientnet", "grid": 2}),
     "qwen2.5-vl": tiny_encoder({"type": "qwen2.5-vl"}),
 }
 
@@ -160,8 +161,9 @@ def test_a_tiny_configuration_keeps_everything_but_the_size(name):
     encoder = build_encoder(tiny)
     assert (encoder.name, encoder.config.trainable) == (name, True)
     assert getattr(encoder.config, "layer", -2) == config.get("layer", getattr(encoder.config, "layer", -2))
-    assert sum(parameter.numel() for parameter in encoder.parameters()) < 100_000
-    assert encoder.width == 32
+    if name != "efficientnet":  # one network of one size, 3.4 million parameters; its pictures shrink
+        assert sum(parameter.numel() for parameter in encoder.parameters()) < 100_000
+        assert encoder.width == 32
     medium = drawing() if encoder.kind == "image" else sine(16000)
     assert build_front_end(tiny)(medium).shape == encoder.input_shape
 
@@ -203,8 +205,8 @@ def test_an_encoder_survives_from_pretrained_of_the_model_around_it(encoder, tra
     assert again.train().encoder.training is trainable
 
 
-def test_the_towers_are_frozen_and_the_small_encoders_trained_by_default(encoder):
-    assert encoder.config.trainable is not isinstance(encoder, TowerEncoder)
+def test_published_encoders_are_frozen_and_the_small_ones_trained_by_default(encoder):
+    assert encoder.config.trainable is encoder.name.startswith(("conv-", "patch-"))
     assert encoder.train().training is encoder.config.trainable
 
 

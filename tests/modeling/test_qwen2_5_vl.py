@@ -361,3 +361,29 @@ def test_the_tiny_stand_in_fits_its_own_encoder():
     batch = processor([{"role": "user", "content": content}])
     assert batch["pixel_values"].shape == (2, 16, 1176)
     assert model(**batch).logits.isfinite().all()
+
+
+def test_a_prompt_through_the_processor_has_the_marks_and_logits_of_transformers(folder, modalities):
+    model, processor = build_model(ModelSection(backbone=str(folder), modalities=modalities, dtype="float32"))
+    frames = [picture(0), picture(1)]
+    chat = [{"role": "user", "content": [{"type": "video", "video": frames}, {"type": "text", "text": "What?"}]}]
+    batch = processor(chat)
+    batch.pop("labels")
+    shown = START + PAD * TOKENS + END
+    system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    text = f"{system}<|im_start|>user\n{shown * 2}What?<|im_end|>\n<|im_start|>assistant\n"
+    ids = processor.tokenizer(text, return_tensors="pt")["input_ids"]
+    theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder).eval()
+    images = Qwen2VLImageProcessorPil(size={"shortest_edge": SIZE**2, "longest_edge": SIZE**2})(
+        frames, return_tensors="pt"
+    )
+    pads = ids == theirs.config.image_token_id
+    expected = theirs(
+        input_ids=ids, mm_token_type_ids=pads.long(), attention_mask=torch.ones_like(ids), **images
+    ).logits
+    torch.testing.assert_close(model.eval()(**batch).logits, expected, atol=1e-5, rtol=0)
+    # The marks are scaffold: they belong to no modality and take no part in the interaction.
+    marks = torch.isin(ids, torch.tensor(processor.tokenizer.convert_tokens_to_ids([START, END])))
+    assert marks.sum() == 4
+    assert not batch["mm_token_type_ids"][marks].any()
+    assert not batch["interaction_ids"][marks].any()

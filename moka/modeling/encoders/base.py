@@ -40,6 +40,7 @@ class Encoder(nn.Module):
     input_shape: tuple[int, ...]  # of one item
     width: int  # of one feature vector
     num_tokens: int  # feature vectors per item
+    marks: ClassVar[tuple[str, ...]] = ()  # special tokens before and after an item, where its language model knows any
     length_in_seconds: float | None = None  # the longest sound it takes whole; None: no limit, or no sound
 
     def __init__(self, config: Any, pretrained: bool = True):

@@ -45,6 +45,7 @@ class QwenVlEncoder(TowerEncoder):
 
     name, kind, input_name = "qwen2.5-vl", "image", "pixel_values"
     model_types = ("qwen2_5_vl",)
+    marks = ("<|vision_start|>", "<|vision_end|>")  # what stands around a picture in the checkpoint's own prompts
     tiny_model = {
         **{"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 32},
         "fullatt_block_indexes": [1],
