@@ -24,13 +24,13 @@ test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q
 
 lint: $(VENV)/.dev
-	$(BIN)/ruff check moka tests
-	$(BIN)/ruff format --check moka tests
+	$(BIN)/ruff check moka tests recipes scripts
+	$(BIN)/ruff format --check moka tests recipes scripts
 	$(BIN)/mypy
 
 format: $(VENV)/.dev
-	$(BIN)/ruff check --fix moka tests
-	$(BIN)/ruff format moka tests
+	$(BIN)/ruff check --fix moka tests recipes scripts
+	$(BIN)/ruff format moka tests recipes scripts
 
 docs: $(VENV)/.docs
 	$(BIN)/moka train --help-config > docs/configuration.txt

@@ -221,7 +221,7 @@ def _corpus() -> Iterator[str]:
 # Kind -> parts of the published names that it stands for; the first that fits is taken.
 KINDS: dict[str, tuple[str, ...]] = {
     "llama-2": ("llama-2", "llama2"),
-    "llama-3": ("llama-3", "llama3"),
+    "llama-3": ("llama-3", "llama3", "smollm2"),
     "qwen2.5-vl": ("qwen2.5-vl", "qwen2-5-vl"),
     "qwen2": ("qwen2", "qwen3"),
 }

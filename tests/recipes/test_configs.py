@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from moka.evaluation import BENCHMARKS, evaluate_benchmark
+import moka
+from moka.data import open_source
+from moka.data.wheels import cache_dir
+from moka.evaluation import BENCHMARKS, evaluate, evaluate_benchmark
 from moka.training import load_config, run_training
 
 ROOT = Path(__file__).parents[2]
@@ -91,6 +94,18 @@ def test_scenario_runs_from_stage_one_to_scored_answers(scenario, workplace, mon
             predictions = (run / "benchmarks" / name / "predictions.jsonl").read_text("utf-8").splitlines()
             assert results["strict"]["n"] == len(predictions) > 0
             assert json.loads((run / "benchmarks" / name / "score.json").read_text("utf-8")).keys() == results.keys()
+
+
+@pytest.mark.parametrize("path", [path for path in RUNNABLE if path.parts[0] == "quickstart"], ids=str)
+def test_quickstart_runs_tiny_and_answers_its_test_questions(path, workplace, monkeypatch):
+    if path.stem == "photographs" and not list((cache_dir() / "data").glob("stamps-*")):
+        pytest.skip("the photographs (161 MB) are not in the cache")
+    monkeypatch.chdir(workplace)
+    config = load_config(CONFIGS / path, [*SMALL[:3], "data.validation_size=2"])
+    run = run_training(config)
+    samples = open_source(config.data.test, "test", size=8)
+    result = evaluate(moka.load(run), samples, blank=False, max_new_tokens=3, progress=False)
+    assert result["conditions"]["as given"]["overall"]["n"] == 8
 
 
 def test_recipe_runs_its_stages_under_a_launcher(workplace):

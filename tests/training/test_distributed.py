@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 
 from moka.training import config_from_dict, run_training
@@ -78,6 +79,27 @@ def test_two_processes_train_as_one(tiny_config, tmp_path, objective):
     for key, tensor in load_file(two / "adapter/adapter_model.safetensors").items():
         reference = load_file(one / "adapter/adapter_model.safetensors")[key]
         torch.testing.assert_close(tensor, reference, rtol=1e-4, atol=1e-6)
+
+
+def test_two_processes_leave_the_same_samples_out(tiny_config, tmp_path):
+    """Under ``skip`` the main process tries the files; the others must not have one sample more."""
+    lines = []
+    for number in range(9):
+        Image.new("L", (20, 20), 25 * number).save(tmp_path / f"{number}.png")
+        content = [{"type": "image", "image": f"{number}.png"}, {"type": "text", "text": "Which digit is written?"}]
+        answer = {"role": "assistant", "content": "seven"}
+        lines.append(json.dumps({"id": f"s{number}", "messages": [{"role": "user", "content": content}, answer]}))
+    (tmp_path / "4.png").write_bytes(b"no picture")
+    (tmp_path / "data.jsonl").write_text("\n".join(lines) + "\n")
+    data = {f"data__{name}": str(tmp_path / "data.jsonl") for name in ("alignment", "train", "validation", "test")}
+    changes = {**SAME, **data, "data__on_bad_media": "skip", "data__bad_media_budget": 0.2, "stages": [2]}
+    one = run_training(config_from_dict(tiny_config(tmp_path / "one", **changes)))
+    halves = {"training__per_device_train_batch_size": 2}
+    config = write(tmp_path / "two.yaml", tiny_config(tmp_path / "two", **changes, **halves))
+    done = launch(TORCHRUN, "train", config)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("data.train: 1 of 9 samples left out") == 1
+    assert losses(tmp_path / "two") == pytest.approx(losses(one), rel=1e-5)
 
 
 def test_bad_input_is_told_once_and_ends_both(tiny_config, tmp_path):
