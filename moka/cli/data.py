@@ -23,7 +23,7 @@ from moka.data.convert import MEDIA_MODES, convert, media_root, write_manifest
 from moka.data.formats import FORMATS
 from moka.data.media import AudioWindows, decode_sample
 from moka.data.preview import printable, show, spans
-from moka.data.sources import attribution, open_samples
+from moka.data.sources import attribution, notes_of, open_samples
 from moka.errors import MokaError, nearest
 from moka.modeling.processing import TooLongError
 from moka.training import load_config
@@ -91,7 +91,7 @@ def check(arguments: argparse.Namespace) -> None:
             **_decoding(config.data),
         )
         reports.append(report)
-        _show_report(report, _notes(samples), arguments.limit)
+        _show_report(report, notes_of(samples), arguments.limit)
         if arguments.manifest:
             root = write_manifest(arguments.manifest, samples, report.good)
             print(f"written: {arguments.manifest} ({len(report.good)} samples), to be read with data.media_root={root}")
@@ -177,7 +177,7 @@ def convert_source(arguments: argparse.Namespace) -> None:
     path = convert(samples, arguments.output, arguments.media)
     write_text(path.parent / "ATTRIBUTION.md", attribution(given))
     stay = f", to be read with data.media_root={media_root(samples)}" if arguments.media == "none" else ""
-    for note in _notes(samples):
+    for note in notes_of(samples):
         print(f"note: {note}")
     print(f"written: {path} ({len(samples)} samples{stay})")
 
@@ -239,12 +239,6 @@ def _open(config: RunConfig, split: str) -> Any:
         seed=int(config.training.get("data_seed") or config.training.get("seed", 42)),
         media_root=data.media_root,
     )
-
-
-def _notes(samples: Any) -> list[str]:
-    """What the readers left out, of a data set or of those that it is made of."""
-    inner = [*getattr(samples, "parts", ()), *([samples.dataset] if hasattr(samples, "dataset") else [])]
-    return [*getattr(samples, "notes", ()), *(note for part in inner for note in _notes(part))]
 
 
 def _decoding(data: DataSection) -> dict[str, Any]:

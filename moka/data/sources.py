@@ -160,6 +160,13 @@ def attribution(source: Source) -> str:
     return ATTRIBUTION if source.startswith(PREFIX) else f"- {source}\n"
 
 
+def notes_of(samples: Any) -> tuple[str, ...]:
+    """What the readers left out of a data set and why, a line each; decoded or not."""
+    if hasattr(samples, "notes"):
+        return tuple(samples.notes)
+    return notes_of(samples.dataset) if hasattr(samples, "dataset") else ()
+
+
 class Joined:
     """Several data sets as one, one after another."""
 
@@ -186,7 +193,7 @@ class Joined:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        return tuple(note for part in self.parts for note in getattr(part, "notes", ()))
+        return tuple(note for part in self.parts for note in notes_of(part))
 
     def missing_media(self, limit: int = 20) -> list[str]:
         found = [line for part in self.parts if hasattr(part, "missing_media") for line in part.missing_media(limit)]
@@ -209,7 +216,7 @@ class Prefix:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        return getattr(self.dataset, "notes", ())
+        return notes_of(self.dataset)
 
     def where(self, index: int) -> str:
         return self.dataset.where(index)

@@ -20,6 +20,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from moka.data import Collator, EncodedDataset, resolve_backbone
 from moka.data.media import BadMediaError
+from moka.data.sources import notes_of
 from moka.data.usable import SkipReport, Subset
 from moka.errors import MokaError
 from moka.modeling import MokaForConditionalGeneration, MokaProcessor
@@ -94,9 +95,7 @@ def open_run(config: RunConfig, resume: bool = False, overwrite: bool = False) -
     # What has to be downloaded and prepared is so once.
     agree(lambda: resolve_backbone(config.model.backbone), main_first=True)
     datasets = agree(lambda: open_data(config), main_first=True)
-    for note in dict.fromkeys(
-        note for samples in datasets.values() for note in getattr(getattr(samples, "dataset", None), "notes", ())
-    ):
+    for note in dict.fromkeys(note for samples in datasets.values() for note in notes_of(samples)):
         _say(f"note: {note}")
     tried = _leave_out(datasets, config, folder, resume)
     run = agree(lambda: _prepare(config, folder, arguments, resume, datasets))

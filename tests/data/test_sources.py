@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from moka.data import Collator, EncodedDataset, open_source
 from moka.data.embedded_tasks import EmbeddedTask
 from moka.data.media import BadMediaError
-from moka.data.sources import attribution
+from moka.data.sources import attribution, notes_of, open_samples
 from moka.errors import MokaError
 from moka.modeling import MokaProcessor
 from moka.modeling.media import Waveform
@@ -324,3 +324,10 @@ def test_sound_comes_as_windows(folder):
     whole, cut = (open_source(str(folder / "train.jsonl"), "train", audio_windows=w)[2] for w in (None, windows))
     assert [len(window.samples) for window in media(cut)[1]] == [400, 400, 400]
     np.testing.assert_array_equal(media(cut)[1][1].samples, media(whole)[1].samples[400:800])
+
+
+def test_what_readers_leave_out_is_known_of_joined_and_decoded_sets(formats):
+    root = {"format": "gigaspeech", "root": str(formats / "gigaspeech"), "split": "train"}
+    alone = notes_of(open_samples(root, "train"))
+    assert alone
+    assert notes_of(open_source([root, root], "train", size=1)) == (*alone, *alone)
