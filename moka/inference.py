@@ -15,6 +15,7 @@ from safetensors import safe_open
 from moka.adapter.checks import check_adapter_folder
 from moka.data import check_sample, decode_sample
 from moka.data.media import AudioWindows, BadMediaError
+from moka.data.wheels import sha256_of
 from moka.errors import MokaError
 from moka.modeling import MokaForConditionalGeneration, MokaProcessor, TooLongError
 from moka.training.arguments import ModelSection
@@ -88,16 +89,11 @@ class LoadedModel:
                 )
         if names is None:
             names = [f"chat {i}" for i in range(len(chats))] if len(chats) > 1 else ["the question"]
-        windows = self.processor.decoding["audio_windows"]
-        decoding = {
-            "video_frames": self.processor.decoding["video_frames"],
-            "audio_windows": None if windows is None else AudioWindows.from_dict(windows),
-        }
         encoded = []
         for name, chat in zip(names, chats, strict=True):
             sample = check_sample({"id": name, "messages": chat}, name, require_answer=False)
             try:
-                messages = decode_sample(sample, **decoding)["messages"]
+                messages = decode_sample(sample, **self.decoding)["messages"]
             except BadMediaError as error:
                 raise MokaError(f"{name}: {error.file}: {error.reason}") from error
             try:
@@ -111,6 +107,21 @@ class LoadedModel:
         model: Any = self.model
         tokens = model.generate(**batch, **{"do_sample": False, **kwargs, "max_new_tokens": max_new_tokens})
         return self.processor.batch_decode(tokens[:, batch["input_ids"].shape[1] :])
+
+    @property
+    def decoding(self) -> dict[str, Any]:
+        """How media files are decoded for this model, as they were in training: arguments of ``decode_sample``."""
+        remembered = self.processor.decoding
+        windows = remembered["audio_windows"]
+        return {
+            "video_frames": remembered["video_frames"],
+            "audio_windows": None if windows is None else AudioWindows.from_dict(windows),
+        }
+
+    @property
+    def weights_sha256(self) -> str:
+        """Of the adapter's file: tells two trainings into the same folder apart."""
+        return sha256_of(self.folder / "adapter_model.safetensors")
 
     @property
     def context(self) -> int | None:

@@ -12,6 +12,7 @@ the connectors of earlier ones (`model.connectors`). Data, hardware, time and th
 
 import sys
 
+import moka
 from moka.cli.main import guarded
 from moka.cli.recipe import recipe_arguments
 from moka.evaluation import evaluate_benchmark
@@ -24,8 +25,9 @@ def main() -> None:
     for config in configs:
         train(config, resume)
         if 2 in config.stages and is_main():
+            model = moka.load(config.output.dir)
             for benchmark in config.evaluation.benchmarks:
-                evaluate_benchmark(config.output.dir, benchmark)  # raw answers, then their figures
+                evaluate_benchmark(config.output.dir, benchmark, loaded=model)  # raw answers, then their figures
 
 
 def train(config: RunConfig, resume: bool) -> None:

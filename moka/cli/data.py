@@ -91,7 +91,7 @@ def check(arguments: argparse.Namespace) -> None:
             **_decoding(config.data),
         )
         reports.append(report)
-        _show_report(report, notes_of(samples), arguments.limit)
+        _show_report(report, list(notes_of(samples)), arguments.limit)
         if arguments.manifest:
             root = write_manifest(arguments.manifest, samples, report.good)
             print(f"written: {arguments.manifest} ({len(report.good)} samples), to be read with data.media_root={root}")
@@ -149,7 +149,7 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to write; it must not hold anything")
     parser.add_argument("--format", metavar="NAME", help="a published layout; see `moka data formats`")
     parser.add_argument("--root", metavar="DIR", help="the data set's folder, if not SOURCE; of JSONL: the media root")
-    parser.add_argument("--split", metavar="NAME", help="the format's or the task's split (default: its first)")
+    parser.add_argument("--split", metavar="NAME", help="the format's or the task's split (default: train)")
     parser.add_argument("--size", type=_positive, metavar="N", help="only the first N samples")
     parser.add_argument(
         "--media", choices=MEDIA_MODES, default="copy", help="copy, link (hard links) or leave files (default copy)"
@@ -173,7 +173,9 @@ def convert_source(arguments: argparse.Namespace) -> None:
     else:
         given = source
     from_file = None if arguments.format else root
-    samples = open_samples(given, arguments.split or "train", size=arguments.size, media_root=from_file)
+    samples = open_samples(
+        given, arguments.split or "train", size=arguments.size, media_root=from_file, require_answer=False
+    )
     path = convert(samples, arguments.output, arguments.media)
     write_text(path.parent / "ATTRIBUTION.md", attribution(given))
     stay = f", to be read with data.media_root={media_root(samples)}" if arguments.media == "none" else ""

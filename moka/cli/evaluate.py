@@ -21,7 +21,7 @@ from moka.data.embedded import PREFIX
 from moka.data.sources import describe_source
 from moka.errors import MokaError
 from moka.evaluation import BENCHMARKS, evaluate, evaluate_benchmark, show, write
-from moka.evaluation.ask import benchmark_source
+from moka.evaluation.ask import benchmark_source, open_benchmark
 from moka.evaluation.benchmarks.table import score_table
 from moka.inference import export_kind, find_adapter
 from moka.training import RunConfig, load_config
@@ -106,8 +106,8 @@ def _benchmarks(arguments: argparse.Namespace, config: RunConfig) -> None:
     if not names:
         raise MokaError(f"--benchmark all: {folder / CONFIG} names none under evaluation.benchmarks.")
     chosen = {"root": arguments.root, "split": arguments.split, "format": arguments.format}
-    for name in names:
-        benchmark_source(config, name, **chosen)
+    for name in names:  # all are tried before hours go by on the first
+        open_benchmark(config, name, benchmark_source(config, name, **chosen))
     loaded = moka.load(folder, device=arguments.device, backbone=arguments.backbone)
     for name in names:
         results = evaluate_benchmark(

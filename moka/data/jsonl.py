@@ -99,6 +99,8 @@ def parse_line(line: bytes, where: str) -> Any:
         return json.loads(line.decode("utf-8-sig"))  # some editors open the file with a byte order mark
     except UnicodeDecodeError as error:
         raise MokaError(f"{where}: is not UTF-8 text ({error.reason}). Save the file as plain UTF-8 JSONL.") from error
+    except RecursionError as error:
+        raise MokaError(f"{where}: is not valid JSON: nested too deep. Mend or remove the line.") from error
     except json.JSONDecodeError as error:
         hint = "Mend or remove the line."
         if line.strip() in (b"[", b"{") or line.lstrip().startswith(b"[{"):

@@ -95,13 +95,16 @@ def _open_mapping(source: dict[str, Any], split: Split, require_answer: bool) ->
 
 
 def _default_split(name: str, split: Split) -> str | None:
-    """What format ``name`` calls our split; None leaves the choice, or the complaint, to the format."""
-    splits = FORMATS[name].splits if name in FORMATS else ()
-    if len(splits) <= 1:
+    """What format ``name`` calls our split; None leaves the complaint about an unknown format to ``open_format``."""
+    if name not in FORMATS:
         return None
+    splits = FORMATS[name].splits
     found = next((theirs for theirs in _SPLIT_NAMES[split] if theirs in splits), None)
     if found is None:
-        raise MokaError(f"A data source of format {name} names no 'split'; it has {', '.join(splits)}.")
+        raise MokaError(
+            f"A data source of format {name} names no 'split', and none of it goes by {split!r}. It has "
+            f"{', '.join(splits)}; write which one is meant, as split: {splits[0]}."
+        )
     return found
 
 
@@ -136,7 +139,8 @@ def open_source(
     missing = samples.missing_media(limit=1) if on_bad_media == "error" else []
     if missing:
         raise MokaError(
-            f"{'; '.join(missing)}. Put the files under the media root, or set data.on_bad_media to skip or substitute."
+            f"{'; '.join(missing)}. Put the files under the media root, or leave the samples out: `moka data check "
+            "--manifest` writes what is good; in training data.on_bad_media=skip or substitute does without."
         )
     return DecodedDataset(
         samples,

@@ -8,6 +8,7 @@ that all ranks have the same number of samples.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections import deque
@@ -87,7 +88,7 @@ class SkipReport:
         )
 
 
-class Subset:
+class Subset(Sequence[Any]):
     """The items of a map-style data set at ``indices``, in that order."""
 
     def __init__(self, dataset: Any, indices: Sequence[int]) -> None:
@@ -96,7 +97,7 @@ class Subset:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: Any) -> Any:
         return self.dataset[self.indices[index]]
 
     def where(self, index: int) -> str:
@@ -113,6 +114,7 @@ def usable_indices(
     audio_rate: int | None = None,
     audio_windows: AudioWindows | None = None,
     name: str = "data",
+    share: tuple[int, int] = (0, 1),
 ) -> tuple[list[int], SkipReport]:
     """The samples of which every medium can be decoded; all are tried, each file once.
 
@@ -125,6 +127,8 @@ def usable_indices(
         report_path: JSONL file to write, replacing what is there: a line of totals, then one line a sample left out.
         video_frames, audio_rate, audio_windows: as the run will decode.
         name: of the data set, for the progress bar and messages.
+        share: (k, n): of n processes that try a part each, this is the k-th; `joined` puts their reports together, and
+            checks the budget.
 
     Raises:
         MokaError: more bad samples than the budget allows (the report is written all the same), or a bad sample.
@@ -138,10 +142,10 @@ def usable_indices(
         return None
 
     skipped = []
-    samples = ((index, dataset[index]) for index in range(len(dataset)))
-    tried = try_media(samples, decode, workers)
+    mine = range(share[0], len(dataset), share[1])
+    tried = try_media(((index, dataset[index]) for index in mine), decode, workers)
     for index, sample, errors in tqdm(
-        tried, f"trying media of {name}", len(dataset), unit="sample", delay=_BAR_AFTER_S, leave=False
+        tried, f"trying media of {name}", len(mine), unit="sample", delay=_BAR_AFTER_S, leave=False
     ):
         for (kind, medium), error in zip(media_parts(sample), errors, strict=True):
             if error is not None:
@@ -152,8 +156,21 @@ def usable_indices(
     report = SkipReport(name, len(dataset), BadMediaPolicy("skip", budget).allowed(len(dataset)), skipped, path)
     if path is not None:
         report.write(path)
-    report.check()
+    if share[1] == 1:
+        report.check()
     return report.indices, report
+
+
+def joined(reports: Sequence[SkipReport]) -> SkipReport:
+    """The report of a data set of which several processes tried a part each.
+
+    Raises:
+        MokaError: more bad samples than the budget allows.
+    """
+    found = {record["index"]: record for report in reports for record in report.skipped}
+    whole = dataclasses.replace(reports[0], skipped=[found[index] for index in sorted(found)])
+    whole.check()
+    return whole
 
 
 def read_usable(

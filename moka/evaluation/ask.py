@@ -7,7 +7,6 @@ has changed.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,16 @@ from tqdm import tqdm
 
 import moka
 from moka.data.formats import FORMATS
-from moka.data.media import AudioWindows, BadMediaError, DecodedDataset
-from moka.data.sources import describe_source, open_samples
+from moka.data.media import BadMediaError, decode_sample
+from moka.data.sources import open_samples
 from moka.errors import MokaError, nearest
 from moka.inference import LoadedModel
 from moka.training import RunConfig, load_config
-from moka.training.files import read_json, write_json
+from moka.training.files import read_json, write_json, write_text
 from moka.training.folder import CONFIG
 
 from .benchmarks import BENCHMARKS, score
+from .benchmarks.text import library
 
 PREDICTIONS, SETTINGS, SCORE = "predictions.jsonl", "settings.json", "score.json"
 # Of a sample, beside its answer, what scorers read.
@@ -67,35 +67,45 @@ def evaluate_benchmark(
             f"benchmark {name!r} is not known; allowed are {', '.join(BENCHMARKS)}.{nearest(name, BENCHMARKS)}"
         )
     config = load_config(Path(run) / CONFIG)
-    data, settings = config.data, config.evaluation
+    settings = config.evaluation
     source = benchmark_source(config, name, root, split, format)
-    tolerate = data.on_bad_media != "error"
-    opened = open_samples(source, "test", media_root=data.media_root, require_answer=False)
-    missing = [] if tolerate else opened.missing_media(limit=1)
-    if missing:
-        raise MokaError(
-            f"{'; '.join(missing)}. Put the files there, or set data.on_bad_media in the run's config.yaml."
-        )
-    windows = None if data.audio_windows is None else AudioWindows.from_dict(data.audio_windows)
-    samples = DecodedDataset(opened, video_frames=data.video_frames, audio_windows=windows)
+    tolerate = config.data.on_bad_media != "error"
+    samples = open_benchmark(config, name, source)
+    loaded = loaded or moka.load(run, device=device, backbone=backbone)
     folder = Path(run) / "benchmarks" / name
     records = ask(
-        loaded or moka.load(run, device=device, backbone=backbone),
+        loaded,
         samples,
         folder,
-        source=describe_source(source),
+        source=source,
         size=size or settings.size,
         batch_size=batch_size or settings.batch_size,
         max_new_tokens=settings.max_new_tokens,
         tolerate_bad_media=tolerate,
         progress=progress,
     )
-    failed = [record for record in records if "error" in record]
+    failed = sum("error" in record for record in records)
     if failed:
-        print(f"note: {len(failed)} of {len(records)} questions had media that cannot be used, and count as wrong.")
+        print(f"note: {failed} of {len(records)} questions had media that cannot be used, and count as wrong.")
     results = {protocol: score(name, records, protocol) for protocol in BENCHMARKS[name].protocols}
     write_json(folder / SCORE, results)
     return results
+
+
+def open_benchmark(config: RunConfig, name: str, source: Any) -> Any:
+    """The questions of a benchmark, media undecoded. What its figures need that is not installed is told now, and missing
+    files too, unless the run puts up with them.
+    """
+    for module in BENCHMARKS[name].libraries:
+        library(module, name)
+    samples = open_samples(source, "test", media_root=config.data.media_root, require_answer=False)
+    missing = [] if config.data.on_bad_media != "error" else samples.missing_media(limit=1)
+    if missing:
+        raise MokaError(
+            f"{'; '.join(missing)}. Put the files there, or set data.on_bad_media: skip in the run's config.yaml to have "
+            "such questions count as wrong."
+        )
+    return samples
 
 
 def benchmark_source(
@@ -115,7 +125,11 @@ def benchmark_source(
         if source is None:
             there = ", ".join(config.evaluation.benchmarks) or "none"
             raise MokaError(f"benchmark {name}: this run's evaluation.benchmarks names {there}; give --root FOLDER.")
-        return {**source, "split": split} if split and isinstance(source, dict) else source
+        if format is not None or (split is not None and not isinstance(source, dict)):
+            raise MokaError(
+                f"benchmark {name}: --format and --split belong to a --root FOLDER; give it, or leave them out."
+            )
+        return {**source, "split": split} if split else source
     if format is None:
         serving = [one.name for one in FORMATS.values() if one.benchmark == name]
         if name not in serving and len(serving) != 1:
@@ -129,7 +143,7 @@ def ask(
     samples: Any,
     folder: str | Path,
     *,
-    source: str,
+    source: Any,
     size: int | None = None,
     batch_size: int = 32,
     max_new_tokens: int = 16,
@@ -139,13 +153,14 @@ def ask(
     """The model's answer to the last question of every sample, greedily decoded.
 
     Args:
-        samples: map-style data set of samples with decoded media, with the truth under ``reference`` or as the
+        samples: map-style data set of checked samples, media undecoded, with the truth under ``reference`` or as the
             assistant's last message.
-        folder: gets ``predictions.jsonl`` and ``settings.json``.
+        folder: gets ``predictions.jsonl`` and ``settings.json``. Answers that are there already, to the same questions
+            by the same model with the same settings, are kept; others are moved to ``predictions.previous.jsonl``.
         source: what the samples are, for the settings.
         size: ask that many, from the first.
-        tolerate_bad_media: a question whose media cannot be used gets an empty answer, which counts as wrong, and an
-            ``error``; without it, it ends the evaluation.
+        tolerate_bad_media: a question whose media cannot be used gets an empty answer and an ``error``, and counts as
+            wrong; without it, it ends the evaluation. A later call asks it again.
     Returns:
         records {id, prediction, reference, category?, group?, options?, error?} in the order of the samples.
 
@@ -154,77 +169,106 @@ def ask(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    n = min(size or len(samples), len(samples))
     settings = {
         "source": source,
-        "n": n,
         "decoding": f"greedy, at most {max_new_tokens} new tokens",
+        "media": loaded.processor.decoding,
         "chat_template": loaded.processor.chat_template or "the tokenizer's own",
-        "adapter": str(loaded.folder),
+        "weights_sha256": loaded.weights_sha256,
         "moka": moka.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    records = _already(folder, settings)
+    n = min(size or len(samples), len(samples))
+    questions = [samples[index] for index in range(n)]
+    known = _already(folder, json.loads(json.dumps(settings)))
+    records = {place: known[key] for place, key in enumerate(map(_key, questions)) if key in known}
+    if records:
+        print(f"note: {len(records)} of {n} answers are in {folder / PREDICTIONS} already; going on from there.")
     write_json(folder / SETTINGS, settings)
+    pending = [place for place in range(n) if place not in records]
     with (
         open(folder / PREDICTIONS, "a", encoding="utf-8") as file,
         tqdm(total=n, initial=len(records), desc="asking", unit="question", disable=not progress) as bar,
     ):
-        for start in range(len(records), n, batch_size):
-            batch = list(_read(samples, range(start, min(start + batch_size, n)), tolerate_bad_media))
-            asked = [(record, question) for record, question in batch if question is not None]
-            answers = _answers(loaded, asked, max_new_tokens)
-            for (record, _), answer in zip(asked, answers, strict=True):
-                record["prediction"] = answer
-            records += [record for record, _ in batch]
-            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record, _ in batch)
+        for start in range(0, len(pending), batch_size):
+            places = pending[start : start + batch_size]
+            answered = _answer(loaded, [questions[place] for place in places], max_new_tokens, tolerate_bad_media)
+            records |= dict(zip(places, answered, strict=True))
+            file.writelines(_line(record) for record in answered)
             file.flush()
-            bar.update(len(batch))
-    return records
+            bar.update(len(places))
+    return [records[place] for place in range(n)]
 
 
-def _answers(loaded: LoadedModel, asked: list[tuple[dict[str, Any], list[dict]]], max_new_tokens: int) -> list[str]:
-    if not asked:
-        return []
-    names = [f"sample {record['id']!r}" for record, _ in asked]
-    return loaded.generate_batch([question for _, question in asked], max_new_tokens=max_new_tokens, names=names)
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record) + "\n"
 
 
-def _already(folder: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """The answers of an interrupted evaluation with the same settings; others are begun anew."""
+def _key(sample: dict[str, Any]) -> str:
+    """What a kept answer must agree on with a question to be its answer."""
+    return json.dumps([sample["id"], _asked(sample), _truth(sample)])
+
+
+def _already(folder: Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Key of the question -> record, of earlier answers with the same settings; the file holds these alone afterwards."""
     path = folder / PREDICTIONS
-    same = path.exists() and (folder / SETTINGS).exists() and read_json(folder / SETTINGS) == settings
-    kept = []
-    for line in path.read_text("utf-8").splitlines() if same else []:
+    if not path.exists():
+        return {}
+    if not (folder / SETTINGS).exists() or read_json(folder / SETTINGS) != settings:
+        before = path.with_name("predictions.previous.jsonl")
+        path.replace(before)
+        print(f"note: earlier answers, of another model or with other settings, were moved to {before}.")
+        return {}
+    kept = {}
+    for line in path.read_bytes().split(b"\n"):
         try:
-            kept.append(json.loads(line))
-        except ValueError:
-            break  # it was ended while it wrote this line
-    if kept:
-        print(f"note: {len(kept)} of {settings['n']} answers are in {path} already; going on from there.")
-    path.write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in kept), encoding="utf-8")
+            record = json.loads(line)
+            if "error" not in record:
+                kept[json.dumps([record["id"], record["question"], record["reference"]])] = record
+        except (ValueError, KeyError, TypeError):
+            continue  # the end of the file, or a line that was being written when the run was ended
+    write_text(path, "".join(map(_line, kept.values())))
     return kept
 
 
-def _read(samples: Any, indices: range, tolerate: bool) -> Iterator[tuple[dict[str, Any], list[dict] | None]]:
-    """Each sample as its record, with an empty prediction for now, and the chat up to the question."""
-    for index in indices:
+def _answer(
+    loaded: LoadedModel, samples: list[dict[str, Any]], max_new_tokens: int, tolerate: bool
+) -> list[dict[str, Any]]:
+    """The records of a few samples, in their order."""
+    records, asked, chats = [], [], []
+    for sample in samples:
+        record = {"id": sample["id"], "question": _asked(sample), "prediction": "", "reference": _truth(sample)}
+        record |= {key: sample[key] for key in _CARRIED if key in sample}
+        records.append(record)
         try:
-            sample = samples[index]
+            decoded = decode_sample(sample, **loaded.decoding)
         except BadMediaError as error:
             if not tolerate:
                 raise
-            sample = {**samples.dataset[index], "error": str(error)}
-        record = {"id": sample["id"], "prediction": "", "reference": _truth(sample)}
-        record |= {key: sample[key] for key in (*_CARRIED, "error") if key in sample}
-        yield record, None if "error" in sample else _question(sample)
+            record["error"] = str(error)
+            continue
+        asked.append(record)
+        chats.append(_before_answer(decoded["messages"]))
+    if chats:
+        names = [f"sample {record['id']!r}" for record in asked]
+        answers = loaded.generate_batch(chats, max_new_tokens=max_new_tokens, names=names)
+        for record, answer in zip(asked, answers, strict=True):
+            record["prediction"] = answer
+    return records
 
 
-def _question(sample: dict[str, Any]) -> list[dict]:
-    """The chat before the assistant's last message."""
-    messages = sample["messages"]
+def _before_answer(messages: list[dict]) -> list[dict]:
     return messages[:-1] if messages[-1]["role"] == "assistant" else messages
+
+
+def _asked(sample: dict[str, Any]) -> str:
+    """The text of the chat before the answer."""
+    return "\n".join(_text(message) for message in _before_answer(sample["messages"]))
+
+
+def _text(message: dict[str, Any]) -> str:
+    return " ".join(part["text"] for part in message["content"] if part["type"] == "text")
 
 
 def _truth(sample: dict[str, Any]) -> Any:
@@ -235,4 +279,4 @@ def _truth(sample: dict[str, Any]) -> Any:
         raise MokaError(
             f"sample {sample['id']!r} has no 'reference', and no assistant's answer at its end: nothing to score against."
         )
-    return " ".join(part["text"] for part in last["content"] if part["type"] == "text")
+    return _text(last)

@@ -12,6 +12,7 @@ import torch
 
 import moka
 from moka.data import open_source
+from moka.data.sources import describe_source
 from moka.errors import MokaError, nearest
 from moka.training import RunConfig, config_from_dict, load_config, run_training
 from moka.training.arguments import LORA_HAS_NOT
@@ -66,7 +67,7 @@ def compare(
 
     def result() -> dict[str, Any]:
         return {
-            "data": config.data.test,
+            "data": describe_source(config.data.test),
             "seeds": numbers,
             "matched_parameters": match_params,
             "command": command,
@@ -80,6 +81,7 @@ def compare(
             },
         }
 
+    _test_data(config)  # what is wrong with it is told before anything is trained
     write_comparison(root, result())
     for seed in numbers:
         _stage_one(config, root, seed)
@@ -185,20 +187,25 @@ def _finished(changed: RunConfig) -> dict[str, Any] | None:
     return record if record and record.get("settings") == _settings(changed) else None
 
 
+def _test_data(config: RunConfig) -> Any:
+    data = config.data
+    return open_source(
+        data.test or "",
+        "test",
+        media_root=data.media_root,
+        video_frames=data.video_frames,
+        audio_windows=data.audio_windows,
+    )
+
+
 def _one_run(changed: RunConfig, progress: bool) -> dict[str, Any]:
     """Train and evaluate one method with one seed."""
-    folder, data, evaluation = Path(changed.output.dir), changed.data, changed.evaluation
+    folder, evaluation = Path(changed.output.dir), changed.evaluation
     run_training(changed, overwrite=True)
     gc.collect()
     result = evaluate(
         moka.load(folder),
-        open_source(
-            data.test or "",
-            "test",
-            media_root=data.media_root,
-            video_frames=data.video_frames,
-            audio_windows=data.audio_windows,
-        ),
+        _test_data(changed),
         size=evaluation.size,
         blank=False,
         batch_size=evaluation.batch_size,

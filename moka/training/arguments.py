@@ -181,6 +181,9 @@ def config_from_dict(raw: dict[str, Any], where: str = "config") -> RunConfig:
     return config
 
 
+_TINY_STEPS = 20  # at most, where a configuration asks for more; 2 where it asks for epochs
+
+
 def make_tiny(config: RunConfig) -> None:
     """Put tiny random parts of the same architecture in the place of published ones; a second time changes nothing."""
     model = config.model
@@ -197,14 +200,14 @@ def make_tiny(config: RunConfig) -> None:
     config.output.dir = _beside(config.output.dir)
     for section in (config.alignment, config.training):
         section.update({key: False for key in ("bf16", "fp16", "tf32") if key in section})
-        section.update({"dataloader_num_workers": 0, "max_steps": section.get("max_steps", 2)})
+        section.update({"dataloader_num_workers": 0, "max_steps": min(section.get("max_steps", 2), _TINY_STEPS)})
 
 
 def _beside(folder: str) -> str:
     """Tiny runs lie beside the real ones, whose folders they must not take: RUN-tiny, RUN-tiny/connector."""
     path = Path(folder)
     run = path.parent if path.name == "connector" else path
-    if run.name.endswith("-tiny"):
+    if path.suffix in (".bin", ".safetensors") or any(part.endswith("-tiny") for part in path.parts):
         return folder
     beside = run.with_name(f"{run.name}-tiny")
     return str(beside / path.name if path.name == "connector" else beside)
@@ -229,7 +232,14 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         if not isinstance(base, str):
             raise MokaError(f"{path}: base: {base!r} is no path; a YAML file, relative to this one, or a list is due.")
         merged = _merge(merged, _read(path.parent / base, (*above, path.resolve())))
-    return _merge(merged, raw)
+    return _merge(merged, _unshared(raw))
+
+
+def _unshared(value: Any) -> Any:
+    """A copy without shared parts: a YAML alias makes one object of two places, and an override is meant for one."""
+    if isinstance(value, dict):
+        return {key: _unshared(one) for key, one in value.items()}
+    return [_unshared(one) for one in value] if isinstance(value, list) else value
 
 
 def _merge(below: Any, above: Any) -> Any:

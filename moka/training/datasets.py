@@ -56,8 +56,11 @@ def open_data(config: RunConfig, reports: Path | None = None) -> dict[str, Any]:
     return datasets
 
 
-def try_media(datasets: dict[str, Any], config: RunConfig, folder: Path, resume: bool) -> dict[str, SkipReport]:
-    """``on_bad_media: skip``: every file of every set is tried; a resumed run keeps to what was found when it began.
+def try_media(
+    datasets: dict[str, Any], config: RunConfig, folder: Path, resume: bool, share: tuple[int, int]
+) -> dict[str, SkipReport]:
+    """``on_bad_media: skip``: every file of this process's share of every set is tried; a resumed run keeps to what was found
+    when it began.
 
     Raises:
         MokaError: more bad samples than the budget allows.
@@ -73,7 +76,7 @@ def try_media(datasets: dict[str, Any], config: RunConfig, folder: Path, resume:
             _, reports[name] = read_usable(path, len(samples), **settings)
         else:
             decoding: dict[str, Any] = {"video_frames": samples.video_frames, "audio_windows": samples.audio_windows}
-            _, reports[name] = usable_indices(samples.dataset, **settings, **decoding)
+            _, reports[name] = usable_indices(samples.dataset, **settings, **decoding, share=share)
     return reports
 
 

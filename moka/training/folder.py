@@ -39,7 +39,7 @@ _MARK = "# Resolved by moka "
 # All that a run and its evaluation write; --overwrite removes these and nothing else.
 _ARTEFACTS = (
     *(CONFIG, ADAPTER, CONNECTOR, METRICS, SUMMARY, "README.md", "loss.png", "samples.jsonl"),
-    *("evaluation.json", "predictions.jsonl", "comparison.json", "checkpoints", "tensorboard"),
+    *("evaluation.json", "predictions.jsonl", "benchmarks", "comparison.json", "checkpoints", "tensorboard"),
     *("dropped-stage1.jsonl", "dropped-stage2.jsonl"),
     *("bad-media-train.jsonl", "bad-media-alignment.jsonl", "bad-media-validation.jsonl"),
 )

@@ -29,6 +29,11 @@ def is_main() -> bool:
     return dist.get_rank() == 0 if connected() else True
 
 
+def share_of_work() -> tuple[int, int]:
+    """(k, n): of n processes this is the k-th, from 0."""
+    return (dist.get_rank(), dist.get_world_size()) if connected() else (0, 1)
+
+
 def speaks() -> bool:
     """Whether this process should print its error. Before the processes are connected all fail alike: one line is enough."""
     return connected() or os.environ.get("RANK", "0") == "0"

@@ -21,7 +21,7 @@ from transformers.trainer_utils import IntervalStrategy
 from moka.data import Collator, EncodedDataset, resolve_backbone
 from moka.data.media import BadMediaError
 from moka.data.sources import notes_of
-from moka.data.usable import SkipReport, Subset
+from moka.data.usable import SkipReport, Subset, joined
 from moka.errors import MokaError
 from moka.modeling import MokaForConditionalGeneration, MokaProcessor
 
@@ -33,7 +33,7 @@ from .datasets import bad_media_report, check_media, open_data, try_media, write
 from .files import whole, write_json
 from .folder import ADAPTER, CONNECTOR, SUMMARY, RunFolder, save_result
 from .objectives import EmbeddingAlignment
-from .processes import agree, everyones, is_main, lost_peer, on_main
+from .processes import agree, everyones, is_main, lost_peer, on_main, share_of_work
 from .report import plot_loss, write_card, write_samples
 from .trainer import MokaTrainer, last_checkpoint, training_arguments
 
@@ -122,7 +122,8 @@ def _leave_out(datasets: dict[str, Any], config: RunConfig, folder: RunFolder, r
     """``on_bad_media: skip``: put the samples that can be used in the place of each data set, the same on every process."""
     if config.data.on_bad_media != "skip":
         return {}
-    tried = everyones(agree(lambda: try_media(datasets, config, folder.path, resume) if is_main() else {}))[0]
+    parts = everyones(agree(lambda: try_media(datasets, config, folder.path, resume, share_of_work())))
+    tried = agree(lambda: {name: joined([part[name] for part in parts]) for name in parts[0]})
     for name, report in tried.items():
         datasets[name] = Subset(datasets[name], report.indices)
         _say(report.summary())

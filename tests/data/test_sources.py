@@ -122,7 +122,7 @@ def test_missing_media_are_told_before_training(folder):
     message = str(caught.value)
     assert message.startswith(f"{folder / 'train.jsonl'}:3: image {folder / 'media' / '2.png'}: ")
     assert "and 2 more: 3 media files are missing in all" in message
-    assert "data.on_bad_media to skip or substitute" in message
+    assert "data.on_bad_media=skip or substitute" in message
 
 
 def test_substitutes_are_other_samples_and_the_same_every_time(folder):
@@ -301,6 +301,7 @@ def test_missing_files_of_every_joined_source_are_told(folder):
         ({"format": "ave"}, "no 'root'"),
         ({"format": "avee", "root": "x"}, "Did you mean 'ave'"),
         ({"format": "librispeech", "root": "x"}, "names no 'split'"),
+        ({"format": "pope", "root": "x"}, "none of it goes by 'train'. It has test"),
         ({"format": "ave", "root": "x", "spilt": "train"}, "Did you mean 'split'"),
     ],
 )

@@ -1,15 +1,15 @@
 """Asking a benchmark: every answer is kept, an interrupted evaluation goes on, and nothing is lost in silence."""
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 from PIL import Image
 
-from moka.data.media import BadMediaError, DecodedDataset
+from moka.data.media import BadMediaError
 from moka.errors import MokaError
-from moka.evaluation import ask
+from moka.evaluation import ask, score
 from moka.evaluation.ask import benchmark_source
 from moka.training import config_from_dict
 
@@ -17,11 +17,11 @@ from moka.training import config_from_dict
 class Echo:
     """Stands for a loaded model: it answers with the question, and counts what it was asked."""
 
-    folder = Path("adapter")
-    processor = SimpleNamespace(chat_template=None)
+    processor = SimpleNamespace(chat_template=None, decoding={"video_frames": 10, "audio_windows": None})
+    decoding: ClassVar = {"video_frames": 10, "audio_windows": None}
 
-    def __init__(self, fails_after=None):
-        self.asked, self.fails_after = [], fails_after
+    def __init__(self, fails_after=None, weights_sha256="one"):
+        self.asked, self.fails_after, self.weights_sha256 = [], fails_after, weights_sha256
 
     def generate_batch(self, chats, max_new_tokens, names):
         assert len(chats) == len(names) > 0
@@ -32,10 +32,6 @@ class Echo:
         return texts
 
 
-class Samples(list):
-    """What readers give."""
-
-
 def sample(number, **more):
     content = [{"type": "text", "text": f"question {number}"}]
     answer = [{"type": "text", "text": f"answer {number}"}]
@@ -43,7 +39,7 @@ def sample(number, **more):
     return {"id": f"q{number}", "messages": messages, **more}
 
 
-SAMPLES = Samples(sample(n) for n in range(7))
+SAMPLES = [sample(n) for n in range(7)]
 
 
 def lines(folder):
@@ -51,7 +47,7 @@ def lines(folder):
 
 
 def asked(model, folder, samples=SAMPLES, **changes):
-    return ask(model, samples, folder, source="test", batch_size=2, progress=False, **changes)
+    return ask(model, samples, folder, **{"source": "test", "batch_size": 2, "progress": False, **changes})
 
 
 def test_records_carry_what_scorers_read(tmp_path):
@@ -59,17 +55,18 @@ def test_records_carry_what_scorers_read(tmp_path):
     records = asked(Echo(), tmp_path, samples)
     assert records == lines(tmp_path)
     assert records[0] == {
-        **{"id": "q0", "prediction": "question 0", "reference": "yes"},
+        **{"id": "q0", "question": "question 0", "prediction": "question 0", "reference": "yes"},
         **{"category": "existence", "group": "a.jpg", "options": ["x"]},
     }
-    assert records[1] == {"id": "q1", "prediction": "question 1", "reference": "answer 1"}
+    bare = {"id": "q1", "question": "question 1", "prediction": "question 1", "reference": "answer 1"}
+    assert records[1] == bare
 
 
 def test_interrupted_evaluation_goes_on_and_gives_the_same(tmp_path, capsys):
     with pytest.raises(KeyboardInterrupt):
         asked(Echo(fails_after=4), tmp_path)
-    with open(tmp_path / "predictions.jsonl", "a") as file:
-        file.write('{"id": "q4", "predi')  # killed while it wrote
+    with open(tmp_path / "predictions.jsonl", "ab") as file:
+        file.write('{"id": "q4", "question": "é'.encode()[:-1])  # killed while it wrote
     second = Echo()
     records = asked(second, tmp_path)
     assert second.asked == ["question 4", "question 5", "question 6"]
@@ -77,18 +74,39 @@ def test_interrupted_evaluation_goes_on_and_gives_the_same(tmp_path, capsys):
     assert records == lines(tmp_path) == asked(Echo(), tmp_path / "other")
 
 
-def test_other_settings_begin_anew(tmp_path):
+@pytest.mark.parametrize("other", [{"max_new_tokens": 5}, {"source": {"format": "pope", "splits": "popular"}}, {}])
+def test_answers_of_another_model_or_other_settings_are_kept_aside(tmp_path, capsys, other):
     asked(Echo(), tmp_path)
-    again = Echo()
-    asked(again, tmp_path, max_new_tokens=5)
+    again = Echo(weights_sha256="one" if other else "two")
+    asked(again, tmp_path, **other)
     assert len(again.asked) == 7
     assert len(lines(tmp_path)) == 7
+    assert "predictions.previous.jsonl" in capsys.readouterr().out
+    assert len((tmp_path / "predictions.previous.jsonl").read_text().splitlines()) == 7
+
+
+def test_a_few_questions_first_and_all_later_ask_none_twice(tmp_path):
+    few, more, few_again = Echo(), Echo(), Echo()
+    assert len(asked(few, tmp_path, size=3)) == 3
+    everything = asked(more, tmp_path)
+    assert more.asked == [f"question {n}" for n in range(3, 7)]
+    assert asked(few_again, tmp_path, size=2) == everything[:2]
+    assert not few_again.asked
+    assert lines(tmp_path) == everything
+
+
+def test_a_question_that_changed_is_asked_again(tmp_path):
+    asked(Echo(), tmp_path)
+    changed = [*SAMPLES[:6], sample(6, reference="other")]
+    again = Echo()
+    assert asked(again, tmp_path, changed)[6]["reference"] == "other"
+    assert again.asked == ["question 6"]
 
 
 @pytest.fixture
 def spoilt(tmp_path):
     """Three questions about pictures, the second of which is no picture."""
-    samples = Samples()
+    samples = []
     for number in range(3):
         path = tmp_path / f"{number}.png"
         Image.new("L", (4, 4), number).save(path)
@@ -96,7 +114,7 @@ def spoilt(tmp_path):
         one["messages"][0]["content"].insert(0, {"type": "image", "image": str(path)})
         samples.append(one)
     (tmp_path / "1.png").write_bytes(b"not a picture")
-    return DecodedDataset(samples)
+    return samples
 
 
 def test_bad_media_end_the_evaluation_or_count_as_wrong(spoilt, tmp_path):
@@ -107,6 +125,23 @@ def test_bad_media_end_the_evaluation_or_count_as_wrong(spoilt, tmp_path):
     assert [record["prediction"] for record in records] == ["question 0", "", "question 2"]
     assert "1.png" in records[1]["error"]
     assert [record["reference"] for record in records] == ["answer 0", "answer 1", "answer 2"]
+    Image.new("L", (4, 4)).save(tmp_path / "1.png")  # mended
+    mended = Echo()
+    records = asked(mended, tmp_path / "tolerant", spoilt, tolerate_bad_media=True)
+    assert mended.asked == ["question 1"]
+    assert [record["prediction"] for record in records] == ["question 0", "question 1", "question 2"]
+
+
+def test_a_question_that_could_not_be_asked_is_wrong_by_every_protocol():
+    # By the paper's rule for MME whatever holds no "yes" is "no".
+    records = [
+        {"id": n, "prediction": "", "reference": "no", "category": "existence", "group": "a", "error": "no such file"}
+        for n in range(2)
+    ]
+    for protocol in ("strict", "paper"):
+        result = score("mme", records, protocol)
+        assert result["unparsable"] == 2
+        assert result["overall"]["figures"]["perception"]["all"]["value"] == 0
 
 
 def test_question_without_a_truth_is_told(tmp_path):

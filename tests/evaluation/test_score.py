@@ -246,6 +246,13 @@ def test_mmau_takes_the_option_that_the_answer_holds():
     assert (value(paper, "accuracy"), paper["unparsable"]) == (25, 2)
 
 
+def test_mmau_prefers_an_options_own_text_to_a_letter_in_it():
+    rows = records(
+        ("It is Speaker A.", "Speaker A", "x"), ("Speaker B", "Speaker B", "x"), options=["Speaker B", "Speaker A"]
+    )
+    assert value(score("mmau", rows), "accuracy") == 100
+
+
 def test_mmau_without_options_looks_for_the_reference_alone():
     rows = records(("A woman speaks.", "man", "x"), ("The man.", "man", "x"), ("</s>", "man", "x"))
     strict, paper = score("mmau", rows), score("mmau", rows, "paper")

@@ -259,7 +259,7 @@ def test_dinov2_reads_the_preprocessing_beside_the_weights(tmp_path):
     np.testing.assert_allclose(item, np.full((3, 28, 28), -2.0), atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["clip", "whisper", "beats"])
+@pytest.mark.parametrize("name", ["clip", "whisper", "beats", "efficientnet"])
 def test_random_weights_are_the_same_in_every_run(name):
     states = []
     for seed in (1, 2):

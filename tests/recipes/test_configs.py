@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 import moka
 from moka.data import open_source
@@ -68,6 +69,8 @@ def test_cell_has_the_papers_hyperparameters(path):
     assert section["lr_scheduler_type"] == "cosine"
     assert section["warmup_steps"] == 0.03
     assert section["global_batch_size"] in (64, 80)
+    launched = yaml.safe_load((CONFIGS / "accelerate/zero2_offload.yaml").read_text("utf-8"))["num_processes"]
+    assert section["global_batch_size"] % (launched * section["per_device_train_batch_size"]) == 0
     if 2 in config.stages:
         adapter = config.adapter
         assert (adapter.method, adapter.r, adapter.alpha, adapter.dropout) == ("moka", 4, 16, 0.05)

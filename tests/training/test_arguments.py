@@ -275,3 +275,15 @@ def test_tiny_made_tiny_again_is_the_same():
 def test_backbone_without_a_stand_in_is_told():
     with pytest.raises(MokaError, match=r"bigscience/bloom.*tiny:llama-2, tiny:llama-3, tiny:qwen2"):
         config_from_dict({"model": {"backbone": "bigscience/bloom", "tiny": True}})
+
+
+def test_override_reaches_one_of_two_sections_that_a_file_shares_by_an_alias(config_file):
+    config_file("alignment: &same {learning_rate: 1e-3}\ntraining: *same\n", "low.yaml")
+    config = load_config(config_file("base: low.yaml\n"), ["training.learning_rate=5e-4"])
+    assert (config.alignment["learning_rate"], config.training["learning_rate"]) == (1e-3, 5e-4)
+
+
+def test_tiny_leaves_files_and_folders_below_a_tiny_one_alone():
+    config = tiny_config(output={"dir": "runs/two-tiny/seed1/stage1"})
+    assert config.model.connectors[1] == "visual.bin"
+    assert config.output.dir == "runs/two-tiny/seed1/stage1"

@@ -86,19 +86,6 @@ class JsonRecords(Sequence[Any]):
             ) from error
 
 
-class Subset(Sequence[Any]):
-    """The records of a sequence at chosen positions."""
-
-    def __init__(self, items: Sequence[Any], positions: Sequence[int]) -> None:
-        self.items, self.positions = items, positions
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.items[self.positions[index]]
-
-
 class TableRecords(Sequence[Any]):
     """The rows of a Hub data set or of Parquet files as dicts; nothing is decoded, media are ``{"bytes", "path"}``.
 

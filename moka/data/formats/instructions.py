@@ -10,10 +10,11 @@ from typing import Any
 from moka.data.formats.base import Format, Rows, find_file
 from moka.data.formats.files import JsonRecords
 from moka.data.formats.general import llava
+from moka.data.formats.questions import LETTER_INSTRUCTION
 from moka.errors import MokaError, nearest
 
 ANSWERS = {
-    "letter": "Answer with the option's letter from the given choices directly.",
+    "letter": LETTER_INSTRUCTION,
     "text": "Answer with the text of the right option directly.",
 }
 

@@ -103,6 +103,7 @@ def _mmbench_sample(entry: Entry, pictures: dict[str, str]) -> dict[str, Any]:
         truth,
         category=row.get("category") or None,
         group=row["index"],
+        options=options,
         reference=truth,
     )
 

@@ -21,15 +21,9 @@ from moka.data.formats.questions import (
     take,
     text_lines,
 )
+from moka.data.vocabulary import MME_TASKS
 from moka.errors import MokaError
 
-MME_TASKS = {
-    "perception": (
-        *("existence", "count", "position", "color", "posters"),
-        *("celebrity", "scene", "landmark", "artwork", "OCR"),
-    ),
-    "cognition": ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning"),
-}
 _MME_ROOTS = ("MME_Benchmark_release_version/MME_Benchmark", "MME_Benchmark_release_version", ".")
 _PICTURES = (".jpg", ".jpeg", ".png")
 
@@ -45,7 +39,9 @@ def _read_mme(root: Path, split: str, tasks: str = "perception") -> Rows:
             odd += len(lines) % 2
             placed += [(place, (subtask, file, number, line)) for number, (place, line) in enumerate(lines, start=1)]
     found = entries(placed, lambda data: f"{data[0]}/{data[1].stem}-{data[2]}")
-    notes = [f"{count(odd, 'picture has', 'pictures have')} an odd number of questions; the score leaves out the last"]
+    notes = [
+        f"{count(odd, 'picture has', 'pictures have')} an odd number of questions; the paper's protocol leaves out the last"
+    ]
     return entry_rows(found, partial(_mme_sample, base=base), base, notes if odd else ())
 
 
@@ -145,7 +141,8 @@ def _seed_sample(entry: Entry, dimensions: dict[str, str]) -> dict[str, Any]:
     medium = image if kind == "image" else f"SEED-Bench-video/{take(record, 'question_id')}.mp4"
     options = [take(record, f"choice_{letter}") for letter in "abcd"]
     question = lettered(take(record, "question"), options)
-    return question_sample(entry.id, [(kind, medium)], question, truth, category=dimensions[number], reference=truth)
+    extra = {"category": dimensions[number], "options": options, "reference": truth}
+    return question_sample(entry.id, [(kind, medium)], question, truth, **extra)
 
 
 MME = Format(

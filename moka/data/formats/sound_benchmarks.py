@@ -89,6 +89,7 @@ def _air_bench_sample(entry: Entry) -> dict[str, Any]:
         lettered(take(record, "question"), options),
         letter,
         category=task,
+        options=options,
         reference=letter,
     )
 

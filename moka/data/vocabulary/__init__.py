@@ -1,9 +1,17 @@
-"""The closed answer sets of two benchmarks, one entry a line in the files beside this one."""
+"""Closed sets of benchmarks: answers, one entry a line in the files beside this one, and subtasks."""
 
 from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+
+MME_TASKS = {
+    "perception": (
+        *("existence", "count", "position", "color", "posters"),
+        *("celebrity", "scene", "landmark", "artwork", "OCR"),
+    ),
+    "cognition": ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning"),
+}
 
 
 @cache

@@ -64,6 +64,8 @@ def score(
             f"benchmark {name!r} is not known; allowed are {', '.join(BENCHMARKS)}.{nearest(name, BENCHMARKS)}"
         )
     benchmark = BENCHMARKS[name]
+    for module in benchmark.libraries:
+        text.library(module, name)
     if protocol not in benchmark.protocols:
         hint = nearest(protocol, benchmark.protocols)
         raise MokaError(

@@ -68,6 +68,7 @@ class Benchmark:
         optional: fields that are used where a record has them -> what for.
         categories: the known categories in the order of the table; empty where any name goes.
         rollup: category -> further rows that its records count in.
+        libraries: optional packages that its figures need, as modules.
         select: items and the protocol's name -> the items that count, and counts to report.
     """
 
@@ -82,6 +83,7 @@ class Benchmark:
     optional: Mapping[str, str] = field(default_factory=dict)
     categories: tuple[str, ...] = ()
     rollup: Callable[[str], tuple[str, ...]] = lambda category: ()
+    libraries: tuple[str, ...] = ()
     select: Callable[[list[Item], str], tuple[list[Item], dict[str, int]]] = lambda items, protocol: (items, {})
 
     @property
@@ -113,7 +115,8 @@ def read_items(
         places[name] = place
         try:
             reference, category = benchmark.reference(record), _category(benchmark, record)
-            answer = protocol.parse(record["prediction"], record)
+            # A question that could not be asked has no answer, whatever a protocol makes of an empty text.
+            answer = None if record.get("error") else protocol.parse(record["prediction"], record)
         except MokaError as error:
             raise MokaError(f"{place}: {error}") from error
         right = answer is not None and protocol.right(answer, reference)

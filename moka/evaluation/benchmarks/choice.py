@@ -102,7 +102,8 @@ def _mmau_strict(prediction: str, record: Mapping[str, Any]) -> str | None:
     if not options:
         reference = record["reference"]
         return _wrong_unless(prediction, one_of(prediction, {"A": reference}) is not None, reference)
-    found = letter(prediction, "".join(options), options)
+    # The prompt shows no letters: an option's own text ("Speaker A") goes before a letter in it.
+    found = one_of(prediction, options) or letter(prediction, "".join(options), options)
     return None if found is None else plain(options[found])
 
 

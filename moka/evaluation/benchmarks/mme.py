@@ -6,15 +6,13 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from moka.data.vocabulary import MME_TASKS
+
 from .base import Benchmark, Figures, Item, Protocol, of_complete_groups, word_reference
 from .intervals import BOOTSTRAP, clustered_proportion, figure, percentiles, proportion, resampled
 from .parsing import yes_else_no, yes_no
 
-PERCEPTION = (
-    *("existence", "count", "position", "color", "posters"),
-    *("celebrity", "scene", "landmark", "artwork", "OCR"),
-)
-COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
+PERCEPTION, COGNITION = MME_TASKS["perception"], MME_TASKS["cognition"]
 
 
 def measure(items: Sequence[Item], overall: bool) -> Figures:

@@ -148,6 +148,7 @@ ASR = Benchmark(
         )
     },
     optional={"category": "a row each"},
+    libraries=("jiwer",),
 )
 CAPTIONING = Benchmark(
     name="captioning",
@@ -165,4 +166,5 @@ CAPTIONING = Benchmark(
         )
     },
     optional={"category": "a row each"},
+    libraries=("pycocoevalcap.cider.cider", "pycocoevalcap.rouge.rouge", "pycocoevalcap.bleu.bleu_scorer"),
 )

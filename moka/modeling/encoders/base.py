@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -23,6 +24,14 @@ def local_path(name_or_path: str) -> str:
         if name_or_path.startswith(prefix):
             return resolve(name_or_path)
     return name_or_path
+
+
+@contextmanager
+def same_weights() -> Iterator[None]:
+    """Random weights made inside are the same every time: a frozen encoder's are saved nowhere, and runs must agree."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
 
 
 class Encoder(nn.Module):

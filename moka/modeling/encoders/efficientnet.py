@@ -24,7 +24,7 @@ from torch import nn
 from moka.errors import MokaError
 from moka.modeling.fields import about
 
-from .base import Encoder, local_path
+from .base import Encoder, local_path, same_weights
 
 # Stages of (blocks, kernel, stride of the first block, expansion, channels).
 STAGES = (
@@ -153,7 +153,8 @@ class EfficientNetEncoder(Encoder):
             )
         self.input_shape = (3, config.image_size, config.image_size)
         self.width, self.num_tokens = HEAD, config.grid**2
-        self.model = EfficientNetLite0()
+        with same_weights():
+            self.model = EfficientNetLite0()
         if pretrained and config.name_or_path:
             load_weights(self.model, local_path(config.name_or_path))
         del self.model._fc  # the classifier: nothing here uses it

@@ -15,7 +15,7 @@ from torch import nn
 from moka.errors import MokaError
 from moka.modeling.fields import about
 
-from .base import Encoder
+from .base import Encoder, same_weights
 
 
 class TowerEncoder(Encoder):
@@ -134,9 +134,8 @@ class TowerEncoder(Encoder):
         return self.classes(model_config.model_type)[1](model_config)
 
     def create_alike(self, model_config: Any) -> nn.Module:
-        """`create`, with the same weights every time: a frozen encoder's are saved nowhere, and runs must agree on them."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        """`create`, with the same weights every time."""
+        with same_weights():
             return self.create(model_config)
 
     def encode(self, values: torch.Tensor) -> torch.Tensor:

@@ -129,7 +129,7 @@ def test_mme_tells_of_odd_questions_and_of_a_line_without_an_answer(editable):
     path = root / "MME_Benchmark_release_version/count/000000000001.txt"
     path.write_text("How many? Please answer yes or no.\n")
     dataset = open_format("mme", root)
-    assert dataset.notes == ("1 picture has an odd number of questions; the score leaves out the last",)
+    assert dataset.notes == ("1 picture has an odd number of questions; the paper's protocol leaves out the last",)
     with pytest.raises(MokaError, match="a question, a tab, and Yes or No are due") as error:
         dataset[2]
     assert str(error.value).startswith(f"{path}:1: ")
