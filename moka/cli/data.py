@@ -31,6 +31,8 @@ from moka.training.arguments import DataSection, RunConfig
 from moka.training.build import build_processor, context_length
 from moka.training.files import write_json, write_text
 
+from .train import with_tiny
+
 HELP = "check, show and convert data"
 SPLITS = ("train", "alignment", "validation", "test")
 
@@ -53,6 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
 def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="YAML file of a run; see configs/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example data.train=mine.jsonl")
+    parser.add_argument("--tiny", action="store_true", help="as `moka train --tiny`: needs no checkpoint")
 
 
 def _add_check(parser: argparse.ArgumentParser) -> None:
@@ -70,7 +73,7 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
 
 def check(arguments: argparse.Namespace) -> None:
     """Exit code 0: no problem found; 1: some were."""
-    config = load_config(arguments.config, arguments.overrides)
+    config = load_config(arguments.config, with_tiny(arguments))
     splits = _splits(config.data, arguments.split)
     if arguments.manifest and len(splits) > 1:
         raise MokaError(f"--manifest holds one split, and {', '.join(splits)} are to be checked. Name one by --split.")
@@ -112,7 +115,7 @@ def _add_show(parser: argparse.ArgumentParser) -> None:
 
 
 def show_samples(arguments: argparse.Namespace) -> None:
-    config = load_config(arguments.config, arguments.overrides)
+    config = load_config(arguments.config, with_tiny(arguments))
     _splits(config.data, arguments.split)
     samples = _open(config, arguments.split)
     wanted = _wanted(samples, arguments)
@@ -132,7 +135,7 @@ def show_samples(arguments: argparse.Namespace) -> None:
 
 def _wanted(samples: Any, arguments: argparse.Namespace) -> list[int]:
     if arguments.id is not None:
-        found = next((i for i in range(len(samples)) if samples[i]["id"] == arguments.id), None)
+        found = next((i for i in range(len(samples)) if _id(samples, i) == arguments.id), None)
         if found is None:
             raise MokaError(f"--id: no sample of data.{arguments.split} has the id {arguments.id!r}.")
         return [found]
@@ -143,13 +146,23 @@ def _wanted(samples: Any, arguments: argparse.Namespace) -> list[int]:
     return list(range(min(arguments.count or 1, len(samples))))
 
 
+def _id(samples: Any, index: int) -> str | None:
+    """The id of a sample; None of one that cannot be read, which must not hide the others."""
+    try:
+        return samples[index]["id"]
+    except MokaError:
+        return None
+
+
 def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", nargs="?", help="a JSONL file, embedded:TASK, or with --format the data set's folder")
     parser.add_argument("overrides", nargs="*", metavar="option=value", help="options of the format")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to write; it must not hold anything")
     parser.add_argument("--format", metavar="NAME", help="a published layout; see `moka data formats`")
     parser.add_argument("--root", metavar="DIR", help="the data set's folder, if not SOURCE; of JSONL: the media root")
-    parser.add_argument("--split", metavar="NAME", help="the format's or the task's split (default: train)")
+    parser.add_argument(
+        "--split", metavar="NAME", help="the format's split (default: its first) or the task's (default: train)"
+    )
     parser.add_argument("--size", type=_positive, metavar="N", help="only the first N samples")
     parser.add_argument(
         "--media", choices=MEDIA_MODES, default="copy", help="copy, link (hard links) or leave files (default copy)"
@@ -173,9 +186,10 @@ def convert_source(arguments: argparse.Namespace) -> None:
     else:
         given = source
     from_file = None if arguments.format else root
-    samples = open_samples(
-        given, arguments.split or "train", size=arguments.size, media_root=from_file, require_answer=False
-    )
+    split: Any = arguments.split or (FORMATS[arguments.format].splits[0] if arguments.format in FORMATS else "train")
+    if arguments.format:
+        given["split"] = split
+    samples = open_samples(given, split, size=arguments.size, media_root=from_file, require_answer=False)
     path = convert(samples, arguments.output, arguments.media)
     write_text(path.parent / "ATTRIBUTION.md", attribution(given))
     stay = f", to be read with data.media_root={media_root(samples)}" if arguments.media == "none" else ""

@@ -28,14 +28,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--help-config", action="store_true", help="list all configuration keys and exit")
 
 
+def with_tiny(arguments: argparse.Namespace) -> list[str]:
+    """The overrides of a command line, and what its ``--tiny`` stands for."""
+    return [*arguments.overrides, *(["model.tiny=true"] if arguments.tiny else [])]
+
+
 def run(arguments: argparse.Namespace) -> None:
     if arguments.help_config:
         print(describe())
         return
     if arguments.config is None:
         raise MokaError("moka train: name a configuration file, such as configs/quickstart/audio_visual_text.yaml.")
-    overrides = [*arguments.overrides, *(["model.tiny=true"] if arguments.tiny else [])]
-    config = load_config(arguments.config, overrides)
+    config = load_config(arguments.config, with_tiny(arguments))
     folder = run_training(config, resume=arguments.resume, overwrite=arguments.overwrite)
     if is_main():
         after = f"moka eval {folder}" if 2 in config.stages else f"stages=[2] model.connectors=[{folder / CONNECTOR}]"

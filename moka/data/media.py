@@ -138,7 +138,7 @@ class BadMediaPolicy:
             hint = nearest(str(self.policy), POLICIES)
             raise MokaError(f"Bad-media policy {self.policy!r} is not known; allowed are {', '.join(POLICIES)}.{hint}")
         if not 0 <= self.budget <= 1:
-            raise MokaError(f"Bad-media budget is {self.budget!r}; a share of the samples from 0 to 1 is due.")
+            raise MokaError(f"data.bad_media_budget is {self.budget!r}; a share of the samples from 0 to 1 is due.")
 
     def allowed(self, samples: int) -> int:
         """How many of ``samples`` may be bad."""

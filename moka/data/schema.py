@@ -79,7 +79,7 @@ def check_sample(sample: Any, where: str, require_answer: bool = True) -> dict[s
             where,
             "messages",
             f"has no assistant message with text ({given}), so there is nothing to learn. Add the answer as a message "
-            "with role 'assistant', or pass require_answer=False where samples are only asked",
+            "with role 'assistant', or leave the sample out (in Python require_answer=False reads questions alone)",
         )
     return checked
 

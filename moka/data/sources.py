@@ -87,7 +87,8 @@ def _open_mapping(source: dict[str, Any], split: Split, require_answer: bool) ->
     options = dict(source)
     name, root = options.pop("format", None), options.pop("root", None)
     if name is None:
-        raise MokaError(f"A data source has no 'format': {source!r}. Known: {', '.join(FORMATS)}.")
+        colon = " YAML wants a space after each colon." if any(":" in str(key) for key in source) else ""
+        raise MokaError(f"A data source has no 'format': {source!r}.{colon} Known: {', '.join(FORMATS)}.")
     if root is None and "hub" not in options:
         raise MokaError(f"A data source of format {name} has no 'root', the folder that holds it: {source!r}.")
     chosen = options.pop("split", None) or _default_split(str(name), split)
@@ -99,11 +100,13 @@ def _default_split(name: str, split: Split) -> str | None:
     if name not in FORMATS:
         return None
     splits = FORMATS[name].splits
+    if split == "test" and not any(theirs.startswith("train") for theirs in splits):
+        return splits[0]  # all of it is for tests; the first is the one with published answers
     found = next((theirs for theirs in _SPLIT_NAMES[split] if theirs in splits), None)
     if found is None:
         raise MokaError(
-            f"A data source of format {name} names no 'split', and none of it goes by {split!r}. It has "
-            f"{', '.join(splits)}; write which one is meant, as split: {splits[0]}."
+            f"A data source of format {name} names no split, and none of it goes by {split!r}. It has "
+            f"{', '.join(splits)}; say which one is meant (split: NAME, or --split NAME)."
         )
     return found
 

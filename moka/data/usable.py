@@ -82,9 +82,12 @@ class SkipReport:
             return
         first = "; ".join(f"sample {r['id']!r}: {r['file']}: {r['reason']}" for r in self.skipped[:_SHOWN])
         listed = f" All are listed in {self.path}." if self.path is not None else ""
+        whole = len(self.skipped) == self.tried
+        remedy = "Mend the files." if whole else "Mend the files, or raise data.bad_media_budget."
         raise MokaError(
-            f"{self.name}: {len(self.skipped)} of {self.tried} samples have media that cannot be used, and the budget "
-            f"allows {self.allowed}. The first: {first}.{listed} Mend the files, or raise data.bad_media_budget."
+            f"{self.name}: {len(self.skipped)} of {self.tried} samples have media that cannot be used, and "
+            + ("none is left" if whole else f"the budget allows {self.allowed}")
+            + f". The first: {first}.{listed} {remedy}"
         )
 
 

@@ -181,8 +181,9 @@ def ask(
     }
     n = min(size or len(samples), len(samples))
     questions = [samples[index] for index in range(n)]
+    keys = [_key(sample) for sample in questions]  # a question without a truth is told before anything is moved
     known = _already(folder, json.loads(json.dumps(settings)))
-    records = {place: known[key] for place, key in enumerate(map(_key, questions)) if key in known}
+    records = {place: known[key] for place, key in enumerate(keys) if key in known}
     if records:
         print(f"note: {len(records)} of {n} answers are in {folder / PREDICTIONS} already; going on from there.")
     write_json(folder / SETTINGS, settings)

@@ -81,6 +81,9 @@ def compare(
             },
         }
 
+    again = sum((Path(c.output.dir) / RESULT).exists() for key, c in plan.items() if key not in records)
+    if again:
+        print(f"note: {again} runs were made with other settings and are made again; another output.dir keeps both.")
     _test_data(config)  # what is wrong with it is told before anything is trained
     write_comparison(root, result())
     for seed in numbers:

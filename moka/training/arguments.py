@@ -219,6 +219,8 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         raise MokaError(f"{path}: base: it is, by way of others, its own base ({', '.join(map(str, above))}).")
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except IsADirectoryError:
+        raise MokaError(f"{path} is a folder; give one of the YAML files in it.") from None
     except FileNotFoundError:
         where = f"{above[-1]}: base: no" if above else "No"
         raise MokaError(f"{where} configuration file {path}; shipped ones lie in configs/.") from None
@@ -300,6 +302,10 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         if node.get(parent) is None:  # absent, or a heading with nothing under it
             node[parent] = {}
         node = node[parent]
+        if isinstance(node, list):
+            raise MokaError(
+                f"Override {override!r}: {parent!r} is a list; give the whole of it, as {parent}=[{{...}}, {{...}}]."
+            )
         if not isinstance(node, dict):
             raise MokaError(f"Override {override!r}: {parent!r} is a value, not a section.")
     node[leaf] = value

@@ -95,6 +95,10 @@ def load_connector(model: MokaForConditionalGeneration, path: str | Path) -> lis
 
 
 def _load_folder(model: MokaForConditionalGeneration, folder: Path) -> list[str]:
+    if not folder.exists():
+        raise MokaError(
+            f"{folder} does not exist; train stage 1 first and name its RUN/connector, or a published projector file."
+        )
     if not (folder / METADATA).is_file() or not (folder / WEIGHTS).is_file():
         raise MokaError(
             f"{folder} holds no stage-1 result ({METADATA}, {WEIGHTS}); give RUN/connector of a stage-1 run, or a "
@@ -202,7 +206,7 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
             f"{path} is no file of plain tensors: loading it would run code that it holds, or it is damaged. Get it from "
             "its authors, or save its tensors as safetensors where you trust it."
         ) from error
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # of bytes that are no pickle torch's reader raises KeyError and more
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise MokaError(f"{path} cannot be read ({reason}); it is truncated or damaged.") from error
     if not isinstance(state, Mapping) or not state or not all(isinstance(t, torch.Tensor) for t in state.values()):

@@ -37,6 +37,11 @@ from .processes import agree, everyones, is_main, lost_peer, on_main, share_of_w
 from .report import plot_loss, write_card, write_samples
 from .trainer import MokaTrainer, last_checkpoint, training_arguments
 
+_BAD_MEDIA = {
+    "error": "with bad media",
+    "skip": "left out for bad media",
+    "substitute": "replaced for bad media",
+}
 SECTIONS = {1: "alignment", 2: "training"}
 
 
@@ -307,6 +312,11 @@ def _write_artefacts(run: Run, result: PeftModel | None, seconds: float) -> None
         counts = count_parameters(result)
         summary |= {f"trainable parameters, {part}": f"{n:,}" for part, n in counts.items() if part != "total"}
         summary["all parameters"] = f"{counts['total']:,}"
+    for name in run.datasets:
+        path = bad_media_report(folder.path, name)
+        if path.exists():
+            bad = {r["index"] for r in map(json.loads, path.read_text("utf-8").splitlines()) if "index" in r}
+            summary[f"samples of data.{name} {_BAD_MEDIA[config.data.on_bad_media]}"] = len(bad)
     summary |= {
         "seed": config.training.get("seed", 42),
         "seconds": round(seconds),

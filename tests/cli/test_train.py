@@ -248,6 +248,7 @@ def test_bad_media_can_be_left_out_before_training(moka, config_file, media, tmp
     assert "1 of 8 samples left out" in done.out
     totals, record = map(json.loads, (run / "bad-media-train.jsonl").read_text().splitlines())
     assert totals == {"tried": 8, "skipped": 1}
+    assert "samples of data.train left out for bad media | 1 |" in (run / "README.md").read_text("utf-8")
     assert (record["id"], record["action"]) == ("s3", "skip")
     # The file was mended meanwhile: the run to be resumed keeps to the samples it began with.
     shutil.copy(tmp_path / "media" / "2.png", tmp_path / "media" / "3.png")

@@ -300,8 +300,9 @@ def test_missing_files_of_every_joined_source_are_told(folder):
         ({"root": "x"}, "no 'format'"),
         ({"format": "ave"}, "no 'root'"),
         ({"format": "avee", "root": "x"}, "Did you mean 'ave'"),
-        ({"format": "librispeech", "root": "x"}, "names no 'split'"),
+        ({"format": "librispeech", "root": "x"}, "names no split"),
         ({"format": "pope", "root": "x"}, "none of it goes by 'train'. It has test"),
+        ({"format:pope": None, "root:x": None}, "a space after each colon"),
         ({"format": "ave", "root": "x", "spilt": "train"}, "Did you mean 'split'"),
     ],
 )
@@ -318,6 +319,15 @@ def test_format_gets_the_split_that_the_run_asks_for(formats):
     assert ids["train"]
     assert ids["validation"]
     assert not ids["train"] & ids["validation"]
+
+
+@pytest.mark.parametrize(
+    ("name", "split"), [("mmbench", "dev"), ("mmau", "test-mini"), ("pope", "test"), ("ave", "test")]
+)
+def test_test_data_are_the_split_with_published_answers(formats, name, split):
+    samples = open_samples({"format": name, "root": str(formats / name)}, "test")
+    assert samples.split == split
+    assert samples[0]["reference"]
 
 
 def test_sound_comes_as_windows(folder):

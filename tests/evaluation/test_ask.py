@@ -144,11 +144,14 @@ def test_a_question_that_could_not_be_asked_is_wrong_by_every_protocol():
         assert result["overall"]["figures"]["perception"]["all"]["value"] == 0
 
 
-def test_question_without_a_truth_is_told(tmp_path):
+def test_question_without_a_truth_is_told_and_moves_no_answers(tmp_path):
+    asked(Echo(), tmp_path)
+    before = lines(tmp_path)
     silent = sample(0)
     silent["messages"].pop()
     with pytest.raises(MokaError, match=r"'q0' has no 'reference'"):
-        asked(Echo(), tmp_path, [silent])
+        asked(Echo(), tmp_path, [silent], source="other")
+    assert lines(tmp_path) == before
 
 
 def test_benchmark_is_where_the_run_or_the_root_says():

@@ -266,3 +266,11 @@ def test_random_weights_are_the_same_in_every_run(name):
         torch.manual_seed(seed)
         states.append(build_encoder(tiny_encoder({"type": name})).state_dict())
     assert all(torch.equal(tensor, states[1][key]) for key, tensor in states[0].items())
+
+
+@pytest.mark.parametrize("content", [b"hello", b"<html>Not found</html>", b"", bytes(range(256))])
+@pytest.mark.parametrize("name", ["beats", "efficientnet"])
+def test_a_file_that_is_no_checkpoint_is_told(name, content, tmp_path):
+    (tmp_path / "weights.pt").write_bytes(content)
+    with pytest.raises(MokaError, match=r"weights\.pt"):
+        build_encoder({"type": name, "name_or_path": str(tmp_path / "weights.pt")})

@@ -164,7 +164,7 @@ def test_wrong_yaml_is_told_with_its_line(config_file, text, words):
 def test_absent_and_unreadable_files_are_told(tmp_path):
     with pytest.raises(MokaError, match="No configuration file"):
         load_config(tmp_path / "none.yaml")
-    with pytest.raises(MokaError, match="cannot be read as YAML"):
+    with pytest.raises(MokaError, match="is a folder; give one of the YAML files in it"):
         load_config(tmp_path)
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x80")
     with pytest.raises(MokaError, match=r"binary.yaml cannot be read as YAML"):

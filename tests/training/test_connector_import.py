@@ -168,7 +168,7 @@ def test_files_that_are_no_projector_are_explained(official, tmp_path):
     given("not one of LLaVA's projectors", {"model.mm_projector.4.weight": torch.zeros(2, 2)})
     key = "model.vl_projector.visual_proj.0.bias"
     given(f"{key} is not finite", {**official["visual_pretrain.bin"], key: torch.full((56,), torch.nan)})
-    with pytest.raises(MokaError, match=r"no stage-1 result .* or a published projector file"):
+    with pytest.raises(MokaError, match=r"does not exist; .* or a published projector file"):
         load_connector(model, tmp_path / "missing.bin")
 
 

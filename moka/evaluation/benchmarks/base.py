@@ -139,7 +139,7 @@ def _check_fields(benchmark: Benchmark, record: Mapping[str, Any], place: str) -
         if record.get(name) is None:
             close = nearest(name, [key for key in record if key not in benchmark.fields])
             raise MokaError(
-                f"{place}: field {name!r} is missing; {benchmark.name} needs {', '.join(benchmark.fields)}.{close}"
+                f"{place}: field {name!r} is {'null' if name in record else 'missing'}; {benchmark.name} needs {', '.join(benchmark.fields)}.{close}"
             )
     for name in ("id", "group"):
         value = record.get(name)

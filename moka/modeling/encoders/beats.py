@@ -122,7 +122,7 @@ def read_checkpoint(name_or_path: str) -> tuple[Path, dict[str, Any], dict[str, 
             f"encoder 'beats': {path} is no file of plain tensors (loading it would run code, or it is damaged); give "
             "the published checkpoint."
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # of bytes that are no pickle torch's reader raises KeyError and more
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise MokaError(f"encoder 'beats': {path} cannot be read: {reason}. Download it again.") from error
     if not isinstance(checkpoint, Mapping) or not all(isinstance(checkpoint.get(k), Mapping) for k in ("cfg", "model")):
