@@ -16,6 +16,7 @@ import moka
 from moka.cli.main import guarded
 from moka.cli.recipe import recipe_arguments
 from moka.evaluation import evaluate_benchmark
+from moka.evaluation.benchmarks.table import score_table
 from moka.training import RunConfig, finish, open_run, train_adapter, train_connectors
 from moka.training.processes import is_main
 
@@ -27,7 +28,9 @@ def main() -> None:
         if 2 in config.stages and is_main():
             model = moka.load(config.output.dir)
             for benchmark in config.evaluation.benchmarks:
-                evaluate_benchmark(config.output.dir, benchmark, loaded=model)  # raw answers, then their figures
+                results = evaluate_benchmark(config.output.dir, benchmark, loaded=model)  # keeps every raw answer
+                for result in results.values():  # strictly, and as the authors' scripts parse
+                    score_table(result).show()
 
 
 def train(config: RunConfig, resume: bool) -> None:
