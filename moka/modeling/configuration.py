@@ -97,7 +97,10 @@ def check_modalities(modalities: dict[str, dict]) -> dict[str, dict]:
                 )
         for key in ("encoder", "projector"):
             if not isinstance(spec.get(key), dict) or "type" not in spec[key]:
-                raise MokaError(f"modalities.{name}.{key}: needs a mapping with a 'type'; got {spec.get(key)!r}.")
+                others = [other for other in (*modalities, *DEFAULT_TYPE_IDS) if other != name]
+                raise MokaError(
+                    f"modalities.{name}.{key}: needs a mapping with a 'type'; got {spec.get(key)!r}.{nearest(name, others)}"
+                )
         type_ids = list(spec.get("type_ids") or DEFAULT_TYPE_IDS.get(name) or [])
         if not type_ids:
             raise MokaError(f"modalities.{name}.type_ids: name the mm_token_type_ids it serves, for example [4].")

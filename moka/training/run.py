@@ -113,10 +113,11 @@ def open_run(config: RunConfig, resume: bool = False, overwrite: bool = False) -
         run.datasets = agree(lambda: open_data(config, folder.path))
     try:
         yield run
-    except BadMediaError:
+    except BadMediaError as error:
         # A file that cannot be read is found as late as its sample comes; with nothing to resume, nothing stays.
         folder.discard()
-        raise
+        remedy = "Or let the run do without it: data.on_bad_media=skip or substitute."
+        raise BadMediaError(f"{str(error).rstrip()} {remedy}", error.file, error.reason) from error
     except RuntimeError as error:
         if not lost_peer(error):
             raise

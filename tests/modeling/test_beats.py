@@ -218,3 +218,11 @@ def test_a_short_clip_is_followed_by_silence(noise):
     silence = (np.log(np.finfo(np.float32).eps) - 15.41663) / (2 * 6.55582)
     np.testing.assert_allclose(item[2:], silence, atol=1e-5)
     assert item[0].max() > 0
+
+
+def test_a_checkpoint_with_an_impossible_size_is_named(tmp_path):
+    config = json.loads((GOLDEN / "beats_iter3plus_config.json").read_text("utf-8"))
+    path = tmp_path / "other.pt"
+    torch.save({"cfg": {**config, "encoder_embed_dim": 64}, "model": {"a": torch.zeros(1)}}, path)
+    with pytest.raises(MokaError, match=r"other\.pt.*encoder_embed_dim 64 is not a multiple"):
+        build_encoder({"type": "beats", "name_or_path": str(path)})

@@ -70,7 +70,10 @@ class BeatsEncoder(TowerEncoder):
         if pretrained and self.config.name_or_path:
             source, settings, state = read_checkpoint(self.config.name_or_path)
             check_same_sizes(self.name, str(source), settings, self.config.model_config or {})
-            model_config = BeatsModelConfig.from_dict(settings)
+            try:
+                model_config = BeatsModelConfig.from_dict(settings)
+            except MokaError as error:
+                raise MokaError(f"{source}: its 'cfg' is not that of a BEATs checkpoint: {error}") from error
         else:
             model_config = self.resolve_model_config(self.config, use_name=False)
         self.config = dataclasses.replace(self.config, model_config=model_config.to_dict())
