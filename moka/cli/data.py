@@ -287,7 +287,11 @@ def _table(report: CheckReport) -> Table:
     for kind, title in PROBLEMS.items():
         if found := report.of(kind):
             files = len({problem.file for problem in found if problem.file})
-            table.add_row(title, f"{len(found)}" + (f" ({files} files)" if files else ""), style="bold red")
+            table.add_row(
+                title,
+                f"{len(found)}" + (f" ({files} file{'s' if files > 1 else ''})" if files else ""),
+                style="bold red",
+            )
     if not report.problems:
         table.add_row("problems", "none")
     table.add_section()
