@@ -112,11 +112,8 @@ class LoadedModel:
     def decoding(self) -> dict[str, Any]:
         """How media files are decoded for this model, as they were in training: arguments of ``decode_sample``."""
         remembered = self.processor.decoding
-        windows = remembered["audio_windows"]
-        return {
-            "video_frames": remembered["video_frames"],
-            "audio_windows": None if windows is None else AudioWindows.from_dict(windows),
-        }
+        windows = AudioWindows.from_dict(remembered["audio_windows"])
+        return {"video_frames": remembered["video_frames"], "audio_windows": windows}
 
     @property
     def weights_sha256(self) -> str:

@@ -252,14 +252,13 @@ def _open(config: RunConfig, split: str) -> Any:
         "train" if split == "alignment" else split,  # type: ignore[arg-type]
         stage=1 if split == "alignment" else 2,
         size={"train": data.train_size, "validation": data.validation_size}.get(split),
-        seed=int(config.training.get("data_seed") or config.training.get("seed", 42)),
+        seed=config.data_seed,
         media_root=data.media_root,
     )
 
 
 def _decoding(data: DataSection) -> dict[str, Any]:
-    windows = None if data.audio_windows is None else AudioWindows.from_dict(data.audio_windows)
-    return {"video_frames": data.video_frames, "audio_windows": windows}
+    return {"video_frames": data.video_frames, "audio_windows": AudioWindows.from_dict(data.audio_windows)}
 
 
 def _positive(text: str) -> int:

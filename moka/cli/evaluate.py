@@ -16,13 +16,13 @@ from typing import Any
 import transformers
 
 import moka
-from moka.data import open_source
 from moka.data.embedded import PREFIX
 from moka.data.sources import describe_source
 from moka.errors import MokaError
 from moka.evaluation import BENCHMARKS, evaluate, evaluate_benchmark, show, write
 from moka.evaluation.ask import benchmark_source, open_benchmark
 from moka.evaluation.benchmarks.table import score_table
+from moka.evaluation.evaluate import open_questions
 from moka.inference import export_kind, find_adapter
 from moka.training import RunConfig, load_config
 from moka.training.files import read_json
@@ -70,13 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
     if source is None:
         raise MokaError(f"data.{split} is not set in {folder / CONFIG}; give --data FILE.")
     find_adapter(folder)
-    samples = open_source(
-        source,
-        split,
-        media_root=config.data.media_root,
-        video_frames=config.data.video_frames,
-        audio_windows=config.data.audio_windows,
-    )
+    samples = open_questions(config, source, split)
     result = evaluate(
         moka.load(folder, device=arguments.device, backbone=arguments.backbone),
         samples,

@@ -7,6 +7,8 @@ import argparse
 from moka.errors import MokaError
 from moka.training import RunConfig, load_config
 
+from .train import with_tiny
+
 
 def recipe_arguments(description: str, modalities: set[str]) -> tuple[list[RunConfig], bool]:
     """The configurations of a recipe's stages, in order, and whether interrupted runs are to go on.
@@ -18,10 +20,11 @@ def recipe_arguments(description: str, modalities: set[str]) -> tuple[list[RunCo
     parser.add_argument("--config", nargs="+", required=True, metavar="YAML", help="stages, in the order of training")
     parser.add_argument("--resume", action="store_true", help="go on with runs that were interrupted")
     parser.add_argument("--tiny", action="store_true", help="tiny random parts: the whole path in a minute")
-    parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="changes to every configuration")
+    parser.add_argument(
+        "--set", dest="overrides", nargs="+", default=[], metavar="key=value", help="changes to every configuration"
+    )
     arguments = parser.parse_args()
-    overrides = [*arguments.set, *(["model.tiny=true"] if arguments.tiny else [])]
-    configs = [load_config(path, overrides) for path in arguments.config]
+    configs = [load_config(path, with_tiny(arguments)) for path in arguments.config]
     for path, config in zip(arguments.config, configs, strict=True):
         strange = sorted(set(config.model.modalities) - modalities)
         if strange:

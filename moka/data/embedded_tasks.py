@@ -9,7 +9,7 @@ Only items of the split are shown. All 6 speakers are in every split, for want o
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -147,7 +147,7 @@ class EmbeddedTask:
         stage: int = 2,
         augment: bool = True,
     ):
-        _check(name, split, size, seed, stage)
+        check_task(tuple(TASKS), DEFAULT_SIZES, name, split, size, seed, stage)
         self.name, self.split, self.stage = name, split, stage
         self.size = DEFAULT_SIZES[split] if size is None else size
         self.augment = augment and split == "train"
@@ -237,17 +237,25 @@ def _augment_recording(values: np.ndarray, rng: np.random.RandomState) -> np.nda
     return stretched.astype(np.float32)
 
 
-def _check(name: str, split: str, size: int | None, seed: int, stage: int) -> None:
-    if name not in TASKS:
-        known = [*TASKS, "photographs"]  # the latter is a task of its own, in moka.data.stamps_tasks
-        raise MokaError(f"unknown embedded task {name!r}; there are {', '.join(known)}.{nearest(name, known)}")
+def check_task(
+    known: Sequence[str], sizes: Mapping[str, int], name: str, split: str, size: int | None, seed: int, stage: int
+) -> None:
+    """Raise ``MokaError`` for what no embedded task is: an unknown name, split or stage, a bad seed or size.
+
+    Args:
+        known: names that are allowed.
+        sizes: split -> number of samples; those of validation and test are the lengths of fixed lists.
+    """
+    if name not in known:
+        every = [*TASKS, "photographs"]  # the latter is a task of its own, in moka.data.stamps_tasks
+        raise MokaError(f"unknown embedded task {name!r}; there are {', '.join(every)}.{nearest(name, every)}")
     if split not in SPLITS:
         raise MokaError(f"unknown split {split!r}; there are {', '.join(SPLITS)}.{nearest(split, SPLITS)}")
     if stage not in (1, 2):
-        raise MokaError(f"stage is {stage!r}; it must be 1 (one medium and its word) or 2 (questions)")
+        raise MokaError(f"stage is {stage!r}; it must be 1 (one medium and its words) or 2 (questions)")
     if not 0 <= seed < 2**32:
         raise MokaError(f"seed is {seed}; it must be 0 ... {2**32 - 1}")
     if size is not None and size < 1:
         raise MokaError(f"size is {size}; it must be 1 or more")
-    if size is not None and split != "train" and size > DEFAULT_SIZES[split]:
-        raise MokaError(f"size is {size}, but the fixed {split} list has {DEFAULT_SIZES[split]} questions")
+    if size is not None and split != "train" and size > sizes[split]:
+        raise MokaError(f"size is {size}, but the fixed {split} list has {sizes[split]} questions")

@@ -150,7 +150,7 @@ def open_source(
         BadMediaPolicy(on_bad_media, bad_media_budget),
         seed=seed,
         video_frames=video_frames,
-        audio_windows=None if audio_windows is None else AudioWindows.from_dict(audio_windows),
+        audio_windows=AudioWindows.from_dict(audio_windows),
         report_path=report_path,
     )
 

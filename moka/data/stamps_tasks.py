@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from moka.data.embedded import SPLITS, Split
+from moka.data.embedded import Split
+from moka.data.embedded_tasks import check_task
 from moka.data.stamps import KINDS, LANGUAGES, RATE, Stamps
-from moka.errors import MokaError, nearest
 from moka.modeling.media import Waveform
 
 NAMES = tuple(LANGUAGES.values())
@@ -99,7 +99,7 @@ class PhotographsTask:
         stage: int = 2,
         augment: bool = True,
     ):
-        _check(name, split, size, seed, stage)
+        check_task(TASKS, DEFAULT_SIZES, name, split, size, seed, stage)
         self.name, self.split, self.stage = name, split, stage
         self.size = DEFAULT_SIZES[split] if size is None else size
         self.augment = augment and split == "train"
@@ -194,18 +194,3 @@ def _augment_sound(samples: np.ndarray, rng: np.random.RandomState) -> np.ndarra
     """Louder or softer by up to 6 dB: volunteers differ in loudness, which should not give them away."""
     gain = 10 ** (rng.uniform(-6, 6) / 20)
     return np.clip(samples * gain, -1, 1).astype(np.float32)
-
-
-def _check(name: str, split: str, size: int | None, seed: int, stage: int) -> None:
-    if name not in TASKS:
-        raise MokaError(f"unknown embedded task {name!r}; there is {', '.join(TASKS)}.{nearest(name, TASKS)}")
-    if split not in SPLITS:
-        raise MokaError(f"unknown split {split!r}; there are {', '.join(SPLITS)}.{nearest(split, SPLITS)}")
-    if stage not in (1, 2):
-        raise MokaError(f"stage is {stage!r}; it must be 1 (one medium and its words) or 2 (questions)")
-    if not 0 <= seed < 2**32:
-        raise MokaError(f"seed is {seed}; it must be 0 ... {2**32 - 1}")
-    if size is not None and size < 1:
-        raise MokaError(f"size is {size}; it must be 1 or more")
-    if size is not None and split != "train" and size > DEFAULT_SIZES[split]:
-        raise MokaError(f"size is {size}, but the fixed {split} list has {DEFAULT_SIZES[split]} questions")

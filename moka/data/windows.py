@@ -52,8 +52,10 @@ class AudioWindows:
                 raise MokaError(f"audio_windows.{name} is {value!r}; a number of seconds {least} is due, such as 1.0.")
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> AudioWindows:
-        """From the ``data.audio_windows`` mapping of a configuration; unknown keys are refused."""
+    def from_dict(cls, values: Mapping[str, Any] | None) -> AudioWindows | None:
+        """From the ``data.audio_windows`` of a configuration, a mapping or None; unknown keys are refused."""
+        if values is None:
+            return None
         known = [field.name for field in dataclasses.fields(cls)]
         for key in values:
             if key not in known:

@@ -26,6 +26,7 @@ from moka.training.folder import CONFIG
 
 from .benchmarks import BENCHMARKS, score
 from .benchmarks.text import library
+from .evaluate import words
 
 PREDICTIONS, SETTINGS, SCORE = "predictions.jsonl", "settings.json", "score.json"
 # Of a sample, beside its answer, what scorers read.
@@ -265,11 +266,7 @@ def _before_answer(messages: list[dict]) -> list[dict]:
 
 def _asked(sample: dict[str, Any]) -> str:
     """The text of the chat before the answer."""
-    return "\n".join(_text(message) for message in _before_answer(sample["messages"]))
-
-
-def _text(message: dict[str, Any]) -> str:
-    return " ".join(part["text"] for part in message["content"] if part["type"] == "text")
+    return "\n".join(words([message]) for message in _before_answer(sample["messages"]))
 
 
 def _truth(sample: dict[str, Any]) -> Any:
@@ -280,4 +277,4 @@ def _truth(sample: dict[str, Any]) -> Any:
         raise MokaError(
             f"sample {sample['id']!r} has no 'reference', and no assistant's answer at its end: nothing to score against."
         )
-    return _text(last)
+    return words([last])

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 import moka
-from moka.data import open_source
 from moka.data.sources import describe_source
 from moka.errors import MokaError, nearest
 from moka.training import RunConfig, config_from_dict, load_config, run_training
@@ -21,7 +20,7 @@ from moka.training.files import read_json, write_json
 from moka.training.folder import CONFIG, CONNECTOR, SUMMARY
 
 from .comparison import RESULT, summarise, write_comparison
-from .evaluate import AS_GIVEN, evaluate, write
+from .evaluate import AS_GIVEN, evaluate, open_questions, write
 
 # Method -> what differs in the adapter section.
 METHODS: dict[str, dict[str, Any]] = {
@@ -84,7 +83,7 @@ def compare(
     again = sum((Path(c.output.dir) / RESULT).exists() for key, c in plan.items() if key not in records)
     if again:
         print(f"note: {again} runs were made with other settings and are made again; another output.dir keeps both.")
-    _test_data(config)  # what is wrong with it is told before anything is trained
+    open_questions(config, config.data.test, "test")  # what is wrong with it is told before anything is trained
     write_comparison(root, result())
     for seed in numbers:
         _stage_one(config, root, seed)
@@ -190,17 +189,6 @@ def _finished(changed: RunConfig) -> dict[str, Any] | None:
     return record if record and record.get("settings") == _settings(changed) else None
 
 
-def _test_data(config: RunConfig) -> Any:
-    data = config.data
-    return open_source(
-        data.test or "",
-        "test",
-        media_root=data.media_root,
-        video_frames=data.video_frames,
-        audio_windows=data.audio_windows,
-    )
-
-
 def _one_run(changed: RunConfig, progress: bool) -> dict[str, Any]:
     """Train and evaluate one method with one seed."""
     folder, evaluation = Path(changed.output.dir), changed.evaluation
@@ -208,7 +196,7 @@ def _one_run(changed: RunConfig, progress: bool) -> dict[str, Any]:
     gc.collect()
     result = evaluate(
         moka.load(folder),
-        _test_data(changed),
+        open_questions(changed, changed.data.test, "test"),
         size=evaluation.size,
         blank=False,
         batch_size=evaluation.batch_size,

@@ -16,15 +16,29 @@ from rich.table import Table
 from tqdm import tqdm
 
 import moka
+from moka.data import open_source
 from moka.errors import MokaError
 from moka.inference import LoadedModel
 from moka.modeling.configuration import MEDIA_TYPE_IDS
 from moka.modeling.media import AudioFeatures, Waveform
+from moka.training import RunConfig
 from moka.training.files import write_json, write_text
 
 from .scoring import Tally
 
 OVERALL, AS_GIVEN = "overall", "as given"
+
+
+def open_questions(config: RunConfig, source: Any, split: Any) -> Any:
+    """The samples of ``source``, decoded as the run of ``config`` decodes its own."""
+    data = config.data
+    return open_source(
+        source,
+        split,
+        media_root=data.media_root,
+        video_frames=data.video_frames,
+        audio_windows=data.audio_windows,
+    )
 
 
 def evaluate(
@@ -76,7 +90,7 @@ def evaluate(
                 result["predictions"].append({**record, "prediction": answer, "reference": reference, "right": hit})
                 if condition == AS_GIVEN:
                     present |= {part["type"] for message in question for part in _parts(message)}
-                    digest.update(f"{sample['id']}\n{_words(question)}\n{reference}\n".encode())
+                    digest.update(f"{sample['id']}\n{words(question)}\n{reference}\n".encode())
             bar.update(len(batch))
         bar.close()
         result["conditions"][condition] = {**{k: t.to_dict() for k, t in tallies.items()}, OVERALL: overall.to_dict()}
@@ -112,7 +126,7 @@ def _split(sample: dict) -> tuple[list[dict], str]:
     *before, last = sample["messages"]
     if last["role"] != "assistant":
         raise MokaError(f"sample {sample['id']!r}: evaluation needs an assistant's answer at the end of the messages.")
-    return before, _words([last])
+    return before, words([last])
 
 
 def _parts(message: dict) -> list[dict]:
@@ -120,7 +134,7 @@ def _parts(message: dict) -> list[dict]:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
-def _words(messages: list[dict]) -> str:
+def words(messages: list[dict]) -> str:
     return " ".join(part["text"] for message in messages for part in _parts(message) if part["type"] == "text")
 
 

@@ -147,6 +147,11 @@ class RunConfig:
     evaluation: EvaluationSection = field(default_factory=EvaluationSection)
     output: OutputSection = field(default_factory=OutputSection)
 
+    @property
+    def data_seed(self) -> int:
+        """What training questions are drawn by."""
+        return int(self.training.get("data_seed") or self.training.get("seed", 42))
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 

@@ -35,7 +35,7 @@ def open_data(config: RunConfig, reports: Path | None = None) -> dict[str, Any]:
             split,
             stage=stage,
             size=size,
-            seed=int(config.training.get("data_seed") or config.training.get("seed", 42)),
+            seed=config.data_seed,
             media_root=data.media_root,
             on_bad_media=data.on_bad_media,
             bad_media_budget=data.bad_media_budget,
