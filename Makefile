@@ -1,5 +1,6 @@
 # make quickstart   environment, data, training, evaluation, table
 # make test         the tests
+# make test-all     these, and the slow ones: processes under each launcher, killed and resumed
 # make lint         ruff and mypy
 # make docs         the documentation as a site, in site/
 
@@ -13,7 +14,7 @@ CONFIG ?= configs/quickstart/audio_visual_text.yaml
 # once a third slower on an idle one (a step of the quickstart: 1.7 s against 1.1 s on 2 cores).
 export GOMP_SPINCOUNT ?= 2000
 
-.PHONY: quickstart test lint format docs clean
+.PHONY: quickstart test test-all lint format docs clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.demo
@@ -21,6 +22,9 @@ quickstart: $(VENV)/.demo
 	$(BIN)/moka eval $(RUN)
 
 test: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q -m "not slow"
+
+test-all: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q
 
 lint: $(VENV)/.dev

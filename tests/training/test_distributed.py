@@ -1,21 +1,14 @@
 """Two real processes on gloo: the same run as one process on the same global batch, and one voice for errors."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
 from moka.training import config_from_dict, run_training
 
-ROOT = Path(__file__).parents[2]
-BIN = Path(sys.executable).parent
 # Dropout draws other masks for other shapes of the batch.
 SAME = {
     "adapter__dropout": 0.0,
@@ -31,40 +24,19 @@ SAME = {
     "alignment__save_strategy": "no",
     "training__save_strategy": "no",
 }
-TORCHRUN = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2", "-m", "moka"]
-ACCELERATE = [
-    *(str(BIN / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
-    *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "moka"),
-]
-
-
-def launch(command, *arguments, **environment):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
-    whole = [*command, *map(str, arguments)]
-    return subprocess.run(whole, env=environment, capture_output=True, text=True, check=False, timeout=120)
-
-
-def write(path, raw):
-    path.write_text(yaml.safe_dump(raw, sort_keys=False))  # modalities are made in their order
-    return path
-
-
-def losses(folder):
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {(r["stage"], r["step"]): r["loss"] for r in records if "loss" in r}
 
 
 @pytest.mark.parametrize("objective", ["embedding", "language_modeling"])
-def test_two_processes_train_as_one(tiny_config, tmp_path, objective):
+def test_two_processes_train_as_one(tiny_config, tmp_path, launch, write_yaml, losses, objective):
     changes = {**SAME, "alignment__objective": objective}
     # Whole batches here; there two processes with two rows each, in stage 1 accumulated too.
     one = run_training(config_from_dict(tiny_config(tmp_path / "one", **changes)))
     halves = {"alignment__per_device_train_batch_size": 2, "training__per_device_train_batch_size": 2}
-    config = write(tmp_path / "two.yaml", tiny_config(tmp_path / "two", **changes, **halves))
+    config = write_yaml(tmp_path / "two.yaml", tiny_config(tmp_path / "two", **changes, **halves))
     if objective == "embedding":
-        done = launch(TORCHRUN, "train", config)
+        done = launch("torchrun", "train", config)
     else:
-        done = launch(ACCELERATE, "train", config, ACCELERATE_USE_CPU="true")
+        done = launch("accelerate", "train", config)
     assert done.returncode == 0, done.stderr[-2000:]
     two = tmp_path / "two"
     assert json.loads((two / "summary.json").read_text())["processes"] == 2
@@ -81,7 +53,7 @@ def test_two_processes_train_as_one(tiny_config, tmp_path, objective):
         torch.testing.assert_close(tensor, reference, rtol=1e-4, atol=1e-6)
 
 
-def test_two_processes_leave_the_same_samples_out(tiny_config, tmp_path):
+def test_two_processes_leave_the_same_samples_out(tiny_config, tmp_path, launch, write_yaml, losses):
     """Under ``skip`` the main process tries the files; the others must not have one sample more."""
     lines = []
     for number in range(9):
@@ -95,16 +67,18 @@ def test_two_processes_leave_the_same_samples_out(tiny_config, tmp_path):
     changes = {**SAME, **data, "data__on_bad_media": "skip", "data__bad_media_budget": 0.2, "stages": [2]}
     one = run_training(config_from_dict(tiny_config(tmp_path / "one", **changes)))
     halves = {"training__per_device_train_batch_size": 2}
-    config = write(tmp_path / "two.yaml", tiny_config(tmp_path / "two", **changes, **halves))
-    done = launch(TORCHRUN, "train", config)
+    config = write_yaml(tmp_path / "two.yaml", tiny_config(tmp_path / "two", **changes, **halves))
+    done = launch("torchrun", "train", config)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("data.train: 1 of 9 samples left out") == 1
     assert losses(tmp_path / "two") == pytest.approx(losses(one), rel=1e-5)
 
 
-def test_bad_input_is_told_once_and_ends_both(tiny_config, tmp_path):
-    config = write(tmp_path / "run.yaml", tiny_config(tmp_path / "run", data__train=str(tmp_path / "absent.jsonl")))
-    done = launch(TORCHRUN, "train", config)
+def test_bad_input_is_told_once_and_ends_both(tiny_config, tmp_path, launch, write_yaml, losses):
+    config = write_yaml(
+        tmp_path / "run.yaml", tiny_config(tmp_path / "run", data__train=str(tmp_path / "absent.jsonl"))
+    )
+    done = launch("torchrun", "train", config)
     assert done.returncode != 0
     assert "moka/training" not in done.stderr  # no traceback of ours
     told = [line for line in done.stderr.splitlines() if "moka: error" in line]
