@@ -18,6 +18,7 @@ from moka.data.media import AudioWindows, BadMediaError
 from moka.data.wheels import sha256_of
 from moka.errors import MokaError
 from moka.modeling import MokaForConditionalGeneration, MokaProcessor, TooLongError
+from moka.modeling.quantization import check_quantization
 from moka.training.arguments import ModelSection
 from moka.training.build import build_model, choose_dtype, context_length
 from moka.training.files import read_json
@@ -25,6 +26,8 @@ from moka.training.folder import ADAPTER, FORMAT_VERSION, MODEL_CONFIG
 
 # Beside what `moka merge` and `moka export` write: the format, its checks, and where it came from.
 EXPORT = "export.json"
+# The backbone quantised as the run says, or not at all.
+AS_TRAINED = "as-trained"
 
 
 class LoadedModel:
@@ -121,6 +124,12 @@ class LoadedModel:
         return sha256_of(self.folder / "adapter_model.safetensors")
 
     @property
+    def quantization(self) -> str | None:
+        """Of the backbone: nf4, int8, or None for its own weights."""
+        base: Any = self.model.get_base_model()
+        return base.quantization
+
+    @property
     def context(self) -> int | None:
         """Tokens that fit into the backbone's context."""
         base: Any = self.model.get_base_model()
@@ -179,7 +188,12 @@ def _model_config(folder: Path) -> dict[str, Any]:
 
 
 def load_base(
-    run: str | Path, *, dtype: str = "auto", backbone: str | None = None, dequantize: bool = False
+    run: str | Path,
+    *,
+    dtype: str = "auto",
+    backbone: str | None = None,
+    dequantize: bool = False,
+    quantization: str | None = AS_TRAINED,
 ) -> MokaForConditionalGeneration:
     """The composed model that an adapter folder belongs to, for ``PeftModel.from_pretrained(base, folder)``.
 
@@ -189,7 +203,8 @@ def load_base(
         run: a run folder or an adapter folder.
         dtype: float32, bfloat16 or auto.
         backbone: where the language model lies here, if not at the recorded name.
-        dequantize: turn a quantised language model into one of ordinary weights.
+        dequantize: ordinary weights: not quantised as in training, and turned into such where they are quantised on disk.
+        quantization: how the language model is held: as in training, "nf4", "int8", or None for its own weights.
     Raises:
         MokaError: the backbone is another than the adapter was trained on.
     """
@@ -200,7 +215,15 @@ def load_base(
             "as a whole. Copy both folders, or say where the backbone lies."
         )
     modalities = {name: dict(spec) for name, spec in config["modalities"].items()}
-    section = ModelSection(backbone=backbone or config["backbone"], modalities=modalities, dtype=dtype)
+    if quantization == AS_TRAINED:
+        quantization = config.get("quantization")
+    if dequantize:
+        quantization = None
+    if quantization is not None:
+        check_quantization(quantization, "quantization")
+    section = ModelSection(
+        backbone=backbone or config["backbone"], modalities=modalities, dtype=dtype, quantization=quantization
+    )
     model, _ = build_model(section)
     model.config.fill_token_id = config["fill_token_id"]
     found = model.backbone_fingerprint()
@@ -236,13 +259,14 @@ def load(
     dtype: str = "auto",
     backbone: str | None = None,
     dequantize: bool = False,
+    quantization: str | None = AS_TRAINED,
 ) -> LoadedModel:
     """Load a trained run: backbone, encoders, projectors, adapter and processor.
 
     Args:
         run: a run folder of ``moka train``, an adapter folder, or the folder of ``moka merge``.
         device: "cpu", "cuda", ...; default: the accelerator if there is one.
-        dtype, backbone, dequantize: see ``load_base``.
+        dtype, backbone, dequantize, quantization: see ``load_base``.
     Raises:
         MokaError: no adapter there; tensors missing, damaged, or of another backbone.
     """
@@ -252,7 +276,7 @@ def load(
     check_adapter_folder(str(folder))
     _check_complete_folder(folder)
     processor = MokaProcessor.from_pretrained(folder)
-    base = load_base(folder, dtype=dtype, backbone=backbone, dequantize=dequantize)
+    base = load_base(folder, dtype=dtype, backbone=backbone, dequantize=dequantize, quantization=quantization)
     processor.teach_end(base)
     try:
         model = PeftModel.from_pretrained(base, str(folder))

@@ -16,9 +16,12 @@ from .routing import Routing
 if TYPE_CHECKING:
     from .router import MokaRouter
 
+# Of transformers' blocks, and of torch's ``checkpoint_wrapper`` around a block, as accelerate's FSDP uses it.
+_FUNCTIONS = ("_gradient_checkpointing_func", "checkpoint_fn")
+
 
 class RoutedCheckpoint:
-    """Stands in for a block's ``_gradient_checkpointing_func`` and hands it a function that knows its routing."""
+    """Stands in for a block's checkpointing function and hands it a function that knows its routing."""
 
     def __init__(self, checkpoint: Callable, router: MokaRouter) -> None:
         self.checkpoint, self.router = checkpoint, router
@@ -42,14 +45,16 @@ def route_checkpoints(model: nn.Module, router: MokaRouter) -> None:
     Called before each training forward, as ``gradient_checkpointing_enable()`` sets new functions at any time.
     """
     for module in model.modules():
-        function = module.__dict__.get("_gradient_checkpointing_func")
-        if function is not None and not isinstance(function, RoutedCheckpoint):
-            module._gradient_checkpointing_func = RoutedCheckpoint(function, router)
+        for name in _FUNCTIONS:
+            function = module.__dict__.get(name)
+            if function is not None and not isinstance(function, RoutedCheckpoint):
+                setattr(module, name, RoutedCheckpoint(function, router))
 
 
 def unroute_checkpoints(model: nn.Module) -> None:
     """Take the wrappers off again."""
     for module in model.modules():
-        function = module.__dict__.get("_gradient_checkpointing_func")
-        if isinstance(function, RoutedCheckpoint):
-            module._gradient_checkpointing_func = function.checkpoint
+        for name in _FUNCTIONS:
+            function = module.__dict__.get(name)
+            if isinstance(function, RoutedCheckpoint):
+                setattr(module, name, function.checkpoint)

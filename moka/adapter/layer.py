@@ -124,6 +124,7 @@ class MokaLinear(nn.Module, MokaLayer):
         """s B z~ of one adapter; of a merged one, the residual s (B z~ - B_text A_text x), None where that is zero."""
         config = self.moka_config[name]
         router = self.moka_router
+        self._gather(self.moka_A[name], self.moka_B[name])
         view, routed = router.view(name)
         folded = self._folded(name)
         shape = x.shape[:-1]
@@ -152,6 +153,19 @@ class MokaLinear(nn.Module, MokaLayer):
             B = self.moka_B[name] if config.share_b else self.moka_B[name].transpose(0, 1).flatten(1)  # [out, M * r]
         update = F.linear(z, B.to(z.dtype)).reshape(*shape, -1)
         return update * self.moka_scaling[name] if config.scale_position == "output" else update
+
+    def _gather(self, *parameters: nn.Parameter) -> None:
+        """Under DeepSpeed's ZeRO-3: have parameters whole in this layer's passes.
+
+        DeepSpeed gathers what a module itself owns; A and B lie in dictionaries, whose forward nobody calls.
+        """
+        for parameter in parameters:
+            status = getattr(parameter, "ds_status", None)
+            if status is not None and status.name != "AVAILABLE":  # at the first forward
+                from deepspeed.zero import register_external_parameter
+
+                register_external_parameter(self, parameter)
+                parameter.all_gather()  # type: ignore[operator]
 
     def _project(self, name: str, x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
         if not self.merged and not self.moka_config[name].text_merged:

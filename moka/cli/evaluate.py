@@ -23,11 +23,13 @@ from moka.evaluation import BENCHMARKS, evaluate, evaluate_benchmark, show, writ
 from moka.evaluation.ask import benchmark_source, open_benchmark
 from moka.evaluation.benchmarks.table import score_table
 from moka.evaluation.evaluate import open_questions
-from moka.inference import export_kind, find_adapter
+from moka.inference import LoadedModel, export_kind, find_adapter
 from moka.training import RunConfig, load_config
 from moka.training.files import read_json
 from moka.training.folder import CONFIG, SUMMARY, RunFolder
 from moka.training.report import write_card
+
+from .generate import add_quantization, quantization
 
 HELP = "measure a trained run on unseen questions"
 
@@ -47,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--backbone", metavar="FOLDER", help="where the language model lies, if not where it was trained"
     )
     parser.add_argument("--device", help="cpu, cuda, ... (default: an accelerator if there is one)")
+    add_quantization(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -72,7 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
     find_adapter(folder)
     samples = open_questions(config, source, split)
     result = evaluate(
-        moka.load(folder, device=arguments.device, backbone=arguments.backbone),
+        _load(arguments),
         samples,
         size=arguments.size or settings.size,
         blank=settings.blank and not arguments.no_blank,
@@ -92,6 +95,12 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"written: {path}")
 
 
+def _load(arguments: argparse.Namespace) -> LoadedModel:
+    return moka.load(
+        arguments.run, device=arguments.device, backbone=arguments.backbone, quantization=quantization(arguments)
+    )
+
+
 def _benchmarks(arguments: argparse.Namespace, config: RunConfig) -> None:
     """Ask and score one benchmark, or all that the run's configuration names."""
     folder = Path(arguments.run)
@@ -102,7 +111,7 @@ def _benchmarks(arguments: argparse.Namespace, config: RunConfig) -> None:
     chosen = {"root": arguments.root, "split": arguments.split, "format": arguments.format}
     for name in names:  # all are tried before hours go by on the first
         open_benchmark(config, name, benchmark_source(config, name, **chosen))
-    loaded = moka.load(folder, device=arguments.device, backbone=arguments.backbone)
+    loaded = _load(arguments)
     for name in names:
         results = evaluate_benchmark(
             folder, name, **chosen, size=arguments.size, batch_size=arguments.batch_size, loaded=loaded

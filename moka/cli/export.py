@@ -57,10 +57,14 @@ def write(arguments: argparse.Namespace, format: str, modality: str | None = Non
     print(_table(report))
 
 
+_BACKBONE = "its own weights, not the {} ones of training, which a fold would round again"
+
+
 def _table(report: ExportReport) -> str:
     rows = [
         ("format", report.format),
         ("written", str(report.output)),
+        *([("backbone", _BACKBONE.format(report.trained_on))] if report.trained_on else []),
         ("modules changed / expected", f"{report.changed} / {report.expected}"),
         ("largest logit difference", f"{report.largest_difference:.2g} of the largest logit"),
         *(("lost", item) for item in report.lost),

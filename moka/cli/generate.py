@@ -12,6 +12,8 @@ import transformers
 import moka
 from moka.data.media import file_problem
 from moka.errors import MokaError
+from moka.inference import AS_TRAINED
+from moka.modeling.quantization import QUANTIZATIONS
 
 HELP = "answer a question about pictures, sounds and videos"
 
@@ -27,6 +29,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--backbone", metavar="FOLDER", help="where the language model lies, if not where it was trained"
     )
     parser.add_argument("--device", help="cpu, cuda, ... (default: an accelerator if there is one)")
+    add_quantization(parser)
+
+
+def add_quantization(parser: argparse.ArgumentParser) -> None:
+    """Also of `moka eval`."""
+    parser.add_argument(
+        "--quantization", choices=["none", *QUANTIZATIONS], help="how to hold the backbone (default: as in training)"
+    )
+
+
+def quantization(arguments: argparse.Namespace) -> str | None:
+    """What ``moka.load`` takes."""
+    return {None: AS_TRAINED, "none": None}.get(arguments.quantization, arguments.quantization)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -36,7 +51,9 @@ def run(arguments: argparse.Namespace) -> None:
         problem = file_problem(path)
         if problem:
             raise MokaError(f"{path}: {problem}")
-    loaded = moka.load(arguments.run, device=arguments.device, backbone=arguments.backbone)
+    loaded = moka.load(
+        arguments.run, device=arguments.device, backbone=arguments.backbone, quantization=quantization(arguments)
+    )
     answer = loaded.generate(
         arguments.question,
         image=arguments.image,

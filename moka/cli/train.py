@@ -1,18 +1,22 @@
 """Train what a YAML file says. Any key can be overridden:
 
 moka train configs/quickstart/audio_visual_text.yaml training.max_steps=200 output.dir=runs/longer
-accelerate launch -m moka train CONFIG.yaml key=value ...
+moka train CONFIG.yaml --launcher zero2 --num-processes 4        # several GPUs; see docs/launching.md
 """
 
 from __future__ import annotations
 
 import argparse
+import shlex
 
 from moka.errors import MokaError
 from moka.training import load_config, run_training
 from moka.training.arguments import describe
 from moka.training.folder import CONNECTOR
+from moka.training.global_batch import divided
+from moka.training.launching import Launch, alone_by_mistake, launch_of, launcher_names
 from moka.training.processes import is_main
+from moka.training.run import SECTIONS
 
 HELP = "train connectors (stage 1) and an adapter (stage 2)"
 
@@ -26,6 +30,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tiny", action="store_true", help="tiny random parts of the same architecture, two steps a stage, in DIR-tiny"
     )
     parser.add_argument("--help-config", action="store_true", help="list all configuration keys and exit")
+    launching = parser.add_argument_group(
+        "several processes", "builds `accelerate launch ...`, prints it and becomes it"
+    )
+    launching.add_argument(
+        "--launcher", metavar="NAME", help=f"{', '.join(launcher_names())}, or a configuration file of accelerate"
+    )
+    launching.add_argument("--num-processes", type=int, metavar="N", help="on all machines; default: what NAME says")
+    launching.add_argument(
+        "--launcher-args",
+        metavar="'--OPTION ...'",
+        help="options of `accelerate launch`: --launcher-args='--gpu_ids 0,1'",
+    )
+    launching.add_argument("--dry-run", action="store_true", help="print the command and do not run it")
 
 
 def with_tiny(arguments: argparse.Namespace) -> list[str]:
@@ -40,7 +57,30 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.config is None:
         raise MokaError("moka train: name a configuration file, such as configs/quickstart/audio_visual_text.yaml.")
     config = load_config(arguments.config, with_tiny(arguments))
+    if launch := _launch(arguments):
+        for stage in config.stages:
+            divided(getattr(config, SECTIONS[stage]), launch.processes, SECTIONS[stage])
+        print(launch)
+        if not arguments.dry_run:
+            launch.start()
+        return
+    if note := alone_by_mistake():
+        print(note)
     folder = run_training(config, resume=arguments.resume, overwrite=arguments.overwrite)
     if is_main():
         after = f"moka eval {folder}" if 2 in config.stages else f"stages=[2] model.connectors=[{folder / CONNECTOR}]"
         print(f"done: {folder}  (next: {after})")
+
+
+def _launch(arguments: argparse.Namespace) -> Launch | None:
+    """The launcher that a command line asks for."""
+    if arguments.launcher is None:
+        for option in ("num_processes", "launcher_args", "dry_run"):
+            if getattr(arguments, option):
+                raise MokaError(
+                    f"--{option.replace('_', '-')} belongs to --launcher; give one: {', '.join(launcher_names())}."
+                )
+        return None
+    flags = [f"--{name}" for name in ("resume", "overwrite", "tiny", "debug") if getattr(arguments, name)]
+    words = ["train", arguments.config, *arguments.overrides, *flags]
+    return launch_of(arguments.launcher, words, arguments.num_processes, shlex.split(arguments.launcher_args or ""))

@@ -7,7 +7,6 @@ Nothing is computed by a model: the processor alone tells what each sample would
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from moka.data.decoders import BadMediaError, file_problem
+from moka.data.lengths import token_counter
 from moka.data.media import decode_medium
 from moka.data.schema import map_media, media_parts
 from moka.data.usable import try_media
@@ -154,8 +154,7 @@ def check_samples(
     """
     report = CheckReport(name, len(samples), max_length)
     look = _Look(processor, encoders or {}, video_frames, audio_windows)
-    counter = copy.copy(processor)
-    counter.front_ends = dict.fromkeys(processor.front_ends, _nothing)  # type: ignore[arg-type]
+    counter = token_counter(processor)
     bar = tqdm(desc=f"checking {name}", total=len(samples), unit="sample", delay=_BAR_AFTER_S, leave=False)
     with bar:
         counted: set[tuple[str, str]] = set()
@@ -269,11 +268,6 @@ def sampling_rate(front_end: Any) -> int | None:
         if isinstance(rate := getattr(holder, name, None), int):
             return rate
     return None
-
-
-def _nothing(medium: Any) -> np.ndarray:
-    """In the place of a front end: the number of tokens does not depend on the values."""
-    return np.zeros(0, np.float32)
 
 
 def _count_media(

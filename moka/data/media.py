@@ -24,6 +24,7 @@ from moka.data.decoders import (
     load_image,
     load_video,
 )
+from moka.data.features import FeatureCache, NotCachedError
 from moka.data.schema import map_media
 from moka.data.windows import AudioWindows, audio_windows
 from moka.errors import MokaError, nearest
@@ -55,13 +56,17 @@ def decode_medium(
     audio_rate: int | None = None,
     windows: AudioWindows | None = None,
     rates: Counter[int] | None = None,
+    features: FeatureCache | None = None,
 ) -> Any:
     """One medium of a sample, decoded; arguments as for `decode_sample`.
 
     Raises:
         BadMediaError: a file that cannot be used.
-        MokaError: windows are asked of ready-made features, which hold no sound to cut.
+        MokaError: windows are asked of ready-made features, which hold no sound to cut; a medium that is not in
+            ``features``, which hold its kind.
     """
+    if features is not None and kind in features.kinds:
+        return features.read(kind, medium)
     if isinstance(medium, (str, bytes)):
         if kind == "image":
             return load_image(medium)
@@ -88,6 +93,7 @@ def decode_sample(
     audio_rate: int | None = None,
     audio_windows: AudioWindows | None = None,
     rates: Counter[int] | None = None,
+    features: FeatureCache | None = None,
 ) -> dict[str, Any]:
     """A copy of a checked sample with every path, and the bytes of every encoded file, replaced by its decoded medium.
 
@@ -99,15 +105,18 @@ def decode_sample(
         audio_rate: Hz that sound is resampled to; each file's own rate by default.
         audio_windows: the windows that each clip is cut into: an audio part becomes a list of `Waveform`.
         rates: where to count each sound file under its own rate (Hz).
+        features: computed before; media of their kinds become lists of `Features` and are not decoded.
 
     Raises:
         BadMediaError: a file that cannot be used; the message begins with the sample's id.
-        MokaError: ``audio_windows`` with ready-made audio features.
+        MokaError: ``audio_windows`` with ready-made audio features; a medium that is not in ``features``.
     """
 
     def decode(kind: str, medium: Any) -> Any:
         try:
-            return decode_medium(kind, medium, video_frames, audio_rate, audio_windows, rates)
+            return decode_medium(kind, medium, video_frames, audio_rate, audio_windows, rates, features)
+        except NotCachedError as error:
+            raise MokaError(f"sample {sample['id']!r}: {error}") from error
         except BadMediaError as error:
             if isinstance(medium, bytes):
                 file, message = f"{kind} bytes of sample {sample['id']!r}", f"{kind}, {error}"
@@ -154,7 +163,7 @@ class DecodedDataset:
         dataset: anything with ``len`` and indexing that gives checked samples, such as `JsonlDataset`.
         policy: what to do about bad media; `BadMediaPolicy` by default stops at the first.
         seed: of the substitutes.
-        video_frames, audio_rate, audio_windows: as for `decode_sample`.
+        video_frames, audio_rate, audio_windows, features: as for `decode_sample`.
         report_path: a JSONL file that collects the report. Without it the report and the budget are those of the
             process, and loader workers each have their own; with it all processes share them.
 
@@ -174,6 +183,7 @@ class DecodedDataset:
         audio_rate: int | None = None,
         report_path: str | os.PathLike[str] | None = None,
         audio_windows: AudioWindows | None = None,
+        features: FeatureCache | None = None,
     ) -> None:
         self.dataset = dataset
         self.policy = policy or BadMediaPolicy()
@@ -181,6 +191,7 @@ class DecodedDataset:
         self.video_frames = video_frames
         self.audio_rate = audio_rate
         self.audio_windows = audio_windows
+        self.features = features
         self.report_path = None if report_path is None else Path(report_path)
         self.sampling_rates: Counter[int] = Counter()
         self._seen: dict[int, dict[str, Any]] = {}
@@ -206,7 +217,7 @@ class DecodedDataset:
             sample = self.dataset[tried]
             try:
                 return decode_sample(
-                    sample, self.video_frames, self.audio_rate, self.audio_windows, self.sampling_rates
+                    sample, self.video_frames, self.audio_rate, self.audio_windows, self.sampling_rates, self.features
                 )
             except BadMediaError as error:
                 self._record(tried, sample["id"], error)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +232,14 @@ class Prefix:
         return self.dataset.missing_media(limit)
 
 
+def stand_ins(seed: int, index: int, size: int) -> Iterator[int]:
+    """A sample of ``size`` and those that take its place, one after another, where it cannot be used."""
+    draw = np.random.default_rng([seed, index])
+    for _ in range(_TRIES):
+        yield index
+        index = int(draw.integers(size))
+
+
 class EncodedDataset:
     """Samples as model inputs, for training.
 
@@ -265,19 +273,16 @@ class EncodedDataset:
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not -len(self) <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
-        tried = int(index) % len(self)  # -1 and the last index are one sample
-        draw = np.random.default_rng([self.seed, tried])
-        for _ in range(_TRIES):
+        for tried in stand_ins(self.seed, int(index) % len(self), len(self)):  # -1 and the last index are one sample
             sample = self.samples[tried]
             try:
                 encoded = self.processor.encode(sample["messages"], max_length=self.max_length, truncate=True)
                 if any(label != IGNORE for label in encoded["labels"]):
-                    return encoded
+                    return {**encoded, "sample_id": str(sample.get("id", tried))}
                 reason = "no supervised token: the assistant's text is empty"
             except TooLongError as error:
                 reason = str(error)
             self._drop(tried, sample.get("id", str(tried)), reason)
-            tried = int(draw.integers(len(self)))
         raise MokaError(f"{_TRIES} samples in a row cannot be used; the last, {sample.get('id')}: {reason}")
 
     def _drop(self, index: int, sample_id: str, reason: str) -> None:
@@ -290,10 +295,15 @@ class EncodedDataset:
 
 
 class Collator:
-    """Encoded samples to one padded batch of tensors. Left padding aligns the answers, so that few positions carry loss."""
+    """Encoded samples to one padded batch of tensors. Left padding aligns the answers, so that few positions carry loss.
+
+    ``sample_ids`` (a list of text, one for each row) names the samples of a batch, for messages; no model takes it.
+    """
 
     def __init__(self, processor: Any, padding_side: str = "left") -> None:
         self.processor, self.padding_side = processor, padding_side
 
     def __call__(self, encoded: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        return dict(self.processor.pad(encoded, padding_side=self.padding_side))
+        batch = dict(self.processor.pad(encoded, padding_side=self.padding_side))
+        batch["sample_ids"] = [str(one.get("sample_id", "")) for one in encoded]
+        return batch

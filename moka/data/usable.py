@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from moka.data.decoders import BadMediaError
+from moka.data.features import FeatureCache
 from moka.data.media import BadMediaPolicy, bad_media_record, decode_medium
 from moka.data.schema import map_media, media_parts
 from moka.data.windows import AudioWindows
@@ -116,6 +117,7 @@ def usable_indices(
     video_frames: int = 10,
     audio_rate: int | None = None,
     audio_windows: AudioWindows | None = None,
+    features: FeatureCache | None = None,
     name: str = "data",
     share: tuple[int, int] = (0, 1),
 ) -> tuple[list[int], SkipReport]:
@@ -128,7 +130,7 @@ def usable_indices(
         budget: share of the samples that may be left out, as in `BadMediaPolicy`.
         workers: threads; decoding releases Python's lock. Default: the cores of this process.
         report_path: JSONL file to write, replacing what is there: a line of totals, then one line a sample left out.
-        video_frames, audio_rate, audio_windows: as the run will decode.
+        video_frames, audio_rate, audio_windows, features: as the run will decode.
         name: of the data set, for the progress bar and messages.
         share: (k, n): of n processes that try a part each, this is the k-th; `joined` puts their reports together, and
             checks the budget.
@@ -139,7 +141,7 @@ def usable_indices(
 
     def decode(kind: str, medium: Any) -> BadMediaError | None:
         try:
-            decode_medium(kind, medium, video_frames, audio_rate, audio_windows)
+            decode_medium(kind, medium, video_frames, audio_rate, audio_windows, features=features)
         except BadMediaError as error:
             return error
         return None

@@ -176,6 +176,7 @@ def ask(
         "media": loaded.processor.decoding,
         "chat_template": loaded.processor.chat_template or "the tokenizer's own",
         "weights_sha256": loaded.weights_sha256,
+        **({"quantization": loaded.quantization} if loaded.quantization else {}),
         "moka": moka.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -101,6 +101,7 @@ def evaluate(
     result["protocol"] = {
         "scoring": "exact match of the whole answer, case and outer punctuation ignored; 95 % Wilson intervals",
         "decoding": f"greedy, free-running, at most {max_new_tokens} new tokens",
+        "quantization": loaded.quantization or "none",
         "chat_template": loaded.processor.chat_template or "the tokenizer's own",
         "questions_sha256": digest.hexdigest(),
         "n": n,

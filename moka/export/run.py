@@ -17,8 +17,8 @@ import moka
 from moka.data.jsonl import JsonlDataset
 from moka.errors import MokaError, nearest
 from moka.inference import EXPORT, export_kind, find_adapter, load
-from moka.training.files import whole, write_json, write_text
-from moka.training.folder import ADAPTER, CONFIG
+from moka.training.files import read_json, whole, write_json, write_text
+from moka.training.folder import ADAPTER, CONFIG, MODEL_CONFIG
 
 from . import formats, verify
 from .card import make_card
@@ -41,6 +41,7 @@ class ExportReport:
     bytes: int
     lost: list[str] = field(default_factory=list)
     next_command: str = ""
+    trained_on: str | None = None  # nf4 or int8, where the run's backbone was quantised
 
 
 def export(
@@ -64,7 +65,9 @@ def export(
         samples: JSONL file of chats to compare on besides random inputs (the first 32).
         overwrite: replace an export that is there.
         backbone: where the language model lies here, if not at the recorded name.
-        dtype: of the written weights: float32, bfloat16 or auto. A quantised backbone is turned into it.
+        dtype: of the written weights: float32, bfloat16 or auto. A backbone that is quantised on disk is turned into it.
+            One that was quantised for training (``model.quantization``) is read as it is on disk: folding into
+            quantised weights would round them again.
     Raises:
         MokaError: nothing to export, a place that is taken, or a verification that failed.
     """
@@ -115,6 +118,7 @@ def export(
         bytes=size,
         lost=source.lost(),
         next_command=_next_command(format, str(output), source.backbone_place),
+        trained_on=read_json(adapter / MODEL_CONFIG).get("quantization"),
     )
 
 

@@ -14,10 +14,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from moka.errors import MokaError
 
 from .configuration import MokaModelConfig
-from .encoders import build_encoder
-from .language_models import create_language_model, load_language_model
-from .positions import grid_positions
+from .encoders import build_encoder, features_name
+from .language_models import HUB_ARGUMENTS, create_language_model, load_language_model
+from .partitioned import has_parts, not_partitioned, whole, whole_shape
+from .positions import flash_lengths, grid_positions, restarted, samples_begin
 from .projectors import build_projector
+from .quantization import load_quantized, mark_quantized
 
 
 class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -35,6 +37,8 @@ class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
     _supports_attention_backend = True
     # Small, newly trained, or fed with raw media: also beside a bfloat16 backbone.
     _keep_in_fp32_modules_strict = ["encoders", "projectors"]
+    # Of the language model's linear layers, where we quantised them: one of `QUANTIZATIONS`.
+    quantization: str | None = None
 
     def __init__(
         self,
@@ -44,6 +48,7 @@ class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> None:
         super().__init__(config)
         self._has_loaded_parts = language_model is not None
+        self._fingerprint: str | None = None
         self.language_model = language_model or create_language_model(config.text_config)
         self.encoders = nn.ModuleDict()
         self.projectors = nn.ModuleDict()
@@ -68,6 +73,7 @@ class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         *,
         name: str | None = None,
         pretrained: bool = True,
+        quantization: str | None = None,
         **kwargs: Any,
     ) -> MokaForConditionalGeneration:
         """Compose a model around a causal language model on disk or on the hub.
@@ -78,16 +84,27 @@ class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
             modalities: see ``MokaModelConfig``.
             name: what to record as the backbone's name, where it differs from its folder.
             pretrained: load published encoders' weights (False: their configuration alone).
+            quantization: "nf4" or "int8": quantise the language model's linear layers as they are read (needs ``dtype``).
             kwargs: for ``AutoModelForCausalLM.from_pretrained`` (dtype, quantization_config, ...).
         """
-        language_model = load_language_model(backbone, **kwargs)
+        if quantization is None:
+            language_model = load_language_model(backbone, **kwargs)
+        else:
+            language_model = load_quantized(backbone, quantization, **kwargs)
         config = MokaModelConfig(language_model.config, modalities, backbone=name or str(backbone))
-        encoders = {n: build_encoder(s["encoder"], pretrained=pretrained) for n, s in config.modalities.items()}
+        with not_partitioned():
+            encoders = {n: build_encoder(s["encoder"], pretrained=pretrained) for n, s in config.modalities.items()}
         for modality, encoder in encoders.items():
             config.modalities[modality]["encoder"] = encoder.to_dict()
         bos = language_model.config.bos_token_id
         config.fill_token_id = bos if isinstance(bos, int) else 0
-        return cls(config, language_model, encoders)
+        model = cls(config, language_model, encoders)
+        if quantization is not None:
+            mark_quantized(model, quantization)
+            # Mapped from the files, of which a few numbers are read.
+            hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+            model._fingerprint = fingerprint(load_language_model(backbone, dtype="auto", **hub))
+        return model
 
     def initialize_weights(self) -> None:
         # Parts that come with their weights must keep them.
@@ -125,6 +142,8 @@ class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> torch.Tensor:
         """Token embeddings with media features in their placeholders' positions: [batch, seq, hidden].
 
+        Of each modality ``media`` holds either what its encoder takes, or the encoder's features.
+
         Raises:
             MokaError: more or fewer placeholders than the given media fill.
         """
@@ -133,7 +152,8 @@ class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         unserved = mm_token_type_ids > 0  # [batch, seq]
         for name, spec in self.config.modalities.items():
             encoder, projector = self.encoders[name], self.projectors[name]
-            values = media.get(encoder.input_name)
+            known = media.get(features_name(encoder))  # [items, tokens, width]
+            values = media.get(encoder.input_name) if known is None else known
             here = torch.isin(mm_token_type_ids, torch.tensor(spec["type_ids"], device=mm_token_type_ids.device))
             unserved = unserved & ~here
             items = 0 if values is None else values.shape[0]
@@ -143,11 +163,14 @@ class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
                     f"{items * projector.num_tokens} ({projector.num_tokens} each). Pass one medium for each placeholder."
                 )
             if items:
-                features = self.encode_media(name, values.to(embeds.device))  # [items, tokens, hidden]
+                values = values.to(embeds.device)
+                # [items, tokens, hidden]
+                features = self.encode_media(name, values) if known is None else projector(values)
                 embeds = embeds.masked_scatter(here[..., None], features.to(embeds.dtype))
-            elif self.training and torch.is_grad_enabled():
+            elif (self.training and torch.is_grad_enabled()) or has_parts(encoder) or has_parts(projector):
                 # Every rank touches every encoder and projector in every step, or DDP and ZeRO-3 wait for ever.
-                embeds = embeds + 0.0 * self.encode_media(name, encoder.dummy_input()).sum().to(embeds.dtype)
+                dummy = encoder.dummy_input().to(embeds.device)
+                embeds = embeds + 0.0 * self.encode_media(name, dummy).sum().to(embeds.dtype)
         if unserved.any():
             raise MokaError(
                 f"mm_token_type_ids: no encoder serves {sorted(set(mm_token_type_ids[unserved].tolist()))}; the model's: "
@@ -170,6 +193,8 @@ class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         question_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         input_features: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        audio_features: torch.Tensor | None = None,
         prompt_embeds: torch.FloatTensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
@@ -182,6 +207,10 @@ class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
             interaction_ids, question_mask: [batch, seq], for a MokA adapter; without one they have no effect.
             pixel_values: [pictures and frames, ...] of the whole batch, in order of appearance.
             input_features: [sounds, ...] likewise.
+            image_features, audio_features: [items, tokens, width] what the encoder of pictures or sound makes of them, in
+                the place of ``pixel_values`` or ``input_features``.
+            position_ids: [batch, seq]; where they begin anew at 0 within a row, it holds several samples, of which none
+                attends to another (``moka.data.packing``).
             prompt_embeds: [batch, prompt, hidden] the merged embeddings of the whole prompt (``generate`` makes them).
 
         In training the logits cover the supervised positions alone (``logits_to_keep``); in evaluation all positions.
@@ -196,9 +225,24 @@ class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 inputs_embeds = self._continue_prompt(input_ids, prompt_embeds, past_key_values)
             else:
                 inputs_embeds = self.merge_embeddings(
-                    input_ids, types, pixel_values=pixel_values, input_features=input_features
+                    input_ids,
+                    types,
+                    pixel_values=pixel_values,
+                    input_features=input_features,
+                    image_features=image_features,
+                    audio_features=audio_features,
                 )
-        if position_ids is None and self.config.uses_grid_positions:
+        begins = samples_begin(position_ids, attention_mask) if past_key_values is None else None
+        if begins is not None:
+            # transformers keeps the samples apart by these positions, where it gets no mask of padding and no cache.
+            position_ids = position_ids.masked_fill(begins, 0)
+            if self.config.uses_grid_positions:
+                grids = self._grid_positions(inputs_embeds, types, attention_mask, None)
+                position_ids = torch.cat([position_ids[None], restarted(grids, begins)])  # [4, batch, seq]
+            if "flash" in str(self.language_model.config._attn_implementation):
+                kwargs |= flash_lengths(begins)
+            attention_mask, use_cache = None, False
+        elif position_ids is None and self.config.uses_grid_positions:
             position_ids = self._grid_positions(inputs_embeds, types, attention_mask, past_key_values)
         elif position_ids is None and past_key_values is None and _is_mask(attention_mask, inputs_embeds):
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
@@ -276,6 +320,8 @@ class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         mm_token_type_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         input_features: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        audio_features: torch.Tensor | None = None,
         **kwargs: Any,
     ):
         """As ``GenerationMixin.generate``. Media are encoded once; beams, chunked prefill and caches share the result."""
@@ -284,7 +330,14 @@ class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if input_ids is None:
             raise MokaError("generate: pass input_ids, as MokaProcessor makes them.")
         types = mm_token_type_ids if mm_token_type_ids is not None else self.derive_type_ids(input_ids)
-        embeds = self.merge_embeddings(input_ids, types, pixel_values=pixel_values, input_features=input_features)
+        embeds = self.merge_embeddings(
+            input_ids,
+            types,
+            pixel_values=pixel_values,
+            input_features=input_features,
+            image_features=image_features,
+            audio_features=audio_features,
+        )
         cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
         if cache is not None and mask is not None and mask.shape[1] > input_ids.shape[1]:
             # These are the tokens of a new turn alone; positions count from the start of the chat.
@@ -297,21 +350,29 @@ class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )
 
     def backbone_fingerprint(self) -> str:
-        """A short hash of the language model's shape and a sample of its weights, to recognise it again."""
-        return fingerprint(self.language_model)
+        """A short hash of the language model's shape and a sample of its weights, to recognise it again.
+
+        Of partitioned weights (ZeRO-3, FSDP) every process has to ask first; later one alone may. ``quantization`` does not
+        change it: it is that of the weights before.
+        """
+        if self.quantization is None and not has_parts(self.language_model):
+            return fingerprint(self.language_model)
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint(self.language_model)
+        return self._fingerprint
 
 
 def fingerprint(model: nn.Module) -> str:
     """sha256 (16 hex digits) over parameter names, shapes, and a few values of each, adapters left out."""
     digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
+    for name, tensor in model.state_dict(keep_vars=True).items():
         if ".moka_" in name or ".lora_" in name:
             continue
         name = name.replace(".base_layer.", ".")
-        flat = tensor.detach().flatten()
+        flat = whole(tensor).detach().flatten()
         # Rounded, so that a backbone trained in bfloat16 and loaded in float32 is the same.
         values = flat[:: max(1, flat.numel() // 16)][:16].to(torch.bfloat16).float().cpu()
-        digest.update(f"{name}{list(tensor.shape)}".encode() + values.numpy().tobytes())
+        digest.update(f"{name}{list(whole_shape(tensor))}".encode() + values.numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -24,3 +24,10 @@ class AudioFeatures:
 
     values: np.ndarray
     kind: str
+
+
+@dataclass(frozen=True)
+class Features:
+    """One item that its encoder has already seen: ``values`` float32 [tokens, width]. A medium is a list of them."""
+
+    values: np.ndarray

@@ -1,4 +1,6 @@
-"""Positions of tokens where pictures lie on a grid: the multimodal rotary embedding (M-RoPE) of Qwen2-VL and Qwen2.5-VL.
+"""Positions of tokens: where pictures lie on a grid, and where a row holds several samples.
+
+The multimodal rotary embedding (M-RoPE) of Qwen2-VL and Qwen2.5-VL:
 
     text      t: 0 1 2 3         picture of 2 x 2 at 4   t: 4 4 4 4      text after it   t: 6 7
               h: 0 1 2 3                                 h: 4 4 5 5                      h: 6 7
@@ -6,11 +8,14 @@
 
 Source: Bai et al., Qwen2.5-VL Technical Report (2025); `get_rope_index` of `transformers`, which needs text between two
 pictures and loops over the tokens in Python.
+
+In a packed row positions begin anew at 0 with each sample: 0 1 2 0 1 0 1 2 3.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -38,3 +43,41 @@ def grid_positions(
         advance = torch.where(here, last * max(rows, columns), advance)
     start = advance.cumsum(-1) - advance
     return torch.stack([start, start + row, start + column]) * valid
+
+
+def samples_begin(position_ids: torch.Tensor | None, mask: Any = None) -> torch.Tensor | None:
+    """[batch, seq] bool: where a sample begins in rows that hold several, and every token of padding; None: no such row.
+
+    Args:
+        position_ids: [batch, seq].
+        mask: [batch, seq], 0 at padding; None: there is none.
+    """
+    if position_ids is None or position_ids.dim() != 2:
+        return None
+    begins = position_ids == 0
+    if mask is None:
+        valid = torch.ones_like(begins)
+    elif isinstance(mask, torch.Tensor) and mask.shape == position_ids.shape:
+        valid = mask != 0
+    else:
+        return None
+    if not bool((begins[:, 1:] & valid[:, 1:] & valid[:, :-1]).any()):
+        return None
+    begins = begins | ~valid
+    begins[:, 0] = True
+    return begins
+
+
+def restarted(positions: torch.Tensor, begins: torch.Tensor) -> torch.Tensor:
+    """Grid positions [3, batch, seq] of whole rows, counted anew from where each sample begins (`samples_begin`)."""
+    place = torch.arange(begins.shape[1], device=begins.device).expand_as(begins)
+    first = place.where(begins, 0).cummax(-1).values  # [batch, seq] where its sample begins
+    return positions - positions[0].gather(1, first)
+
+
+def flash_lengths(begins: torch.Tensor) -> dict[str, Any]:
+    """Flash attention's arguments for packed rows: by itself it sees restarts in a batch of one row alone."""
+    starts = begins.flatten().nonzero().flatten()
+    ends = torch.cat([starts, starts.new_tensor([begins.numel()])]).int()  # [samples + 1]
+    longest = int(ends.diff().max())
+    return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}

@@ -16,8 +16,9 @@ from moka.errors import MokaError
 
 from .chat import Segment, resolve_template, segments
 from .configuration import MEDIA_TYPE_IDS, MokaModelConfig
-from .encoders import ENCODERS
+from .encoders import ENCODERS, features_name
 from .frontends import build_front_end, front_end_from_dict
+from .media import Features
 
 CONFIG_NAME = "moka_processor.json"
 IGNORE = -100
@@ -135,7 +136,8 @@ class MokaProcessor:
 
         Returns: lists of equal length ``input_ids``, ``attention_mask``, ``labels`` (-100 except in assistant
         messages), ``mm_token_type_ids``, ``interaction_ids``; and, of each medium present, ``pixel_values`` and
-        ``input_features`` [items, ...] float32.
+        ``input_features`` [items, ...] float32. A medium given as ``Features`` goes into ``image_features`` or
+        ``audio_features`` [items, tokens, width].
 
         Raises:
             TooLongError: longer than ``max_length`` tokens; with ``truncate`` only when shortening the text (never a
@@ -159,9 +161,10 @@ class MokaProcessor:
         }
         out["attention_mask"] = [1] * len(out["input_ids"])
         for name in self.modalities:
-            items = [item for run in runs if run["modality"] == name for item in run["items"]]
-            if items:
-                out[self._input_name(name)] = np.stack(items)
+            for key in self._input_names(name):
+                items = [item for run in runs if run["modality"] == name and run["input"] == key for item in run["items"]]
+                if items:
+                    out[key] = np.stack(items)
         return out
 
     def pad(self, encoded: Sequence[dict[str, Any]], padding_side: str = "left") -> BatchFeature:
@@ -169,17 +172,18 @@ class MokaProcessor:
         longest = max(len(one["input_ids"]) for one in encoded)
         fill = {"input_ids": self.tokenizer.pad_token_id, "labels": IGNORE}
         batch: dict[str, torch.Tensor] = {}
-        for name in ("input_ids", "attention_mask", "labels", "mm_token_type_ids", "interaction_ids"):
+        packed = ("position_ids",) if "position_ids" in encoded[0] else ()
+        for name in ("input_ids", "attention_mask", "labels", "mm_token_type_ids", "interaction_ids", *packed):
             rows = []
             for one in encoded:
                 missing = [fill.get(name, 0)] * (longest - len(one[name]))
                 rows.append(missing + one[name] if padding_side == "left" else one[name] + missing)
             batch[name] = torch.tensor(rows)
         for name in self.modalities:
-            key = self._input_name(name)
-            items = [one[key] for one in encoded if key in one]
-            if items:
-                batch[key] = torch.from_numpy(np.concatenate(items))
+            for key in self._input_names(name):
+                items = [one[key] for one in encoded if key in one]
+                if items:
+                    batch[key] = torch.from_numpy(np.concatenate(items))
         return BatchFeature(batch)
 
     def split_turns(self, messages: list[dict]) -> list[list[dict]]:
@@ -235,8 +239,10 @@ class MokaProcessor:
         settings = json.loads(path.read_text(encoding="utf-8"))
         return cls(AutoTokenizer.from_pretrained(folder), **{**settings, **kwargs})
 
-    def _input_name(self, modality: str) -> str:
-        return ENCODERS[self.modalities[modality]["encoder"]["type"]].input_name
+    def _input_names(self, modality: str) -> tuple[str, str]:
+        """What the model calls the encoder's input, and its features."""
+        encoder = ENCODERS[self.modalities[modality]["encoder"]["type"]]
+        return encoder.input_name, features_name(encoder)
 
     def _with_marks(self, segment: Segment) -> list[Segment]:
         """The segment; a medium whose encoder names marks that the tokenizer has: each item between them."""
@@ -267,8 +273,12 @@ class MokaProcessor:
                     "one under model.modalities, or leave the medium out."
                 )
             frames = segment.value if isinstance(segment.value, (list, tuple)) else [segment.value]
-            run["items"] = [np.asarray(self.front_ends[name](frame), dtype=np.float32) for frame in frames]
-            run["modality"], run["type"] = name, type_id
+            encoded = isinstance(frames[0], Features)
+            run["items"] = [
+                frame.values if encoded else np.asarray(self.front_ends[name](frame), dtype=np.float32)
+                for frame in frames
+            ]
+            run["modality"], run["type"], run["input"] = name, type_id, self._input_names(name)[encoded]
             run["ids"] = [self.vocab_size + type_id - 1] * (self.modalities[name]["tokens"] * len(frames))
         elif segment.role == "template":
             if segment.text not in self._scaffold_ids:

@@ -14,6 +14,7 @@ from moka.errors import MokaError, nearest
 from moka.modeling import tiny
 from moka.modeling.encoders import tiny_encoder
 from moka.modeling.projectors import tiny_projector
+from moka.modeling.quantization import QUANTIZATIONS
 
 from .values import at_least, convert, describe_training, one_of, training_section
 
@@ -58,6 +59,12 @@ class ModelSection:
     dtype: str = field(
         default="auto",
         metadata=_help("float32, bfloat16 or auto: bfloat16 where the accelerator computes in it.", choices=DTYPES),
+    )
+    quantization: str | None = field(
+        default=None,
+        metadata=_help(
+            "nf4 (4 bits) or int8: the frozen backbone's linear layers, by bitsandbytes.", choices=QUANTIZATIONS
+        ),
     )
     max_length: int | None = field(
         default=None, metadata=_help("Longest sample in tokens; default: the backbone's context length.", 1)
@@ -344,7 +351,7 @@ def _build(cls: type, raw: Any, where: str, prefix: str) -> Any:
         bounds = fields[key].metadata
         if bounds.get("minimum") is not None:
             at_least(at, values[key], bounds["minimum"])
-        if bounds.get("choices"):
+        if bounds.get("choices") and values[key] is not None:
             one_of(at, values[key], bounds["choices"])
     return cls(**values)
 

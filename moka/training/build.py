@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, TrainingArguments
 
 from moka.adapter import MokaConfig
 from moka.adapter.config import DEFAULT_MODALITIES, DEFAULT_TARGETS, TEXT
@@ -17,9 +19,12 @@ from moka.errors import MokaError
 from moka.modeling import MokaForConditionalGeneration, MokaProcessor
 from moka.modeling.configuration import MokaModelConfig
 from moka.modeling.encoders import build_encoder
+from moka.modeling.partitioned import not_partitioned
+from moka.modeling.quantization import logical_numel
 
 from .arguments import AdapterSection, ModelSection, RunConfig
 from .connector import load_connector, trained_parts
+from .engine import zero_stage
 
 
 def choose_dtype(name: str) -> torch.dtype:
@@ -49,6 +54,7 @@ def build_model(section: ModelSection, pretrained: bool = True) -> tuple[MokaFor
             section.modalities,
             name=section.backbone,
             pretrained=pretrained,
+            quantization=section.quantization,
             dtype=choose_dtype(section.dtype),
             **extra,
         )
@@ -65,6 +71,18 @@ def build_model(section: ModelSection, pretrained: bool = True) -> tuple[MokaFor
         model, tokenizer, chat_template=section.chat_template, interaction=section.interaction
     )
     return model, processor
+
+
+def check_not_sharded(section: ModelSection, stages: Collection[TrainingArguments]) -> None:
+    """Raises `MokaError` where a quantised backbone would be split over processes: its packed weights cannot be."""
+    if section.quantization is None:
+        return
+    fsdp = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true") or any(one.fsdp for one in stages)
+    if fsdp or any(zero_stage(one) == 3 for one in stages):
+        raise MokaError(
+            f"model.quantization: {section.quantization} does not go with {'FSDP' if fsdp else 'ZeRO-3'}, which splits the "
+            "backbone's weights over processes. Use DDP or ZeRO-2, or set model.quantization: null."
+        )
 
 
 def context_length(section: ModelSection, model: MokaForConditionalGeneration) -> int | None:
@@ -127,7 +145,7 @@ def adapter_parameters(model: MokaForConditionalGeneration, section: AdapterSect
     """Trainable parameters of the adapter that ``attach_adapter`` would add, and its errors, found on a model without
     memory: ``model`` itself is left as it is.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), not_partitioned():
         config: Any = copy.deepcopy(model.config)
         skeleton = MokaForConditionalGeneration(config)
         return count_parameters(attach_adapter(skeleton, section))["adapter"]
@@ -147,10 +165,11 @@ def count_parameters(model: torch.nn.Module) -> dict[str, int]:
     for name, parameter in model.named_parameters():
         if ".original_module." in name:
             continue  # peft's untrained copy
-        counts["total"] += parameter.numel()
+        number = logical_numel(parameter)
+        counts["total"] += number
         if parameter.requires_grad:
             part = next((p for p in ("encoders", "projectors") if f"{p}." in name), "adapter")
-            counts[part] += parameter.numel()
+            counts[part] += number
     return counts
 
 

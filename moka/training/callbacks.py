@@ -1,15 +1,43 @@
-"""What the trainer reports while it runs."""
+"""What watches the trainer: the writer of metrics.jsonl, and what ``MokaTrainer`` shows its watchers."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
-from moka.errors import MokaError
-
 from .folder import RunFolder
+
+
+class Watcher(TrainerCallback):
+    """A callback that ``MokaTrainer`` also shows batches, losses and gradients. All processes are shown the same moments,
+    so a watcher may talk to its likes on the others.
+    """
+
+    trainer: Any = None  # set by the trainer
+
+    def watched(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The batches of the coming step, before they are fetched."""
+        return batches
+
+    def on_batch(self, inputs: dict[str, Any], sample_ids: list[str]) -> None:
+        """A batch of this process, on its device, before the model sees it."""
+
+    def on_loss(self, loss: torch.Tensor, sample_ids: list[str]) -> None:
+        """The loss of that batch, still on the device."""
+
+    def wants_gradients(self) -> bool:
+        """Whether ``on_gradients`` is due before the coming optimizer step; the same on all processes."""
+        return False
+
+    def on_gradients(self, norms: dict[str, list[float] | None]) -> None:
+        """What ``gradients.gradient_norms`` returns, before the optimizer step."""
+
+    def measured(self, logs: dict[str, Any]) -> dict[str, float]:
+        """What is to be logged beside the loss and what else is in ``logs``."""
+        return {}
 
 
 class MetricsWriter(TrainerCallback):
@@ -23,23 +51,3 @@ class MetricsWriter(TrainerCallback):
             # The trainer's mean over the run counts only the steps since the last resume.
             kept = {key: value for key, value in logs.items() if key != "train_loss"}
             self.folder.log({"stage": self.stage, "step": state.global_step, **kept})
-
-
-class DivergenceGuard(TrainerCallback):
-    """Stops a run whose loss is NaN, infinite, or exactly zero at ``patience`` logging steps in a row."""
-
-    def __init__(self, section: str = "training", patience: int = 3) -> None:
-        self.section, self.patience, self.bad = section, patience, 0
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        loss = (logs or {}).get("loss")
-        if loss is None:
-            return
-        self.bad = self.bad + 1 if not math.isfinite(loss) or loss == 0.0 else 0
-        if self.bad >= self.patience:
-            if not state.is_world_process_zero:
-                raise SystemExit(2)  # all processes see the same mean loss; one of them says so
-            raise MokaError(
-                f"The loss was {loss} at {self.bad} logging steps in a row (last: step {state.global_step}). Lower "
-                f"{self.section}.learning_rate, or look for samples whose answers are all masked."
-            )

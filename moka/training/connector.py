@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from moka.errors import MokaError
 from moka.modeling import ENCODERS, MokaForConditionalGeneration
 from moka.modeling.fields import without_weightless
+from moka.modeling.partitioned import whole_state
 from moka.modeling.projectors import import_llava, import_official
 
 from .files import read_json, write_json
@@ -49,10 +50,11 @@ def trained_parts(model: MokaForConditionalGeneration) -> list[str]:
 
 
 def connector_state(model: MokaForConditionalGeneration, state_dict: dict | None = None) -> dict[str, torch.Tensor]:
-    """The tensors of ``trained_parts``, from ``state_dict`` (gathered by a sharded trainer) or from the model."""
+    """The tensors of ``trained_parts``, from ``state_dict`` or from the model; of a partitioned model on all processes."""
     prefixes = tuple(part + "." for part in trained_parts(model))
-    state = model.state_dict() if state_dict is None else state_dict
-    return {key: tensor.detach().cpu().contiguous() for key, tensor in state.items() if key.startswith(prefixes)}
+    if state_dict is None:
+        return whole_state(model, lambda key, _: key.startswith(prefixes))
+    return {key: tensor.detach().cpu().contiguous() for key, tensor in state_dict.items() if key.startswith(prefixes)}
 
 
 def describe_connector(model: MokaForConditionalGeneration) -> dict[str, Any]:

@@ -5,6 +5,8 @@ RUN/connector/          stage 1: trained encoders and projectors
 RUN/adapter/            adapter, projectors, encoders, processor, model configuration
 RUN/metrics.jsonl       one line for each logging step
 RUN/loss.png            loss and learning rate
+RUN/balance.png         throughput, waiting for data, and gradient norms by part
+RUN/diverged.json       the steps and samples at which a run diverged
 RUN/samples.jsonl       answers to validation questions
 RUN/evaluation.json     written by `moka eval`
 RUN/README.md           model card
@@ -34,11 +36,12 @@ from .files import whole, write_json, write_text
 
 CONFIG, ADAPTER, CONNECTOR, METRICS, SUMMARY = "config.yaml", "adapter", "connector", "metrics.jsonl", "summary.json"
 MODEL_CONFIG = "moka_model.json"
+DIVERGED = "diverged.json"
 FORMAT_VERSION = 1
 _MARK = "# Resolved by moka "
 # All that a run and its evaluation write; --overwrite removes these and nothing else.
 _ARTEFACTS = (
-    *(CONFIG, ADAPTER, CONNECTOR, METRICS, SUMMARY, "README.md", "loss.png", "samples.jsonl"),
+    *(CONFIG, ADAPTER, CONNECTOR, METRICS, SUMMARY, "README.md", "loss.png", "balance.png", "samples.jsonl", DIVERGED),
     *("evaluation.json", "predictions.jsonl", "benchmarks", "comparison.json", "checkpoints", "tensorboard"),
     *("dropped-stage1.jsonl", "dropped-stage2.jsonl"),
     *("bad-media-train.jsonl", "bad-media-alignment.jsonl", "bad-media-validation.jsonl"),
@@ -173,6 +176,7 @@ def save_adapter(model: PeftModel, processor: Any, folder: str | Path, state_dic
         "moka_version": moka.__version__,
         "backbone": base.config.backbone,
         "backbone_fingerprint": base.backbone_fingerprint(),
+        "quantization": base.quantization,
         "modalities": base.config.modalities,
         "fill_token_id": base.config.fill_token_id,
         "parts": trained_parts(base),
@@ -185,11 +189,18 @@ def save_adapter(model: PeftModel, processor: Any, folder: str | Path, state_dic
             )
 
 
-def save_result(model: PeftModel, processor: Any, folder: Path) -> None:
-    """The adapter folder of a finished run: written whole, checked to have learned something, or not there at all."""
+def save_result(
+    model: PeftModel, processor: Any, folder: Path, state_dict: dict | None = None, change: float | None = None
+) -> None:
+    """The adapter folder of a finished run: written whole, checked to have learned something, or not there at all.
+
+    ``change``: see ``guards.logits_change``.
+    """
     with whole(folder) as part:
-        save_adapter(model, processor, part)
+        save_adapter(model, processor, part, state_dict)
         check_trained(part)
+        if change is not None:
+            check_change(change)
 
 
 def check_trained(folder: str | Path) -> None:
@@ -199,4 +210,14 @@ def check_trained(folder: str | Path) -> None:
     if not ups or all(not t.any() for t in ups):
         raise MokaError(
             "Every B of the adapter is still zero after training: no gradient reached it. It was not saved."
+        )
+
+
+def check_change(change: float) -> None:
+    """After training: an adapter that changes no logits (``guards.logits_change``) must not look like a result either."""
+    if not change > 0 or not math.isfinite(change):
+        raise MokaError(
+            f"The trained adapter changes the logits of training samples by {change:g}: as good as none, or not finite. "
+            "Its layers are not in use, or its updates are lost in rounding; raise the learning rate or train longer. It "
+            "was not saved."
         )

@@ -31,6 +31,7 @@ class EmbeddingAlignment(nn.Module):
         super().__init__()
         self.model = model
         self.config = model.config
+        self._no_split_modules = model._no_split_modules  # FSDP's units
 
     def forward(
         self,
@@ -39,6 +40,8 @@ class EmbeddingAlignment(nn.Module):
         mm_token_type_ids: torch.Tensor,
         pixel_values: torch.Tensor | None = None,
         input_features: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        audio_features: torch.Tensor | None = None,
         captions: torch.Tensor | None = None,
         media_tokens: torch.Tensor | None = None,
         **unused: Any,
@@ -47,7 +50,12 @@ class EmbeddingAlignment(nn.Module):
         ``share_captions``; without them this batch stands for itself.
         """
         embeds = self.model.merge_embeddings(
-            input_ids, mm_token_type_ids, pixel_values=pixel_values, input_features=input_features
+            input_ids,
+            mm_token_type_ids,
+            pixel_values=pixel_values,
+            input_features=input_features,
+            image_features=image_features,
+            audio_features=audio_features,
         ).float()  # [batch, seq, hidden]
         own = caption_ids(labels)
         if captions is None or media_tokens is None:

@@ -17,6 +17,7 @@ from moka.modeling.configuration import DEFAULT_TYPE_IDS, MEDIA_TYPE_IDS
 from .arguments import RunConfig
 from .files import write_text, writing
 from .folder import ADAPTER, RunFolder
+from .processes import is_main
 
 
 def plot_loss(folder: RunFolder) -> Path | None:
@@ -43,6 +44,36 @@ def plot_loss(folder: RunFolder) -> Path | None:
         loss.legend()
         rate.set(xlabel="step", ylabel="learning rate")
     path = folder / "loss.png"
+    with writing(path):
+        figure.savefig(path, dpi=120)
+    return path
+
+
+def plot_balance(folder: RunFolder) -> Path | None:
+    """RUN/balance.png: tokens a second, the share of time spent waiting for data, and gradient norms by part."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    records = folder.metrics()
+    stages = sorted({r["stage"] for r in records if "tokens_per_second" in r})
+    if not stages:
+        return None
+    figure = Figure(figsize=(5 * len(stages), 7), layout="constrained")
+    axes = figure.subplots(3, len(stages), squeeze=False, sharex="col", height_ratios=[1, 1, 2])
+    for column, stage in enumerate(stages):
+        speed, wait, norms = axes[:, column]
+        of_stage = [r for r in records if r["stage"] == stage]
+        parts = sorted({key for r in of_stage for key in r if key.startswith("grad_norm/")})
+        for axis, key in ((speed, "tokens_per_second"), (wait, "data_wait"), *((norms, part) for part in parts)):
+            points = [(r["step"], r[key]) for r in of_stage if r.get(key) is not None]
+            axis.plot(*zip(*points, strict=True), label=key.removeprefix("grad_norm/"))
+        speed.set(title=f"stage {stage}", ylabel="tokens/s", ylim=(0, None))
+        wait.set(ylabel="waiting for data", ylim=(0, 1))
+        norms.set(xlabel="step", ylabel="gradient norm", yscale="log")
+        if parts:
+            norms.legend(fontsize="small")
+    path = folder / "balance.png"
     with writing(path):
         figure.savefig(path, dpi=120)
     return path
@@ -126,7 +157,10 @@ def _evaluation_table(result: dict[str, Any]) -> str:
 
 @torch.no_grad()
 def write_samples(folder: RunFolder, model: Any, processor: MokaProcessor, samples: Any, config: RunConfig) -> None:
-    """RUN/samples.jsonl: the model's answers to the first validation questions."""
+    """RUN/samples.jsonl: the model's answers to the first validation questions.
+
+    Every process has to call it, as each may hold but a part of the model; the main one writes.
+    """
     model.eval()
     lines = []
     for index in range(min(config.output.samples, len(samples))):
@@ -143,7 +177,8 @@ def write_samples(folder: RunFolder, model: Any, processor: MokaProcessor, sampl
             "reference": _text(reference),
         }
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
-    write_text(folder / "samples.jsonl", "".join(lines))
+    if is_main():
+        write_text(folder / "samples.jsonl", "".join(lines))
 
 
 def _text(messages: list[dict]) -> str:

@@ -7,7 +7,7 @@ import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +24,29 @@ from moka.data.sources import notes_of
 from moka.data.usable import SkipReport, Subset, joined
 from moka.errors import MokaError
 from moka.modeling import MokaForConditionalGeneration, MokaProcessor
+from moka.modeling.partitioned import has_parts
 
 from .arguments import RunConfig
-from .build import adapter_parameters, attach_adapter, build_for_stage_two, context_length, count_parameters
-from .callbacks import DivergenceGuard, MetricsWriter
+from .build import (
+    adapter_parameters,
+    attach_adapter,
+    build_for_stage_two,
+    check_not_sharded,
+    context_length,
+    count_parameters,
+)
+from .callbacks import MetricsWriter
 from .connector import load_connector, save_connector, trained_parts
 from .datasets import bad_media_report, check_media, open_data, try_media, write_reports
+from .engine import EngineNote, forget_engine, in_words, zero_stage
 from .files import whole, write_json
 from .folder import ADAPTER, CONNECTOR, SUMMARY, RunFolder, save_result
+from .guards import DivergenceGuard, GradientGuard, check_dtypes, logits_change
 from .objectives import EmbeddingAlignment
 from .processes import agree, everyones, is_main, lost_peer, on_main, share_of_work
-from .report import plot_loss, write_card, write_samples
+from .progress import Meter, ProgressBar
+from .report import plot_balance, plot_loss, write_card, write_samples
+from .reporting import place_tensorboard
 from .trainer import MokaTrainer, last_checkpoint, training_arguments
 
 _BAD_MEDIA = {
@@ -57,6 +69,8 @@ class Run:
     model: MokaForConditionalGeneration
     processor: MokaProcessor
     started: float = 0.0
+    engines: dict[int, dict[str, Any]] = field(default_factory=dict)
+    logits_change: float | None = None
 
     @property
     def max_length(self) -> int | None:
@@ -90,6 +104,7 @@ def open_run(config: RunConfig, resume: bool = False, overwrite: bool = False) -
     folder = RunFolder(config.output.dir)
     # The arguments come first: they connect the processes.
     arguments = {stage: _arguments(config, folder, stage) for stage in config.stages}
+    agree(lambda: check_not_sharded(config.model, arguments.values()))
     on_main(lambda: folder.check(resume, overwrite))
     if resume:
         agree(lambda: folder.check_same(config))
@@ -170,7 +185,8 @@ def _say(text: str) -> None:
 
 def _arguments(config: RunConfig, folder: RunFolder, stage: int) -> TrainingArguments:
     name = SECTIONS[stage]
-    section = {"seed": config.training.get("seed", 42), **getattr(config, name)}
+    shared = {"seed": 42, **{key: config.training[key] for key in ("seed", "deepspeed") if key in config.training}}
+    section = {**shared, **getattr(config, name)}
     if config.data.validation is None or (stage == 1 and 2 in config.stages):
         section["eval_strategy"] = "no"
     if stage == 1 and section.get("objective") == "embedding":
@@ -181,11 +197,11 @@ def _arguments(config: RunConfig, folder: RunFolder, stage: int) -> TrainingArgu
 
 def _trainer(run: Run, stage: int, module: torch.nn.Module, step: int) -> MokaTrainer:
     arguments, name = run.arguments[stage], SECTIONS[stage]
+    forget_engine(arguments)
     section = getattr(run.config, name)
     train = run.datasets["alignment" if stage == 1 else "train"]
     validation = run.datasets.get("validation") if arguments.eval_strategy != IntervalStrategy.NO else None
-    callbacks: list[Any] = [MetricsWriter(run.folder, stage), DivergenceGuard(name)]
-    board = _tensorboard(run.folder, stage, arguments, step)
+    check_dtypes(module)
     rates = {
         f"{part}s": section[f"{part}_learning_rate"]
         for part in ("encoder", "projector")
@@ -193,31 +209,28 @@ def _trainer(run: Run, stage: int, module: torch.nn.Module, step: int) -> MokaTr
     }
     dropped = run.folder / f"dropped-stage{stage}.jsonl"
     seed = int(arguments.data_seed or arguments.seed)
-    return MokaTrainer(
+    trainer = MokaTrainer(
         model=module,
         args=arguments,
         train_dataset=EncodedDataset(train, run.processor, run.max_length, seed, dropped),
         eval_dataset=None if validation is None else EncodedDataset(validation, run.processor, run.max_length),
         data_collator=Collator(run.processor),
         processing_class=run.processor,
-        callbacks=callbacks + ([board] if board else []),
+        callbacks=_callbacks(run, stage),
         rates=rates,
     )
+    place_tensorboard(trainer, run.folder, stage, step, section.get("report_to"))
+    return trainer
 
 
-def _tensorboard(folder: RunFolder, stage: int, arguments: TrainingArguments, step: int) -> Any:
-    if arguments.process_index or "tensorboard" in (arguments.report_to or []):
-        return None
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-        from transformers.integrations import TensorBoardCallback
-    except ImportError:
-        return None
-    return TensorBoardCallback(SummaryWriter(str(folder / f"tensorboard/stage{stage}"), purge_step=step + 1))
+def _callbacks(run: Run, stage: int) -> list[Any]:
+    meter = Meter(run.model.config.type_ids)
+    guards = [DivergenceGuard(run.folder, SECTIONS[stage]), GradientGuard(SECTIONS[stage])]
+    return [meter, MetricsWriter(run.folder, stage), ProgressBar(stage), *guards]
 
 
-def _train(run: Run, stage: int, module: torch.nn.Module) -> None:
-    """One stage, from the newest checkpoint where the run is resumed."""
+def _train(run: Run, stage: int, module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """One stage, from the newest checkpoint where the run is resumed; returns what was trained, whole."""
     arguments = run.arguments[stage]
     checkpoint, step = None, 0
     if run.resume:
@@ -228,8 +241,12 @@ def _train(run: Run, stage: int, module: torch.nn.Module) -> None:
         )
     _say_batch(run, stage, going_on=checkpoint is not None)
     trainer = _trainer(run, stage, module, step)
+    trainer.add_callback(EngineNote(trainer, stage, run.engines))
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     _say_replaced(run, stage)
+    if stage == 2:
+        run.logits_change = logits_change(trainer)
+    return trainer.trained_state()
 
 
 def _say_batch(run: Run, stage: int, going_on: bool) -> None:
@@ -264,13 +281,17 @@ def train_connectors(run: Run) -> None:
         return
     run.model.language_model.requires_grad_(False)
     embedding = run.config.alignment.get("objective") == "embedding"
-    _train(run, 1, EmbeddingAlignment(run.model) if embedding else run.model)
+    state = _train(run, 1, EmbeddingAlignment(run.model) if embedding else run.model)
 
     def save() -> None:
         with whole(target) as part:
-            save_connector(run.model, part)
+            save_connector(run.model, part, state)
 
     on_main(save)
+    if 2 in run.config.stages and (run.arguments[1].deepspeed_plugin is not None or has_parts(run.model)):
+        # An engine leaves its hooks and its parts of the parameters on the model.
+        run.model = agree(lambda: build_for_stage_two(run.config)[0])
+        agree(lambda: load_connector(run.model, target))
 
 
 def train_adapter(run: Run) -> PeftModel:
@@ -281,8 +302,8 @@ def train_adapter(run: Run) -> PeftModel:
     # Again: a resumed run, which has not gone through stage 1, draws the same adapter.
     _seed(run.config)
     adapted = attach_adapter(run.model, run.config.adapter)
-    _train(run, 2, adapted)
-    on_main(lambda: save_result(adapted, run.processor, run.folder / ADAPTER))
+    state = _train(run, 2, adapted)
+    on_main(lambda: save_result(adapted, run.processor, run.folder / ADAPTER, state, run.logits_change))
     return adapted
 
 
@@ -303,6 +324,10 @@ def _say_replaced(run: Run, stage: int) -> None:
 
 def finish(run: Run, result: PeftModel | None) -> None:
     """Plot, sample answers, model card and summary; the summary, written last, marks the run as complete."""
+    validation = run.datasets.get("validation")
+    if result is not None and validation is not None:
+        # On all processes: each may hold but a part of the model.
+        agree(lambda: write_samples(run.folder, result, run.processor, validation, run.config))
     on_main(lambda: _write_artefacts(run, result, time.monotonic() - run.started))
 
 
@@ -326,8 +351,9 @@ def _write_artefacts(run: Run, result: PeftModel | None, seconds: float) -> None
         "transformers": transformers.__version__,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
+    if run.logits_change is not None:
+        summary["adapter changes logits by"] = f"{100 * run.logits_change:.2g} %"
     plot_loss(folder)
-    if result is not None and run.datasets.get("validation") is not None:
-        write_samples(folder, result, run.processor, run.datasets["validation"], config)
-    write_card(folder, config, summary)
-    write_json(folder / SUMMARY, summary)
+    plot_balance(folder)
+    write_card(folder, config, summary | {f"stage {n}": in_words(engine) for n, engine in run.engines.items()})
+    write_json(folder / SUMMARY, summary | {"engines": run.engines})

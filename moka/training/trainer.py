@@ -10,18 +10,26 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import Trainer, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from moka.errors import MokaError
 from moka.modeling import MokaForConditionalGeneration
+from moka.modeling.partitioned import taking_whole, whole_state
 
-from .connector import load_connector, save_connector
+from .callbacks import Watcher
+from .connector import connector_state, load_connector, save_connector
+from .engine import leave_frozen_out, use_deepspeed
 from .files import writing
 from .folder import save_adapter
+from .global_batch import divided
+from .gradients import GradientReader
+from .launching import check_deepspeed
 from .objectives import EmbeddingAlignment, share_captions
 from .processes import agree
+from .reporting import check_reports
 from .values import OWN_TRAINING_KEYS
 
 
@@ -35,6 +43,11 @@ class MokaTrainer(Trainer):
     def __init__(self, *args: Any, rates: dict[str, float] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.rates = rates or {}
+        self.remove_callback(PrinterCallback if self.args.disable_tqdm else ProgressCallback)
+        for watcher in self.watchers:
+            watcher.trainer = self
+        self.add_callback(GradientReader(self))
+        self.model.train()  # encoders freeze again what peft let train and can have no gradient
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """One group per learning rate and weight decay (biases and norms decay in none)."""
@@ -57,24 +70,69 @@ class MokaTrainer(Trainer):
         )
         return self.optimizer
 
+    @property
+    def watchers(self) -> list[Watcher]:
+        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, Watcher)]
+
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, Any]:
+        for watcher in self.watchers:
+            epoch_iterator = watcher.watched(epoch_iterator)
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches and isinstance(self.model, EmbeddingAlignment):
             share_captions(batches)
         return batches, items
 
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        if not self.is_deepspeed_enabled:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        model, train_dataloader = super()._prepare_for_training(max_steps, train_dataloader, None)
+        leave_frozen_out(model)
+        if resume_from_checkpoint is not None:
+            deepspeed_load_checkpoint(model, resume_from_checkpoint, load_module_strict=False)
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+            self._load_scaler(resume_from_checkpoint)
+        return model, train_dataloader
+
+    def trained_state(self) -> dict[str, torch.Tensor]:
+        """Whole tensors of what is trained, on the CPU; every process has to call it."""
+        return trained_state(self.accelerator.unwrap_model(self.model))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in transformers, which would gather the frozen backbone too."""
+        self._save(output_dir)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        sample_ids = inputs.pop("sample_ids", [])
+        for watcher in self.watchers:
+            watcher.on_batch(inputs, sample_ids)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        for watcher in self.watchers:
+            watcher.on_loss(loss, sample_ids)
+        return loss
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        inputs.pop("sample_ids", None)
+        return super().prediction_step(model, inputs, *args, **kwargs)
+
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            for watcher in self.watchers:
+                logs.update(watcher.measured(logs))
+        super().log(logs, start_time)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """A checkpoint holds what is trained, never the frozen backbone."""
         folder = Path(output_dir or self.args.output_dir or ".")
+        state = self.trained_state()
         if not self.args.should_save:
             return
         model = self.accelerator.unwrap_model(self.model)
         if isinstance(model, PeftModel):
-            save_adapter(model, self.processing_class, folder, state_dict)
+            save_adapter(model, self.processing_class, folder, state)
         else:
-            if state_dict is not None and isinstance(model, EmbeddingAlignment):
-                state_dict = {key.removeprefix("model."): value for key, value in state_dict.items()}
-            save_connector(composed_of(model), folder, state_dict)
+            save_connector(composed_of(model), folder, state)
         torch.save(self.args, folder / "training_args.bin")
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -87,19 +145,38 @@ class MokaTrainer(Trainer):
             shutil.rmtree(folder, ignore_errors=True)
             raise
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        # As in transformers, without its own copy of the model: `_save` has written what is trained.
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         unwrapped = self.accelerator.unwrap_model(model or self.model)
-        if isinstance(unwrapped, PeftModel):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            load_connector(composed_of(unwrapped), resume_from_checkpoint)
+        with taking_whole(unwrapped):
+            if isinstance(unwrapped, PeftModel):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+            else:
+                load_connector(composed_of(unwrapped), resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
         unwrapped = self.accelerator.unwrap_model(self.model)
-        if isinstance(unwrapped, PeftModel) or self.state.best_model_checkpoint is None:
+        if best is None or (isinstance(unwrapped, PeftModel) and not self.is_fsdp_enabled):
             super()._load_best_model()
         else:
-            load_connector(composed_of(unwrapped), self.state.best_model_checkpoint)
+            self._load_from_checkpoint(best)
+
+
+def trained_state(model: Any) -> dict[str, torch.Tensor]:
+    """The adapter with its saved modules, or the connector: whole, on the CPU; every process has to call it."""
+    composed_of(model).backbone_fingerprint()  # what is saved names it; of parts, one process alone could not tell
+    if not isinstance(model, PeftModel):
+        return connector_state(composed_of(model))
+    return whole_state(model, lambda key, tensor: tensor.requires_grad or ".modules_to_save." in key)
 
 
 def composed_of(model: Any) -> MokaForConditionalGeneration:
@@ -131,6 +208,8 @@ def training_arguments(
     Raises:
         MokaError: what transformers refuses, or this machine cannot do; a global batch that cannot be had.
     """
+    check_deepspeed(section, name)
+    check_reports(section.get("report_to"), f"{name}.report_to")
     settings = {key: value for key, value in section.items() if key not in OWN_TRAINING_KEYS}
     if not torch.cuda.is_available():
         settings.setdefault("use_cpu", True)
@@ -141,6 +220,8 @@ def training_arguments(
         # The filter would put the mean of earlier steps in the place of NaN, and hide a run that diverged.
         "logging_nan_inf_filter": False,
         "disable_tqdm": False,
+        # Every parameter has a gradient in every step; to look for others breaks reentrant checkpointing.
+        "ddp_find_unused_parameters": False,
         **settings,
         "remove_unused_columns": False,
         "label_names": ["labels"],
@@ -162,6 +243,7 @@ def training_arguments(
         raise MokaError(f"{name}: transformers refuses these settings: {reason}") from error
     agree(lambda: _check_processes(arguments))
     agree(lambda: _set_accumulation(arguments, section, name))
+    agree(lambda: use_deepspeed(arguments, name))
     return arguments
 
 
@@ -179,19 +261,14 @@ def _check_processes(arguments: TrainingArguments) -> None:
 
 
 def _set_accumulation(arguments: TrainingArguments, section: dict[str, Any], name: str) -> None:
-    total = section.get("global_batch_size")
-    if total is None:
+    parts = divided(section, arguments.world_size, name)
+    if parts is None:
         return
-    step = arguments.per_device_train_batch_size * arguments.world_size
-    if total % step:
-        raise MokaError(
-            f"{name}.global_batch_size: {total} is no multiple of {arguments.per_device_train_batch_size} samples x "
-            f"{arguments.world_size} processes = {step}. Change per_device_train_batch_size or the number of processes."
-        )
+    (size, steps), total = parts, section["global_batch_size"]
     given = section.get("gradient_accumulation_steps")
-    if given is not None and given != total // step:
+    if given is not None and given != steps:
         raise MokaError(
-            f"{name}: global_batch_size {total} takes {total // step} accumulation steps, and gradient_accumulation_steps "
-            f"is {given}. Take one of the two out."
+            f"{name}: global_batch_size {total} takes {steps} accumulation steps, and gradient_accumulation_steps is "
+            f"{given}. Take one of the two out."
         )
-    arguments.gradient_accumulation_steps = total // step
+    arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps = size, steps

@@ -17,7 +17,7 @@ OBJECTIVES = ("language_modeling", "embedding")
 
 # Keys of `training` and `alignment` that transformers does not have.
 OWN_TRAINING_KEYS = {
-    "global_batch_size": "Samples per optimizer step over all processes; accumulation follows from it.",
+    "global_batch_size": "Samples per optimizer step over all processes; accumulation follows, a device takes no more.",
     "encoder_learning_rate": "Learning rate of trainable encoders (default: learning_rate).",
     "projector_learning_rate": "Learning rate of projectors (default: learning_rate).",
     "objective": "Stage 1: language_modeling, or embedding (no pass through the language model).",

@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import checkpoint
 
 import moka
@@ -153,6 +154,18 @@ def test_custom_network_may_checkpoint_through_the_attribute(tiny, reentrant):
     network._gradient_checkpointing_func = lambda function, x: function(x)
     torch.testing.assert_close(straight, backward(lambda x: model(x)))
     assert straight.abs().max() > 0.01
+
+
+def test_torchs_wrapper_around_a_block_gives_the_gradients_of_no_checkpointing(tiny):
+    """What accelerate's FSDP checkpoints with."""
+    batches = forwards(tiny)
+    expected = train(tiny.adapted("llama"), batches, tiny)
+    model = tiny.adapted("llama")
+    blocks = model.get_base_model().model.layers
+    for place, block in enumerate(blocks):
+        blocks[place] = checkpoint_wrapper(block)
+    wrapped = train(model, batches, tiny)
+    equal({name.replace("_checkpoint_wrapped_module.", ""): grad for name, grad in wrapped.items()}, expected)
 
 
 @REENTRANT

@@ -15,8 +15,9 @@ from typing import Any
 
 from moka.modeling.fields import read_config
 
-from .base import RESOLVERS, Encoder
+from .base import RESOLVERS, Encoder, features_name
 from .beats import BeatsEncoder
+from .cached import CachedEncoder, bring_back, set_aside
 from .efficientnet import EfficientNetEncoder
 from .qwen2_5_vl import QwenVlEncoder
 from .small import ConvAudioEncoder, ConvImageEncoder, PatchImageEncoder
@@ -24,7 +25,18 @@ from .sound import AstEncoder, HubertEncoder, Wav2Vec2Encoder, WhisperEncoder
 from .towers import TowerEncoder
 from .vision import ClipEncoder, Dinov2Encoder, SiglipEncoder
 
-__all__ = ["ENCODERS", "RESOLVERS", "Encoder", "TowerEncoder", "build_encoder", "tiny_encoder"]
+__all__ = [
+    "ENCODERS",
+    "RESOLVERS",
+    "CachedEncoder",
+    "Encoder",
+    "TowerEncoder",
+    "bring_back",
+    "build_encoder",
+    "features_name",
+    "set_aside",
+    "tiny_encoder",
+]
 
 ENCODERS: dict[str, type[Encoder]] = {
     cls.name: cls

@@ -34,6 +34,11 @@ def same_weights() -> Iterator[None]:
         yield
 
 
+def features_name(encoder: Any) -> str:
+    """What the model calls the features of an encoder (or of its class), given to it in the place of its values."""
+    return f"{encoder.kind}_features"
+
+
 class Encoder(nn.Module):
     """Base of all encoders: `forward` checks, casts and keeps frozen; subclasses write `build` and `encode`."""
 
@@ -99,7 +104,12 @@ class Encoder(nn.Module):
         # and ends in `eval()`.
         if not self.config.trainable:
             self.requires_grad_(False)
+        else:
+            self.freeze_unused()
         return super().train(mode and self.config.trainable)
+
+    def freeze_unused(self) -> None:
+        """Freeze what can never have a gradient: DDP waits for one of every parameter that requires it."""
 
     def dummy_input(self, items: int = 1) -> torch.Tensor:
         """Zeros [items, *input_shape]: lets a batch without this modality still touch every parameter."""

@@ -46,6 +46,7 @@ class TowerEncoder(Encoder):
     kept_in_tiny: ClassVar[tuple[str, ...]] = ()  # keys of `model_config` that are of the architecture, not of its size
     special_tokens: int = 0  # leading hidden states that stand for no part of the medium
     model: nn.Module
+    unused: frozenset[str] | None = None  # names of parameters that the features do not depend on
 
     @classmethod
     def classes(cls, model_type: str | None) -> tuple[Any, Any]:
@@ -141,6 +142,30 @@ class TowerEncoder(Encoder):
     def encode(self, values: torch.Tensor) -> torch.Tensor:
         hidden_states = self.model(values, output_hidden_states=True).hidden_states
         return hidden_states[self.config.layer][:, self.special_tokens :]
+
+    def freeze_unused(self) -> None:
+        if self.unused is None:
+            if any(parameter.is_meta for parameter in self.parameters()):
+                return  # a skeleton
+            self.unused = unused_parameters(self)
+        for name in self.unused:
+            self.get_parameter(name).requires_grad_(False)
+
+
+def unused_parameters(encoder: TowerEncoder) -> frozenset[str]:
+    """Names of parameters that no feature depends on: of layers past the one taken, of a last norm. Costs a forward."""
+    encoder.model.eval()
+    values = encoder.dummy_input().to(next(encoder.parameters()).dtype)
+    with torch.enable_grad():
+        nodes: list[Any] = [encoder.encode(values).grad_fn]
+    seen, used = set(), set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            used.add(id(getattr(node, "variable", None)))  # leaves of the graph alone have one
+            nodes += [inner for inner, _ in node.next_functions]
+    return frozenset(name for name, p in encoder.named_parameters() if p.requires_grad and id(p) not in used)
 
 
 def check_missing(name: str, source: str, missing: list[str]) -> None:

@@ -1,0 +1,254 @@
+"""How many tokens each sample takes with its media expanded, counted without decoding a file.
+
+    sample --schema--> text and media --items per medium--> placeholders --processor--> tokens
+
+A picture is one item of its encoder, a video ``video_frames``, a sound its windows, and an item has a fixed number of
+tokens. So the settings of decoding tell what a file gives; only its text has to be tokenized. What a bad file's
+substitute (``on_bad_media: substitute``) takes is not known before the file is tried: the length is that of the sample
+whose place it takes.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from moka.data.media import DecodedDataset
+from moka.data.schema import map_media
+from moka.data.sources import EncodedDataset, stand_ins
+from moka.data.usable import Subset
+from moka.data.windows import AudioWindows
+from moka.errors import MokaError
+from moka.modeling.media import Waveform
+from moka.modeling.processing import IGNORE, MokaProcessor, TooLongError
+
+_BAR_AFTER_S = 2.0
+_CHUNK = 64  # samples that a worker counts at a time
+_PROBES = 16  # samples that tell a data set from another in the key
+_UNUSABLE = -1
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """What the samples of a data set take.
+
+    Attributes:
+        tokens: int64 [samples] tokens of each, media expanded, after its text was shortened to fit.
+        items: modality -> int64 [samples] items for its encoder: pictures and frames, sounds and windows.
+        tokens_per_item: modality -> placeholders of one item.
+    """
+
+    tokens: np.ndarray
+    items: dict[str, np.ndarray]
+    tokens_per_item: dict[str, int]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def tokens_of(self, modality: str) -> np.ndarray:
+        """int64 [samples] tokens of one modality; of "text", all that are of none."""
+        if modality == "text":
+            return self.tokens - sum(self.tokens_of(name) for name in self.items)
+        return self.items[modality] * self.tokens_per_item[modality]
+
+    @property
+    def media_items(self) -> np.ndarray:
+        """int64 [samples] items for all encoders: what a sample costs them."""
+        return sum(self.items.values(), np.zeros(len(self), np.int64))
+
+    def of_rows(self, rows: Sequence[Sequence[int]]) -> Lengths:
+        """The same of rows that hold several samples each."""
+
+        def summed(values: np.ndarray) -> np.ndarray:
+            return np.array([values[list(row)].sum() for row in rows], np.int64)
+
+        items = {name: summed(values) for name, values in self.items.items()}
+        return Lengths(summed(self.tokens), items, self.tokens_per_item)
+
+
+def count_lengths(
+    dataset: EncodedDataset, *, workers: int = 0, share: tuple[int, int] = (0, 1), name: str = "data"
+) -> np.ndarray:
+    """Tokens, and items of each modality, of the samples of a share: int64 [share, 1 + modalities]; `joined_lengths` next.
+
+    A sample that cannot be used is marked with -1. Samples that hold decoded media (of embedded tasks) are read as they
+    are; no front end runs.
+
+    Args:
+        workers: processes that count; 0: this one alone.
+        share: (k, n): of n processes that count a part each, this is the k-th.
+        name: of the data set, for the progress bar.
+
+    Raises:
+        MokaError: a sample that cannot be read, a medium that no encoder takes, a template that refuses a chat.
+    """
+    mine = range(share[0], len(dataset), share[1])
+    chunks = [mine[start : start + _CHUNK] for start in range(0, len(mine), _CHUNK)]
+    counted = DataLoader(_Counted(dataset, chunks), batch_size=None, num_workers=workers)  # type: ignore[arg-type]
+    bar = tqdm(desc=f"counting tokens of {name}", total=len(mine), unit="sample", delay=_BAR_AFTER_S, leave=False)
+    parts = []
+    with bar:
+        for part in counted:
+            parts.append(part.numpy())
+            bar.update(len(part))
+    return np.concatenate(parts) if parts else np.zeros((0, 1 + len(dataset.processor.modalities)), np.int64)
+
+
+def joined_lengths(dataset: EncodedDataset, parts: Sequence[np.ndarray]) -> Lengths:
+    """The shares of `count_lengths`, in order, as one; a sample that cannot be used has the length of its stand-in.
+
+    Raises:
+        MokaError: a sample for which `EncodedDataset` finds no stand-in.
+    """
+    modalities = dataset.processor.modalities
+    own = np.zeros((len(dataset), 1 + len(modalities)), np.int64)
+    for k, part in enumerate(parts):
+        own[k :: len(parts)] = part
+    resolved = own.copy()
+    for index in np.flatnonzero(own[:, 0] == _UNUSABLE):
+        tried = stand_ins(dataset.seed, int(index), len(dataset))
+        found = next((own[one] for one in tried if own[one, 0] != _UNUSABLE), None)
+        if found is None:
+            raise MokaError(
+                f"Sample {index} cannot be used, nor can those that would stand in for it: too long, or no answer to "
+                "learn. See `moka data check`; raise model.max_length, or mend the data."
+            )
+        resolved[index] = found
+    items = {name: resolved[:, 1 + k] for k, name in enumerate(modalities)}
+    return Lengths(resolved[:, 0], items, {name: spec["tokens"] for name, spec in modalities.items()})
+
+
+def token_counter(processor: MokaProcessor) -> MokaProcessor:
+    """The processor without its front ends: it encodes samples whose media are lists of anything, one entry an item."""
+    counter = copy.copy(processor)
+    counter.front_ends = dict.fromkeys(processor.front_ends, _nothing)  # type: ignore[arg-type]
+    return counter
+
+
+def _nothing(medium: Any) -> np.ndarray:
+    """In the place of a front end: the number of tokens does not depend on the values."""
+    return np.zeros(0, np.float32)
+
+
+class _Counted:
+    """Indexing counts a chunk of samples; fit for the workers of a ``DataLoader``."""
+
+    def __init__(self, dataset: EncodedDataset, chunks: Sequence[range]) -> None:
+        self.samples, self.decoding = undecoded(dataset.samples)
+        self.counter, self.max_length, self.chunks = token_counter(dataset.processor), dataset.max_length, chunks
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+    def __getitem__(self, chunk: int) -> np.ndarray:
+        return np.array([self._count(self.samples[index]) for index in self.chunks[chunk]], np.int64)
+
+    def _count(self, sample: dict[str, Any]) -> list[int]:
+        light = map_media(sample, lambda kind, medium: [0] * self.decoding.items(kind, medium))
+        names = list(self.counter.modalities)
+        try:
+            encoded = self.counter.encode(light["messages"], max_length=self.max_length, truncate=True)
+        except TooLongError:
+            return [_UNUSABLE] * (1 + len(names))
+        if all(label == IGNORE for label in encoded["labels"]):
+            return [_UNUSABLE] * (1 + len(names))
+        types = encoded["mm_token_type_ids"]
+        counts = [len(encoded["input_ids"])]
+        for spec in self.counter.modalities.values():
+            counts.append(sum(types.count(type_id) for type_id in spec["type_ids"]) // spec["tokens"])
+        return counts
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How a data set decodes its media; none of its settings matter to media that are decoded already."""
+
+    video_frames: int = 10
+    audio_windows: AudioWindows | None = None
+
+    def items(self, kind: str, medium: Any) -> int:
+        """How many items for its encoder a medium gives: what ``decode_medium`` and the processor make of it."""
+        if isinstance(medium, (list, tuple)):
+            return len(medium)
+        file = isinstance(medium, (str, bytes))
+        if kind == "video" and file:
+            return self.video_frames
+        features = isinstance(medium, str) and medium.lower().endswith(".npy")
+        if kind == "audio" and self.audio_windows is not None and (isinstance(medium, Waveform) or file):
+            return 1 if features else self.audio_windows.count
+        return 1
+
+
+def undecoded(samples: Any) -> tuple[Any, Decoding]:
+    """The samples of a data set before their media are decoded, and how they would be."""
+    if isinstance(samples, DecodedDataset):
+        return samples.dataset, Decoding(samples.video_frames, samples.audio_windows)
+    if isinstance(samples, Subset):
+        inner, decoding = undecoded(samples.dataset)
+        return Subset(inner, samples.indices), decoding
+    return samples, Decoding()
+
+
+def lengths_key(dataset: EncodedDataset) -> str:
+    """sha256 of what the lengths depend on: the settings, and of the data their number and a few samples."""
+    samples, decoding = undecoded(dataset.samples)
+    processor = dataset.processor
+    probes = np.unique(np.linspace(0, len(dataset) - 1, min(_PROBES, len(dataset))).astype(int))
+    settings = {
+        "samples": len(dataset),
+        "max_length": dataset.max_length,
+        "seed": dataset.seed,
+        "decoding": repr(decoding),
+        "modalities": {n: (spec["type_ids"], spec["tokens"]) for n, spec in processor.modalities.items()},
+        "template": processor.chat_template or processor.tokenizer.chat_template,
+        "probes": [map_media(samples[int(index)], decoding.items)["messages"] for index in probes],
+        "tokenized": [processor.tokenizer(_PROBE_TEXT)["input_ids"], len(processor.tokenizer)],
+    }
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=repr).encode()).hexdigest()
+
+
+_PROBE_TEXT = "Which of these 12345 tokens are mine? Señor, 東京, naïve; <|x|>\n\tdef f(x): return x**2"
+
+
+def save_lengths(path: str | os.PathLike[str], lengths: Lengths, key: str) -> None:
+    """Write them for `read_lengths`, whole or not at all."""
+    path = Path(path)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    items = {f"items.{name}": values for name, values in lengths.items.items()}
+    try:
+        with open(part, "wb") as file:
+            np.savez_compressed(file, key=np.array(key), tokens=lengths.tokens, **items)  # type: ignore[arg-type]
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read_lengths(path: str | os.PathLike[str], dataset: EncodedDataset) -> Lengths:
+    """What `save_lengths` wrote of this data set.
+
+    Raises:
+        MokaError: no such file, a damaged one, or one of other data or settings.
+    """
+    modalities = dataset.processor.modalities
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            key, tokens = str(file["key"]), file["tokens"]
+            items = {name: file[f"items.{name}"] for name in modalities if f"items.{name}" in file}
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise MokaError(f"{path} holds no lengths of samples ({error}). Delete it to have them counted again.") from error
+    if key != lengths_key(dataset) or set(items) != set(modalities):
+        raise MokaError(
+            f"{path} tells the lengths of other data or settings than these, so the order of the samples would differ from "
+            "the one the run began with. Restore the data, or start another run."
+        )
+    return Lengths(tokens, items, {name: spec["tokens"] for name, spec in modalities.items()})

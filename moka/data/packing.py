@@ -1,0 +1,120 @@
+"""Packing: several samples in one row, each as if it were alone.
+
+    samples      a a a   b b   c c c c          row   a a a b b c c c c
+    position_ids 0 1 2   0 1   0 1 2 3                0 1 2 0 1 0 1 2 3     attention stays within each restart
+    interaction  1 1 0   1 1   1 2 2 0                1 1 0 2 2 3 4 4 0     groups of different samples stay apart
+    labels       . . A   . B   . . . C                . . A . B . . . C     nothing predicts the first token of a sample
+
+The rows are made once, from the lengths alone (`moka.data.lengths`): best fit, longest samples first, within shuffled
+windows of the data set. They depend on the seed and stay the same in all epochs, which shuffle whole rows.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from moka.data.lengths import Lengths
+from moka.data.sources import EncodedDataset
+from moka.modeling.processing import IGNORE
+
+# Samples that are packed with each other: enough to fill rows well, few enough to mix the data set.
+_WINDOW = 1024
+
+
+def pack_rows(tokens: Sequence[int] | np.ndarray, capacity: int, seed: int = 0, window: int = _WINDOW) -> list[list[int]]:
+    """Which samples share a row: every index once, at most ``capacity`` tokens a row (a longer sample stands alone).
+
+    Args:
+        tokens: [samples] length of each.
+        seed: of the windows; the same seed gives the same rows.
+        window: samples, drawn at random, among which rows are filled.
+    """
+    tokens = np.asarray(tokens)
+    order = np.random.default_rng(seed).permutation(len(tokens))
+    rows: list[list[int]] = []
+    for start in range(0, len(order), window):
+        part = order[start : start + window]
+        room: list[tuple[int, int]] = []  # (what is left, row) of the rows of this window, ascending
+        for index in part[np.argsort(-tokens[part], kind="stable")]:
+            length = int(tokens[index])
+            fits = bisect.bisect_left(room, (length, -1))
+            if fits < len(room):
+                left, row = room.pop(fits)
+                rows[row].append(int(index))
+            else:
+                left, row = capacity, len(rows)
+                rows.append([int(index)])
+            if left > length:
+                bisect.insort(room, (left - length, row))
+    return rows
+
+
+class PackedDataset:
+    """Rows of several samples of an `EncodedDataset`.
+
+    Args:
+        dataset: encoded samples.
+        lengths: of its samples.
+        capacity: tokens of a row.
+        seed: of the rows.
+
+    A sample that turns out longer than was counted (the substitute of one whose files are bad) and does not fit is left
+    out of its row.
+    """
+
+    def __init__(self, dataset: EncodedDataset, lengths: Lengths, capacity: int, seed: int = 0) -> None:
+        self.dataset, self.capacity = dataset, capacity
+        self.rows = pack_rows(lengths.tokens, capacity, seed)
+        self.samples = len(dataset)
+        self.lengths = lengths.of_rows(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def fill(self) -> float:
+        """Share of the rows' room that holds tokens."""
+        return float(self.lengths.tokens.sum()) / (len(self.rows) * self.capacity)
+
+    def summary(self) -> str:
+        return f"packing: {self.samples} samples in {len(self.rows)} rows of {self.capacity} tokens, fill {self.fill:.0%}"
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        taken: list[dict[str, Any]] = []
+        room = self.capacity
+        for place in self.rows[index]:
+            encoded = self.dataset[place]
+            if taken and len(encoded["input_ids"]) > room:
+                continue
+            taken.append(encoded)
+            room -= len(encoded["input_ids"])
+        return join_samples(taken)
+
+
+def join_samples(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Encoded samples (``MokaProcessor.encode``) as one row, with ``position_ids`` that begin anew at each.
+
+    Returns the fields of one encoded sample: lists end to end, media [items, ...] in the order of their placeholders,
+    ``sample_id`` the ids joined by commas.
+    """
+    row: dict[str, Any] = {"position_ids": [p for one in samples for p in range(len(one["input_ids"]))]}
+    groups = 0
+    shifted = []
+    for one in samples:
+        ids = one["interaction_ids"]
+        shifted.append({**one, "interaction_ids": [i and i + groups for i in ids]})
+        shifted[-1]["labels"] = [IGNORE, *one["labels"][1:]]
+        groups += max(ids, default=0)
+    for name in dict.fromkeys(name for one in samples for name in one):
+        values = [one[name] for one in shifted if name in one]
+        if isinstance(values[0], str):
+            row[name] = ", ".join(values)
+        elif isinstance(values[0], np.ndarray):
+            row[name] = np.concatenate(values)
+        else:
+            row[name] = [value for one in values for value in one]
+    return row

@@ -1,0 +1,105 @@
+"""Parameters of which each process holds a part: DeepSpeed's ZeRO-3, and FSDP2.
+
+Under ZeRO-3 a parameter is an empty tensor outside a forward. What reads parameters elsewhere has to gather them, on all
+processes and in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+
+def is_partitioned(parameter: torch.Tensor) -> bool:
+    """Whether this process holds a part of the parameter."""
+    return hasattr(parameter, "ds_id") or isinstance(parameter, DTensor)
+
+
+def has_parts(module: nn.Module) -> bool:
+    """Whether a parameter of the module is held in parts."""
+    return any(is_partitioned(parameter) for parameter in module.parameters())
+
+
+def whole_shape(parameter: torch.Tensor) -> torch.Size:
+    """The shape of the whole parameter."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+@contextmanager
+def gathered(parameters: Iterable[torch.Tensor], modifier_rank: int | None = None) -> Iterator[None]:
+    """ZeRO-3's parameters are whole inside the block, which every process has to enter. Without ZeRO-3 nothing happens.
+
+    Args:
+        modifier_rank: the process whose changes are kept, and given to all; None: they are only read.
+    """
+    parts = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not parts:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parts, modifier_rank=modifier_rank):
+        yield
+
+
+def whole_state(module: nn.Module, wanted: Callable[[str, torch.Tensor], bool]) -> dict[str, torch.Tensor]:
+    """Whole copies, on the CPU, of the wanted tensors of the module's state; every process has to call it.
+
+    What DeepSpeed trains in bfloat16 comes as the float32 values that its optimizer holds.
+    """
+    state = {}
+    for key, tensor in module.state_dict(keep_vars=True).items():
+        if wanted(key, tensor):
+            state[key] = whole(tensor).detach().cpu().clone().contiguous()
+    return state
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a tensor that may be held in parts; every process has to call it."""
+    if isinstance(tensor, DTensor):
+        return tensor.full_tensor()
+    if hasattr(tensor, "_z3_optimizer") or hasattr(tensor, "_hp_mapping"):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        precise = safe_get_full_fp32_param(tensor)
+        if precise is not None:
+            return precise
+    if not is_partitioned(tensor):
+        return tensor
+    with gathered([tensor]):
+        return tensor.detach().clone()
+
+
+@contextmanager
+def taking_whole(module: nn.Module) -> Iterator[None]:
+    """Inside, whole tensors that all processes have may be loaded into FSDP's parts: each process keeps its own."""
+    if not any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+        yield
+        return
+    from torch.distributed.tensor.experimental import implicit_replication
+
+    with implicit_replication():
+        yield
+
+
+@contextmanager
+def not_partitioned() -> Iterator[None]:
+    """Models built or loaded inside are whole on every process, also where the run partitions its backbone.
+
+    transformers partitions whatever it builds once a ZeRO-3 configuration exists. Encoders are small, and some read
+    their weights when they are built; DeepSpeed partitions them later.
+    """
+    from transformers.integrations import deepspeed as integration
+
+    reference: Any = integration._hf_deepspeed_config_weak_ref
+    integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if reference is not None and reference() is not None:
+            integration.set_hf_deepspeed_config(reference())

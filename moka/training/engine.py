@@ -1,0 +1,136 @@
+"""What wraps the model in a distributed run: nothing, DDP, DeepSpeed or FSDP.
+
+Under DeepSpeed's ZeRO-3 each process holds a part of every parameter, and outside a forward a parameter is empty; what
+reads parameters elsewhere does so inside ``gathered``, on all processes.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+from accelerate.state import AcceleratorState
+from transformers import TrainerCallback, TrainingArguments
+
+from moka.errors import MokaError
+from moka.modeling.partitioned import gathered
+
+__all__ = ["EngineNote", "describe", "forget_engine", "gathered", "in_words", "leave_frozen_out", "use_deepspeed", "zero_stage"]
+
+
+def describe(trainer: Any) -> dict[str, Any]:
+    """How a ``Trainer`` whose training has begun (or an ``Accelerator``) runs its model.
+
+    Returns:
+        "processes"; "distributed_type": NO, MULTI_CPU, MULTI_GPU, DEEPSPEED or FSDP; "wrapper": class of the wrapped
+        model (None for an ``Accelerator``); "zero_stage" and "offload" (of "optimizer" and "parameters", which are),
+        both None without DeepSpeed.
+    """
+    accelerator = getattr(trainer, "accelerator", trainer)
+    wrapped = getattr(trainer, "model_wrapped", None)
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    zero = _zero(plugin)
+    return {
+        "processes": accelerator.num_processes,
+        "distributed_type": accelerator.distributed_type.value,
+        "wrapper": None if wrapped is None else type(wrapped).__name__,
+        "zero_stage": None if plugin is None else int(zero.get("stage", 0)),
+        "offload": None if plugin is None else _offloaded(zero),
+    }
+
+
+def in_words(engine: dict[str, Any]) -> str:
+    """What ``describe`` returned as "DEEPSPEED ZeRO-3 (offload: optimizer), 2 processes, DeepSpeedEngine"."""
+    kind = engine["distributed_type"]
+    if engine["zero_stage"] is not None:
+        kind += f" ZeRO-{engine['zero_stage']}"
+    if engine["offload"]:
+        kind += f" (offload: {', '.join(engine['offload'])})"
+    count = engine["processes"]
+    return f"{kind}, {count} process{'' if count == 1 else 'es'}, {engine['wrapper']}"
+
+
+def zero_stage(arguments: TrainingArguments) -> int:
+    """0 (also without DeepSpeed) to 3, from the run's DeepSpeed file or from `accelerate launch`."""
+    return int(_zero(arguments.deepspeed_plugin).get("stage", 0))
+
+
+def use_deepspeed(arguments: TrainingArguments, name: str) -> None:
+    """What DeepSpeed needs between the arguments of a stage and its model; without DeepSpeed nothing happens.
+
+    Args:
+        name: of the section, for messages.
+    Raises:
+        MokaError: DeepSpeed was asked for and would not run, or its file contradicts the section.
+    """
+    if arguments.deepspeed_plugin is None:
+        return
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+        raise MokaError(
+            f"{name}: DeepSpeed is asked for, and ACCELERATE_USE_CPU in the environment would turn it off without a word. "
+            "Unset it; without a GPU the run is on the CPU anyway."
+        )
+    if arguments.deepspeed is not None:
+        # Accumulation follows from the number of processes, which is known later than the file is read.
+        _fill(arguments)
+        _check_sizes(arguments, name)
+    if arguments.device.type == "cpu":
+        import deepspeed
+        import deepspeed.ops
+
+        # Its shared-memory collectives would be compiled first; gloo's do.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # transformers has connected the processes through torch alone, and DeepSpeed would partition among one.
+        deepspeed.init_distributed(dist_backend="gloo")
+
+
+def _fill(arguments: TrainingArguments) -> None:
+    """Put the arguments' values in the place of "auto" in DeepSpeed's configuration, as transformers does."""
+    from accelerate.utils import DeepSpeedPlugin
+    from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+
+    arguments.hf_deepspeed_config = HfTrainerDeepSpeedConfig(arguments.deepspeed)
+    arguments.hf_deepspeed_config.trainer_config_process(arguments)
+    arguments.deepspeed_plugin = DeepSpeedPlugin(hf_ds_config=arguments.hf_deepspeed_config)
+
+
+def _check_sizes(arguments: TrainingArguments, name: str) -> None:
+    differ = arguments.hf_deepspeed_config.mismatches
+    if differ:
+        raise MokaError(
+            f"{name}.deepspeed: the file and {name} differ ({'; '.join(d.removeprefix('- ds ') for d in differ)}). Write "
+            '"auto" in the file: the values then come from the section.'
+        )
+
+
+def forget_engine(arguments: TrainingArguments) -> None:
+    """Before the trainer of a stage is made: accelerate keeps the engine of the stage before, and takes no second."""
+    if arguments.deepspeed_plugin is not None:
+        AcceleratorState._reset_state()
+
+
+def leave_frozen_out(engine: Any) -> None:
+    """Keep the frozen backbone out of a DeepSpeed engine's checkpoints; transformers does so for adapters alone."""
+    engine.save_checkpoint = functools.partial(engine.save_checkpoint, exclude_frozen_parameters=True)
+
+
+def _zero(plugin: Any) -> dict[str, Any]:
+    return {} if plugin is None else plugin.deepspeed_config.get("zero_optimization", {})
+
+
+def _offloaded(zero: dict[str, Any]) -> list[str]:
+    parts = {"optimizer": "offload_optimizer", "parameters": "offload_param"}
+    return [part for part, key in parts.items() if (zero.get(key) or {}).get("device") not in (None, "none")]
+
+
+class EngineNote(TrainerCallback):
+    """Says at the start of a stage what runs it, and keeps it in ``engines`` under the stage's number."""
+
+    def __init__(self, trainer: Any, stage: int, engines: dict[int, dict[str, Any]]) -> None:
+        self.trainer, self.stage, self.engines = trainer, stage, engines
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.engines[self.stage] = describe(self.trainer)
+        if state.is_world_process_zero:
+            print(f"stage {self.stage}: {in_words(self.engines[self.stage])}")

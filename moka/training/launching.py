@@ -1,0 +1,172 @@
+"""``moka train --launcher NAME``: one command for `accelerate launch`, checked before processes are started.
+
+``launchers/`` holds links to the repository's ``configs/accelerate`` and ``configs/deepspeed``; a wheel holds the files.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+
+from moka.errors import MokaError, nearest
+
+_FILES = Path(__file__).parent / "launchers"
+_DEEPSPEED = "pip install 'moka-peft[deepspeed]'"
+
+
+@dataclass
+class Launch:
+    """A command, what its environment must have, and how many processes will train."""
+
+    command: list[str]
+    environment: dict[str, str]
+    processes: int
+
+    def __str__(self) -> str:
+        """As it can be pasted into a shell."""
+        settings = (f"{key}={shlex.quote(value)}" for key, value in self.environment.items())
+        return " ".join([*settings, shlex.join(self.command)])
+
+    def start(self) -> None:
+        """Become the launcher; returns only by an exception."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.execvpe(self.command[0], self.command, {**os.environ, **self.environment})
+
+
+def launcher_names() -> list[str]:
+    """What ``--launcher`` takes besides paths."""
+    return sorted(path.stem for path in (_FILES / "accelerate").glob("*.yaml"))
+
+
+def launch_of(launcher: str, words: Sequence[str], processes: int | None = None, extra: Sequence[str] = ()) -> Launch:
+    """`accelerate launch` of ``moka`` with ``words``.
+
+    Args:
+        launcher: a name of ``launcher_names()``, or the path of a configuration of accelerate.
+        words: what follows ``moka``: "train", the configuration, overrides, options.
+        processes: all of them, over all machines; default: what the file says.
+        extra: further options of `accelerate launch`.
+    Raises:
+        MokaError: inside a launcher, no such file, no DeepSpeed, or what this machine has not.
+    """
+    if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
+        raise MokaError(
+            "--launcher: this process was itself started by a launcher (RANK or WORLD_SIZE is set), and each would "
+            "launch all of them again. Take --launcher out, or start moka alone."
+        )
+    file = _find(launcher)
+    options = ["--config_file", _short(file)]
+    if processes is not None:
+        options += ["--num_processes", str(processes)]
+    options += extra
+    told = launch_command_parser().parse_args([*options, "-m", "moka", *words])
+    try:
+        config = load_config_from_file(str(file))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise MokaError(f"--launcher {launcher}: accelerate cannot read {file}: {error}. Mend the file.") from error
+    processes = _checked_processes(launcher, config, told)
+    if uses_deepspeed := config.distributed_type == "DEEPSPEED" or told.use_deepspeed:
+        require_deepspeed(f"--launcher {launcher}")
+    settings = config.deepspeed_config.get("deepspeed_config_file") if uses_deepspeed else None
+    if settings and told.deepspeed_config_file is None and not Path(settings).exists():
+        # accelerate takes the path from the current folder on; a named launcher works from anywhere.
+        options += ["--deepspeed_config_file", _short(_beside(file, settings))]
+    program = Path(sys.executable).with_name("accelerate")
+    start = [str(program)] if program.exists() else [sys.executable, "-m", "accelerate.commands.accelerate_cli"]
+    # A recipe that may take a GPU takes one where it sees one.
+    environment = {"CUDA_VISIBLE_DEVICES": ""} if config.use_cpu and torch.cuda.is_available() else {}
+    return Launch([*start, "launch", *options, "-m", "moka", *words], environment, processes)
+
+
+def require_deepspeed(what: str) -> None:
+    """Raises MokaError where ``what`` was asked for and DeepSpeed is not installed."""
+    if importlib.util.find_spec("deepspeed") is None:
+        raise MokaError(f"{what} needs DeepSpeed, which is not installed: {_DEEPSPEED}.")
+
+
+def check_deepspeed(section: Mapping[str, Any], name: str) -> None:
+    """Raises MokaError where a section of the configuration, or the launcher, asks for DeepSpeed and it is missing."""
+    if section.get("deepspeed"):
+        require_deepspeed(f"{name}.deepspeed")
+    elif os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("true", "1"):
+        require_deepspeed("The launcher's configuration")
+
+
+def alone_by_mistake() -> str | None:
+    """A note where accelerate was asked for several processes and, saying nothing, started this one."""
+    # Its launcher of one process sets an address for the others only where several were asked for.
+    if "MASTER_ADDR" not in os.environ or "WORLD_SIZE" in os.environ or "ACCELERATE_MIXED_PRECISION" not in os.environ:
+        return None
+    return (
+        "note: accelerate was asked for several processes and started one, as it does on the CPU for --cpu and MULTI_CPU. "
+        "`moka train --launcher cpu` starts two."
+    )
+
+
+def _find(launcher: str) -> Path:
+    if launcher in launcher_names():
+        return (_FILES / "accelerate" / f"{launcher}.yaml").resolve()
+    if Path(launcher).is_file():
+        return Path(launcher)
+    if os.sep in launcher or launcher.endswith((".yaml", ".yml", ".json")):
+        raise MokaError(f"--launcher {launcher}: there is no such file.")
+    known = launcher_names()
+    raise MokaError(
+        f"--launcher {launcher!r} is not one of {', '.join(known)}, nor the path of a configuration of accelerate."
+        f"{nearest(launcher, known)}"
+    )
+
+
+def _beside(file: Path, settings: str) -> Path:
+    """DeepSpeed's settings that ``file`` names from the folder above ``configs/``: in ``../deepspeed``, seen from it."""
+    path = file.parent.parent / "deepspeed" / Path(settings).name
+    if not path.exists():
+        raise MokaError(f"{file}: deepspeed_config_file: {settings} does not exist, seen from the current folder.")
+    return path
+
+
+def _short(path: Path) -> str:
+    """Relative where it lies below the current folder."""
+    return str(path.relative_to(Path.cwd())) if path.is_absolute() and path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _checked_processes(launcher: str, config: Any, told: Any) -> int:
+    """The number of processes, where as many will start and each finds its GPU; refuses what would fail late or silently."""
+    processes = config.num_processes if told.num_processes is None else told.num_processes
+    machines = config.num_machines if told.num_machines is None else told.num_machines
+    if config.distributed_type == "MULTI_CPU":
+        raise MokaError(
+            f"--launcher {launcher}: for distributed_type MULTI_CPU accelerate starts one process, without a word. "
+            "Write MULTI_GPU with use_cpu: true, or take --launcher cpu."
+        )
+    if config.distributed_type == "NO" and processes > 1:
+        raise MokaError(f"--launcher {launcher} is one process; {processes} are asked for. Take ddp, zero2 or cpu.")
+    if processes < 1 or processes % machines:
+        raise MokaError(f"--num-processes: {processes} processes cannot be spread evenly over {machines} machines.")
+    if machines > 1 and not (told.main_process_ip or config.main_process_ip):
+        raise MokaError(
+            f"--launcher {launcher}: {machines} machines need the first one's address, and each its number from 0: "
+            "--launcher-args='--machine_rank 0 --main_process_ip 10.0.0.1'."
+        )
+    here, gpus = processes // machines, torch.cuda.device_count()
+    if config.use_cpu or here <= gpus:
+        return processes
+    if not gpus:
+        raise MokaError(
+            f"--launcher {launcher} needs a GPU for each process, and this machine has none. Take --launcher cpu."
+        )
+    raise MokaError(
+        f"--launcher {launcher}: {here} processes on this machine need as many GPUs, and it has {gpus}. "
+        f"Give --num-processes {gpus * machines}."
+    )

@@ -1,0 +1,79 @@
+"""One run folder, one run: a lock that the operating system gives back when the process that holds it dies."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from pathlib import Path
+
+from moka.errors import MokaError
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
+LOCK = ".lock"
+_TAKEN = (errno.EAGAIN, errno.EACCES)
+_held: set[int] = set()
+
+
+def _forget() -> None:
+    """In a forked child, such as a data loader's worker: it must not keep the lock of a parent that was killed."""
+    while _held:
+        os.close(_held.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
+
+
+class FolderLock:
+    """``RUN/.lock``, held by the main process from ``take`` to ``release``; the file is there only meanwhile."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / LOCK
+        self._descriptor: int | None = None
+
+    def take(self) -> None:
+        """A second time it does nothing.
+
+        Raises:
+            MokaError: another process holds it.
+        """
+        while self._descriptor is None and fcntl is not None:
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                who = os.read(descriptor, 200).decode("utf-8", "replace").strip() or "another process"
+                os.close(descriptor)
+                if error.errno in _TAKEN:
+                    raise MokaError(
+                        f"{self.path.parent} is being trained by {who}. Wait for it or end it, or choose another folder "
+                        "with output.dir=..."
+                    ) from error
+                print(f"note: no lock on {self.path} ({error.strerror}); see that no other run writes this folder.")
+                self.path.unlink(missing_ok=True)
+                return
+            if not self._is_current(descriptor):
+                os.close(descriptor)  # its holder removed the file between our two calls
+                continue
+            os.truncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            self._descriptor = descriptor
+            _held.add(descriptor)
+
+    def _is_current(self, descriptor: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(descriptor), os.stat(self.path))
+        except FileNotFoundError:
+            return False
+
+    def release(self) -> None:
+        if self._descriptor is not None:
+            self.path.unlink(missing_ok=True)
+            _held.discard(self._descriptor)
+            os.close(self._descriptor)
+            self._descriptor = None
