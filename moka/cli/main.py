@@ -13,9 +13,11 @@ from tqdm import tqdm
 
 import moka
 from moka.errors import MokaError
-from moka.training.processes import disconnect, speaks
+from moka.training.interruption import EX_TEMPFAIL, Interrupted
+from moka.training.launching import tell_launcher
+from moka.training.processes import disconnect, is_main, speaks
 
-from . import compare, convert, data, evaluate, export, generate, merge, score, train
+from . import cache, compare, convert, data, evaluate, export, generate, merge, score, train
 
 _SPACE, _PLACE = "Free space, or choose another folder.", "Choose another folder."
 _REMEDIES = {
@@ -23,7 +25,7 @@ _REMEDIES = {
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP), _PLACE),
 }
 VERBS = {
-    **{"data": data, "train": train, "generate": generate, "eval": evaluate, "score": score, "compare": compare},
+    **{"data": data, "cache": cache, "train": train, "generate": generate, "eval": evaluate, "score": score, "compare": compare},
     **{"convert": convert, "merge": merge, "export": export},
 }
 
@@ -56,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.overrides += extra
     # peft asks transformers 5.23 for an attribute by its old name; nobody at the command line can mend that.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-    if arguments.verb != "train" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if arguments.verb not in ("cache", "train") and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return _complain(f"moka {arguments.verb} runs as one process; start it without a launcher.")
     return guarded(lambda: VERBS[arguments.verb].run(arguments), arguments.debug)
 
@@ -75,6 +77,12 @@ def guarded(action: Callable[[], int | None], debug: bool = False) -> int:
         if debug or error.errno not in _REMEDIES:
             raise
         return _complain(f"{error.filename or 'writing'}: {error.strerror}. {_REMEDIES[error.errno]}")
+    except Interrupted as stop:
+        well = stop.agreed
+        if speaks() and is_main():
+            _end_bars()
+            _tell(str(stop))
+        return EX_TEMPFAIL
     except KeyboardInterrupt:
         print("moka: interrupted", file=sys.stderr)
         return 130
@@ -83,13 +91,22 @@ def guarded(action: Callable[[], int | None], debug: bool = False) -> int:
     return code or 0
 
 
+def _end_bars() -> None:
+    """A progress bar that was broken off has not ended its line."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
+
+
 def _complain(message: str) -> int:
     if speaks():
         # A loader's worker sends its error as a traceback, whose last line is the message.
         if "Original Traceback" in message:
             message = message.strip().splitlines()[-1].partition(": ")[2]
-        # A progress bar that was broken off has not ended its line.
-        for bar in list(getattr(tqdm, "_instances", ())):
-            bar.close()
-        print(f"moka: error: {' '.join(message.split())}", file=sys.stderr)
+        _end_bars()
+        _tell(f"error: {' '.join(message.split())}")
     return 2
+
+
+def _tell(line: str) -> None:
+    print(f"moka: {line}", file=sys.stderr)
+    tell_launcher(line)  # under the heading "moka FAILED"

@@ -14,6 +14,7 @@ import copy
 import hashlib
 import json
 import os
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,7 +95,7 @@ def count_lengths(
     """
     mine = range(share[0], len(dataset), share[1])
     chunks = [mine[start : start + _CHUNK] for start in range(0, len(mine), _CHUNK)]
-    counted = DataLoader(_Counted(dataset, chunks), batch_size=None, num_workers=workers)  # type: ignore[arg-type]
+    counted: Any = DataLoader(_Counted(dataset, chunks), batch_size=None, num_workers=workers)  # type: ignore[arg-type]
     bar = tqdm(desc=f"counting tokens of {name}", total=len(mine), unit="sample", delay=_BAR_AFTER_S, leave=False)
     parts = []
     with bar:
@@ -244,8 +245,10 @@ def read_lengths(path: str | os.PathLike[str], dataset: EncodedDataset) -> Lengt
         with np.load(path, allow_pickle=False) as file:
             key, tokens = str(file["key"]), file["tokens"]
             items = {name: file[f"items.{name}"] for name in modalities if f"items.{name}" in file}
-    except (OSError, ValueError, KeyError, EOFError) as error:
-        raise MokaError(f"{path} holds no lengths of samples ({error}). Delete it to have them counted again.") from error
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise MokaError(
+            f"{path} holds no lengths of samples ({error}). Delete it to have them counted again."
+        ) from error
     if key != lengths_key(dataset) or set(items) != set(modalities):
         raise MokaError(
             f"{path} tells the lengths of other data or settings than these, so the order of the samples would differ from "

@@ -72,8 +72,8 @@ def decode_medium(
             return load_image(medium)
         if kind == "video":
             return load_video(medium, video_frames)
-        features = isinstance(medium, str) and medium.lower().endswith(".npy")
-        decoded: Any = load_features(medium) if features else load_audio(medium, audio_rate, rates)
+        ready_made = isinstance(medium, str) and medium.lower().endswith(".npy")
+        decoded: Any = load_features(medium) if ready_made else load_audio(medium, audio_rate, rates)
     else:
         decoded = medium
     if windows is None or kind != "audio":

@@ -25,7 +25,9 @@ from moka.modeling.processing import IGNORE
 _WINDOW = 1024
 
 
-def pack_rows(tokens: Sequence[int] | np.ndarray, capacity: int, seed: int = 0, window: int = _WINDOW) -> list[list[int]]:
+def pack_rows(
+    tokens: Sequence[int] | np.ndarray, capacity: int, seed: int = 0, window: int = _WINDOW
+) -> list[list[int]]:
     """Which samples share a row: every index once, at most ``capacity`` tokens a row (a longer sample stands alone).
 
     Args:
@@ -67,7 +69,7 @@ class PackedDataset:
     """
 
     def __init__(self, dataset: EncodedDataset, lengths: Lengths, capacity: int, seed: int = 0) -> None:
-        self.dataset, self.capacity = dataset, capacity
+        self.dataset, self.capacity, self.counted = dataset, capacity, lengths.tokens
         self.rows = pack_rows(lengths.tokens, capacity, seed)
         self.samples = len(dataset)
         self.lengths = lengths.of_rows(self.rows)
@@ -81,18 +83,17 @@ class PackedDataset:
         return float(self.lengths.tokens.sum()) / (len(self.rows) * self.capacity)
 
     def summary(self) -> str:
-        return f"packing: {self.samples} samples in {len(self.rows)} rows of {self.capacity} tokens, fill {self.fill:.0%}"
+        return (
+            f"packing: {self.samples} samples in {len(self.rows)} rows of {self.capacity} tokens, fill {self.fill:.0%}"
+        )
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        taken: list[dict[str, Any]] = []
-        room = self.capacity
-        for place in self.rows[index]:
-            encoded = self.dataset[place]
-            if taken and len(encoded["input_ids"]) > room:
-                continue
-            taken.append(encoded)
-            room -= len(encoded["input_ids"])
-        return join_samples(taken)
+        taken = [(self.dataset[place], int(self.counted[place])) for place in self.rows[index]]
+        excess = [len(encoded["input_ids"]) - counted for encoded, counted in taken]
+        while len(taken) > 1 and sum(len(encoded["input_ids"]) for encoded, _ in taken) > self.capacity:
+            longest = excess.index(max(excess))
+            del taken[longest], excess[longest]
+        return join_samples([encoded for encoded, _ in taken])
 
 
 def join_samples(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:

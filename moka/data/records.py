@@ -33,13 +33,14 @@ class RecordDataset:
         """The place of a sample in its file, as it opens error messages."""
         raise NotImplementedError
 
-    def missing_media(self, limit: int = 20) -> list[str]:
+    def missing_media(self, limit: int = 20, share: tuple[int, int] = (0, 1)) -> list[str]:
         """What a run would stumble over: media files that are absent, empty or folders. Empty when all is well.
 
         Reads and checks every sample but opens no medium; meant for the moment before training starts.
 
         Args:
             limit: how many files are listed.
+            share: (k, n): of n processes that look through a part of the samples each, this is the k-th.
 
         Returns:
             One line a file, in the order of the samples, with the place that first names it; when there are more than
@@ -50,7 +51,7 @@ class RecordDataset:
         """
         missing: set[str] = set()
         listed: list[str] = []
-        for index in tqdm(range(len(self)), "checking media", unit="sample", delay=BAR_AFTER_S, leave=False):
+        for index in tqdm(range(share[0], len(self), share[1]), "checking media", unit="sample", delay=BAR_AFTER_S, leave=False):
             for kind, medium in media_parts(self[index]):
                 if not isinstance(medium, str) or medium in missing:
                     continue

@@ -125,12 +125,14 @@ def open_source(
     audio_windows: dict[str, Any] | None = None,
     report_path: str | Path | None = None,
     require_answer: bool = True,
+    look_for_files: bool = True,
 ) -> Any:
     """A map-style data set of samples with decoded media: ``open_samples``, and what to do about bad files.
 
     Args:
         on_bad_media: "error", "substitute", or "skip", for which the caller leaves samples out (``moka.data.usable``).
         audio_windows: fields of ``moka.data.media.AudioWindows``: sound as several short clips.
+        look_for_files: with on_bad_media "error", ``check_files`` at once; otherwise the caller does.
     Raises:
         MokaError: as ``open_samples``; media that are not there.
     """
@@ -139,12 +141,8 @@ def open_source(
     )
     if isinstance(source, str) and source.startswith(PREFIX):
         return samples
-    missing = samples.missing_media(limit=1) if on_bad_media == "error" else []
-    if missing:
-        raise MokaError(
-            f"{'; '.join(missing)}. Put the files under the media root, or leave the samples out: `moka data check "
-            "--manifest` writes what is good; in training data.on_bad_media=skip or substitute does without."
-        )
+    if look_for_files and on_bad_media == "error":
+        check_files(samples)
     return DecodedDataset(
         samples,
         BadMediaPolicy(on_bad_media, bad_media_budget),
@@ -153,6 +151,22 @@ def open_source(
         audio_windows=AudioWindows.from_dict(audio_windows),
         report_path=report_path,
     )
+
+
+def check_files(samples: Any, share: tuple[int, int] = (0, 1)) -> None:
+    """Look for every media file of a data set of undecoded samples.
+
+    Args:
+        share: (k, n): of n processes that look for a part each, this is the k-th.
+    Raises:
+        MokaError: the first file that is not there.
+    """
+    missing = samples.missing_media(limit=1, share=share)
+    if missing:
+        raise MokaError(
+            f"{'; '.join(missing)}. Put the files under the media root, or leave the samples out: `moka data check "
+            "--manifest` writes what is good; in training data.on_bad_media=skip or substitute does without."
+        )
 
 
 def attribution(source: Source) -> str:
@@ -202,9 +216,9 @@ class Joined:
     def notes(self) -> tuple[str, ...]:
         return tuple(note for part in self.parts for note in notes_of(part))
 
-    def missing_media(self, limit: int = 20) -> list[str]:
-        found = [line for part in self.parts if hasattr(part, "missing_media") for line in part.missing_media(limit)]
-        return found[:limit]
+    def missing_media(self, limit: int = 20, share: tuple[int, int] = (0, 1)) -> list[str]:
+        parts = [part for part in self.parts if hasattr(part, "missing_media")]
+        return [line for part in parts for line in part.missing_media(limit, share)][:limit]
 
 
 class Prefix:
@@ -228,8 +242,8 @@ class Prefix:
     def where(self, index: int) -> str:
         return self.dataset.where(index)
 
-    def missing_media(self, limit: int = 20) -> list[str]:
-        return self.dataset.missing_media(limit)
+    def missing_media(self, limit: int = 20, share: tuple[int, int] = (0, 1)) -> list[str]:
+        return self.dataset.missing_media(limit, share)
 
 
 def stand_ins(seed: int, index: int, size: int) -> Iterator[int]:
@@ -246,6 +260,8 @@ class EncodedDataset:
     Text is shortened to fit ``max_length``; a sample that cannot be (its media alone are too long) or that has nothing to
     learn from is replaced by another, chosen by (seed, index) alone, and counted in ``dropped``.
     """
+
+    lengths: Any = None  # of the samples (`moka.data.lengths`), where batches are grouped by them
 
     def __init__(
         self,

@@ -162,7 +162,9 @@ class MokaProcessor:
         out["attention_mask"] = [1] * len(out["input_ids"])
         for name in self.modalities:
             for key in self._input_names(name):
-                items = [item for run in runs if run["modality"] == name and run["input"] == key for item in run["items"]]
+                items = [
+                    item for run in runs if run["modality"] == name and run["input"] == key for item in run["items"]
+                ]
                 if items:
                     out[key] = np.stack(items)
         return out
@@ -273,12 +275,12 @@ class MokaProcessor:
                     "one under model.modalities, or leave the medium out."
                 )
             frames = segment.value if isinstance(segment.value, (list, tuple)) else [segment.value]
-            encoded = isinstance(frames[0], Features)
             run["items"] = [
-                frame.values if encoded else np.asarray(self.front_ends[name](frame), dtype=np.float32)
+                frame.values if isinstance(frame, Features) else np.asarray(self.front_ends[name](frame), np.float32)
                 for frame in frames
             ]
-            run["modality"], run["type"], run["input"] = name, type_id, self._input_names(name)[encoded]
+            run["modality"], run["type"] = name, type_id
+            run["input"] = self._input_names(name)[isinstance(frames[0], Features)]
             run["ids"] = [self.vocab_size + type_id - 1] * (self.modalities[name]["tokens"] * len(frames))
         elif segment.role == "template":
             if segment.text not in self._scaffold_ids:

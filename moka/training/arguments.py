@@ -120,6 +120,9 @@ class DataSection:
         ),
     )
     bad_media_budget: float = field(default=0.01, metadata=_help("Share of samples that may be bad.", 0))
+    feature_cache: str | None = field(
+        default=None, metadata=_help("Folder of `moka cache`: frozen encoders' features, read in the place of media.")
+    )
 
 
 @dataclass
@@ -283,6 +286,17 @@ def _check_together(config: RunConfig, where: str) -> None:
         )
     if "objective" in config.training:
         raise MokaError(f"{where}: training.objective: stage 2 always models language; set alignment.objective.")
+    for name, section in (("alignment", config.alignment), ("training", config.training)):
+        if section.get("packing") and section.get("objective") == "embedding":
+            raise MokaError(
+                f"{where}: {name}.packing: the embedding objective pairs each row's media with one caption, so a row is "
+                f"one sample. Take {name}.packing out, or set {name}.objective: language_modeling."
+            )
+        if section.get("packing") and config.model.max_length is None:
+            raise MokaError(
+                f"{where}: {name}.packing fills rows up to model.max_length, which is not set. Set it to the tokens of a "
+                "row, at least as many as the longest sample has (`moka data check` tells), for example 2048."
+            )
     if config.adapter.method == "lora":
         for name in ("share_b", *LORA_HAS_NOT):
             default = name == "share_b"

@@ -93,9 +93,7 @@ def begin(final: Path) -> Path:
 
 def listing(folder: Path) -> dict[str, int]:
     """Name relative to ``folder`` -> bytes, of every file in it."""
-    return {
-        path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()
-    }
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
 
 
 def finish(part: Path, final: Path, facts: Seal, written: Iterable[dict[str, int]]) -> None:
@@ -190,7 +188,7 @@ def last_checkpoint(folder: Path) -> tuple[Path | None, int]:
     """
     for name in recover(folder):
         print(f"note: {folder / UNFINISHED / name} was half-written when the run ended; it is removed.")
-    damaged = []
+    damaged: list[Path] = []
     for step, path in reversed(_by_step(folder)):
         wrong = fault(path)
         if wrong is None:
@@ -208,6 +206,26 @@ def last_checkpoint(folder: Path) -> tuple[Path | None, int]:
             "back, or remove them to train this stage from its beginning."
         )
     return None, 0
+
+
+def say_changes(checkpoint: Path, processes: int) -> None:
+    """Print what is not as it was when the checkpoint was written, and so may change the loss curve."""
+    seal = read_seal(checkpoint)
+    if seal.world_size != processes:
+        print(
+            f"note: {checkpoint.name} was written by {seal.world_size} processes, and {processes} go on: data order, optimizer "
+            "and schedule are kept; dropout draws other numbers, as processes that were not there begin with those of the "
+            "first."
+        )
+    for name, then, now in (
+        ("torch", seal.torch_version, torch.__version__),
+        ("transformers", seal.transformers_version, transformers.__version__),
+        ("moka", seal.moka_version, moka.__version__),
+    ):
+        if then != now:
+            print(
+                f"note: {checkpoint.name} was written with {name} {then}, and this is {now}: losses may differ a little."
+            )
 
 
 def _by_step(folder: Path) -> list[tuple[int, Path]]:

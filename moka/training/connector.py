@@ -149,7 +149,7 @@ def _differences(model: MokaForConditionalGeneration, name: str, key: str, their
         return [] if theirs == ours else ["type"]
     if key == "encoder" and name in model.projectors and model.projectors[name].takes_any_number:
         theirs, ours = without_weightless(theirs, ENCODERS), without_weightless(ours, ENCODERS)
-    theirs, ours = _plain(theirs), _plain(ours)
+    theirs, ours = plain(theirs), plain(ours)
     return sorted(field for field in {*theirs, *ours} if theirs.get(field) != ours.get(field))
 
 
@@ -157,7 +157,7 @@ def _differences(model: MokaForConditionalGeneration, name: str, key: str, their
 _NOTES = ("transformers_version", "_name_or_path", "architectures", "dtype", "id2label", "label2id", "problem_type")
 
 
-def _plain(config: dict[str, Any]) -> dict[str, Any]:
+def plain(config: dict[str, Any]) -> dict[str, Any]:
     """A configuration as JSON gives it back, the fields of ``model_config`` beside the others, notes left out."""
     flat = json.loads(json.dumps(config))
     inner = flat.pop("model_config", None) or {}
@@ -165,8 +165,8 @@ def _plain(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shown(config: Any, fields: list[str]) -> str:
-    plain = _plain(config) if isinstance(config, dict) else {}
-    return ", ".join(f"{field} {plain.get(field)!r}" for field in fields)
+    values = plain(config) if isinstance(config, dict) else {}
+    return ", ".join(f"{field} {values.get(field)!r}" for field in fields)
 
 
 def _load_published(model: MokaForConditionalGeneration, path: Path) -> list[str]:

@@ -8,29 +8,32 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from moka.data import open_source
+from moka.data import open_source, sources
 from moka.data.embedded import PREFIX
+from moka.data.features import FeatureCache
 from moka.data.media import DecodedDataset
 from moka.data.usable import SkipReport, read_usable, usable_indices
 from moka.errors import MokaError
 
 from .arguments import RunConfig
+from .feature_cache import check_features, with_features
 
 # Decoding every file of a large data set would take longer than its first epoch; a data set of this size is tried whole.
 _TRIED = 200
 
 
-def open_data(config: RunConfig, reports: Path | None = None) -> dict[str, Any]:
+def open_data(config: RunConfig, reports: Path | None = None, features: FeatureCache | None = None) -> dict[str, Any]:
     """Samples with decoded media of each part that the stages need.
 
     Args:
         reports: folder for the reports of bad media.
+        features: computed before, in the place of the media that they are of.
     """
     data = config.data
     datasets: dict[str, Any] = {}
 
     def open_one(name: str, split: Any, stage: int, size: int | None) -> None:
-        datasets[name] = open_source(
+        samples = open_source(
             getattr(data, name),
             split,
             stage=stage,
@@ -42,7 +45,9 @@ def open_data(config: RunConfig, reports: Path | None = None) -> dict[str, Any]:
             video_frames=data.video_frames,
             audio_windows=data.audio_windows,
             report_path=None if reports is None else bad_media_report(reports, name),
+            look_for_files=False,
         )
+        datasets[name] = with_features(samples, features)
 
     for stage, name in ((1, "alignment"), (2, "train")):
         if stage in config.stages:
@@ -75,7 +80,9 @@ def try_media(
         if resume and path.exists():
             _, reports[name] = read_usable(path, len(samples), **settings)
         else:
-            decoding: dict[str, Any] = {"video_frames": samples.video_frames, "audio_windows": samples.audio_windows}
+            decoding: dict[str, Any] = {
+                name: getattr(samples, name) for name in ("video_frames", "audio_windows", "features")
+            }
             _, reports[name] = usable_indices(samples.dataset, **settings, **decoding, share=share)
     return reports
 
@@ -90,11 +97,25 @@ def bad_media_report(folder: Path, name: str) -> Path:
     return folder / f"bad-media-{name}.jsonl"
 
 
+def check_files(datasets: dict[str, Any], config: RunConfig, share: tuple[int, int]) -> None:
+    """``on_bad_media: error``: look for the files of this process's share of every set."""
+    for samples in datasets.values():
+        if config.data.on_bad_media == "error" and isinstance(samples, DecodedDataset):
+            sources.check_files(samples.dataset, share)
+
+
 def check_media(datasets: dict[str, Any], config: RunConfig) -> None:
-    """Decode the media of up to 200 samples of each set, so that a damaged file is told before training."""
+    """Decode the media of up to 200 samples of each set, so that a damaged file is told before training; and of every sample
+    look for its features, where they come from a cache.
+    """
     for name, samples in datasets.items():
-        if str(getattr(config.data, name)).startswith(PREFIX) or config.data.on_bad_media == "skip":
+        if config.data.on_bad_media == "skip":
+            continue  # all were tried
+        embedded = str(getattr(config.data, name)).startswith(PREFIX)
+        if config.data.feature_cache is None and embedded:
             continue
+        if config.data.feature_cache is not None and not embedded:
+            check_features(samples, f"data.{name}")
         tried = np.unique(np.linspace(0, len(samples) - 1, min(_TRIED, len(samples))).astype(int))
         for index in tqdm(tried, f"trying media of data.{name}", unit="sample", delay=2.0, leave=False):
             samples[int(index)]

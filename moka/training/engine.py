@@ -7,16 +7,34 @@ reads parameters elsewhere does so inside ``gathered``, on all processes.
 from __future__ import annotations
 
 import functools
+import io
 import os
+import shutil
+from argparse import Namespace
+from contextlib import redirect_stdout
+from pathlib import Path
 from typing import Any
 
 from accelerate.state import AcceleratorState
 from transformers import TrainerCallback, TrainingArguments
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
 from moka.errors import MokaError
 from moka.modeling.partitioned import gathered
 
-__all__ = ["EngineNote", "describe", "forget_engine", "gathered", "in_words", "leave_frozen_out", "use_deepspeed", "zero_stage"]
+from .processes import on_main
+
+__all__ = [
+    "EngineNote",
+    "describe",
+    "forget_engine",
+    "gathered",
+    "in_words",
+    "leave_frozen_out",
+    "load_checkpoint",
+    "use_deepspeed",
+    "zero_stage",
+]
 
 
 def describe(trainer: Any) -> dict[str, Any]:
@@ -75,6 +93,7 @@ def use_deepspeed(arguments: TrainingArguments, name: str) -> None:
         # Accumulation follows from the number of processes, which is known later than the file is read.
         _fill(arguments)
         _check_sizes(arguments, name)
+    _recompute_safely(arguments, name)
     if arguments.device.type == "cpu":
         import deepspeed
         import deepspeed.ops
@@ -83,6 +102,22 @@ def use_deepspeed(arguments: TrainingArguments, name: str) -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         # transformers has connected the processes through torch alone, and DeepSpeed would partition among one.
         deepspeed.init_distributed(dist_backend="gloo")
+
+
+def _recompute_safely(arguments: TrainingArguments, name: str) -> None:
+    """Non-reentrant checkpointing of an adapted model under ZeRO-3 ends in an error where DeepSpeed does not account for
+    frozen parameters gathered in a recomputation (transformers#47254, DeepSpeed#8148).
+    """
+    keys = [key for key in ("activation_checkpointing", "gradient_checkpointing") if hasattr(arguments, key)]
+    settings = getattr(arguments, f"{keys[0]}_kwargs") or {}
+    if zero_stage(arguments) < 3 or not getattr(arguments, keys[0]) or settings.get("use_reentrant"):
+        return
+    from deepspeed.runtime.zero import partitioned_param_coordinator as coordinator
+
+    if not hasattr(coordinator, "update_recompute_parameters"):
+        setattr(arguments, f"{keys[0]}_kwargs", {**settings, "use_reentrant": True})
+        if arguments.process_index == 0:
+            print(f"note: {name}: checkpointing is reentrant, as this DeepSpeed's ZeRO-3 needs it. Upgrade deepspeed.")
 
 
 def _fill(arguments: TrainingArguments) -> None:
@@ -113,6 +148,52 @@ def forget_engine(arguments: TrainingArguments) -> None:
 def leave_frozen_out(engine: Any) -> None:
     """Keep the frozen backbone out of a DeepSpeed engine's checkpoints; transformers does so for adapters alone."""
     engine.save_checkpoint = functools.partial(engine.save_checkpoint, exclude_frozen_parameters=True)
+
+
+def load_checkpoint(engine: Any, checkpoint: Path, processes: int) -> None:
+    """Load a DeepSpeed checkpoint into its engine; one of another number of processes by way of DeepSpeed's universal form.
+
+    Raises:
+        MokaError: another number of processes wrote it, and it has no universal form (optimizers other than Adam).
+    """
+    wrote = len(list(checkpoint.glob("global_step*/*optim_states.pt")))
+    if wrote in (0, processes):
+        deepspeed_load_checkpoint(engine, str(checkpoint), load_module_strict=False)
+        return
+    universal = checkpoint.with_name("universal")
+    on_main(lambda: _convert(checkpoint, universal, wrote, processes))
+    engine._config.load_universal_checkpoint = True
+    try:
+        deepspeed_load_checkpoint(engine, str(universal), load_module_strict=False)
+    finally:
+        engine._config.load_universal_checkpoint = False
+    on_main(lambda: shutil.rmtree(universal, ignore_errors=True))
+
+
+def _convert(checkpoint: Path, universal: Path, wrote: int, processes: int) -> None:
+    """Write the universal form of ``checkpoint``: every parameter and its two moments, whole."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    print(f"note: {checkpoint} was written by {wrote} processes; it is converted for {processes}.")
+    shutil.rmtree(universal, ignore_errors=True)
+    source = next(checkpoint.glob("global_step*"))
+    settings = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True}
+    try:
+        with redirect_stdout(io.StringIO()):
+            ds_to_universal.main(
+                Namespace(
+                    input_folder=str(source),
+                    output_folder=str(universal / source.name),
+                    inject_missing_state=True,
+                    **settings,
+                )
+            )
+    except (AssertionError, AttributeError, KeyError, ValueError) as error:
+        shutil.rmtree(universal, ignore_errors=True)
+        raise MokaError(
+            f"{checkpoint} was written by {wrote} processes, and DeepSpeed cannot convert it for {processes} ({error!r}; it "
+            f"knows Adam's states alone). Launch {wrote} processes."
+        ) from error
 
 
 def _zero(plugin: Any) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from moka.errors import MokaError
 from .arguments import RunConfig, config_from_dict
 from .connector import trained_parts
 from .files import whole, write_json, write_text
+from .lock import LOCK, FolderLock
 
 CONFIG, ADAPTER, CONNECTOR, METRICS, SUMMARY = "config.yaml", "adapter", "connector", "metrics.jsonl", "summary.json"
 MODEL_CONFIG = "moka_model.json"
@@ -43,7 +44,7 @@ _MARK = "# Resolved by moka "
 _ARTEFACTS = (
     *(CONFIG, ADAPTER, CONNECTOR, METRICS, SUMMARY, "README.md", "loss.png", "balance.png", "samples.jsonl", DIVERGED),
     *("evaluation.json", "predictions.jsonl", "benchmarks", "comparison.json", "checkpoints", "tensorboard"),
-    *("dropped-stage1.jsonl", "dropped-stage2.jsonl"),
+    *("dropped-stage1.jsonl", "dropped-stage2.jsonl", "lengths-stage1.npz", "lengths-stage2.npz"),
     *("bad-media-train.jsonl", "bad-media-alignment.jsonl", "bad-media-validation.jsonl"),
 )
 # What may differ when a run is resumed: it does not reach the training.
@@ -55,10 +56,13 @@ class RunFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self.lock = FolderLock(self.path)
 
     def check(self, resume: bool, overwrite: bool) -> None:
-        """Refuse a folder that already holds a run, unless it is to be resumed or replaced."""
-        holds = self._holds_run()
+        """Refuse a folder that already holds a run, unless it is to be resumed or replaced; one run is locked."""
+        holds = self.holds_run()
+        if holds:
+            self.lock.take()
         for place in (self.path, *self.path.parents):
             if place.exists() and not place.is_dir():
                 raise MokaError(f"output.dir: {place} is a file; name a folder.")
@@ -71,10 +75,10 @@ class RunFolder:
                 f"output.dir: {self.path} already holds a run. Choose another with output.dir=..., go on with --resume, or "
                 "replace it with --overwrite."
             )
-        if not holds and self.path.is_dir() and any(self.path.iterdir()):
+        if not holds and self.path.is_dir() and any(path.name != LOCK for path in self.path.iterdir()):
             raise MokaError(f"output.dir: {self.path} is not empty and holds no run of ours; choose another folder.")
 
-    def _holds_run(self) -> bool:
+    def holds_run(self) -> bool:
         """Whether a run of ours is there; somebody else's config.yaml is none."""
         try:
             return (self.path / CONFIG).read_text(encoding="utf-8").startswith(_MARK)
@@ -96,15 +100,18 @@ class RunFolder:
     def create(self, config: RunConfig) -> None:
         """Make the folder with the resolved configuration; what an earlier run left in it goes."""
         made = not self.path.exists()
-        self._clear()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise MokaError(f"output.dir: {self.path} cannot be made ({error.strerror}); choose another.") from error
+        if self.lock.take() and self.holds_run():
+            raise MokaError(f"output.dir: another run was begun in {self.path} meanwhile; choose another folder.")
+        self._clear()
         text = yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
         try:
             write_text(self.path / CONFIG, f"{_MARK}{moka.__version__}\n{text}")
         except BaseException:
+            self.lock.release()
             if made:
                 shutil.rmtree(self.path, ignore_errors=True)
             raise
@@ -121,6 +128,7 @@ class RunFolder:
         """Remove a run that has nothing to go on from."""
         if not (self.path / CONNECTOR).exists() and not any(self.path.glob("checkpoints/*/checkpoint-*")):
             self._clear()
+            self.lock.release()
             if not any(self.path.iterdir()):
                 self.path.rmdir()
 

@@ -9,8 +9,6 @@ from transformers import TrainingArguments
 
 from moka.errors import MokaError
 
-_SUGGESTED = 4
-
 
 def divided(section: dict[str, Any], processes: int, name: str) -> tuple[int, int] | None:
     """``divide`` for a section of a configuration; None where it gives no ``global_batch_size``."""
@@ -30,21 +28,26 @@ def divide(total: int, largest: int, processes: int, name: str = "training") -> 
     """
     if (parts := _parts(total, largest, processes)) is not None:
         return parts
-    message = (
-        f"{name}.global_batch_size: {total} is no multiple of {largest} samples x {processes} processes = "
-        f"{largest * processes}."
-    )
-    counts = [n for n in range(1, total + 1) if _parts(total, largest, n)]
-    remedies = [f"launch {_listed(counts, processes)} processes"] if counts else []
-    if total % processes == 0:
-        share = total // processes
-        sizes = [n for n in range(1, share + 1) if share % n == 0]
-        remedies.insert(0, f"set per_device_train_batch_size to {_listed(sizes, largest)}")
+    remedies = []
+    if total % processes:
+        message = f"{name}.global_batch_size: {total} cannot be divided over {processes} processes."
     else:
-        totals = [total - total % processes, total + processes - total % processes]
-        remedies.append(f"set global_batch_size to {_listed([n for n in totals if n], total)}")
+        message = (
+            f"{name}.global_batch_size: {total} is no multiple of {largest} samples x {processes} processes = "
+            f"{largest * processes}."
+        )
+        share = total // processes
+        remedies.append(f"set per_device_train_batch_size to {_nearest(_divisors(share), largest)}")
+    counts = [n for n in _divisors(total) if _parts(total, largest, n)]
+    remedies.append(f"launch {_nearest(counts, processes)} processes")
+    totals = [n for n in range(1, total + processes * largest + 1) if _parts(n, largest, processes)]
+    remedies.append(f"set global_batch_size to {_nearest(totals, total, 2)}")
     text = ", or ".join(remedies)
     raise MokaError(f"{message} {text[0].upper()}{text[1:]}.")
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def _parts(total: int, largest: int, processes: int) -> tuple[int, int] | None:
@@ -56,7 +59,7 @@ def _parts(total: int, largest: int, processes: int) -> tuple[int, int] | None:
     return None if share % largest else (largest, share // largest)
 
 
-def _listed(numbers: Iterable[int], near: int) -> str:
-    """The few that are nearest, as "2, 4 or 8"."""
-    chosen = [str(n) for n in sorted(sorted(numbers, key=lambda n: (abs(n - near), n))[:_SUGGESTED])]
+def _nearest(numbers: Iterable[int], wanted: int, count: int = 4) -> str:
+    """The few that are nearest to ``wanted``, as "2, 4 or 8"."""
+    chosen = [str(n) for n in sorted(sorted(numbers, key=lambda n: (abs(n - wanted), n))[:count])]
     return " or ".join(filter(None, [", ".join(chosen[:-1]), chosen[-1]]))

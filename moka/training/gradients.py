@@ -113,7 +113,7 @@ def media_part(name: str) -> tuple[str, str] | None:
 
 
 def norms_by_part(norms: dict[str, list[float] | None], rows: list[str]) -> dict[str, float]:
-    """"A/MODALITY" (LoRA: "A"), "B", "projector/MODALITY", "encoder/MODALITY", "other" -> norm of the gradient."""
+    """Norm of the gradient by part: A/MODALITY (A alone with LoRA), B, projector/MODALITY, encoder/MODALITY, other."""
     squares: dict[str, float] = {}
     for name, values in norms.items():
         for index, value in enumerate(values or []):

@@ -83,8 +83,9 @@ class DivergenceGuard(Watcher):
 
     def _stop(self) -> None:
         """All processes come here together: they share the mean losses."""
-        for record, parts in zip(self.bad, zip(*everyones([b["sample_ids"] for b in self.bad]), strict=True), strict=True):
-            record["sample_ids"] = [i for part in parts for i in part]
+        parts = everyones([record["sample_ids"] for record in self.bad])  # [ranks][steps][ids]
+        for index, record in enumerate(self.bad):
+            record["sample_ids"] = [i for part in parts for i in part[index]]
 
         def tell() -> None:
             write_json(self.folder / DIVERGED, {"section": self.section, "steps": self.bad})
@@ -176,7 +177,9 @@ def reached(norms: dict[str, list[float] | None], adapted: list[str], seen: set[
     return failed + [f"the {part} of {modality} (all zero)" for (part, modality), zero in whole.items() if zero]
 
 
-def down_reached(norms: dict[str, list[float] | None], rows: list[str], adapted: list[str], seen: set[str]) -> list[str]:
+def down_reached(
+    norms: dict[str, list[float] | None], rows: list[str], adapted: list[str], seen: set[str]
+) -> list[str]:
     """A matrices without a gradient once B is no longer zero."""
     last = _last_block(norms)
     failed = []
@@ -212,7 +215,7 @@ def logits_change(trainer: Any, samples: int = 2) -> float:
     """
     dataset, model = trainer.train_dataset, trainer.model_wrapped
     batch = trainer.data_collator([dataset[i] for i in range(min(samples, len(dataset)))])
-    inputs = trainer._prepare_inputs({key: value for key, value in batch.items() if key not in ("sample_ids", "labels")})
+    inputs = trainer._prepare_inputs({key: batch[key] for key in batch if key not in ("sample_ids", "labels")})
     was_training = model.training
     model.eval()
     with torch.no_grad(), trainer.compute_loss_context_manager():

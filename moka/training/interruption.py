@@ -14,8 +14,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -31,6 +30,7 @@ EX_TEMPFAIL = 75
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 # A cluster signals launcher and processes alike, and the launcher sends its own on: that is one signal.
 _SAME_WITHIN_S = 3.0
+_OUTLIVE_S = 60
 
 
 class Interrupted(BaseException):
@@ -83,17 +83,18 @@ class Interruption:
             raise Interrupted
         if is_main():
             # print() may be what was interrupted.
-            text = f"\n{signal.Signals(number).name}: the run ends after this step, with a checkpoint\n"
+            text = f"\n{signal.Signals(number).name}: the run saves and ends\n"
             os.write(2, text.encode())
 
-    @contextmanager
-    def deferred(self) -> Iterator[None]:
-        """Inside, a signal is only noted, for ``agreed``."""
+    def defer(self) -> None:
+        """From here to ``check`` a signal is only noted, for ``agreed``."""
         self._deferred = True
-        try:
-            yield
-        finally:
-            self._deferred = False
+
+    def check(self, device: torch.device | None = None) -> None:
+        """Leave now where a signal was noted; from here on one is followed at once."""
+        self._deferred = False
+        if self.agreed(device):
+            raise Interrupted(agreed=True)
 
     def agreed(self, device: torch.device | None = None) -> bool:
         """Whether any process of the run was signalled: every process asks at the same place, and gets one answer."""
@@ -101,6 +102,17 @@ class Interruption:
         if connected():
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag.item())
+
+
+def outlive(then: Callable[[int], None] | None, worker: int) -> None:
+    """For a data loader's worker: live on at a signal for as long as saving may take.
+
+    A cluster signals workers too, and torch ends a run one of whose workers is gone.
+    """
+    for number in _SIGNALS:
+        signal.signal(number, lambda *_: signal.alarm(_OUTLIVE_S))
+    if then is not None:
+        then(worker)
 
 
 class BrokenOff(Exception):

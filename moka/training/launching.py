@@ -5,10 +5,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import json
 import os
 import shlex
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,9 +99,18 @@ def require_deepspeed(what: str) -> None:
 
 
 def check_deepspeed(section: Mapping[str, Any], name: str) -> None:
-    """Raises MokaError where a section of the configuration, or the launcher, asks for DeepSpeed and it is missing."""
+    """Where a section of the configuration, or the launcher, asks for DeepSpeed: that it is there, and was launched.
+
+    Raises:
+        MokaError: it is not installed, or no launcher has told this process its rank.
+    """
     if section.get("deepspeed"):
         require_deepspeed(f"{name}.deepspeed")
+        if "RANK" not in os.environ:
+            raise MokaError(
+                f"{name}.deepspeed needs a launcher, for one process too: torchrun --nproc_per_node 1 -m moka train ..., "
+                "or take it out and give --launcher zero2."
+            )
     elif os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("true", "1"):
         require_deepspeed("The launcher's configuration")
 
@@ -112,6 +124,14 @@ def alone_by_mistake() -> str | None:
         "note: accelerate was asked for several processes and started one, as it does on the CPU for --cpu and MULTI_CPU. "
         "`moka train --launcher cpu` starts two."
     )
+
+
+def tell_launcher(message: str) -> None:
+    """Leave the reason of this process's end where torchrun and accelerate look: theirs is then the last thing they print."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        reason = {"message": message, "extraInfo": {"timestamp": int(time.time())}}
+        with contextlib.suppress(OSError):
+            Path(path).write_text(json.dumps({"message": reason}), "utf-8")
 
 
 def _find(launcher: str) -> Path:

@@ -30,18 +30,24 @@ if hasattr(os, "register_at_fork"):
 
 
 class FolderLock:
-    """``RUN/.lock``, held by the main process from ``take`` to ``release``; the file is there only meanwhile."""
+    """``FOLDER/.lock``, held by the main process from ``take`` to ``release``; the file is there only meanwhile.
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / LOCK
+    Args:
+        use, key: what is done to the folder, and the setting that names it, for the message.
+    """
+
+    def __init__(self, folder: Path, use: str = "trained", key: str = "output.dir") -> None:
+        self.path, self.use, self.key = folder / LOCK, use, key
         self._descriptor: int | None = None
 
-    def take(self) -> None:
-        """A second time it does nothing.
+    def take(self) -> bool:
+        """Whether it was free, and is now ours; False where we hold it already.
 
         Raises:
             MokaError: another process holds it.
         """
+        if self._descriptor is not None:
+            return False
         while self._descriptor is None and fcntl is not None:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
             try:
@@ -51,12 +57,12 @@ class FolderLock:
                 os.close(descriptor)
                 if error.errno in _TAKEN:
                     raise MokaError(
-                        f"{self.path.parent} is being trained by {who}. Wait for it or end it, or choose another folder "
-                        "with output.dir=..."
+                        f"{self.path.parent} is being {self.use} by {who}. Wait for it or end it, or choose another folder "
+                        f"with {self.key}=..."
                     ) from error
                 print(f"note: no lock on {self.path} ({error.strerror}); see that no other run writes this folder.")
                 self.path.unlink(missing_ok=True)
-                return
+                return True
             if not self._is_current(descriptor):
                 os.close(descriptor)  # its holder removed the file between our two calls
                 continue
@@ -64,6 +70,7 @@ class FolderLock:
             os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
             self._descriptor = descriptor
             _held.add(descriptor)
+        return True
 
     def _is_current(self, descriptor: int) -> bool:
         try:

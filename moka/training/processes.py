@@ -2,6 +2,11 @@
 
 A process that raises while the others wait at a barrier would leave them waiting; so everything before training is done
 through ``agree``.
+
+What one process does alone (a download, a check of every file) may take longer than training's own limit on waiting for
+each other (``ddp_timeout``, 30 minutes by default, after which NCCL ends the run). So the processes tell each other what
+they have to on connections of their own, which wait for days; one that has died is noticed at once all the same, by its
+closed connection.
 """
 
 from __future__ import annotations
@@ -9,6 +14,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -17,6 +23,13 @@ from moka.errors import MokaError
 
 T = TypeVar("T")
 _COURTESY_S = 5.0
+_PATIENCE = timedelta(days=7)
+# How gloo, NCCL and the store say that another process is gone.
+_GONE = (
+    *("closed by peer", "reset by peer", "Broken pipe", "Connection was likely closed", "remote process exited"),
+    *("NCCL communicator was aborted", "Connection refused"),
+)
+_group: tuple[Any, Any] | None = None  # the processes it connects, and the group
 
 
 def connected() -> bool:
@@ -46,11 +59,13 @@ def disconnect(well: bool) -> None:
     """
     if connected() and (well or dist.get_backend() == "gloo"):
         dist.destroy_process_group()
+    elif connected() and _group is not None:
+        dist.destroy_process_group(_group[1])
 
 
 def lost_peer(error: BaseException) -> bool:
     """Whether this is how a process learns that another one is gone."""
-    return connected() and any(text in str(error) for text in ("closed by peer", "reset by peer", "Broken pipe"))
+    return connected() and any(text in str(error) for text in _GONE)
 
 
 def everyones(value: Any) -> list[Any]:
@@ -58,8 +73,16 @@ def everyones(value: Any) -> list[Any]:
     if not connected():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=_patient())
     return values
+
+
+def _patient() -> Any:
+    """The group of all processes that waits for days. The first call, which all make together, connects them."""
+    global _group
+    if _group is None or _group[0] is not dist.group.WORLD:
+        _group = dist.group.WORLD, dist.new_group(backend="gloo", timeout=_PATIENCE)
+    return _group[1]
 
 
 def agree(action: Callable[[], T], main_first: bool = False) -> T:

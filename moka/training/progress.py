@@ -83,7 +83,6 @@ class Meter(Watcher):
         self.owner = {i: place for place, ids in enumerate(type_ids.values(), start=1) for i in ids}
         self.clock = StepClock()
         self.counts: torch.Tensor | None = None
-        self.samples = 0
         self.norms: dict[str, float] = {}
 
     def watched(self, batches: Iterator[Any]) -> Iterator[Any]:
@@ -92,10 +91,11 @@ class Meter(Watcher):
     def on_batch(self, inputs: dict[str, Any], sample_ids: list[str]) -> None:
         types, labels, mask = inputs["mm_token_type_ids"], inputs["labels"], inputs["attention_mask"]
         present = mask > 0 if mask.dim() == 2 else torch.ones_like(types, dtype=torch.bool)
+        packed = inputs.get("position_ids")  # [batch, seq], from 0 at each sample of a row
+        samples = present.any(1).sum() if packed is None else ((packed == 0) & present).sum()
         sums = [((types == i) & present).sum() for i in (0, *self.owner)]
-        counts = torch.stack([*sums, (labels != -100).sum(), (~present).sum()])
+        counts = torch.stack([*sums, (labels != -100).sum(), (~present).sum(), samples])
         self.counts = counts if self.counts is None else self.counts + counts
-        self.samples += len(sample_ids)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.clock.step_ended()
@@ -118,8 +118,7 @@ class Meter(Watcher):
     def measured(self, logs: dict[str, Any]) -> dict[str, float]:
         if self.counts is None:
             return {}
-        *counts, (samples, seconds, waited, memory) = self._gathered()
-        by_type, (supervised, padding) = counts[0], counts[1]
+        (*by_type, supervised, padding, samples), (seconds, waited, memory) = self._gathered()
         tokens = dict.fromkeys(self.names, 0)
         for place, count in zip((0, *self.owner.values()), by_type, strict=True):
             tokens[self.names[place]] += int(count)
@@ -136,17 +135,17 @@ class Meter(Watcher):
             **{f"grad_norm/{part}": norm * self._unclipped(logs) for part, norm in norms.items()},
         }
 
-    def _gathered(self) -> tuple[list[float], list[float], tuple[float, float, float, float]]:
-        """Tokens by type id; supervised and padding; samples, seconds, share waited, GiB: of all processes."""
+    def _gathered(self) -> tuple[list[float], list[float]]:
+        """Sums over the processes: tokens by type id, supervised ones, padding, samples. And the largest of the processes:
+        seconds, share of them waited, GiB.
+        """
         assert self.counts is not None
         seconds, waited = self.clock.read()
-        device = self.counts.device
-        own = torch.tensor([self.samples, seconds, waited / seconds, memory_gib(device)], dtype=torch.float64)
+        device, n = self.counts.device, len(self.counts)
+        own = torch.tensor([seconds, waited / seconds, memory_gib(device)], dtype=torch.float64)
         every = self.trainer.accelerator.gather(torch.cat([self.counts.double(), own.to(device)])[None])  # [ranks, k]
-        self.counts, self.samples = None, 0
-        *sums, samples, _, _, _ = every.sum(0).tolist()
-        *_, longest, share, memory = every.amax(0).tolist()
-        return sums[:-2], sums[-2:], (samples, longest, share, memory)
+        self.counts = None
+        return every[:, :n].sum(0).tolist(), every[:, n:].amax(0).tolist()
 
     def _unclipped(self, logs: dict[str, Any]) -> float:
         """What gradients read after clipping (all but DeepSpeed's) are to be multiplied by."""

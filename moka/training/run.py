@@ -19,14 +19,17 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from moka.data import Collator, EncodedDataset, resolve_backbone
+from moka.data.features import FeatureCache
 from moka.data.media import BadMediaError
 from moka.data.sources import notes_of
 from moka.data.usable import SkipReport, Subset, joined
 from moka.errors import MokaError
 from moka.modeling import MokaForConditionalGeneration, MokaProcessor
+from moka.modeling.encoders import bring_back
 from moka.modeling.partitioned import has_parts
 
 from .arguments import RunConfig
+from .batches import put_together
 from .build import (
     adapter_parameters,
     attach_adapter,
@@ -36,18 +39,21 @@ from .build import (
     count_parameters,
 )
 from .callbacks import MetricsWriter
+from .checkpoints import last_checkpoint, say_changes
 from .connector import load_connector, save_connector, trained_parts
-from .datasets import bad_media_report, check_media, open_data, try_media, write_reports
-from .engine import EngineNote, forget_engine, in_words, zero_stage
+from .datasets import bad_media_report, check_files, check_media, open_data, try_media, write_reports
+from .engine import EngineNote, forget_engine, in_words
+from .feature_cache import describe, open_features, with_features
 from .files import whole, write_json
 from .folder import ADAPTER, CONNECTOR, SUMMARY, RunFolder, save_result
 from .guards import DivergenceGuard, GradientGuard, check_dtypes, logits_change
+from .interruption import Interrupted, Interruption, SaveAndLeave
 from .objectives import EmbeddingAlignment
 from .processes import agree, everyones, is_main, lost_peer, on_main, share_of_work
 from .progress import Meter, ProgressBar
 from .report import plot_balance, plot_loss, write_card, write_samples
 from .reporting import place_tensorboard
-from .trainer import MokaTrainer, last_checkpoint, training_arguments
+from .trainer import MokaTrainer, training_arguments
 
 _BAD_MEDIA = {
     "error": "with bad media",
@@ -68,13 +74,19 @@ class Run:
     datasets: dict[str, Any]
     model: MokaForConditionalGeneration
     processor: MokaProcessor
+    interruption: Interruption = field(default_factory=Interruption)
     started: float = 0.0
+    features: FeatureCache | None = None
     engines: dict[int, dict[str, Any]] = field(default_factory=dict)
     logits_change: float | None = None
 
     @property
     def max_length(self) -> int | None:
         return context_length(self.config.model, self.model)
+
+    def leave_if_told(self) -> None:
+        """End here where a signal came after the last step of a stage; its result is saved."""
+        self.interruption.check(next(iter(self.arguments.values())).device)
 
 
 def run_training(config: RunConfig, resume: bool = False, overwrite: bool = False) -> Path:
@@ -100,8 +112,24 @@ def open_run(config: RunConfig, resume: bool = False, overwrite: bool = False) -
     Raises:
         MokaError: as ``run_training``.
     """
-    started = time.monotonic()
     folder = RunFolder(config.output.dir)
+    with Interruption() as interruption:
+        try:
+            with _open_run(config, folder, resume, overwrite) as run:
+                if run is not None:
+                    run.interruption = interruption
+                yield run
+        except Interrupted as stop:
+            if folder.holds_run():
+                stop.remedy = "go on with `moka train ... --resume`"
+            raise
+        finally:
+            folder.lock.release()
+
+
+@contextmanager
+def _open_run(config: RunConfig, folder: RunFolder, resume: bool, overwrite: bool) -> Iterator[Run | None]:
+    started = time.monotonic()
     # The arguments come first: they connect the processes.
     arguments = {stage: _arguments(config, folder, stage) for stage in config.stages}
     agree(lambda: check_not_sharded(config.model, arguments.values()))
@@ -115,17 +143,19 @@ def open_run(config: RunConfig, resume: bool = False, overwrite: bool = False) -
     # What has to be downloaded and prepared is so once.
     agree(lambda: resolve_backbone(config.model.backbone), main_first=True)
     datasets = agree(lambda: open_data(config), main_first=True)
+    agree(lambda: check_files(datasets, config, share_of_work()))
     for note in dict.fromkeys(note for samples in datasets.values() for note in notes_of(samples)):
         _say(f"note: {note}")
-    tried = _leave_out(datasets, config, folder, resume)
     run = agree(lambda: _prepare(config, folder, arguments, resume, datasets))
+    tried = _leave_out(run.datasets, config, folder, resume)
+    agree(lambda: _try_first(run))
     on_main(lambda: check_media(run.datasets, config))
     run.started = started
     if not resume:
         on_main(lambda: folder.create(config))
         on_main(lambda: write_reports(tried, folder.path))
     if config.data.on_bad_media == "substitute":
-        run.datasets = agree(lambda: open_data(config, folder.path))
+        run.datasets = agree(lambda: open_data(config, folder.path, run.features))
     try:
         yield run
     except BadMediaError as error:
@@ -136,7 +166,10 @@ def open_run(config: RunConfig, resume: bool = False, overwrite: bool = False) -
     except RuntimeError as error:
         if not lost_peer(error):
             raise
-        raise MokaError("Another process of this run has ended; its own message says why.") from error
+        raise MokaError(
+            "Another process of this run has ended; its own message says why. Where it has none, the launcher's report "
+            "tells its exit code (-9: killed, often for want of memory). --resume goes on from the newest checkpoint."
+        ) from error
 
 
 def _leave_out(datasets: dict[str, Any], config: RunConfig, folder: RunFolder, resume: bool) -> dict[str, SkipReport]:
@@ -165,10 +198,18 @@ def _prepare(
     run = Run(config, folder, arguments, resume, datasets, model, processor)
     if 2 in config.stages:
         adapter_parameters(model, config.adapter)
-    for samples in datasets.values():
-        # A template, encoder or length that cannot work.
-        EncodedDataset(samples, processor, run.max_length)[0]
+    if config.data.feature_cache is not None:
+        run.features = open_features(config.data, model, processor)
+        run.datasets = {name: with_features(samples, run.features) for name, samples in datasets.items()}
+        for line in describe(run.features):
+            _say(line)
     return run
+
+
+def _try_first(run: Run) -> None:
+    """A template, encoder or length that cannot work."""
+    for samples in run.datasets.values():
+        EncodedDataset(samples, run.processor, run.max_length)[0]
 
 
 def _seed(config: RunConfig) -> None:
@@ -212,7 +253,14 @@ def _trainer(run: Run, stage: int, module: torch.nn.Module, step: int) -> MokaTr
     trainer = MokaTrainer(
         model=module,
         args=arguments,
-        train_dataset=EncodedDataset(train, run.processor, run.max_length, seed, dropped),
+        train_dataset=put_together(
+            EncodedDataset(train, run.processor, run.max_length, seed, dropped),
+            arguments,
+            packing=bool(section.get("packing")),
+            path=run.folder / f"lengths-stage{stage}.npz",
+            resume=run.resume,
+            name=f"data.{'alignment' if stage == 1 else 'train'}",
+        ),
         eval_dataset=None if validation is None else EncodedDataset(validation, run.processor, run.max_length),
         data_collator=Collator(run.processor),
         processing_class=run.processor,
@@ -234,14 +282,19 @@ def _train(run: Run, stage: int, module: torch.nn.Module) -> dict[str, torch.Ten
     arguments = run.arguments[stage]
     checkpoint, step = None, 0
     if run.resume:
-        checkpoint, step = last_checkpoint(Path(arguments.output_dir or "."))
+        stage_folder = Path(arguments.output_dir or ".")
+        checkpoint, step = everyones(agree(lambda: last_checkpoint(stage_folder) if is_main() else (None, 0)))[0]
         on_main(lambda: run.folder.rewind_metrics(stage, step))
         _say(
             f"stage {stage}: " + (f"going on from {checkpoint}" if checkpoint else "no checkpoint; from its beginning")
         )
+    if checkpoint is not None and is_main():
+        say_changes(checkpoint, arguments.world_size)
     _say_batch(run, stage, going_on=checkpoint is not None)
     trainer = _trainer(run, stage, module, step)
     trainer.add_callback(EngineNote(trainer, stage, run.engines))
+    trainer.add_callback(SaveAndLeave(run.interruption))
+    run.interruption.defer()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     _say_replaced(run, stage)
     if stage == 2:
@@ -254,8 +307,9 @@ def _say_batch(run: Run, stage: int, going_on: bool) -> None:
     arguments = run.arguments[stage]
     batch, accumulated = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
     total = batch * accumulated * arguments.world_size
+    unit = "packed rows" if getattr(run.config, SECTIONS[stage]).get("packing") else "samples"
     _say(
-        f"stage {stage}: {total} samples a step ({batch} x {arguments.world_size} processes x {accumulated} accumulated)"
+        f"stage {stage}: {total} {unit} a step ({batch} x {arguments.world_size} processes x {accumulated} accumulated)"
     )
     key = "samples_per_step"
     records = agree(run.folder.metrics)
@@ -299,6 +353,7 @@ def train_adapter(run: Run) -> PeftModel:
     parts = trained_parts(run.model)
     if parts and 1 not in run.config.stages and not run.config.model.connectors:
         _say(f"note: {', '.join(parts)} start untrained: neither stage 1 nor model.connectors is given.")
+    run.leave_if_told()
     # Again: a resumed run, which has not gone through stage 1, draws the same adapter.
     _seed(run.config)
     adapted = attach_adapter(run.model, run.config.adapter)
@@ -324,10 +379,12 @@ def _say_replaced(run: Run, stage: int) -> None:
 
 def finish(run: Run, result: PeftModel | None) -> None:
     """Plot, sample answers, model card and summary; the summary, written last, marks the run as complete."""
+    run.leave_if_told()
     validation = run.datasets.get("validation")
     if result is not None and validation is not None:
         # On all processes: each may hold but a part of the model.
         agree(lambda: write_samples(run.folder, result, run.processor, validation, run.config))
+    bring_back(run.model)  # encoders whose features came from a cache
     on_main(lambda: _write_artefacts(run, result, time.monotonic() - run.started))
 
 

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import save_fsdp_optimizer
 from peft import PeftModel
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
-from transformers.integrations.deepspeed import deepspeed_load_checkpoint
-from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer import SCHEDULER_NAME
 
 from moka.errors import MokaError
 from moka.modeling import MokaForConditionalGeneration
 from moka.modeling.partitioned import taking_whole, whole_state
 
+from .batches import reach_sampler, sampler
 from .callbacks import Watcher
 from .connector import connector_state, load_connector, save_connector
-from .engine import leave_frozen_out, use_deepspeed
-from .files import writing
+from .engine import leave_frozen_out, load_checkpoint, use_deepspeed
 from .folder import save_adapter
 from .global_batch import divided
 from .gradients import GradientReader
@@ -30,10 +27,11 @@ from .launching import check_deepspeed
 from .objectives import EmbeddingAlignment, share_captions
 from .processes import agree
 from .reporting import check_reports
+from .resuming import ResumableTrainer
 from .values import OWN_TRAINING_KEYS
 
 
-class MokaTrainer(Trainer):
+class MokaTrainer(ResumableTrainer):
     """Trains either the connectors of a composed model (stage 1) or its adapter and connectors (stage 2).
 
     Args:
@@ -74,6 +72,15 @@ class MokaTrainer(Trainer):
     def watchers(self) -> list[Watcher]:
         return [callback for callback in self.callback_handler.callbacks if isinstance(callback, Watcher)]
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        own = sampler(self.train_dataset if train_dataset is None else train_dataset, self.args)
+        return super()._get_train_sampler(train_dataset) if own is None else own
+
+    def get_train_dataloader(self) -> Any:
+        loader = super().get_train_dataloader()
+        reach_sampler(loader)
+        return loader
+
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, Any]:
         for watcher in self.watchers:
             epoch_iterator = watcher.watched(epoch_iterator)
@@ -88,7 +95,7 @@ class MokaTrainer(Trainer):
         model, train_dataloader = super()._prepare_for_training(max_steps, train_dataloader, None)
         leave_frozen_out(model)
         if resume_from_checkpoint is not None:
-            deepspeed_load_checkpoint(model, resume_from_checkpoint, load_module_strict=False)
+            load_checkpoint(model, Path(resume_from_checkpoint), self.args.world_size)
             self._load_optimizer_and_scheduler(resume_from_checkpoint)
             self._load_scaler(resume_from_checkpoint)
         return model, train_dataloader
@@ -129,21 +136,12 @@ class MokaTrainer(Trainer):
         if not self.args.should_save:
             return
         model = self.accelerator.unwrap_model(self.model)
-        if isinstance(model, PeftModel):
-            save_adapter(model, self.processing_class, folder, state)
-        else:
-            save_connector(composed_of(model), folder, state)
-        torch.save(self.args, folder / "training_args.bin")
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """As in transformers; a checkpoint that cannot be completed is removed."""
-        folder = Path(self.args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        try:
-            with writing(folder):
-                super()._save_checkpoint(model, trial)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
+        with self.failing_later():
+            if isinstance(model, PeftModel):
+                save_adapter(model, self.processing_class, folder, state)
+            else:
+                save_connector(composed_of(model), folder, state)
+            torch.save(self.args, folder / "training_args.bin")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_fsdp_enabled:
@@ -184,18 +182,6 @@ def composed_of(model: Any) -> MokaForConditionalGeneration:
     if isinstance(model, PeftModel):
         model = model.get_base_model()
     return model.model if isinstance(model, EmbeddingAlignment) else model
-
-
-def last_checkpoint(folder: Path) -> tuple[Path | None, int]:
-    """The newest whole checkpoint and its step; (None, 0) without one. The trainer's state is what it writes last."""
-    found = []
-    for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        try:
-            found.append((json.loads((path / TRAINER_STATE_NAME).read_text("utf-8"))["global_step"], path))
-        except (OSError, ValueError, KeyError):
-            print(f"note: {path} is not whole; the run was ended while it was written. It is left out.")
-    step, newest = max(found, default=(0, None))
-    return newest, step
 
 
 def training_arguments(
@@ -256,7 +242,7 @@ def _check_processes(arguments: TrainingArguments) -> None:
         )
     if arguments.n_gpu > 1:
         # DataParallel would cut media and text of a batch at different places.
-        print(f"note: {arguments.n_gpu} GPUs are visible and one is used; `accelerate launch -m moka train` uses all.")
+        print(f"note: {arguments.n_gpu} GPUs are visible and one is used; --launcher ddp or zero2 uses all.")
         arguments._n_gpu = 1
 
 

@@ -14,6 +14,8 @@ from transformers import TrainingArguments
 from moka.errors import MokaError, nearest
 
 OBJECTIVES = ("language_modeling", "embedding")
+# transformers has one more, "batch_rebalance", which would read every sample for its length.
+SAMPLING_STRATEGIES = ("random", "sequential", "group_by_length")
 
 # Keys of `training` and `alignment` that transformers does not have.
 OWN_TRAINING_KEYS = {
@@ -21,12 +23,14 @@ OWN_TRAINING_KEYS = {
     "encoder_learning_rate": "Learning rate of trainable encoders (default: learning_rate).",
     "projector_learning_rate": "Learning rate of projectors (default: learning_rate).",
     "objective": "Stage 1: language_modeling, or embedding (no pass through the language model).",
+    "packing": "Fill rows of model.max_length tokens with several samples; batch sizes then count rows.",
 }
 _OWN_TYPES = {
     "global_batch_size": int,
     "encoder_learning_rate": float,
     "projector_learning_rate": float,
     "objective": str,
+    "packing": bool,
 }
 
 _ALWAYS = "moka sets it as its batches need it"
@@ -157,6 +161,8 @@ def training_section(raw: dict[str, Any], where: str, section: str) -> dict[str,
         at_least(f"{where}: {section}.max_steps", checked["max_steps"], 1)
     if "objective" in checked:
         one_of(f"{where}: {section}.objective", checked["objective"], OBJECTIVES)
+    if "train_sampling_strategy" in checked:
+        one_of(f"{where}: {section}.train_sampling_strategy", checked["train_sampling_strategy"], SAMPLING_STRATEGIES)
     return checked
 
 

@@ -19,7 +19,14 @@ from moka.modeling.tiny import write_tiny_backbone
 
 CONV = {
     "visual": {
-        "encoder": {"type": "conv-image", "image_size": 8, "channels": [4, 4], "width": 8, "num_tokens": 2, "dropout": 0.0},
+        "encoder": {
+            "type": "conv-image",
+            "image_size": 8,
+            "channels": [4, 4],
+            "width": 8,
+            "num_tokens": 2,
+            "dropout": 0.0,
+        },
         "projector": {"type": "linear"},
     },
     "audio": {
@@ -54,7 +61,9 @@ def sample(number, texts):
         content = []
         for place, word in enumerate(text.split()):
             kind = word if word in ("image", "audio", "video") else "text"
-            content.append({"type": kind, kind: word if kind == "text" else medium(kind, 97 * number + 7 * turn + place)})
+            content.append(
+                {"type": kind, kind: word if kind == "text" else medium(kind, 97 * number + 7 * turn + place)}
+            )
         messages.append({"role": "user", "content": content})
     return {"id": f"s{number}", "messages": messages}
 
@@ -68,7 +77,7 @@ def build(folder, adapter="moka", implementation="sdpa", modalities=CONV):
         folder, modalities, attn_implementation=implementation, dtype=torch.float32
     )
     for projector in model.projectors.values():
-        if hasattr(projector, "output"):
+        if projector.output is not None:
             projector.output.weight.data.normal_(std=0.2)
     processor = MokaProcessor.from_model(model, AutoTokenizer.from_pretrained(folder))
     torch.manual_seed(2)
@@ -104,7 +113,7 @@ def assert_equal_training(model, processor, rows, **collation):
     assert packed_gradients.keys() == gradients.keys()
     for name, grad in gradients.items():
         # The bias before a norm has no gradient but rounding errors, which have no scale of their own.
-        scale = max(float(grad.abs().max()), 1e-4)
+        scale = max(float(grad.abs().max()), 1e-2)
         difference = float((packed_gradients[name] - grad).abs().max()) / scale
         assert difference < 1e-5, (name, difference, scale)
 
@@ -168,7 +177,10 @@ def test_no_sample_of_a_row_sees_another(backbones, encoded, implementation):
     for changed in range(len(order)):
         other = copy.deepcopy(given)
         one = other[changed]
-        one["input_ids"] = [i if kind else (i + 7) % 300 + 10 for i, kind in zip(one["input_ids"], one["mm_token_type_ids"])]
+        one["input_ids"] = [
+            i if kind else (i + 7) % 300 + 10
+            for i, kind in zip(one["input_ids"], one["mm_token_type_ids"], strict=True)
+        ]
         for name in ("pixel_values", "input_features"):
             if name in one:
                 one[name] = one[name] + 3
@@ -261,7 +273,7 @@ class Substituted:
         return len(self.samples)
 
     def __getitem__(self, index):
-        return self.samples[3 if index == self.grown else index]
+        return SAMPLES[3] if index == self.grown else self.samples[index]
 
 
 def test_a_substitute_that_is_too_long_for_its_row_is_left_out(llama):
@@ -270,8 +282,7 @@ def test_a_substitute_that_is_too_long_for_its_row_is_left_out(llama):
     rows = packed(llama[1], samples, capacity=max(3 * short, long))
     assert rows.rows != [[0], [1], [2]]
     assert [rows[0]["sample_id"], len(rows[0]["input_ids"])] == ["s4, s4, s4", 3 * short]
-    samples.grown = rows.rows[0][1]
     assert long > short
-    assert [rows[0]["sample_id"], len(rows[0]["input_ids"])] == ["s4, s4", 2 * short]
-    samples.grown = rows.rows[0][0]  # the first always has room
-    assert rows[0]["sample_id"].split(", ")[0] == "s3"
+    for grown in range(3):
+        samples.grown = grown
+        assert [rows[0]["sample_id"], len(rows[0]["input_ids"])] == ["s4, s4", 2 * short]

@@ -1,8 +1,11 @@
 """A resumed run is the uninterrupted one, bit for bit, wherever it was killed."""
 
 import json
+import random
 import shutil
+import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +13,9 @@ from safetensors.torch import load_file
 
 from moka.errors import MokaError
 from moka.training import config_from_dict, run_training
+from moka.training.checkpoints import fault, last_checkpoint, read_seal
 
+DYING = Path(__file__).with_name("dying.py")
 AFTER_TRAINING = ("adapter", "summary.json", "README.md", "loss.png", "samples.jsonl")
 
 
@@ -130,3 +135,177 @@ def test_resume_without_a_run_is_refused(tiny_config, tmp_path):
     with pytest.raises(MokaError, match="holds no run"):
         resume(tiny_config, tmp_path / "nothing")
     assert not (tmp_path / "nothing").exists()
+
+
+# Epochs of six steps, micro-batches, workers; saving, logging and evaluation at different steps; dropout as it comes.
+RAGGED = {
+    "data__train_size": 24,
+    "alignment__max_steps": 12,
+    "alignment__save_steps": 3,
+    "training__per_device_train_batch_size": 2,
+    "training__gradient_accumulation_steps": 2,
+    "training__num_train_epochs": 6,
+    "training__max_steps": -1,
+    "training__save_steps": 4,
+    "training__save_total_limit": 2,
+    "training__eval_steps": 5,
+    "training__dataloader_num_workers": 1,
+    "training__warmup_steps": 7,
+}
+
+
+@pytest.mark.slow
+def test_runs_killed_at_random_steps_equal_an_uninterrupted_one(tiny_config, tmp_path, launch, write_yaml):
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    seed = time.time_ns() % 10_000
+    drawn = random.Random(seed)
+    ends = [(1, drawn.randint(2, 10)), (2, drawn.randint(2, 16)), (2, drawn.randint(18, 32))]
+    print(f"seed {seed}: killed at {ends}")
+    config = write_yaml(tmp_path / "run.yaml", tiny_config(tmp_path / "run", **RAGGED))
+    for number, end in enumerate(ends):
+        run = launch("one", "train", config, *(["--resume"] if number else []), start=True, **threads)
+        while run.poll() is None and last_logged(tmp_path / "run") < end:
+            time.sleep(0.001)
+        run.kill()
+        assert run.wait() == -9, run.stderr.read()[-2000:]
+        run.stdout.close(), run.stderr.close()
+        print(
+            f"was at {last_logged(tmp_path / 'run')}: {sorted(p.name for p in (tmp_path / 'run').rglob('checkpoint-*'))}"
+        )
+    done = launch("one", "train", config, "--resume", **threads)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "going on from" in done.stdout
+    whole = run_training(config_from_dict(tiny_config(tmp_path / "whole", **RAGGED)))
+    assert len(losses(whole)) > 48
+    assert_same(tmp_path / "run", whole)
+
+
+def last_logged(folder):
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return max((_at(line) for line in lines if '"loss"' in line), default=(0, 0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["_save_scaler", "_save_rng_state"])
+def test_a_run_killed_while_it_writes_a_checkpoint(
+    trained_run, tiny_config, tmp_path, launch, write_yaml, capsys, place
+):
+    """After the optimizer's state, and when only the trainer's is missing."""
+    config = write_yaml(tmp_path / "run.yaml", tiny_config(tmp_path / "run"))
+    done = launch("one", f"{place},2,4,0,self,SIGKILL", "train", config, program=[DYING])
+    assert done.returncode == -9
+    stage = tmp_path / "run/checkpoints/stage2"
+    assert (stage / "unfinished/checkpoint-4/optimizer.pt").exists()
+    resume(tiny_config, tmp_path / "run")
+    said = capsys.readouterr().out
+    assert "checkpoint-4 was half-written when the run ended; it is removed" in said
+    assert f"going on from {stage / 'checkpoint-2'}" in said
+    assert sorted(path.name for path in stage.iterdir()) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    assert_same(tmp_path / "run", trained_run)
+
+
+def test_a_run_killed_after_its_last_step_trains_no_other(trained_run, tiny_config, tmp_path):
+    for stage in (1, 2):
+        folder = killed(trained_run, tmp_path / f"run{stage}", stage, 6)
+        resume(tiny_config, folder)
+        assert_same(folder, trained_run)
+        assert last_checkpoint(folder / f"checkpoints/stage{stage}")[1] == 6
+
+
+def test_a_truncated_newest_checkpoint_costs_its_steps_alone(trained_run, tiny_config, tmp_path, capsys):
+    folder = killed(trained_run, tmp_path / "run", 2, 4)
+    broken = folder / "checkpoints/stage2/checkpoint-4/adapter_model.safetensors"
+    broken.write_bytes(broken.read_bytes()[:-1])
+    resume(tiny_config, folder)
+    said = capsys.readouterr().out
+    assert f"{broken} has" in said
+    assert "going on from" in said
+    assert_same(folder, trained_run)
+
+
+@pytest.mark.parametrize("logging_steps", [4])
+def test_what_was_not_logged_yet_is_kept(tiny_config, tmp_path, logging_steps):
+    """The loss is a mean since the last logging step, and checkpoints come between two of them."""
+    changes = {"stages": [2], "training__logging_steps": logging_steps, "training__max_steps": 8}
+    whole = run_training(config_from_dict(tiny_config(tmp_path / "whole", **changes)))
+    folder = killed(whole, tmp_path / "run", 2, 6)
+    resume(tiny_config, folder, **changes)
+    assert [step for _, step, loss, *_ in losses(folder) if loss is not None] == [1, 4, 8]
+    assert losses(folder) == losses(whole)
+
+
+# As many samples a step on one process as on two; a dropout would draw other masks. Adam's epsilon keeps gradients that
+# are nothing but rounding from counting.
+ELASTIC = {
+    "stages": [2],
+    "adapter__dropout": 0.0,
+    "model__modalities__visual__encoder__dropout": 0.0,
+    "model__modalities__audio__encoder__dropout": 0.0,
+    "training__global_batch_size": 4,
+    "training__per_device_train_batch_size": 2,
+    "training__adam_epsilon": 1e-3,
+    "training__max_steps": 10,
+    "training__save_steps": 3,
+    "training__eval_strategy": "no",
+}
+
+
+def assert_close(folder, reference, rel):
+    ours, theirs = losses(folder), losses(reference)
+    assert [record[:2] for record in ours] == [record[:2] for record in theirs]
+    for one, other in zip(ours, theirs, strict=True):
+        assert [x or 0.0 for x in one] == pytest.approx([x or 0.0 for x in other], rel=rel)
+    mine, other = (load_file(f / "adapter/adapter_model.safetensors") for f in (folder, reference))
+    for key in other:
+        torch.testing.assert_close(mine[key], other[key], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_checkpoints_go_on_with_as_many_processes_with_fewer_and_with_more(
+    tiny_config, tmp_path, launch, write_yaml, capsys
+):
+    """A process of two is killed at a random step; both numbers of processes go on, and one's checkpoint with two."""
+    whole = run_training(config_from_dict(tiny_config(tmp_path / "whole", **ELASTIC)))
+    step = random.randint(3, 8)
+    print(f"killed after {step} steps")
+    config = write_yaml(tmp_path / "run.yaml", tiny_config(tmp_path / "run", **ELASTIC))
+    done = launch("torchrun", f"training_step,2,{step},1,self,SIGKILL", "train", config, program=[DYING], timeout=400)
+    assert done.returncode != 0
+    _, kept = last_checkpoint(tmp_path / "run/checkpoints/stage2")
+    assert kept == step // 3 * 3
+    assert read_seal(tmp_path / f"run/checkpoints/stage2/checkpoint-{kept}").world_size == 2
+    shutil.copytree(tmp_path / "run", tmp_path / "fewer")
+    capsys.readouterr()
+    resume(tiny_config, tmp_path / "fewer", **ELASTIC)
+    said = capsys.readouterr().out
+    assert f"checkpoint-{kept} was written by 2 processes, and 1 go on" in said
+    assert "4 samples a step (2 x 1 processes x 2 accumulated)" in said
+    assert_close(tmp_path / "fewer", whole, rel=1e-5)
+
+    more = write_yaml(tmp_path / "more.yaml", tiny_config(tmp_path / "more", **ELASTIC))
+    killed(whole, tmp_path / "more", 2, 6)
+    for folder, source in (("run", config), ("more", more)):
+        done = launch("torchrun", "train", source, "--resume", timeout=400)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert json.loads((tmp_path / folder / "summary.json").read_text())["processes"] == 2
+        assert ("was written by" in done.stdout) == (folder == "more")
+        assert_close(tmp_path / folder, whole, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rank", "size"), [(0, 20_000), (1, 100)], ids=["of the main process", "of the other"])
+def test_a_full_disk_ends_both_processes_and_keeps_the_last_good_checkpoint(
+    tiny_config, tmp_path, launch, write_yaml, rank, size
+):
+    changes = {**ELASTIC, "training__save_steps": 2, "training__eval_strategy": "steps", "training__eval_steps": 2}
+    changes |= {"training__load_best_model_at_end": True}  # where transformers has a barrier among its writing
+    config = write_yaml(tmp_path / "run.yaml", tiny_config(tmp_path / "run", **changes))
+    done = launch("torchrun", f"training_step,2,2,{rank},disk,{size}", "train", config, program=[DYING], timeout=400)
+    assert done.returncode != 0
+    told = [line for line in done.stderr.splitlines() if "moka: " in line]
+    assert len(told) == 1, done.stderr[-3000:]
+    assert "checkpoint-4 cannot be written: the disk is full" in told[0]
+    stage = tmp_path / "run/checkpoints/stage2"
+    assert [path.name for path in stage.iterdir()] == ["checkpoint-2"]
+    assert fault(stage / "checkpoint-2") is None

@@ -7,12 +7,10 @@ import resource
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import TrainerState
 
 from moka.errors import MokaError
 from moka.training import config_from_dict, run_training
 from moka.training.build import attach_adapter, build_model
-from moka.training.callbacks import DivergenceGuard
 from moka.training.folder import RunFolder, check_trained
 from moka.training.trainer import MokaTrainer, training_arguments
 
@@ -122,18 +120,9 @@ def test_what_transformers_refuses_is_told_before_training(tmp_path, section, wo
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize("loss", [float("nan"), float("inf"), 0.0])
-def test_guard_stops_after_three_bad_losses_in_a_row(loss):
-    guard, state = DivergenceGuard("alignment"), TrainerState(global_step=30)
-    for logs in ({"loss": loss}, {"loss": loss}, {"loss": 1.0}, {"eval_loss": 0.0}, {"loss": loss}, {"loss": loss}):
-        guard.on_log(None, state, None, logs=logs)
-    with pytest.raises(MokaError, match=r"3 logging steps in a row \(last: step 30\).*alignment.learning_rate"):
-        guard.on_log(None, state, None, logs={"loss": loss})
-
-
 def test_diverging_run_stops_and_leaves_no_adapter(tiny_config, tmp_path):
     changes = {**NO_DROPOUT, "stages": [2], "training__max_steps": 50, "training__learning_rate": 1e30}
-    with pytest.raises(MokaError, match=r"loss was nan at 3 logging steps in a row.*training.learning_rate"):
+    with pytest.raises(MokaError, match=r"loss was nan at 3 steps in a row.*training.learning_rate"):
         train(tiny_config(tmp_path / "run", **changes, training__max_grad_norm=0.0))
     assert not (tmp_path / "run/adapter").exists()
     lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()

@@ -1,0 +1,135 @@
+"""Runs that group their samples by length or pack them: exact on resume, and on two processes what they are on one."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from moka.errors import MokaError
+from moka.training import config_from_dict, run_training
+
+GROUPED = {"training__train_sampling_strategy": "group_by_length"}
+PACKED = {"training__packing": True, "model__max_length": 96}
+SAME = {
+    "stages": [2],
+    "adapter__dropout": 0.0,
+    "model__modalities__visual__encoder__dropout": 0.0,
+    "model__modalities__audio__encoder__dropout": 0.0,
+    "training__optim": "sgd",
+    "training__eval_strategy": "no",
+}
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """Two JSONL files with 13 usable samples each, of text alone and with one or two pictures; one picture is none."""
+    folder = tmp_path_factory.mktemp("mixed")
+    for number in range(14):
+        Image.new("L", (20, 20), 15 * number).save(folder / f"{number}.png")
+    (folder / "4.png").write_bytes(b"no picture")
+    for part in range(2):
+        lines = []
+        for number in range(14 - part):
+            pictures = [number, 2 * number % 13 if number != 2 else 2][: (part or number) % 3]
+            pictures = [one for one in pictures if one != 4 or number == 4]
+            if part == 0 and number == 4:
+                pictures = [4]
+            elif part == 1:
+                pictures = [one for one in pictures if one != 4]
+            content = [{"type": "image", "image": f"{one}.png"} for one in pictures]
+            content.append({"type": "text", "text": "Which digit is written? " * (1 + number % 4)})
+            answer = {"role": "assistant", "content": "seven " * (1 + number % 3)}
+            lines.append(
+                json.dumps({"id": f"{part}-{number}", "messages": [{"role": "user", "content": content}, answer]})
+            )
+        (folder / f"{part}.jsonl").write_text("\n".join(lines) + "\n")
+    sources = [str(folder / "0.jsonl"), str(folder / "1.jsonl")]
+    return {
+        "data__train": sources,
+        "data__train_size": None,
+        "data__on_bad_media": "skip",
+        "data__bad_media_budget": 0.1,
+    }
+
+
+def records(folder):
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(r["step"], r["loss"], r["grad_norm"]) for r in found if "loss" in r]
+
+
+@pytest.mark.parametrize("how", ["grouped", "packed", "both"])
+def test_a_resumed_run_is_the_uninterrupted_one(tiny_config, tmp_path, capsys, mixed, how):
+    """Interrupted in the middle of the second epoch or later, with data of several sources and a sample left out."""
+    changes = {**SAME, **mixed, **(GROUPED if how != "packed" else {}), **(PACKED if how != "grouped" else {})}
+    changes |= {"training__max_steps": 12, "training__per_device_train_batch_size": 2, "training__save_steps": 11}
+    whole = run_training(config_from_dict(tiny_config(tmp_path / "whole", **changes)))
+    said = capsys.readouterr().out
+    if how != "grouped":
+        assert "packing: 26 samples in " in said
+        assert "stage 2: 2 packed rows a step" in said
+    if how != "packed":
+        assert "of a batch is padding" in said
+    killed = tmp_path / "killed"
+    shutil.copytree(whole, killed)
+    shutil.rmtree(killed / "adapter")
+    shutil.rmtree(killed / "checkpoints/stage2/checkpoint-12")
+    (killed / "summary.json").unlink()
+    lengths = (killed / "lengths-stage2.npz").stat().st_mtime_ns
+    run_training(config_from_dict(tiny_config(killed, **changes)), resume=True)
+    assert "going on from" in capsys.readouterr().out
+    assert records(killed) == records(whole)
+    assert len(records(whole)) == 12
+    assert (killed / "lengths-stage2.npz").stat().st_mtime_ns == lengths  # read, not counted again
+    ours, theirs = (load_file(run / "adapter/adapter_model.safetensors") for run in (killed, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_packed_epoch_learns_what_an_unpacked_one_does(tiny_config, tmp_path, mixed):
+    """One step on all samples: the same loss, and the same adapter, in 26 rows of one sample or in a few."""
+    found = {}
+    for name, more in (("alone", {"model__max_length": 96}), ("packed", PACKED)):
+        changes = {**SAME, **mixed, **more, "training__max_steps": 1, "training__save_strategy": "no"}
+        changes["training__per_device_train_batch_size"] = 26
+        folder = run_training(config_from_dict(tiny_config(tmp_path / name, **changes)))
+        found[name] = records(folder), load_file(folder / "adapter/adapter_model.safetensors")
+    (alone,), (packed,) = found["alone"][0], found["packed"][0]
+    assert packed == pytest.approx(alone, rel=1e-5)
+    for key, tensor in found["alone"][1].items():
+        torch.testing.assert_close(found["packed"][1][key], tensor, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_two_processes_pack_and_group_as_one(tiny_config, tmp_path, launch, write_yaml, losses, mixed):
+    changes = {**SAME, **mixed, **GROUPED, **PACKED, "training__global_batch_size": 4}
+    # The last step of an epoch may be short; on several processes accelerate fills it up from the first.
+    changes["training__max_steps"] = 3
+    one = run_training(config_from_dict(tiny_config(tmp_path / "one", **changes)))
+    halves = {"training__per_device_train_batch_size": 1}
+    config = write_yaml(tmp_path / "two.yaml", tiny_config(tmp_path / "two", **changes, **halves))
+    done = launch("torchrun", "train", config)
+    assert done.returncode == 0, done.stderr[-2000:]
+    engine = json.loads((tmp_path / "two/summary.json").read_text())["engines"]["2"]
+    assert {key: engine[key] for key in ("processes", "distributed_type", "wrapper")} == {
+        "processes": 2,
+        "distributed_type": "MULTI_CPU",
+        "wrapper": "DistributedDataParallel",
+    }
+    assert done.stdout.count("packing: 26 samples in ") == 1
+    assert len(losses(one)) == 3
+    assert losses(tmp_path / "two") == pytest.approx(losses(one), rel=1e-4)
+
+
+def test_packing_that_cannot_be_is_told_with_the_configuration(tiny_config, tmp_path):
+    with pytest.raises(
+        MokaError, match=r"training.packing fills rows up to model.max_length, which is not set. Set it"
+    ):
+        config_from_dict(tiny_config(tmp_path / "x", training__packing=True))
+    with pytest.raises(MokaError, match=r"alignment.packing: the embedding objective pairs each row's media with one"):
+        config_from_dict(tiny_config(tmp_path / "x", alignment__packing=True, model__max_length=96))
+    with pytest.raises(MokaError, match=r"training.packing: 'yes' is text; true or false is due"):
+        config_from_dict(tiny_config(tmp_path / "x", training__packing="yes"))
+    with pytest.raises(MokaError, match=r"'batch_rebalance' is not one of random, sequential, group_by_length"):
+        config_from_dict(tiny_config(tmp_path / "x", training__train_sampling_strategy="batch_rebalance"))

@@ -1,0 +1,239 @@
+"""Two real processes on gloo under DeepSpeed: every ZeRO stage trains, saves and resumes as one process does.
+
+A parameter persistence threshold of 0 makes ZeRO-3 partition tiny parameters too.
+"""
+
+import json
+import shutil
+import wave
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from moka.training import config_from_dict, run_training
+
+STEPS = 20
+ZERO = {
+    "zero1": {"stage": 1},
+    "zero2": {"stage": 2},
+    "zero3": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    "zero3-offload": {
+        "stage": 3,
+        "stage3_param_persistence_threshold": 0,
+        "offload_optimizer": {"device": "cpu"},
+        "offload_param": {"device": "cpu"},
+    },
+}
+SAME = {
+    "adapter__dropout": 0.0,
+    "model__modalities__visual__encoder__dropout": 0.0,
+    "model__modalities__audio__encoder__dropout": 0.0,
+    "alignment__global_batch_size": 8,
+    "alignment__max_steps": 3,
+    "alignment__save_strategy": "no",
+    "training__global_batch_size": 4,
+    "training__max_steps": STEPS,
+    "training__save_steps": 5,
+    "training__eval_strategy": "no",
+}
+HALVES = {"alignment__per_device_train_batch_size": 2, "training__per_device_train_batch_size": 2}
+# A norm follows: the gradient of these biases is zero but for rounding, which Adam blows up to whole steps.
+WITHOUT_EFFECT = ("stages.0.0.bias", "stages.1.0.bias")
+
+
+def write_zero(folder, mode, **more):
+    path = folder / f"{mode}.json"
+    sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    settings = {**dict.fromkeys(sizes, "auto"), "zero_optimization": ZERO[mode], **more}
+    # torch's AdamW in the place of DeepSpeed's, which would be compiled first.
+    path.write_text(json.dumps({**settings, "zero_force_ds_cpu_optimizer": False}))
+    return path
+
+
+def assert_ran_under(folder, mode, stages=("1", "2"), processes=2):
+    offload = ["optimizer", "parameters"] if "offload" in mode else []
+    zero = {"zero_stage": ZERO[mode]["stage"], "offload": offload}
+    engine = {"processes": processes, "distributed_type": "DEEPSPEED", "wrapper": "DeepSpeedEngine", **zero}
+    assert json.loads((folder / "summary.json").read_text())["engines"] == dict.fromkeys(stages, engine)
+
+
+def tensors(folder, name="adapter/adapter_model.safetensors"):
+    state = load_file(folder / name)
+    return {key: tensor for key, tensor in state.items() if not key.endswith(WITHOUT_EFFECT)}
+
+
+def assert_same_tensors(ours, theirs, atol):
+    assert ours.keys() == theirs.keys()
+    for key, reference in theirs.items():
+        torch.testing.assert_close(
+            ours[key], reference, rtol=1e-4, atol=atol, msg=lambda text, key=key: f"{key}: {text}"
+        )
+
+
+@pytest.fixture(scope="module")
+def one(tiny_config, tmp_path_factory):
+    """The run of one process on whole batches."""
+    return run_training(config_from_dict(tiny_config(tmp_path_factory.mktemp("one") / "run", **SAME)))
+
+
+@pytest.fixture(scope="module", params=list(ZERO))
+def zero(request, tiny_config, tmp_path_factory, launch, write_yaml):
+    """The same run in two processes: (mode, its folder, what it printed, its configuration file)."""
+    mode, folder = request.param, tmp_path_factory.mktemp(request.param)
+    changes = {**SAME, **HALVES, "training__deepspeed": str(write_zero(folder, mode))}
+    config = write_yaml(folder / "run.yaml", tiny_config(folder / "run", **changes))
+    done = launch("torchrun", "train", config, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return mode, folder / "run", done.stdout, config
+
+
+@pytest.mark.slow
+def test_trains_as_one_process(zero, one, losses):
+    mode, folder, said, _ = zero
+    assert_ran_under(folder, mode)
+    assert f"stage 2: DEEPSPEED ZeRO-{ZERO[mode]['stage']}" in said
+    assert "8 samples a step (2 x 2 processes x 2 accumulated)" in said
+    ours, theirs = losses(folder), losses(one)
+    assert len(ours) == STEPS + 3
+    assert ours == pytest.approx(theirs, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_saves_what_one_process_saves(zero, one):
+    """Connector and adapter with projectors and encoders: nothing empty, every B moved, all as in one process."""
+    _, folder, _, _ = zero
+    for name in ("connector/connector.safetensors", "adapter/adapter_model.safetensors"):
+        assert_same_tensors(tensors(folder, name), tensors(one, name), atol=2e-5)
+    ours = tensors(folder)
+    assert {"projectors", "encoders"} <= {part for key in ours for part in key.split(".")}
+    assert all(tensor.any() for key, tensor in ours.items() if key.endswith("moka_B"))
+    summary, reference = (json.loads((run / "summary.json").read_text()) for run in (folder, one))
+    counts = [key for key in reference if key.endswith("parameters") or key.startswith("trainable")]
+    assert len(counts) == 4
+    assert {key: summary[key] for key in counts} == {key: reference[key] for key in counts}
+    assert (folder / "samples.jsonl").read_text() == (one / "samples.jsonl").read_text()
+
+
+@pytest.mark.slow
+def test_checkpoint_holds_no_backbone(zero):
+    mode, folder, _, _ = zero
+    parts = sorted((folder / f"checkpoints/stage2/checkpoint-{STEPS}").glob("global_step*/*model_states.pt"))
+    assert len(parts) == (2 if "zero3" in mode else 1)  # each process its part of a partitioned model
+    for part in parts:
+        module = torch.load(part, weights_only=False)["module"]
+        assert not any("embed_tokens" in key or "base_layer" in key for key in module)
+        assert any("moka_A" in key for key in module)
+
+
+def killed_at(step, folder, copy):
+    """A copy of a finished run as it lies when it is killed in stage 2 with its newest checkpoint at ``step``."""
+    shutil.copytree(folder, copy)
+    shutil.rmtree(copy / "adapter")
+    (copy / "summary.json").unlink()
+    for checkpoint in (copy / "checkpoints/stage2").glob("checkpoint-*"):
+        if int(checkpoint.name.split("-")[1]) > step:
+            shutil.rmtree(checkpoint)
+    return copy
+
+
+def resume(launch, launcher, config, folder, step):
+    done = launch(launcher, "train", config, f"output.dir={folder}", "--resume", timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"going on from {folder / f'checkpoints/stage2/checkpoint-{step}'}" in done.stdout
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_resumed_run_equals_uninterrupted(zero, tmp_path, launch, losses):
+    mode, folder, _, config = zero
+    if mode not in ("zero2", "zero3"):
+        pytest.skip("its checkpoints are like those of another mode")
+    resumed = killed_at(10, folder, tmp_path / "run")
+    resume(launch, "torchrun", config, resumed, 10)
+    assert_ran_under(resumed, mode, stages=("2",))
+    assert losses(resumed) == pytest.approx(losses(folder), abs=1e-5)
+    assert_same_tensors(tensors(resumed), tensors(folder), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_resumes_with_other_numbers_of_processes(zero, tmp_path, launch, losses):
+    """Two processes, then one, then two again, through DeepSpeed's universal checkpoints."""
+    mode, folder, _, config = zero
+    if mode not in ("zero2", "zero3"):
+        pytest.skip("its checkpoints are like those of another mode")
+    alone = killed_at(5, folder, tmp_path / "one")
+    said = resume(launch, "torchrun one", config, alone, 5)
+    assert "was written by 2 processes; it is converted for 1" in said
+    assert_ran_under(alone, mode, stages=("2",), processes=1)
+    assert losses(alone) == pytest.approx(losses(folder), abs=1e-4)
+    assert_same_tensors(tensors(alone), tensors(folder), atol=2e-5)
+    together = killed_at(10, alone, tmp_path / "two")
+    said = resume(launch, "torchrun", config, together, 10)
+    assert "was written by 1 processes; it is converted for 2" in said
+    assert_ran_under(together, mode, stages=("2",))
+    assert losses(together) == pytest.approx(losses(folder), abs=1e-4)
+    assert_same_tensors(tensors(together), tensors(folder), atol=2e-5)
+    assert not list(together.glob("checkpoints/*/universal"))
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """A JSONL file in which the samples of every step have other media on one process than on the other."""
+    folder = tmp_path_factory.mktemp("mixed")
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 20), dtype=np.uint8)).save(folder / "a.png")
+    with wave.open(str(folder / "a.wav"), "wb") as file:
+        file.setparams((1, 2, 16000, 0, "NONE", ""))
+        file.writeframes((8000 * np.sin(np.arange(16000) / 9)).astype(np.int16).tobytes())
+    image, sound = {"type": "image", "image": "a.png"}, {"type": "audio", "audio": "a.wav"}
+    kinds = {"text": [], "image": [image], "sound": [sound], "full": [image, sound]}
+    order = (
+        "text full",
+        "image sound",
+        "sound text",
+        "full image",
+        "text image",
+        "sound full",
+        "image text",
+        "full sound",
+    )
+    lines = []
+    for kind in " ".join(order).split():
+        content = [*kinds[kind], {"type": "text", "text": "which digit is it " + "one two three " * (len(lines) % 3)}]
+        answer = {"role": "assistant", "content": "seven" if len(lines) % 2 else "one two"}
+        messages = [{"role": "user", "content": content}, answer]
+        lines.append(json.dumps({"id": f"{kind}-{len(lines)}", "messages": messages}))
+    (folder / "data.jsonl").write_text("\n".join(lines) + "\n")
+    return folder / "data.jsonl"
+
+
+@pytest.mark.slow
+def test_mixed_batches_never_hang(mixed, tiny_config, tmp_path, launch, write_yaml, losses):
+    """ZeRO-3 waits for every process at every parameter; also in evaluation, and with recomputation in backward."""
+    parts = {f"data__{name}": str(mixed) for name in ("alignment", "train", "validation", "test")}
+    changes = {
+        **SAME,
+        **parts,
+        "stages": [2],
+        "data__train_size": None,
+        "training__max_steps": 8,
+        "training__global_batch_size": 2,
+        "training__per_device_train_batch_size": 2,
+        "training__train_sampling_strategy": "sequential",
+        "training__gradient_checkpointing": True,
+        "training__gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "training__eval_strategy": "steps",
+        "training__eval_steps": 4,
+        "training__per_device_eval_batch_size": 1,
+        "training__save_strategy": "no",
+    }
+    alone = run_training(config_from_dict(tiny_config(tmp_path / "one", **changes)))
+    changes |= {"training__per_device_train_batch_size": 1, "training__deepspeed": str(write_zero(tmp_path, "zero3"))}
+    config = write_yaml(tmp_path / "two.yaml", tiny_config(tmp_path / "two", **changes))
+    done = launch("torchrun", "train", config, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_ran_under(tmp_path / "two", "zero3", stages=("2",))
+    assert losses(tmp_path / "two") == pytest.approx(losses(alone), abs=1e-4)
+    assert len(losses(alone)) == 8
