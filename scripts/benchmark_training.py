@@ -49,12 +49,23 @@ def made_up(folder: Path, shape: dict[str, int]) -> Path:
     write_tiny_backbone("llama-3", folder / "backbone")
     tokenizer = AutoTokenizer.from_pretrained(folder / "backbone")
     torch.manual_seed(0)
-    heads = {"num_attention_heads": 4, "intermediate_size": 3 * shape["hidden"], "hidden_size": shape["hidden"]}
-    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    heads: dict[str, Any] = {
+        "num_attention_heads": 4,
+        "intermediate_size": 3 * shape["hidden"],
+        "hidden_size": shape["hidden"],
+    }
+    special: dict[str, Any] = {
+        f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")
+    }
     config = LlamaConfig(**heads, num_hidden_layers=shape["layers"], vocab_size=len(tokenizer), **special)
     LlamaForCausalLM(config).save_pretrained(folder / "backbone")
     heads = {"num_attention_heads": 4, "intermediate_size": 3 * shape["encoder"], "hidden_size": shape["encoder"]}
-    sight = {**heads, "num_hidden_layers": shape["layers"] + 1, "image_size": shape["image"], "patch_size": 8}
+    sight: dict[str, Any] = {
+        **heads,
+        "num_hidden_layers": shape["layers"] + 1,
+        "image_size": shape["image"],
+        "patch_size": 8,
+    }
     CLIPVisionModel(CLIPVisionConfig(**sight)).save_pretrained(folder / "encoder")
     lines = []
     for number in range(shape["samples"]):
@@ -87,7 +98,7 @@ def made_up(folder: Path, shape: dict[str, int]) -> Path:
 def variants(packed: bool, cache: Path | None, rows: int) -> dict[str, list[str]]:
     """What is changed in the configuration, by the name of a line of the table."""
     pack = ["training.packing=true", "training.per_device_train_batch_size=1", f"training.global_batch_size={rows}"]
-    made = {"as they come": [], "grouped by length": GROUPED}
+    made: dict[str, list[str]] = {"as they come": [], "grouped by length": GROUPED}
     if packed:
         made["packed"] = pack
     if cache is not None:

@@ -51,7 +51,9 @@ class RecordDataset:
         """
         missing: set[str] = set()
         listed: list[str] = []
-        for index in tqdm(range(share[0], len(self), share[1]), "checking media", unit="sample", delay=BAR_AFTER_S, leave=False):
+        for index in tqdm(
+            range(share[0], len(self), share[1]), "checking media", unit="sample", delay=BAR_AFTER_S, leave=False
+        ):
             for kind, medium in media_parts(self[index]):
                 if not isinstance(medium, str) or medium in missing:
                     continue

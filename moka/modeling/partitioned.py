@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.distributed.tensor import DTensor
 
 
@@ -85,6 +86,27 @@ def taking_whole(module: nn.Module) -> Iterator[None]:
 
     with implicit_replication():
         yield
+
+
+@contextmanager
+def without_wrappers(module: nn.Module) -> Iterator[None]:
+    """Inside, blocks stand in the place of torch's checkpointing wrappers around them, whose names peft does not know.
+
+    FSDP's own activation checkpointing puts them there; peft would save and load nothing of an adapter inside them.
+    """
+    found = [
+        (parent, name, child)
+        for parent in module.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, CheckpointWrapper)
+    ]
+    for parent, name, child in found:
+        parent._modules[name] = child._checkpoint_wrapped_module
+    try:
+        yield
+    finally:
+        for parent, name, child in found:
+            parent._modules[name] = child
 
 
 @contextmanager

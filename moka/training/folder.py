@@ -29,6 +29,7 @@ from safetensors.torch import load_file
 
 import moka
 from moka.errors import MokaError
+from moka.modeling.partitioned import without_wrappers
 
 from .arguments import RunConfig, config_from_dict
 from .connector import trained_parts
@@ -170,13 +171,16 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def save_adapter(model: PeftModel, processor: Any, folder: str | Path, state_dict: dict | None = None) -> None:
     """Write a self-contained adapter folder and read it back.
 
+    Args:
+        state_dict: all that was trained, whole, by its names in ``model``; default: the model's own tensors.
     Raises:
-        MokaError: a tensor came out empty or not finite.
+        MokaError: a tensor was left out, or came out empty or not finite.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # "auto" would look the backbone's name up on the hub, which an embedded one is not on.
-    model.save_pretrained(str(folder), state_dict=state_dict, save_embedding_layers=False)
+    with without_wrappers(model):
+        model.save_pretrained(str(folder), state_dict=state_dict, save_embedding_layers=False)
     processor.save_pretrained(folder)
     base: Any = model.get_base_model()
     description = {
@@ -190,7 +194,13 @@ def save_adapter(model: PeftModel, processor: Any, folder: str | Path, state_dic
         "parts": trained_parts(base),
     }
     write_json(folder / MODEL_CONFIG, description)
-    for key, tensor in load_file(folder / "adapter_model.safetensors").items():
+    saved = load_file(folder / "adapter_model.safetensors")
+    if state_dict is not None and len(saved) < len(state_dict):
+        raise MokaError(
+            f"{folder}: {len(saved)} of {len(state_dict)} trained tensors were saved; something wraps the model's layers "
+            "and hides them from peft. Train without it."
+        )
+    for key, tensor in saved.items():
         if tensor.numel() == 0 or not torch.isfinite(tensor).all():
             raise MokaError(
                 f"{folder}: {key} was saved empty or not finite; training diverged, or shards were not gathered."

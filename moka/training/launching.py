@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib.util
+import io
 import json
 import os
 import shlex
@@ -18,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.commands.config.config_args import load_config_from_file
+import yaml
+from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 
 from moka.errors import MokaError, nearest
@@ -73,11 +76,8 @@ def launch_of(launcher: str, words: Sequence[str], processes: int | None = None,
     if processes is not None:
         options += ["--num_processes", str(processes)]
     options += extra
-    told = launch_command_parser().parse_args([*options, "-m", "moka", *words])
-    try:
-        config = load_config_from_file(str(file))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise MokaError(f"--launcher {launcher}: accelerate cannot read {file}: {error}. Mend the file.") from error
+    told = _parsed([*options, "-m", "moka", *words])
+    config = _read(launcher, file)
     processes = _checked_processes(launcher, config, told)
     if uses_deepspeed := config.distributed_type == "DEEPSPEED" or told.use_deepspeed:
         require_deepspeed(f"--launcher {launcher}")
@@ -148,6 +148,27 @@ def _find(launcher: str) -> Path:
     )
 
 
+def _parsed(options: list[str]) -> argparse.Namespace:
+    """The options of `accelerate launch` as it reads them."""
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            return launch_command_parser().parse_args(options)
+        except SystemExit as stop:
+            reason = said.getvalue().strip().splitlines()[-1:]
+            raise MokaError(f"--launcher-args: accelerate refuses them: {''.join(reason)}.") from stop
+
+
+def _read(launcher: str, file: Path) -> ClusterConfig:
+    try:
+        config = load_config_from_file(str(file))
+        if not isinstance(config, ClusterConfig):
+            raise ValueError("compute_environment is not LOCAL_MACHINE")
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise MokaError(f"--launcher {launcher}: accelerate cannot use {file}: {reason}. Mend the file.") from error
+    return config
+
+
 def _beside(file: Path, settings: str) -> Path:
     """DeepSpeed's settings that ``file`` names from the folder above ``configs/``: in ``../deepspeed``, seen from it."""
     path = file.parent.parent / "deepspeed" / Path(settings).name
@@ -161,7 +182,7 @@ def _short(path: Path) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_absolute() and path.is_relative_to(Path.cwd()) else str(path)
 
 
-def _checked_processes(launcher: str, config: Any, told: Any) -> int:
+def _checked_processes(launcher: str, config: ClusterConfig, told: argparse.Namespace) -> int:
     """The number of processes, where as many will start and each finds its GPU; refuses what would fail late or silently."""
     processes = config.num_processes if told.num_processes is None else told.num_processes
     machines = config.num_machines if told.num_machines is None else told.num_machines

@@ -226,7 +226,8 @@ def _say(text: str) -> None:
 
 def _arguments(config: RunConfig, folder: RunFolder, stage: int) -> TrainingArguments:
     name = SECTIONS[stage]
-    shared = {"seed": 42, **{key: config.training[key] for key in ("seed", "deepspeed") if key in config.training}}
+    of_both = ("seed", "deepspeed", "fsdp", "fsdp_config")
+    shared = {"seed": 42, **{key: config.training[key] for key in of_both if key in config.training}}
     section = {**shared, **getattr(config, name)}
     if config.data.validation is None or (stage == 1 and 2 in config.stages):
         section["eval_strategy"] = "no"

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from accelerate.utils import save_fsdp_optimizer
+from accelerate.utils import DistributedType, save_fsdp_optimizer
 from peft import PeftModel
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
 
 from moka.errors import MokaError
 from moka.modeling import MokaForConditionalGeneration
-from moka.modeling.partitioned import taking_whole, whole_state
+from moka.modeling.partitioned import taking_whole, whole_state, without_wrappers
 
 from .batches import reach_sampler, sampler
 from .callbacks import Watcher
@@ -31,6 +31,10 @@ from .resuming import ResumableTrainer
 from .values import OWN_TRAINING_KEYS
 
 
+# The optimizer's state in a checkpoint, with FSDP and without.
+_OPTIMIZER_FILES = {"with": ("optimizer.bin", "optimizer_0"), "without": ("optimizer.pt",)}
+
+
 class MokaTrainer(ResumableTrainer):
     """Trains either the connectors of a composed model (stage 1) or its adapter and connectors (stage 2).
 
@@ -45,7 +49,18 @@ class MokaTrainer(ResumableTrainer):
         for watcher in self.watchers:
             watcher.trainer = self
         self.add_callback(GradientReader(self))
-        self.model.train()  # encoders freeze again what peft let train and can have no gradient
+        model: Any = self.model
+        model.train()  # encoders freeze again what peft let train and can have no gradient
+        agree(self._check_fsdp)
+
+    def _check_fsdp(self) -> None:
+        asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+        kind = self.accelerator.distributed_type
+        if asked and self.args.world_size > 1 and kind != DistributedType.FSDP:
+            raise MokaError(
+                f"FSDP is asked for, and accelerate would run {kind.value} in its place: it shards models on GPUs alone. "
+                "Launch with configs/accelerate/ddp.yaml or, without GPUs, cpu.yaml."
+            )
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """One group per learning rate and weight decay (biases and norms decay in none)."""
@@ -147,14 +162,27 @@ class MokaTrainer(ResumableTrainer):
         if not self.is_fsdp_enabled:
             return super()._save_optimizer_and_scheduler(output_dir)
         # As in transformers, without its own copy of the model: `_save` has written what is trained.
-        plugin = self.accelerator.state.fsdp_plugin
+        plugin, scheduler = self.accelerator.state.fsdp_plugin, cast("Any", self.lr_scheduler)
         save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
         if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+            torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and not self.is_deepspeed_enabled:
+            agree(lambda: self._check_optimizer(Path(checkpoint)))
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _check_optimizer(self, checkpoint: Path) -> None:
+        ours, theirs = ("with", "without") if self.is_fsdp_enabled else ("without", "with")
+        if any((checkpoint / name).exists() for name in _OPTIMIZER_FILES[theirs]):
+            raise MokaError(
+                f"--resume: {checkpoint} was written {theirs} FSDP, and its optimizer cannot go on {ours} it. Launch the run "
+                "as it began."
+            )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         unwrapped = self.accelerator.unwrap_model(model or self.model)
-        with taking_whole(unwrapped):
+        with taking_whole(unwrapped), without_wrappers(unwrapped):
             if isinstance(unwrapped, PeftModel):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
             else:

@@ -31,6 +31,7 @@ _OWN_TYPES = {
     "projector_learning_rate": float,
     "objective": str,
     "packing": bool,
+    "fsdp": bool | str,  # annotated as text for the command line alone
 }
 
 _ALWAYS = "moka sets it as its batches need it"

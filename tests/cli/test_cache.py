@@ -306,11 +306,11 @@ BIG = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "int
 
 @pytest.fixture
 def many(raw, tmp_path):
-    """160 pictures, each 64 KiB of features: ten shards of a MiB."""
+    """80 pictures, each 64 KiB of features: five shards of a MiB."""
     folder = tmp_path / "many"
     folder.mkdir()
     lines = []
-    for i in range(160):
+    for i in range(80):
         Image.fromarray(np.random.default_rng(i).integers(0, 255, (16, 16, 3), np.uint8)).save(folder / f"{i}.png")
         content = [{"type": "image", "image": f"{i}.png"}, {"type": "text", "text": "Which?"}]
         lines.append({"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "one"}]})
@@ -338,7 +338,7 @@ def test_killed_and_started_again_it_goes_on(moka, many, write, tmp_path):
     path, cache = write(many), tmp_path / "cache"
     killed = subprocess.Popen([sys.executable, *command(path, cache)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
-    while len(list(cache.glob("*/shard-*.json"))) < 3 and killed.poll() is None and time.monotonic() < deadline:
+    while len(list(cache.glob("*/shard-*.json"))) < 2 and killed.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
     # Meanwhile no other may fill the folder.
     other = moka(*command(path, cache)[2:])
@@ -348,13 +348,13 @@ def test_killed_and_started_again_it_goes_on(moka, many, write, tmp_path):
     assert other.code == 2
     assert f"is being filled by process {killed.pid}" in other.last
     sealed = len(features_in(cache))
-    assert 48 <= sealed < 160
+    assert 32 <= sealed < 80
     # What a process leaves that is killed while it writes.
     (folder,) = cache.glob("clip-*")
     (folder / "shard-00077-000.safetensors.part").write_bytes(b"half")
     again = moka(*command(path, cache)[2:])
     assert again.code == 0, again.err
-    assert f"160 media: {160 - sealed} computed" in again.out
+    assert f"80 media: {80 - sealed} computed" in again.out
     assert f"{sealed} were there" in again.out
     assert not list(cache.rglob("*.part"))
     whole = tmp_path / "whole"
@@ -372,11 +372,11 @@ def test_processes_share_the_work(moka, many, raw, write, tmp_path):
     launcher = [os.path.join(os.path.dirname(sys.executable), "torchrun"), "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run([*launcher, *command(path, two)], capture_output=True, text=True, check=False, timeout=180)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "160 media: 160 computed" in done.stdout
+    assert "80 media: 80 computed" in done.stdout
     assert "2 processes" in done.stdout
     assert done.stdout.count("visual: ") == 1
     shares = [len(list(two.glob(f"*/shard-*-00{rank}.json"))) for rank in range(2)]
-    assert min(shares) >= 3
+    assert min(shares) >= 1
     assert moka(*command(path, one)[2:]).code == 0
     ours, theirs = features_in(two), features_in(one)
     assert ours.keys() == theirs.keys()

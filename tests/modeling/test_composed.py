@@ -558,6 +558,31 @@ def test_a_batch_without_a_medium_still_touches_every_part(backbones, layout, mo
         assert any(g.any() for g in of_part) == present
 
 
+@pytest.mark.parametrize("modalities", [CONV, TOWERS], ids=["conv", "towers"])
+def test_every_batch_runs_the_same_modules_in_the_same_order(backbones, modalities):
+    """Or processes with other media in their batches would wait for each other: DDP, ZeRO-3 and FSDP gather in order."""
+    model = build(backbones["llama"], modalities)
+    processor = MokaProcessor.from_model(model, AutoTokenizer.from_pretrained(backbones["llama"]))
+    adapted = adapt(model, modules_to_save=["projectors.visual", "projectors.audio"]).train()
+    called = []
+    for name, module in adapted.named_modules():
+        module.register_forward_hook(lambda *_, name=name: called.append(name))
+    sound = wave if modalities is TOWERS else audio
+    orders = set()
+    for layout in (
+        "image which digit audio",
+        "which digit",
+        "audio is the same",
+        "digit image",
+        "audio the image audio",
+    ):
+        called.clear()
+        adapted(**processor(chat(layout, "seven", sound=sound), add_generation_prompt=False)).loss.backward()
+        orders.add(tuple(called))
+    assert len(orders) == 1
+    assert {"encoders.visual", "encoders.audio"} <= {name.removeprefix("base_model.model.") for name in orders.pop()}
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("modalities", [CONV, TOWERS], ids=["conv", "towers"])
 def test_gradient_checkpointing_gives_equal_gradients(backbones, reentrant, modalities):

@@ -268,6 +268,21 @@ def test_random_weights_are_the_same_in_every_run(name):
     assert all(torch.equal(tensor, states[1][key]) for key, tensor in states[0].items())
 
 
+@pytest.mark.parametrize("layer", [-1, -2, 0])
+@pytest.mark.parametrize("name", ["clip", "siglip", "dinov2", "ast", "whisper", "hubert", "beats"])
+def test_every_trainable_parameter_of_a_tower_gets_a_gradient(name, layer):
+    """DDP waits for one. What the layer taken does not depend on is frozen, also after peft made all of it trainable."""
+    encoder = build_encoder(tiny_encoder({"type": name, "trainable": True, "layer": layer}))
+    whole = sum(1 for _ in encoder.parameters())
+    encoder.requires_grad_(True).train()
+    features = encoder(torch.randn(2, *encoder.input_shape))
+    (features * torch.randn_like(features)).sum().backward()
+    trained = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
+    assert trained
+    assert all(parameter.grad is not None for parameter in trained)
+    assert len(trained) < whole or (layer == -1 and name in ("whisper", "hubert", "beats"))
+
+
 @pytest.mark.parametrize("content", [b"hello", b"<html>Not found</html>", b"", bytes(range(256))])
 @pytest.mark.parametrize("name", ["beats", "efficientnet"])
 def test_a_file_that_is_no_checkpoint_is_told(name, content, tmp_path):

@@ -19,6 +19,10 @@ BIN = Path(sys.executable).parent
 LAUNCHERS = {
     "one": [sys.executable],
     "torchrun": [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2"],
+    "accelerate zero1": [
+        *(str(BIN / "accelerate"), "launch", "--use_deepspeed", "--zero_stage", "1", "--num_processes", "2"),
+        *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
+    ],
     "torchrun one": [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "1"],
     # `--cpu --num_processes 2` would start one process, and say nothing.
     "accelerate": [

@@ -209,7 +209,7 @@ def test_a_run_leaves_no_lock(trained_run, tiny_config, tmp_path):
         run_training(config_from_dict(tiny_config(trained_run)))
     assert not (trained_run / ".lock").exists()
     bad = tiny_config(tmp_path / "run", data__train=str(tmp_path / "absent.jsonl"))
-    with pytest.raises(MokaError, match="absent.jsonl"):
+    with pytest.raises(MokaError, match="absent"):
         run_training(config_from_dict(bad))
     assert not (tmp_path / "run").exists()
 

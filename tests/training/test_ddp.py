@@ -124,6 +124,28 @@ def test_bad_input_is_told_once_and_ends_both(tiny_config, tmp_path, launch, wri
     assert not (tmp_path / "run").exists()
 
 
+PATIENCE = """
+import time
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from moka.training.processes import agree, disconnect, is_main
+
+dist.init_process_group("gloo", timeout=timedelta(seconds=10))
+print(agree(lambda: time.sleep(14 * is_main()) or "prepared", main_first=True))
+disconnect(True)
+"""
+
+
+@pytest.mark.slow
+def test_what_one_process_prepares_may_take_longer_than_the_time_out(tmp_path, launch):
+    (tmp_path / "patience.py").write_text(PATIENCE)
+    done = launch("torchrun", program=[tmp_path / "patience.py"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("prepared") == 2
+
+
 def of_rank(launcher, rank):
     """The process of a rank that a launcher has started."""
     for path in Path("/proc").glob("[0-9]*"):

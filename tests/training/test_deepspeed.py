@@ -13,7 +13,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from moka.errors import MokaError
 from moka.training import config_from_dict, run_training
+from moka.training.trainer import training_arguments
 
 STEPS = 20
 ZERO = {
@@ -73,6 +75,28 @@ def assert_same_tensors(ours, theirs, atol):
         )
 
 
+def test_file_that_contradicts_the_section_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    path = write_zero(tmp_path, "zero2", train_micro_batch_size_per_gpu=16)
+    with pytest.raises(MokaError, match=r'train_micro_batch_size_per_gpu=16 vs .*=4.* Write "auto" in the file'):
+        training_arguments({"deepspeed": str(path), "per_device_train_batch_size": 4}, tmp_path)
+
+
+def test_environment_that_would_turn_deepspeed_off_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with pytest.raises(MokaError, match="ACCELERATE_USE_CPU in the environment would turn it off"):
+        training_arguments({"deepspeed": str(write_zero(tmp_path, "zero2"))}, tmp_path)
+
+
+def test_one_process_without_deepspeed_says_so(trained_run):
+    engine = {"processes": 1, "distributed_type": "NO", "zero_stage": None, "offload": None}
+    engines = json.loads((trained_run / "summary.json").read_text())["engines"]
+    assert {stage: {key: said[key] for key in engine} for stage, said in engines.items()} == {"1": engine, "2": engine}
+    assert engines["1"]["wrapper"] == "EmbeddingAlignment"
+    assert engines["2"]["wrapper"].startswith("PeftModel")
+
+
 @pytest.fixture(scope="module")
 def one(tiny_config, tmp_path_factory):
     """The run of one process on whole batches."""
@@ -84,8 +108,14 @@ def zero(request, tiny_config, tmp_path_factory, launch, write_yaml):
     """The same run in two processes: (mode, its folder, what it printed, its configuration file)."""
     mode, folder = request.param, tmp_path_factory.mktemp(request.param)
     changes = {**SAME, **HALVES, "training__deepspeed": str(write_zero(folder, mode))}
+    if mode == "zero1":
+        # Asked for on the command line, without a file.
+        launcher = "accelerate zero1"
+        del changes["training__deepspeed"]
+    else:
+        launcher = "torchrun"
     config = write_yaml(folder / "run.yaml", tiny_config(folder / "run", **changes))
-    done = launch("torchrun", "train", config, timeout=300)
+    done = launch(launcher, "train", config, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return mode, folder / "run", done.stdout, config
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from moka.errors import MokaError
 from moka.training import config_from_dict, run_training
 
 PROGRAM = (Path(__file__).with_name("fsdp_on_cpu.py"),)
@@ -90,6 +91,15 @@ def test_resumed_run_equals_uninterrupted(pair, tmp_path, sharded, losses, same_
     assert wrappers(killed) == {"2": "FSDPPeftModelForCausalLM"}
     assert losses(killed) == pytest.approx(losses(two), abs=1e-5)
     same_weights(killed, two)
+
+
+def test_checkpoint_is_not_resumed_without_fsdp(pair, tmp_path, tiny_config, as_one, halves):
+    _, two, _ = pair
+    killed = tmp_path / "run"
+    shutil.copytree(two, killed)
+    (killed / "summary.json").unlink()
+    with pytest.raises(MokaError, match="written with FSDP, and its optimizer cannot go on without it"):
+        run_training(config_from_dict(tiny_config(killed, **as_one, **halves)), resume=True)
 
 
 def test_mixed_batches_with_fsdps_own_checkpointing(

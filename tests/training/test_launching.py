@@ -247,6 +247,7 @@ def test_cpu_launcher_hides_the_gpus(monkeypatch, with_gpus):
         (["ddp", "--num-processes", "0"], ["0 processes"]),
         (["single_gpu", "--num-processes", "2"], ["one process", "ddp"]),
         (["multi_node"], ["--main_process_ip"]),
+        (["ddp", "--launcher-args=--gpus 3"], ["--launcher-args", "accelerate refuses them", "--gpus"]),
         (["multi_node", "--num-processes", "3"], ["3 processes", "2 machines"]),
         (["cpu", "--num-processes", "3"], ["global_batch_size: 64", "3 processes", "1, 2, 4 or 8 processes"]),
     ],
@@ -278,8 +279,12 @@ def test_options_of_a_launcher_need_one(capsys, option):
     assert f"{option[0].split('=')[0]} belongs to --launcher" in capsys.readouterr().err
 
 
-def test_configuration_that_would_start_one_process_is_refused(tmp_path):
+def test_configuration_that_accelerate_cannot_use_or_would_start_alone_is_refused(tmp_path):
     path = tmp_path / "own.yaml"
+    for text in ("distributed_type: [", "- a list", "compute_environment: AMAZON_SAGEMAKER\ndistributed_type: NO\n"):
+        path.write_text(text)
+        with pytest.raises(MokaError, match="accelerate cannot use"):
+            launch_of(str(path), ["train"])
     path.write_text("distributed_type: MULTI_CPU\nnum_processes: 2\nuse_cpu: true\n")
     with pytest.raises(MokaError, match="accelerate starts one process"):
         launch_of(str(path), ["train"])

@@ -73,6 +73,8 @@ def test_counts_are_those_of_the_batches_since_the_last_log(tiny_config, tmp_pat
 
     monkeypatch.setattr(run_module, "Collator", Kept)
     changes = {"training__logging_steps": 2, "training__gradient_accumulation_steps": 2, "training__packing": packing}
+    if packing:
+        changes |= {"model__max_length": 120, "training__per_device_train_batch_size": 2}
     records = logged(train(tiny_config(tmp_path / "run", **SHORT, **changes)))
     assert sorted(records) == [1, 2, 4]
     for step, since in ((1, batches[:2]), (2, batches[2:4]), (4, batches[4:8])):

@@ -156,14 +156,13 @@ RAGGED = {
 
 @pytest.mark.slow
 def test_runs_killed_at_random_steps_equal_an_uninterrupted_one(tiny_config, tmp_path, launch, write_yaml):
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     seed = time.time_ns() % 10_000
     drawn = random.Random(seed)
     ends = [(1, drawn.randint(2, 10)), (2, drawn.randint(2, 16)), (2, drawn.randint(18, 32))]
     print(f"seed {seed}: killed at {ends}")
     config = write_yaml(tmp_path / "run.yaml", tiny_config(tmp_path / "run", **RAGGED))
     for number, end in enumerate(ends):
-        run = launch("one", "train", config, *(["--resume"] if number else []), start=True, **threads)
+        run = launch("one", "train", config, *(["--resume"] if number else []), start=True, **as_many_threads())
         while run.poll() is None and last_logged(tmp_path / "run") < end:
             time.sleep(0.001)
         run.kill()
@@ -172,12 +171,17 @@ def test_runs_killed_at_random_steps_equal_an_uninterrupted_one(tiny_config, tmp
         print(
             f"was at {last_logged(tmp_path / 'run')}: {sorted(p.name for p in (tmp_path / 'run').rglob('checkpoint-*'))}"
         )
-    done = launch("one", "train", config, "--resume", **threads)
+    done = launch("one", "train", config, "--resume", **as_many_threads())
     assert done.returncode == 0, done.stderr[-2000:]
     assert "going on from" in done.stdout
     whole = run_training(config_from_dict(tiny_config(tmp_path / "whole", **RAGGED)))
     assert len(losses(whole)) > 48
     assert_same(tmp_path / "run", whole)
+
+
+def as_many_threads():
+    """Sums are the same to the last bit where as many threads share them."""
+    return {"OMP_NUM_THREADS": str(torch.get_num_threads())}
 
 
 def last_logged(folder):
@@ -193,7 +197,7 @@ def test_a_run_killed_while_it_writes_a_checkpoint(
 ):
     """After the optimizer's state, and when only the trainer's is missing."""
     config = write_yaml(tmp_path / "run.yaml", tiny_config(tmp_path / "run"))
-    done = launch("one", f"{place},2,4,0,self,SIGKILL", "train", config, program=[DYING])
+    done = launch("one", f"{place},2,4,0,self,SIGKILL", "train", config, program=[DYING], **as_many_threads())
     assert done.returncode == -9
     stage = tmp_path / "run/checkpoints/stage2"
     assert (stage / "unfinished/checkpoint-4/optimizer.pt").exists()
