@@ -14,7 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from moka.errors import MokaError
 
 from .configuration import MokaModelConfig
-from .encoders import build_encoder, features_name
+from .encoders import CachedEncoder, build_encoder, features_name
 from .language_models import HUB_ARGUMENTS, create_language_model, load_language_model
 from .partitioned import has_parts, not_partitioned, whole, whole_shape
 from .positions import flash_lengths, grid_positions, restarted, samples_begin
@@ -135,7 +135,10 @@ class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def encode_media(self, name: str, values: torch.Tensor) -> torch.Tensor:
         """values [items, ...] of one modality -> tokens of the language model [items, tokens, hidden]."""
-        return self.projectors[name](self.encoders[name](values))
+        encoder = self.encoders[name]
+        # Of a cached encoder the values are the features; no module runs in its place, on no process.
+        features = values if isinstance(encoder, CachedEncoder) else encoder(values)
+        return self.projectors[name](features)
 
     def merge_embeddings(
         self, input_ids: torch.Tensor, mm_token_type_ids: torch.Tensor, **media: torch.Tensor | None

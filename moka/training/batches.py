@@ -80,7 +80,7 @@ def _step(arguments: TrainingArguments) -> int:
 
 
 def _seed(arguments: TrainingArguments) -> int:
-    return int(arguments.data_seed if arguments.data_seed is not None else arguments.seed)
+    return int(arguments.data_seed or arguments.seed)
 
 
 def _lengths(dataset: EncodedDataset, path: Path, resume: bool, workers: int, name: str) -> Lengths:

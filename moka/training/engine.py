@@ -15,14 +15,15 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.state import AcceleratorState
 from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
 from moka.errors import MokaError
-from moka.modeling.partitioned import gathered
+from moka.modeling.partitioned import gathered, has_parts, is_partitioned
 
-from .processes import on_main
+from .processes import everyones, on_main
 
 __all__ = [
     "EngineNote",
@@ -145,6 +146,14 @@ def forget_engine(arguments: TrainingArguments) -> None:
         AcceleratorState._reset_state()
 
 
+def place(model: Any, device: torch.device) -> None:
+    """Move what ZeRO-3 has not partitioned yet: DeepSpeed takes parameters along later, and leaves buffers where they are."""
+    if has_parts(model):
+        for tensor in (*model.parameters(), *model.buffers()):
+            if not is_partitioned(tensor):
+                tensor.data = tensor.data.to(device)
+
+
 def leave_frozen_out(engine: Any) -> None:
     """Keep the frozen backbone out of a DeepSpeed engine's checkpoints; transformers does so for adapters alone."""
     engine.save_checkpoint = functools.partial(engine.save_checkpoint, exclude_frozen_parameters=True)
@@ -167,6 +176,7 @@ def load_checkpoint(engine: Any, checkpoint: Path, processes: int) -> None:
         deepspeed_load_checkpoint(engine, str(universal), load_module_strict=False)
     finally:
         engine._config.load_universal_checkpoint = False
+    everyones(None)  # have read it
     on_main(lambda: shutil.rmtree(universal, ignore_errors=True))
 
 
@@ -174,7 +184,7 @@ def _convert(checkpoint: Path, universal: Path, wrote: int, processes: int) -> N
     """Write the universal form of ``checkpoint``: every parameter and its two moments, whole."""
     from deepspeed.checkpoint import ds_to_universal
 
-    print(f"note: {checkpoint} was written by {wrote} processes; it is converted for {processes}.")
+    print(f"note: {checkpoint} was written with world size {wrote}; it is converted for {processes}.")
     shutil.rmtree(universal, ignore_errors=True)
     source = next(checkpoint.glob("global_step*"))
     settings = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True}
@@ -191,8 +201,8 @@ def _convert(checkpoint: Path, universal: Path, wrote: int, processes: int) -> N
     except (AssertionError, AttributeError, KeyError, ValueError) as error:
         shutil.rmtree(universal, ignore_errors=True)
         raise MokaError(
-            f"{checkpoint} was written by {wrote} processes, and DeepSpeed cannot convert it for {processes} ({error!r}; it "
-            f"knows Adam's states alone). Launch {wrote} processes."
+            f"{checkpoint} was written with world size {wrote}, and DeepSpeed cannot convert it for {processes} ({error!r}; "
+            f"it knows Adam's states alone). Launch with world size {wrote}, or start a new run with model.connectors."
         ) from error
 
 

@@ -72,7 +72,7 @@ def plot_balance(folder: RunFolder) -> Path | None:
         wait.set(ylabel="waiting for data", ylim=(0, 1))
         norms.set(xlabel="step", ylabel="gradient norm", yscale="log")
         if parts:
-            norms.legend(fontsize="small")
+            norms.legend(fontsize="small", ncols=2)
     path = folder / "balance.png"
     with writing(path):
         figure.savefig(path, dpi=120)

@@ -67,13 +67,10 @@ class ResumableTrainer(Trainer):
             self._unfinished, self._failed = final.parent / UNFINISHED, None
             part = self._unfinished / final.name
             self._write(final, model, trial)
+            # Again: transformers took the best checkpoint to be where it wrote it.
+            on_main(_on_full_disk(final, lambda: self.state.save_to_json(str(part / TRAINER_STATE_NAME))))
             written = everyones(listing(part))
-
-            def complete() -> None:
-                self.state.save_to_json(str(part / TRAINER_STATE_NAME))
-                finish(part, final, seal, [listing(part), *written[1:]])
-
-            on_main(_on_full_disk(final, complete))
+            on_main(_on_full_disk(final, lambda: finish(part, final, seal, written)))
         except BaseException:
             if is_main():
                 recover(final.parent)

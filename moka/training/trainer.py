@@ -19,7 +19,7 @@ from moka.modeling.partitioned import taking_whole, whole_state, without_wrapper
 from .batches import reach_sampler, sampler
 from .callbacks import Watcher
 from .connector import connector_state, load_connector, save_connector
-from .engine import leave_frozen_out, load_checkpoint, use_deepspeed
+from .engine import leave_frozen_out, load_checkpoint, place, use_deepspeed
 from .folder import save_adapter
 from .global_batch import divided
 from .gradients import GradientReader
@@ -29,7 +29,6 @@ from .processes import agree
 from .reporting import check_reports
 from .resuming import ResumableTrainer
 from .values import OWN_TRAINING_KEYS
-
 
 # The optimizer's state in a checkpoint, with FSDP and without.
 _OPTIMIZER_FILES = {"with": ("optimizer.bin", "optimizer_0"), "without": ("optimizer.pt",)}
@@ -107,6 +106,7 @@ class MokaTrainer(ResumableTrainer):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         if not self.is_deepspeed_enabled:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        place(self.model, self.args.device)
         model, train_dataloader = super()._prepare_for_training(max_steps, train_dataloader, None)
         leave_frozen_out(model)
         if resume_from_checkpoint is not None:

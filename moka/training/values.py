@@ -38,6 +38,7 @@ _ALWAYS = "moka sets it as its batches need it"
 _RESERVED = {
     "output_dir": "it is set by output.dir",
     "resume_from_checkpoint": "it is set by `moka train --resume`",
+    "enable_jit_checkpoint": "moka saves and ends on SIGTERM by itself",
     "remove_unused_columns": _ALWAYS,
     "label_names": _ALWAYS,
     "prediction_loss_only": _ALWAYS,

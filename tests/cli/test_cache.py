@@ -366,11 +366,44 @@ def test_killed_and_started_again_it_goes_on(moka, many, write, tmp_path):
     assert "0 computed" in moka(*command(path, cache)[2:]).out
 
 
+TORCHRUN = [os.path.join(os.path.dirname(sys.executable), "torchrun"), "--standalone", "--nproc_per_node", "2"]
+
+
+@pytest.mark.slow
+def test_partitioned_model_trains_from_cache_with_uneven_batches(moka, raw, write, tmp_path):
+    """ZeRO-3 compares the modules that its processes run; one of them has no picture or no sound in most steps."""
+    zero = {
+        **dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), "auto"),
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    }
+    (tmp_path / "zero3.json").write_text(json.dumps(zero))
+    values = raw(stages=[2], adapter__dropout=0, training__eval_strategy="no")
+    values["model"]["modalities"]["visual"]["projector"] = {**QFORMER, "dropout": 0}
+    path, cache = write(values), f"data.feature_cache={tmp_path / 'cache'}"
+    assert moka("cache", path, cache).code == 0
+    size = "training.per_device_train_batch_size"
+    assert moka("train", path, f"output.dir={tmp_path / 'one'}", f"{size}=2").code == 0
+    overrides = [cache, f"output.dir={tmp_path / 'two'}", f"{size}=1", f"training.deepspeed={tmp_path / 'zero3.json'}"]
+    train = [*TORCHRUN, "-m", "moka", "train", str(path), *overrides]
+    environment = {**os.environ, "PATH": f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(train, capture_output=True, text=True, check=False, timeout=400, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    engine = json.loads((tmp_path / "two/summary.json").read_text())["engines"]["2"]
+    assert (engine["processes"], engine["distributed_type"], engine["zero_stage"]) == (2, "DEEPSPEED", 3)
+    assert engine["wrapper"] == "DeepSpeedEngine"
+    for ours, theirs in zip(losses(tmp_path / "two"), losses(tmp_path / "one"), strict=True):
+        assert ours[2] == pytest.approx(theirs[2], abs=1e-4)
+    names = [load_file(tmp_path / run / "adapter/adapter_model.safetensors") for run in ("two", "one")]
+    assert {k: v.shape for k, v in names[0].items()} == {k: v.shape for k, v in names[1].items()}
+    for key, tensor in names[1].items():
+        torch.testing.assert_close(names[0][key], tensor, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.slow
 def test_processes_share_the_work(moka, many, raw, write, tmp_path):
     path, two, one = write(many), tmp_path / "two", tmp_path / "one"
-    launcher = [os.path.join(os.path.dirname(sys.executable), "torchrun"), "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*launcher, *command(path, two)], capture_output=True, text=True, check=False, timeout=180)
+    done = subprocess.run([*TORCHRUN, *command(path, two)], capture_output=True, text=True, check=False, timeout=180)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "80 media: 80 computed" in done.stdout
     assert "2 processes" in done.stdout
@@ -389,7 +422,7 @@ def test_processes_share_the_work(moka, many, raw, write, tmp_path):
     for name, overrides in (("live", []), ("cached", [f"data.feature_cache={cache}"])):
         run = tmp_path / name
         train = ["-m", "moka", "train", str(path), f"output.dir={run}", *overrides]
-        done = subprocess.run([*launcher, *train], capture_output=True, text=True, check=False, timeout=180)
+        done = subprocess.run([*TORCHRUN, *train], capture_output=True, text=True, check=False, timeout=180)
         assert done.returncode == 0, done.stderr[-2000:]
         engine = json.loads((run / "summary.json").read_text())["engines"]["2"]
         assert (engine["processes"], engine["distributed_type"]) == (2, "MULTI_CPU")

@@ -19,6 +19,7 @@ class Echo:
 
     processor = SimpleNamespace(chat_template=None, decoding={"video_frames": 10, "audio_windows": None})
     decoding: ClassVar = {"video_frames": 10, "audio_windows": None}
+    quantization: str | None = None
 
     def __init__(self, fails_after=None, weights_sha256="one"):
         self.asked, self.fails_after, self.weights_sha256 = [], fails_after, weights_sha256
@@ -83,6 +84,14 @@ def test_answers_of_another_model_or_other_settings_are_kept_aside(tmp_path, cap
     assert len(lines(tmp_path)) == 7
     assert "predictions.previous.jsonl" in capsys.readouterr().out
     assert len((tmp_path / "predictions.previous.jsonl").read_text().splitlines()) == 7
+
+
+def test_answers_over_a_quantised_backbone_are_those_of_another_model(tmp_path):
+    asked(Echo(), tmp_path)
+    again = Echo()
+    again.quantization = "nf4"
+    asked(again, tmp_path)
+    assert len(again.asked) == 7
 
 
 def test_a_few_questions_first_and_all_later_ask_none_twice(tmp_path):

@@ -118,7 +118,7 @@ def test_bad_input_is_told_once_and_ends_both(tiny_config, tmp_path, launch, wri
     assert "moka/training" not in done.stderr  # no traceback of ours
     told = [line for line in done.stderr.splitlines() if "moka: error" in line]
     assert len(told) == 1, done.stderr[-3000:]
-    assert "data.jsonl, line 2: image" in told[0]
+    assert "data.jsonl:2: image" in told[0]
     assert "1.png" in told[0]
     assert "exitcode  : 2" in done.stderr
     assert not (tmp_path / "run").exists()

@@ -196,13 +196,13 @@ def test_resumes_with_other_numbers_of_processes(zero, tmp_path, launch, losses)
         pytest.skip("its checkpoints are like those of another mode")
     alone = killed_at(5, folder, tmp_path / "one")
     said = resume(launch, "torchrun one", config, alone, 5)
-    assert "was written by 2 processes; it is converted for 1" in said
+    assert "was written with world size 2; it is converted for 1" in said
     assert_ran_under(alone, mode, stages=("2",), processes=1)
     assert losses(alone) == pytest.approx(losses(folder), abs=1e-4)
     assert_same_tensors(tensors(alone), tensors(folder), atol=2e-5)
     together = killed_at(10, alone, tmp_path / "two")
     said = resume(launch, "torchrun", config, together, 10)
-    assert "was written by 1 processes; it is converted for 2" in said
+    assert "was written with world size 1; it is converted for 2" in said
     assert_ran_under(together, mode, stages=("2",))
     assert losses(together) == pytest.approx(losses(folder), abs=1e-4)
     assert_same_tensors(tensors(together), tensors(folder), atol=2e-5)

@@ -20,6 +20,7 @@ from accelerate.utils.launch import (
     prepare_multi_gpu_env,
     prepare_simple_launcher_cmd_env,
 )
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from transformers import TrainingArguments
 
 from moka.cli.main import main
@@ -320,6 +321,17 @@ def test_single_process_in_the_place_of_several_is_noted(monkeypatch, processes,
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert (alone_by_mistake() is not None) is noted
+
+
+def test_reason_of_an_error_ends_what_the_launcher_prints(capsys, monkeypatch, tmp_path):
+    """torch's launcher, which accelerate uses, reads the file that it names to its processes."""
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    assert main(["train", "none.yaml"]) == 2
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(file))
+    *_, line, border = str(ChildFailedError("moka", {0: failure})).strip().splitlines()
+    assert line.endswith("error: No configuration file none.yaml; shipped ones lie in configs/.")
+    assert set(border) == {"="}
 
 
 @pytest.mark.parametrize("name", ["slurm.sbatch", "torchrun_two_nodes.sh"])

@@ -172,7 +172,7 @@ def test_runs_killed_at_random_steps_equal_an_uninterrupted_one(tiny_config, tmp
             f"was at {last_logged(tmp_path / 'run')}: {sorted(p.name for p in (tmp_path / 'run').rglob('checkpoint-*'))}"
         )
     done = launch("one", "train", config, "--resume", **as_many_threads())
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr[-6000:]
     assert "going on from" in done.stdout
     whole = run_training(config_from_dict(tiny_config(tmp_path / "whole", **RAGGED)))
     assert len(losses(whole)) > 48
@@ -291,7 +291,7 @@ def test_checkpoints_go_on_with_as_many_processes_with_fewer_and_with_more(
     killed(whole, tmp_path / "more", 2, 6)
     for folder, source in (("run", config), ("more", more)):
         done = launch("torchrun", "train", source, "--resume", timeout=400)
-        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.returncode == 0, done.stderr[-6000:]
         assert json.loads((tmp_path / folder / "summary.json").read_text())["processes"] == 2
         assert ("was written by" in done.stdout) == (folder == "more")
         assert_close(tmp_path / folder, whole, rel=1e-5)

@@ -12,7 +12,7 @@ from .base import Encoder, features_name
 
 
 class CachedEncoder(nn.Module):
-    """In the place of a frozen encoder: it is given the encoder's features and passes them on.
+    """In the place of a frozen encoder, whose features go to the projector as they are; it is never called.
 
     It has no parameters, so nothing of the encoder is moved to a device, partitioned or run, on no process; a batch
     without the modality touches the projector by features of zeros. The encoder waits in ``encoder``.
@@ -28,10 +28,6 @@ class CachedEncoder(nn.Module):
     @property
     def encoder(self) -> Encoder:
         return self._aside[0]
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """[items, num_tokens, width], unchanged."""
-        return features
 
     def dummy_input(self, items: int = 1) -> torch.Tensor:
         """Zeros [items, num_tokens, width]."""
