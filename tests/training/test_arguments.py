@@ -188,7 +188,7 @@ def test_help_lists_every_key():
     # The rest are those that moka sets itself.
     assert trainer - keys == {
         *("output_dir", "resume_from_checkpoint", "remove_unused_columns", "label_names", "prediction_loss_only"),
-        *("average_tokens_across_devices", "label_smoothing_factor"),
+        *("enable_jit_checkpoint", "average_tokens_across_devices", "label_smoothing_factor"),
     }
 
 
