@@ -25,8 +25,8 @@ _REMEDIES = {
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP), _PLACE),
 }
 VERBS = {
-    **{"data": data, "cache": cache, "train": train, "generate": generate, "eval": evaluate, "score": score, "compare": compare},
-    **{"convert": convert, "merge": merge, "export": export},
+    **{"data": data, "cache": cache, "train": train, "generate": generate, "eval": evaluate, "score": score},
+    **{"compare": compare, "convert": convert, "merge": merge, "export": export},
 }
 
 
