@@ -9,7 +9,6 @@ All nodes of a run need to see the same folder.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import time
@@ -23,6 +22,7 @@ import transformers
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 import moka
+from moka.data.wheels import sha256_of
 from moka.errors import MokaError
 
 from .files import FULL, read_json, write_json
@@ -113,7 +113,7 @@ def finish(part: Path, final: Path, facts: Seal, written: Iterable[dict[str, int
                 "system that all nodes share."
             )
         time.sleep(0.5)
-    files = {name: {"size": (part / name).stat().st_size, "sha256": _sha256(part / name)} for name in sorted(due)}
+    files = {name: {"size": (part / name).stat().st_size, "sha256": sha256_of(part / name)} for name in sorted(due)}
     write_json(part / SEAL, {"format_version": FORMAT_VERSION, **asdict(facts), "files": files})
     for name in (*files, SEAL):
         _sync(part / name)
@@ -170,7 +170,7 @@ def fault(checkpoint: Path) -> str | None:
         if path.stat().st_size != size:
             return f"{path} has {path.stat().st_size} bytes, and {size} were written."
         try:
-            if _sha256(path) != digest:
+            if sha256_of(path) != digest:
                 return f"{path} is not what was written (SHA-256)."
         except OSError as error:
             return f"{path} cannot be read ({error.strerror})."
@@ -239,14 +239,6 @@ def _by_step(folder: Path) -> list[tuple[int, Path]]:
 
 def _has(path: Path, size: int) -> bool:
     return path.is_file() and path.stat().st_size == size
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _sync(path: Path) -> None:
