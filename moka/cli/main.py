@@ -15,7 +15,7 @@ import moka
 from moka.errors import MokaError
 from moka.training.interruption import EX_TEMPFAIL, Interrupted
 from moka.training.launching import tell_launcher
-from moka.training.processes import disconnect, is_main, speaks
+from moka.training.processes import disconnect, is_main, lost_peer, speaks
 
 from . import cache, compare, convert, data, evaluate, export, generate, merge, score, train
 
@@ -24,6 +24,11 @@ _REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _SPACE),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP), _PLACE),
 }
+_LOST = (
+    "Another process has ended, or no longer answers; its own message says why. Where it has none, the launcher's report "
+    "tells its exit code (-9: killed, often for want of memory). `moka train ... --resume` goes on from the newest "
+    "checkpoint, and `moka cache` where it was."
+)
 VERBS = {
     **{"data": data, "cache": cache, "train": train, "generate": generate, "eval": evaluate, "score": score},
     **{"compare": compare, "convert": convert, "merge": merge, "export": export},
@@ -77,6 +82,10 @@ def guarded(action: Callable[[], int | None], debug: bool = False) -> int:
         if debug or error.errno not in _REMEDIES:
             raise
         return _complain(f"{error.filename or 'writing'}: {error.strerror}. {_REMEDIES[error.errno]}")
+    except RuntimeError as error:
+        if debug or not lost_peer(error):
+            raise
+        return _complain(_LOST)
     except Interrupted as stop:
         well = stop.agreed
         if speaks() and is_main():

@@ -160,7 +160,8 @@ class RunConfig:
     @property
     def data_seed(self) -> int:
         """What training questions are drawn by."""
-        return int(self.training.get("data_seed") or self.training.get("seed", 42))
+        given = self.training.get("data_seed")
+        return int(self.training.get("seed", 42) if given is None else given)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -14,7 +14,7 @@ from moka.data.lengths import Lengths, count_lengths, joined_lengths, lengths_ke
 from moka.data.packing import PackedDataset
 from moka.errors import MokaError
 
-from .processes import agree, everyones, is_main, on_main, share_of_work
+from .processes import agree, everyones, of_main, on_main, say, share_of_work
 
 BY_LENGTH = "group_by_length"
 
@@ -47,11 +47,11 @@ def put_together(
         if capacity is None:
             raise MokaError("Packing fills rows up to model.max_length, and the backbone names no context. Set it.")
         arranged = PackedDataset(dataset, lengths, capacity, dataset.seed)
-        _say(f"{arranged.summary()}; the rows are what batch sizes count")
+        say(f"{arranged.summary()}; the rows are what batch sizes count")
     else:
         dataset.lengths = lengths
     if grouped:
-        _say(_grouping(arranged.lengths, arguments))
+        say(_grouping(arranged.lengths, arguments))
     return arranged
 
 
@@ -60,7 +60,7 @@ def sampler(dataset: Any, arguments: TrainingArguments) -> LengthGroupedSampler 
     lengths = getattr(dataset, "lengths", None)
     if arguments.train_sampling_strategy != BY_LENGTH or lengths is None:
         return None
-    return LengthGroupedSampler(lengths, _step(arguments), _seed(arguments))
+    return LengthGroupedSampler(lengths, _step(arguments), data_seed(arguments))
 
 
 def reach_sampler(loader: Any) -> None:
@@ -79,17 +79,15 @@ def _step(arguments: TrainingArguments) -> int:
     return arguments.per_device_train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
 
 
-def _seed(arguments: TrainingArguments) -> int:
-    return int(arguments.data_seed or arguments.seed)
+def data_seed(arguments: TrainingArguments) -> int:
+    """What the order of samples is drawn by."""
+    return arguments.seed if arguments.data_seed is None else arguments.data_seed
 
 
 def _lengths(dataset: EncodedDataset, path: Path, resume: bool, workers: int, name: str) -> Lengths:
     """Counted by all processes together, or read by the main one and handed to the others."""
 
-    def read() -> Lengths | None:
-        return read_lengths(path, dataset) if resume and is_main() and path.exists() else None
-
-    known = everyones(agree(read))[0]
+    known = of_main(lambda: read_lengths(path, dataset) if resume and path.exists() else None)
     if known is not None:
         return known
     parts = everyones(agree(lambda: count_lengths(dataset, workers=workers, share=share_of_work(), name=name)))
@@ -101,12 +99,7 @@ def _lengths(dataset: EncodedDataset, path: Path, resume: bool, workers: int, na
 def _grouping(lengths: Lengths, arguments: TrainingArguments) -> str:
     """What grouping saves: the padding of the first epoch, and that of an order without it."""
     batch = arguments.per_device_train_batch_size
-    order = list(LengthGroupedSampler(lengths, _step(arguments), _seed(arguments)))
+    order = list(LengthGroupedSampler(lengths, _step(arguments), data_seed(arguments)))
     mixed = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(0)).tolist()
     before, after = (padding_share(lengths.tokens, one, batch) for one in (mixed, order))
     return f"grouped by length: {after:.0%} of a batch is padding ({before:.0%} in random order)"
-
-
-def _say(text: str) -> None:
-    if is_main():
-        print(text)

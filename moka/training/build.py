@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import re
 from collections.abc import Collection
 from typing import Any
@@ -24,7 +23,7 @@ from moka.modeling.quantization import logical_numel
 
 from .arguments import AdapterSection, ModelSection, RunConfig
 from .connector import load_connector, trained_parts
-from .engine import zero_stage
+from .engine import asks_for_fsdp, zero_stage
 
 
 def choose_dtype(name: str) -> torch.dtype:
@@ -77,7 +76,7 @@ def check_not_sharded(section: ModelSection, stages: Collection[TrainingArgument
     """Raises `MokaError` where a quantised backbone would be split over processes: its packed weights cannot be."""
     if section.quantization is None:
         return
-    fsdp = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true") or any(one.fsdp for one in stages)
+    fsdp = asks_for_fsdp() or any(one.fsdp for one in stages)
     if fsdp or any(zero_stage(one) == 3 for one in stages):
         raise MokaError(
             f"model.quantization: {section.quantization} does not go with {'FSDP' if fsdp else 'ZeRO-3'}, which splits the "

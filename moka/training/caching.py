@@ -23,7 +23,7 @@ from .datasets import open_data
 from .feature_cache import feature_settings, frozen, kinds_of
 from .filling import Done, Filler, Job
 from .lock import FolderLock
-from .processes import agree, everyones, is_main, on_main, share_of_work
+from .processes import agree, everyones, is_main, of_main, on_main, share_of_work
 
 # Processes whose share is done wait for the others; the launcher ends them where one dies.
 _PATIENCE = timedelta(days=2)
@@ -64,8 +64,8 @@ def cache_features(
     lock = FolderLock(cache, "filled", "data.feature_cache")
     on_main(lambda: _open_folder(cache, lock))
     try:
-        on_main(lambda: _prepare_folders(cache, jobs, dtype))
-        agree(lambda: _open_writers(cache, jobs, dtype, shard_bytes, device))
+        numbers = of_main(lambda: _prepare_folders(cache, jobs, dtype))
+        agree(lambda: _open_writers(cache, jobs, numbers, dtype, shard_bytes, device))
         filler = Filler(jobs, config.data.on_bad_media, batch_size, workers)
         for name, samples in datasets.items():
             agree(lambda: filler.fill(name, samples))  # noqa: B023  # called at once
@@ -111,19 +111,26 @@ def _open_folder(cache: Path, lock: FolderLock) -> None:
         ) from error
 
 
-def _prepare_folders(cache: Path, jobs: list[Job], dtype: str) -> None:
-    """Make the folders; what an earlier run left half-written or damaged is removed, and so computed again."""
+def _prepare_folders(cache: Path, jobs: list[Job], dtype: str) -> list[int]:
+    """Make the folders; what an earlier run left half-written or damaged is removed, and so computed again.
+
+    Returns: the number of the next shard in each.
+    """
+    numbers = []
     for job in jobs:
         folder = create_set(cache, job.encoder.name, job.settings, dtype)
         remove_partial(folder)
         for line in remove_damaged(folder):
             print(f"note: {line}; its features are computed again.")
+        numbers.append(next_number(folder))
+    return numbers
 
 
-def _open_writers(cache: Path, jobs: list[Job], dtype: str, shard_bytes: int, device: torch.device) -> None:
-    for job in jobs:
+def _open_writers(
+    cache: Path, jobs: list[Job], numbers: list[int], dtype: str, shard_bytes: int, device: torch.device
+) -> None:
+    for job, number in zip(jobs, numbers, strict=True):
         known = FeatureSet(create_set(cache, job.encoder.name, job.settings, dtype))
-        number = everyones(next_number(known.folder))[0]  # before any process writes
         job.writer = FeatureWriter(known, number, share_of_work()[0], shard_bytes)
         job.encoder.to(device).eval()
 

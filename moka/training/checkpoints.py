@@ -9,6 +9,7 @@ All nodes of a run need to see the same folder.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import time
@@ -25,11 +26,12 @@ import moka
 from moka.data.wheels import sha256_of
 from moka.errors import MokaError
 
-from .files import FULL, read_json, write_json
+from .files import read_json, write_json
 
 SEAL, UNFINISHED, DAMAGED = "checkpoint.json", "unfinished", "damaged-"
 FORMAT_VERSION = 1
 _OLD = ".old"
+_NO_SYNC = (errno.EINVAL, errno.ENOTSUP)  # of file systems that have none
 # A network file system may show another node's file late.
 _VISIBLE_WITHIN_S = 60.0
 
@@ -249,7 +251,7 @@ def _sync(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno in FULL:
+        if error.errno not in _NO_SYNC:
             raise
     finally:
         os.close(descriptor)

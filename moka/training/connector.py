@@ -132,12 +132,30 @@ def _load_folder(model: MokaForConditionalGeneration, folder: Path) -> list[str]
         state = load_file(folder / WEIGHTS)
     except (SafetensorError, OSError) as error:
         raise MokaError(f"{folder / WEIGHTS} cannot be read ({error}); it is truncated or damaged.") from error
-    expected = {k: v for k, v in model.state_dict().items() if k.startswith(tuple(p + "." for p in meta["parts"]))}
+    take_connector(model, state, meta["parts"], str(folder / WEIGHTS))
+    return meta["parts"]
+
+
+def take_connector(
+    model: MokaForConditionalGeneration,
+    state: dict[str, torch.Tensor],
+    parts: list[str] | None = None,
+    where: str = "what stage 1 trained",
+) -> None:
+    """Copy the tensors of ``parts`` into the model: all of them, and no others.
+
+    Args:
+        parts: default: those that the model trains.
+        where: the tensors come from, for the message.
+    Raises:
+        MokaError: tensors missing, extra or of another shape.
+    """
+    prefixes = tuple(f"{part}." for part in (trained_parts(model) if parts is None else parts))
+    expected = {key: tensor for key, tensor in model.state_dict().items() if key.startswith(prefixes)}
     bad = sorted(set(expected) ^ set(state)) or [k for k in state if state[k].shape != expected[k].shape]
     if bad:
-        raise MokaError(f"{folder / WEIGHTS}: {len(bad)} tensors missing, extra or of another shape ({bad[0]}, ...).")
+        raise MokaError(f"{where}: {len(bad)} tensors missing, extra or of another shape ({bad[0]}, ...).")
     model.load_state_dict(state, strict=False)
-    return meta["parts"]
 
 
 def _differences(model: MokaForConditionalGeneration, name: str, key: str, theirs: Any, ours: Any) -> list[str]:

@@ -1,14 +1,13 @@
 """What wraps the model in a distributed run: nothing, DDP, DeepSpeed or FSDP.
 
 Under DeepSpeed's ZeRO-3 each process holds a part of every parameter, and outside a forward a parameter is empty; what
-reads parameters elsewhere does so inside ``gathered``, on all processes.
+reads parameters elsewhere does so inside ``moka.modeling.partitioned.gathered``, on all processes.
 """
 
 from __future__ import annotations
 
 import functools
 import io
-import os
 import shutil
 from argparse import Namespace
 from contextlib import redirect_stdout
@@ -17,25 +16,14 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
+from accelerate.utils import parse_flag_from_env
 from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
 from moka.errors import MokaError
-from moka.modeling.partitioned import gathered, has_parts, is_partitioned
+from moka.modeling.partitioned import has_parts, is_partitioned
 
 from .processes import everyones, on_main
-
-__all__ = [
-    "EngineNote",
-    "describe",
-    "forget_engine",
-    "gathered",
-    "in_words",
-    "leave_frozen_out",
-    "load_checkpoint",
-    "use_deepspeed",
-    "zero_stage",
-]
 
 
 def describe(trainer: Any) -> dict[str, Any]:
@@ -75,6 +63,11 @@ def zero_stage(arguments: TrainingArguments) -> int:
     return int(_zero(arguments.deepspeed_plugin).get("stage", 0))
 
 
+def asks_for_fsdp() -> bool:
+    """Whether `accelerate launch` was told to use FSDP."""
+    return parse_flag_from_env("ACCELERATE_USE_FSDP")
+
+
 def use_deepspeed(arguments: TrainingArguments, name: str) -> None:
     """What DeepSpeed needs between the arguments of a stage and its model; without DeepSpeed nothing happens.
 
@@ -85,7 +78,7 @@ def use_deepspeed(arguments: TrainingArguments, name: str) -> None:
     """
     if arguments.deepspeed_plugin is None:
         return
-    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+    if parse_flag_from_env("ACCELERATE_USE_CPU"):
         raise MokaError(
             f"{name}: DeepSpeed is asked for, and ACCELERATE_USE_CPU in the environment would turn it off without a word. "
             "Unset it; without a GPU the run is on the CPU anyway."

@@ -1,7 +1,6 @@
 """`data.feature_cache`: features of frozen encoders, computed once (`moka cache`) and read in training.
 
-compute:  media of all data sets -> decode, front end (threads) -> encoder in batches -> shards
-read:     medium -> features; the encoder is set aside, and the model runs its projector alone
+medium -> features from the cache; the encoder is set aside, and the model runs its projector alone. `filling` makes them.
 """
 
 from __future__ import annotations

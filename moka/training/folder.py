@@ -33,7 +33,7 @@ from moka.modeling.partitioned import without_wrappers
 
 from .arguments import RunConfig, config_from_dict
 from .connector import trained_parts
-from .files import whole, write_json, write_text
+from .files import whole, write_json, write_text, writing
 from .lock import LOCK, FolderLock
 
 CONFIG, ADAPTER, CONNECTOR, METRICS, SUMMARY = "config.yaml", "adapter", "connector", "metrics.jsonl", "summary.json"
@@ -139,7 +139,8 @@ class RunFolder:
     def log(self, record: dict[str, Any]) -> None:
         # NaN is no JSON.
         record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        with open(self.path / METRICS, "a", encoding="utf-8") as file:
+        path = self.path / METRICS
+        with writing(path), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:

@@ -215,7 +215,10 @@ def logits_change(trainer: Any, samples: int = 2) -> float:
     """
     dataset, model = trainer.train_dataset, trainer.model_wrapped
     batch = trainer.data_collator([dataset[i] for i in range(min(samples, len(dataset)))])
+    # Logits of whole prompts would take memory that training never needs.
+    answers = (batch["labels"] != -100).any(0).nonzero().squeeze(1)
     inputs = trainer._prepare_inputs({key: batch[key] for key in batch if key not in ("sample_ids", "labels")})
+    inputs["logits_to_keep"] = answers.to(trainer.args.device)
     was_training = model.training
     model.eval()
     with torch.no_grad(), trainer.compute_loss_context_manager():

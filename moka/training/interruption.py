@@ -19,12 +19,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .processes import connected, is_main
+from .processes import any_of, is_main
 
 EX_TEMPFAIL = 75
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
@@ -90,18 +88,18 @@ class Interruption:
         """From here to ``check`` a signal is only noted, for ``agreed``."""
         self._deferred = True
 
-    def check(self, device: torch.device | None = None) -> None:
+    def check(self) -> None:
         """Leave now where a signal was noted; from here on one is followed at once."""
         self._deferred = False
-        if self.agreed(device):
+        if self.agreed():
             raise Interrupted(agreed=True)
 
-    def agreed(self, device: torch.device | None = None) -> bool:
-        """Whether any process of the run was signalled: every process asks at the same place, and gets one answer."""
-        flag = torch.tensor(int(self._first is not None), device=device)
-        if connected():
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
+    def agreed(self) -> bool:
+        """Whether any process of the run was signalled: every process asks at the same place, and gets one answer.
+
+        The hosts ask each other, so that no device is waited for.
+        """
+        return any_of(self._first is not None)
 
 
 def outlive(then: Callable[[int], None] | None, worker: int) -> None:
@@ -125,30 +123,33 @@ class SaveAndLeave(TrainerCallback):
     def __init__(self, interruption: Interruption) -> None:
         self.interruption = interruption
         self._began: int | None = None
-        self._leaving = False
+        self._leaving = self._put_off = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._began = state.global_step
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Loading and going forward to where the run was may have taken long.
-        if state.global_step == self._began and self.interruption.agreed(args.device):
+        if state.global_step == self._began and self.interruption.agreed():
             raise Interrupted(state.global_step, agreed=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # The last step of an epoch belongs with what the epoch's end logs and evaluates.
+        # What the last step of an epoch saves goes on after what the epoch's end logs and evaluates.
         if state.epoch != int(state.epoch):
-            self._leave(args, control)
+            self._leave(control)
+        elif control.should_save:
+            control.should_save, self._put_off = False, True
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._leave(args, control)
+        control.should_save, self._put_off = control.should_save or self._put_off, False
+        self._leave(control)
 
-    def _leave(self, args: Any, control: Any) -> None:
-        if self.interruption.agreed(args.device):
+    def _leave(self, control: Any) -> None:
+        if self.interruption.agreed():
             self._leaving = control.should_save = True
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.interruption.agreed(args.device):
+        if self.interruption.agreed():
             raise BrokenOff
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

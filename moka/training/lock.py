@@ -39,6 +39,7 @@ class FolderLock:
     def __init__(self, folder: Path, use: str = "trained", key: str = "output.dir") -> None:
         self.path, self.use, self.key = folder / LOCK, use, key
         self._descriptor: int | None = None
+        self._taken = False  # also where there is no lock to hold
 
     def take(self) -> bool:
         """Whether it was free, and is now ours; False where we hold it already.
@@ -46,7 +47,7 @@ class FolderLock:
         Raises:
             MokaError: another process holds it.
         """
-        if self._descriptor is not None:
+        if self._taken:
             return False
         while self._descriptor is None and fcntl is not None:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -62,7 +63,7 @@ class FolderLock:
                     ) from error
                 print(f"note: no lock on {self.path} ({error.strerror}); see that no other run writes this folder.")
                 self.path.unlink(missing_ok=True)
-                return True
+                break
             if not self._is_current(descriptor):
                 os.close(descriptor)  # its holder removed the file between our two calls
                 continue
@@ -70,6 +71,7 @@ class FolderLock:
             os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
             self._descriptor = descriptor
             _held.add(descriptor)
+        self._taken = True
         return True
 
     def _is_current(self, descriptor: int) -> bool:
@@ -79,6 +81,7 @@ class FolderLock:
             return False
 
     def release(self) -> None:
+        self._taken = False
         if self._descriptor is not None:
             self.path.unlink(missing_ok=True)
             _held.discard(self._descriptor)

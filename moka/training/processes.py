@@ -17,6 +17,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from moka.errors import MokaError
@@ -27,7 +28,7 @@ _PATIENCE = timedelta(days=7)
 # How gloo, NCCL and the store say that another process is gone.
 _GONE = (
     *("closed by peer", "reset by peer", "Broken pipe", "Connection was likely closed", "remote process exited"),
-    *("NCCL communicator was aborted", "Connection refused"),
+    *("NCCL communicator was aborted", "Connection refused", "Timed out waiting"),
 )
 _group: tuple[Any, Any] | None = None  # the processes it connects, and the group
 
@@ -75,6 +76,29 @@ def everyones(value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value, group=_patient())
     return values
+
+
+def any_of(flag: bool) -> bool:
+    """Whether any process says so. Cheap enough for every step."""
+    if not connected():
+        return flag
+    own = torch.tensor(int(flag))
+    dist.all_reduce(own, op=dist.ReduceOp.MAX, group=_patient())
+    return bool(own)
+
+
+def of_main(action: Callable[[], T]) -> T:
+    """What ``action`` returns on the main process, on every process.
+
+    For what is read from files and decides what all do next: another node may see a file later.
+    """
+    return everyones(agree(action if is_main() else _nothing))[0]
+
+
+def say(text: str) -> None:
+    """Print a line, once."""
+    if is_main():
+        print(text)
 
 
 def _patient() -> Any:

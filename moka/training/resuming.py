@@ -21,7 +21,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import nested_gather, safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .checkpoints import SEAL, UNFINISHED, Seal, begin, finish, listing, read_seal, recover, rotate
+from .checkpoints import UNFINISHED, Seal, begin, finish, listing, read_seal, recover, rotate
 from .engine import describe
 from .files import writing
 from .interruption import BrokenOff, Interrupted, outlive
@@ -35,9 +35,11 @@ class ResumableTrainer(Trainer):
     _failed: Exception | None = None
     _from: Seal | None = None
     _owes_evaluation = False
+    _began_at = 0
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         self._from = read_seal(resume_from_checkpoint) if resume_from_checkpoint else None
+        self._began_at = self._from.step if self._from is not None else 0
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -144,7 +146,7 @@ class ResumableTrainer(Trainer):
         except BrokenOff:
             _set_random_states(before)
         step, final = self.state.global_step, self._final()
-        if step and not (final / SEAL).is_file():
+        if step > self._began_at:  # else the checkpoint that this went on from owes it still
             self._owes_evaluation = True
             self._save_checkpoint(self.model, None)
         raise Interrupted(step, final if step else None, agreed=True)
@@ -206,5 +208,6 @@ def _random_states_for(arguments: Any, checkpoint: Path, saved: int) -> Iterator
 def _outliving(loader: Any) -> Any:
     """A loader whose workers live on when the whole job is signalled, until the run has saved."""
     inner = getattr(loader, "base_dataloader", loader)  # accelerate's wrapper hands its work on
-    inner.worker_init_fn = partial(outlive, inner.worker_init_fn)
+    if getattr(inner.worker_init_fn, "func", None) is not outlive:  # transformers may hand out the same loader again
+        inner.worker_init_fn = partial(outlive, inner.worker_init_fn)
     return loader

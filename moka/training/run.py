@@ -25,11 +25,11 @@ from moka.data.sources import notes_of
 from moka.data.usable import SkipReport, Subset, joined
 from moka.errors import MokaError
 from moka.modeling import MokaForConditionalGeneration, MokaProcessor
-from moka.modeling.encoders import bring_back
+from moka.modeling.encoders import CachedEncoder, bring_back, set_aside
 from moka.modeling.partitioned import has_parts
 
 from .arguments import RunConfig
-from .batches import put_together
+from .batches import data_seed, put_together
 from .build import (
     adapter_parameters,
     attach_adapter,
@@ -40,7 +40,7 @@ from .build import (
 )
 from .callbacks import MetricsWriter
 from .checkpoints import last_checkpoint, say_changes
-from .connector import load_connector, save_connector, trained_parts
+from .connector import load_connector, save_connector, take_connector, trained_parts
 from .datasets import bad_media_report, check_files, check_media, open_data, try_media, write_reports
 from .engine import EngineNote, forget_engine, in_words
 from .feature_cache import describe, open_features, with_features
@@ -49,7 +49,7 @@ from .folder import ADAPTER, CONNECTOR, SUMMARY, RunFolder, save_result
 from .guards import DivergenceGuard, GradientGuard, check_dtypes, logits_change
 from .interruption import Interrupted, Interruption, SaveAndLeave
 from .objectives import EmbeddingAlignment
-from .processes import agree, everyones, is_main, lost_peer, on_main, share_of_work
+from .processes import agree, everyones, is_main, of_main, on_main, say, share_of_work
 from .progress import Meter, ProgressBar
 from .report import plot_balance, plot_loss, write_card, write_samples
 from .reporting import place_tensorboard
@@ -86,7 +86,7 @@ class Run:
 
     def leave_if_told(self) -> None:
         """End here where a signal came after the last step of a stage; its result is saved."""
-        self.interruption.check(next(iter(self.arguments.values())).device)
+        self.interruption.check()
 
 
 def run_training(config: RunConfig, resume: bool = False, overwrite: bool = False) -> Path:
@@ -107,20 +107,23 @@ def run_training(config: RunConfig, resume: bool = False, overwrite: bool = Fals
 def open_run(config: RunConfig, resume: bool = False, overwrite: bool = False) -> Iterator[Run | None]:
     """Everything that can be tried before training is tried; the run folder is made; then the run is yours.
 
-    None where a run to be resumed is complete. A run that fails before it has anything to go on from leaves no folder.
+    None where a run to be resumed is complete. What is refused before training leaves no folder, and neither does a medium
+    that cannot be read before there is anything to go on from.
 
     Raises:
         MokaError: as ``run_training``.
     """
     folder = RunFolder(config.output.dir)
+    began = False
     with Interruption() as interruption:
         try:
             with _open_run(config, folder, resume, overwrite) as run:
+                began = True
                 if run is not None:
                     run.interruption = interruption
                 yield run
         except Interrupted as stop:
-            if folder.holds_run():
+            if began or resume:
                 stop.remedy = "go on with `moka train ... --resume`"
             raise
         finally:
@@ -136,8 +139,8 @@ def _open_run(config: RunConfig, folder: RunFolder, resume: bool, overwrite: boo
     on_main(lambda: folder.check(resume, overwrite))
     if resume:
         agree(lambda: folder.check_same(config))
-        if agree((folder / SUMMARY).exists):
-            _say(f"note: {folder.path} is complete; there is nothing to go on with.")
+        if of_main((folder / SUMMARY).exists):
+            say(f"note: {folder.path} is complete; there is nothing to go on with.")
             yield None
             return
     # What has to be downloaded and prepared is so once.
@@ -145,7 +148,7 @@ def _open_run(config: RunConfig, folder: RunFolder, resume: bool, overwrite: boo
     datasets = agree(lambda: open_data(config), main_first=True)
     agree(lambda: check_files(datasets, config, share_of_work()))
     for note in dict.fromkeys(note for samples in datasets.values() for note in notes_of(samples)):
-        _say(f"note: {note}")
+        say(f"note: {note}")
     run = agree(lambda: _prepare(config, folder, arguments, resume, datasets))
     tried = _leave_out(run.datasets, config, folder, resume)
     agree(lambda: _try_first(run))
@@ -160,16 +163,10 @@ def _open_run(config: RunConfig, folder: RunFolder, resume: bool, overwrite: boo
         yield run
     except BadMediaError as error:
         # A file that cannot be read is found as late as its sample comes; with nothing to resume, nothing stays.
-        folder.discard()
+        if is_main():
+            folder.discard()
         remedy = "Or let the run do without it: data.on_bad_media=skip or substitute."
         raise BadMediaError(f"{str(error).rstrip()} {remedy}", error.file, error.reason) from error
-    except RuntimeError as error:
-        if not lost_peer(error):
-            raise
-        raise MokaError(
-            "Another process of this run has ended; its own message says why. Where it has none, the launcher's report "
-            "tells its exit code (-9: killed, often for want of memory). --resume goes on from the newest checkpoint."
-        ) from error
 
 
 def _leave_out(datasets: dict[str, Any], config: RunConfig, folder: RunFolder, resume: bool) -> dict[str, SkipReport]:
@@ -180,7 +177,7 @@ def _leave_out(datasets: dict[str, Any], config: RunConfig, folder: RunFolder, r
     tried = agree(lambda: {name: joined([part[name] for part in parts]) for name in parts[0]})
     for name, report in tried.items():
         datasets[name] = Subset(datasets[name], report.indices)
-        _say(report.summary())
+        say(report.summary())
     return tried
 
 
@@ -202,7 +199,7 @@ def _prepare(
         run.features = open_features(config.data, model, processor)
         run.datasets = {name: with_features(samples, run.features) for name, samples in datasets.items()}
         for line in describe(run.features):
-            _say(line)
+            say(line)
     return run
 
 
@@ -217,11 +214,6 @@ def _seed(config: RunConfig) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def _say(text: str) -> None:
-    if is_main():
-        print(text)
 
 
 def _arguments(config: RunConfig, folder: RunFolder, stage: int) -> TrainingArguments:
@@ -250,12 +242,11 @@ def _trainer(run: Run, stage: int, module: torch.nn.Module, step: int) -> MokaTr
         if f"{part}_learning_rate" in section
     }
     dropped = run.folder / f"dropped-stage{stage}.jsonl"
-    seed = int(arguments.data_seed or arguments.seed)
     trainer = MokaTrainer(
         model=module,
         args=arguments,
         train_dataset=put_together(
-            EncodedDataset(train, run.processor, run.max_length, seed, dropped),
+            EncodedDataset(train, run.processor, run.max_length, data_seed(arguments), dropped),
             arguments,
             packing=bool(section.get("packing")),
             path=run.folder / f"lengths-stage{stage}.npz",
@@ -284,11 +275,9 @@ def _train(run: Run, stage: int, module: torch.nn.Module) -> dict[str, torch.Ten
     checkpoint, step = None, 0
     if run.resume:
         stage_folder = Path(arguments.output_dir or ".")
-        checkpoint, step = everyones(agree(lambda: last_checkpoint(stage_folder) if is_main() else (None, 0)))[0]
+        checkpoint, step = of_main(lambda: last_checkpoint(stage_folder))
         on_main(lambda: run.folder.rewind_metrics(stage, step))
-        _say(
-            f"stage {stage}: " + (f"going on from {checkpoint}" if checkpoint else "no checkpoint; from its beginning")
-        )
+        say(f"stage {stage}: " + (f"going on from {checkpoint}" if checkpoint else "no checkpoint; from its beginning"))
     if checkpoint is not None and is_main():
         say_changes(checkpoint, arguments.world_size)
     _say_batch(run, stage, going_on=checkpoint is not None)
@@ -309,12 +298,12 @@ def _say_batch(run: Run, stage: int, going_on: bool) -> None:
     batch, accumulated = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
     total = batch * accumulated * arguments.world_size
     unit = "packed rows" if getattr(run.config, SECTIONS[stage]).get("packing") else "samples"
-    _say(
+    say(
         f"stage {stage}: {total} {unit} a step ({batch} x {arguments.world_size} processes x {accumulated} accumulated)"
     )
     key = "samples_per_step"
-    records = agree(run.folder.metrics)
-    began = next((record[key] for record in records if record["stage"] == stage and key in record), None)
+    records = of_main(run.folder.metrics)
+    began = next((r[key] for r in reversed(records) if r["stage"] == stage and key in r), None)
     if going_on and began not in (None, total):
 
         def refuse() -> None:
@@ -331,7 +320,7 @@ def _say_batch(run: Run, stage: int, going_on: bool) -> None:
 def train_connectors(run: Run) -> None:
     """Stage 1: train encoders and projectors; the language model is frozen and has no adapter."""
     target = run.folder / CONNECTOR
-    if run.resume and (target / "connector.json").is_file():
+    if run.resume and of_main((target / "connector.json").is_file):
         load_connector(run.model, target)
         return
     run.model.language_model.requires_grad_(False)
@@ -345,15 +334,17 @@ def train_connectors(run: Run) -> None:
     on_main(save)
     if 2 in run.config.stages and (run.arguments[1].deepspeed_plugin is not None or has_parts(run.model)):
         # An engine leaves its hooks and its parts of the parameters on the model.
+        cached = [name for name, encoder in run.model.encoders.items() if isinstance(encoder, CachedEncoder)]
         run.model = agree(lambda: build_for_stage_two(run.config)[0])
-        agree(lambda: load_connector(run.model, target))
+        set_aside(run.model, cached)
+        agree(lambda: take_connector(run.model, state))
 
 
 def train_adapter(run: Run) -> PeftModel:
     """Stage 2: train the adapter with projectors and trainable encoders."""
     parts = trained_parts(run.model)
     if parts and 1 not in run.config.stages and not run.config.model.connectors:
-        _say(f"note: {', '.join(parts)} start untrained: neither stage 1 nor model.connectors is given.")
+        say(f"note: {', '.join(parts)} start untrained: neither stage 1 nor model.connectors is given.")
     run.leave_if_told()
     # Again: a resumed run, which has not gone through stage 1, draws the same adapter.
     _seed(run.config)

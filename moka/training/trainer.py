@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from accelerate.utils import DistributedType, save_fsdp_optimizer
 from peft import PeftModel
+from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
 
@@ -18,8 +19,9 @@ from moka.modeling.partitioned import taking_whole, whole_state, without_wrapper
 
 from .batches import reach_sampler, sampler
 from .callbacks import Watcher
+from .checkpoints import read_seal
 from .connector import connector_state, load_connector, save_connector
-from .engine import leave_frozen_out, load_checkpoint, place, use_deepspeed
+from .engine import asks_for_fsdp, describe, leave_frozen_out, load_checkpoint, place, use_deepspeed
 from .folder import save_adapter
 from .global_batch import divided
 from .gradients import GradientReader
@@ -30,8 +32,12 @@ from .reporting import check_reports
 from .resuming import ResumableTrainer
 from .values import OWN_TRAINING_KEYS
 
-# The optimizer's state in a checkpoint, with FSDP and without.
-_OPTIMIZER_FILES = {"with": ("optimizer.bin", "optimizer_0"), "without": ("optimizer.pt",)}
+# Where the optimizer's state lies in a checkpoint.
+_OPTIMIZER_FILES = {
+    "DeepSpeed": ("global_step*",),
+    "FSDP": ("optimizer.bin", "optimizer_0"),
+    "neither": ("optimizer.pt",),
+}
 
 
 class MokaTrainer(ResumableTrainer):
@@ -53,9 +59,8 @@ class MokaTrainer(ResumableTrainer):
         agree(self._check_fsdp)
 
     def _check_fsdp(self) -> None:
-        asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
         kind = self.accelerator.distributed_type
-        if asked and self.args.world_size > 1 and kind != DistributedType.FSDP:
+        if asks_for_fsdp() and self.args.world_size > 1 and kind != DistributedType.FSDP:
             raise MokaError(
                 f"FSDP is asked for, and accelerate would run {kind.value} in its place: it shards models on GPUs alone. "
                 "Launch with configs/accelerate/ddp.yaml or, without GPUs, cpu.yaml."
@@ -90,6 +95,10 @@ class MokaTrainer(ResumableTrainer):
         own = sampler(self.train_dataset if train_dataset is None else train_dataset, self.args)
         return super()._get_train_sampler(train_dataset) if own is None else own
 
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        # transformers would group these too, by the lengths of decoded samples.
+        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
+
     def get_train_dataloader(self) -> Any:
         loader = super().get_train_dataloader()
         reach_sampler(loader)
@@ -110,6 +119,7 @@ class MokaTrainer(ResumableTrainer):
         model, train_dataloader = super()._prepare_for_training(max_steps, train_dataloader, None)
         leave_frozen_out(model)
         if resume_from_checkpoint is not None:
+            agree(lambda: self._check_optimizer(Path(resume_from_checkpoint)))
             load_checkpoint(model, Path(resume_from_checkpoint), self.args.world_size)
             self._load_optimizer_and_scheduler(resume_from_checkpoint)
             self._load_scaler(resume_from_checkpoint)
@@ -173,11 +183,17 @@ class MokaTrainer(ResumableTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
 
     def _check_optimizer(self, checkpoint: Path) -> None:
-        ours, theirs = ("with", "without") if self.is_fsdp_enabled else ("without", "with")
-        if any((checkpoint / name).exists() for name in _OPTIMIZER_FILES[theirs]):
+        """transformers goes on with a fresh optimizer and schedule where it finds no state of theirs."""
+        ours = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP" if self.is_fsdp_enabled else "neither"
+        wrote = next(
+            (e for e, names in _OPTIMIZER_FILES.items() if any(any(checkpoint.glob(n)) for n in names)), "none"
+        )
+        then, now = read_seal(checkpoint).zero_stage, describe(self)["zero_stage"]
+        if wrote != ours or then != now:
+            stages = f" (ZeRO stage {then}, now {now})" if then is not None or now is not None else ""
             raise MokaError(
-                f"--resume: {checkpoint} was written {theirs} FSDP, and its optimizer cannot go on {ours} it. Launch the run "
-                "as it began."
+                f"--resume: {checkpoint} holds the optimizer of {_engine(wrote)}, and this run has {_engine(ours)}{stages}. "
+                "Launch it as it began."
             )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -195,6 +211,10 @@ class MokaTrainer(ResumableTrainer):
             super()._load_best_model()
         else:
             self._load_from_checkpoint(best)
+
+
+def _engine(name: str) -> str:
+    return {"neither": "a run without DeepSpeed and FSDP", "none": "no run at all"}.get(name, name)
 
 
 def trained_state(model: Any) -> dict[str, torch.Tensor]:

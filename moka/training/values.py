@@ -42,6 +42,9 @@ _RESERVED = {
     "remove_unused_columns": _ALWAYS,
     "label_names": _ALWAYS,
     "prediction_loss_only": _ALWAYS,
+    "save_only_model": "a checkpoint without the optimizer could not be resumed from",
+    "ignore_data_skip": "a resumed run would train on the same samples again",
+    "auto_find_batch_size": "it would change the global batch, and on several processes stop them; lower the batch size",
     "average_tokens_across_devices": "moka always averages over the tokens of the whole batch",
     "label_smoothing_factor": "moka computes the loss at the answer's positions alone, which cannot be smoothed",
 }

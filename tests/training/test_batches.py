@@ -19,7 +19,6 @@ SAME = {
     "model__modalities__visual__encoder__dropout": 0.0,
     "model__modalities__audio__encoder__dropout": 0.0,
     "training__optim": "sgd",
-    "training__eval_strategy": "no",
 }
 
 

@@ -226,6 +226,16 @@ def test_a_lock_is_taken_once_and_given_back(tmp_path):
     second.release()
 
 
+def test_a_lock_that_cannot_be_held_is_taken_once_too(tmp_path, monkeypatch):
+    """`--overwrite` asks twice: to see whether the folder is free, and to write it."""
+    monkeypatch.setattr("moka.training.lock.fcntl", None)
+    lock = RunFolder(tmp_path).lock
+    assert lock.take()
+    assert not lock.take()
+    lock.release()
+    assert lock.take()
+
+
 def test_a_file_system_without_locks_is_said(tmp_path, capsys, monkeypatch):
     import fcntl
 

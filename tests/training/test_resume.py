@@ -104,6 +104,37 @@ def test_lora_run_resumes_too(tiny_config, tmp_path):
     assert losses(folder) == losses(whole)
 
 
+def test_a_save_at_the_end_of_an_epoch_is_resumed_exactly(tiny_config, tmp_path):
+    """The epoch's evaluation and log come after its last step's save is due, and draw on the same random numbers."""
+    changes = {
+        "stages": [2],
+        "data__train_size": 16,
+        "training__max_steps": 8,
+        "training__save_steps": 4,
+        "training__eval_strategy": "epoch",
+        "training__logging_strategy": "epoch",
+    }
+    whole = run_training(config_from_dict(tiny_config(tmp_path / "whole", **changes)))
+    assert [step for _, step, *_ in losses(whole)].count(4) == 2  # a loss and an evaluation
+    folder = killed(whole, tmp_path / "run", 2, 4)
+    resume(tiny_config, folder, **changes)
+    ours, theirs = (load_file(f / "adapter/adapter_model.safetensors") for f in (folder, whole))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert losses(folder) == losses(whole)
+
+
+def test_resume_under_another_engine_is_refused(trained_run, tiny_config, tmp_path):
+    """transformers would go on with a fresh optimizer and schedule, and say nothing."""
+    folder = killed(trained_run, tmp_path / "run", 2, 4)
+    checkpoint = folder / "checkpoints/stage2/checkpoint-4"
+    seal = json.loads((checkpoint / "checkpoint.json").read_text())
+    (checkpoint / "optimizer.pt").rename(checkpoint / "global_step4")  # as DeepSpeed names its own
+    seal["files"]["global_step4"] = seal["files"].pop("optimizer.pt")
+    (checkpoint / "checkpoint.json").write_text(json.dumps({**seal, "zero_stage": 2}))
+    with pytest.raises(MokaError, match=r"the optimizer of DeepSpeed, and this run has .* \(ZeRO stage 2, now None\)"):
+        resume(tiny_config, folder)
+
+
 def test_resume_with_other_settings_is_refused(trained_run, tiny_config, tmp_path):
     folder = killed(trained_run, tmp_path / "run", 2, 2)
     with pytest.raises(MokaError, match=r"training.learning_rate is 0.003 .* and 0.1 is given"):
