@@ -194,6 +194,7 @@ def load_base(
     backbone: str | None = None,
     dequantize: bool = False,
     quantization: str | None = AS_TRAINED,
+    device: str | None = None,
 ) -> MokaForConditionalGeneration:
     """The composed model that an adapter folder belongs to, for ``PeftModel.from_pretrained(base, folder)``.
 
@@ -205,6 +206,7 @@ def load_base(
         backbone: where the language model lies here, if not at the recorded name.
         dequantize: ordinary weights: not quantised as in training, and turned into such where they are quantised on disk.
         quantization: how the language model is held: as in training, "nf4", "int8", or None for its own weights.
+        device: where a quantised model lies; default: the accelerator if there is one. Others lie on the CPU.
     Raises:
         MokaError: the backbone is another than the adapter was trained on.
     """
@@ -224,7 +226,7 @@ def load_base(
     section = ModelSection(
         backbone=backbone or config["backbone"], modalities=modalities, dtype=dtype, quantization=quantization
     )
-    model, _ = build_model(section)
+    model, _ = build_model(section, device=device)
     model.config.fill_token_id = config["fill_token_id"]
     found = model.backbone_fingerprint()
     if found != config["backbone_fingerprint"]:
@@ -276,7 +278,9 @@ def load(
     check_adapter_folder(str(folder))
     _check_complete_folder(folder)
     processor = MokaProcessor.from_pretrained(folder)
-    base = load_base(folder, dtype=dtype, backbone=backbone, dequantize=dequantize, quantization=quantization)
+    base = load_base(
+        folder, dtype=dtype, backbone=backbone, dequantize=dequantize, quantization=quantization, device=device
+    )
     processor.teach_end(base)
     try:
         model = PeftModel.from_pretrained(base, str(folder))

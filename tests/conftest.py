@@ -1,12 +1,17 @@
 """Tiny random backbones with a real byte-level BPE tokenizer, saved as ordinary Hugging Face folders."""
 
+import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 # Two spinning OpenMP threads on a busy machine are an order of magnitude slower; workers share the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
+import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
@@ -16,6 +21,22 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 WORDS = "zero one two three four five six seven eight nine which digit is written spoken image sound the same yes no"
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+LAUNCHERS = {
+    "one": [sys.executable],
+    "torchrun": [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2"],
+    "accelerate zero1": [
+        *(str(BIN / "accelerate"), "launch", "--use_deepspeed", "--zero_stage", "1", "--num_processes", "2"),
+        *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
+    ],
+    "torchrun one": [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "1"],
+    # `--cpu --num_processes 2` would start one process, and say nothing.
+    "accelerate": [
+        *(str(BIN / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
+        *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
+    ],
+}
 
 
 @pytest.fixture(scope="session")
@@ -137,3 +158,60 @@ def trained_run(tiny_config, tmp_path_factory):
     from moka.training import config_from_dict, run_training
 
     return run_training(config_from_dict(tiny_config(tmp_path_factory.mktemp("runs") / "both")))
+
+
+@pytest.fixture(scope="session")
+def launch():
+    """``launch("torchrun", "train", config)``: `moka train config` in two processes; ``start=True`` does not wait.
+
+    ``program`` takes the place of `-m moka`.
+    """
+
+    def run(launcher, *arguments, program=("-m", "moka"), start=False, timeout=180, **environment):
+        own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+        if launcher == "accelerate":
+            own["ACCELERATE_USE_CPU"] = "true"
+        command = [*LAUNCHERS[launcher], *map(str, program), *map(str, arguments)]
+        settings = {"env": {**os.environ, **own, **environment}, "text": True}
+        if start:
+            return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **settings)
+        return subprocess.run(command, capture_output=True, check=False, timeout=timeout, **settings)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def write_yaml():
+    def write(path, raw):
+        path.write_text(yaml.safe_dump(raw, sort_keys=False))  # modalities are made in their order
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def write_zero():
+    """``write_zero(folder, "zero2")``: a settings file of DeepSpeed; also "zero1", "zero3" and "zero3-offload".
+
+    A parameter persistence threshold of 0 makes ZeRO-3 partition tiny parameters too.
+    """
+
+    def write(folder, mode, **more):
+        sizes = (
+            "train_batch_size",
+            "train_micro_batch_size_per_gpu",
+            "gradient_accumulation_steps",
+            "gradient_clipping",
+        )
+        zero = {"stage": int(mode[len("zero")])}
+        if zero["stage"] == 3:
+            zero["stage3_param_persistence_threshold"] = 0
+        if mode.endswith("offload"):
+            zero |= {key: {"device": "cpu"} for key in ("offload_optimizer", "offload_param")}
+        # torch's AdamW in the place of DeepSpeed's, which would be compiled first.
+        settings = {**dict.fromkeys(sizes, "auto"), "zero_optimization": zero, "zero_force_ds_cpu_optimizer": False}
+        path = folder / f"{mode}.json"
+        path.write_text(json.dumps({**settings, **more}))
+        return path
+
+    return write

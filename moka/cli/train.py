@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import sys
+from pathlib import Path
 
 from moka.errors import MokaError
 from moka.training import load_config, run_training
 from moka.training.arguments import describe
-from moka.training.folder import CONNECTOR
+from moka.training.folder import CONNECTOR, RunFolder
 from moka.training.global_batch import divided
 from moka.training.launching import Launch, alone_by_mistake, launch_of, launcher_names
 from moka.training.processes import is_main
@@ -27,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the run folder's newest checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="replace a run that is already in output.dir")
     parser.add_argument(
-        "--tiny", action="store_true", help="tiny random parts of the same architecture, two steps a stage, in DIR-tiny"
+        "--tiny",
+        action="store_true",
+        help="tiny random parts of the same architecture, two steps a stage (20 at most where max_steps says more), in DIR-tiny",
     )
     parser.add_argument("--help-config", action="store_true", help="list all configuration keys and exit")
     launching = parser.add_argument_group(
@@ -42,7 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="'--OPTION ...'",
         help="options of `accelerate launch`: --launcher-args='--gpu_ids 0,1'",
     )
-    launching.add_argument("--dry-run", action="store_true", help="print the command and do not run it")
+    launching.add_argument(
+        "--dry-run", action="store_true", help="print the command, also one for another machine, and do not run it"
+    )
 
 
 def with_tiny(arguments: argparse.Namespace) -> list[str]:
@@ -56,10 +62,19 @@ def run(arguments: argparse.Namespace) -> None:
         return
     if arguments.config is None:
         raise MokaError("moka train: name a configuration file, such as configs/quickstart/audio_visual_text.yaml.")
+    if "=" in arguments.config and not Path(arguments.config).exists():
+        raise MokaError(
+            f"moka train: {arguments.config!r} stands where the configuration file is due, which comes first."
+        )
     config = load_config(arguments.config, with_tiny(arguments))
     if launch := _launch(arguments):
+        for lack in launch.lacks:
+            if not arguments.dry_run:
+                raise MokaError(lack)
+            print(f"note: this machine could not run it: {lack}", file=sys.stderr)
         for stage in config.stages:
             divided(getattr(config, SECTIONS[stage]), launch.processes, SECTIONS[stage])
+        _check_folder(config.output.dir, arguments)
         print(launch)
         if not arguments.dry_run:
             launch.start()
@@ -70,6 +85,15 @@ def run(arguments: argparse.Namespace) -> None:
     if is_main():
         after = f"moka eval {folder}" if 2 in config.stages else f"stages=[2] model.connectors=[{folder / CONNECTOR}]"
         print(f"done: {folder}  (next: {after})")
+
+
+def _check_folder(path: str, arguments: argparse.Namespace) -> None:
+    """What every process would refuse in half a minute."""
+    folder = RunFolder(path)
+    try:
+        folder.check(arguments.resume, arguments.overwrite)
+    finally:
+        folder.lock.release()
 
 
 def _launch(arguments: argparse.Namespace) -> Launch | None:

@@ -45,11 +45,11 @@ class LengthGroupedSampler(Sampler[int]):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
-        return iter(grouped_order(self.tokens, self.media, self.batch_size, self.seed, self.epoch))
+        return map(int, grouped_order(self.tokens, self.media, self.batch_size, self.seed, self.epoch))
 
 
-def grouped_order(tokens: np.ndarray, media: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[int]:
-    """All indices of ``tokens`` [items], those of a batch alike in length and, where that is equal, in ``media`` [items].
+def grouped_order(tokens: np.ndarray, media: np.ndarray, batch_size: int, seed: int, epoch: int) -> np.ndarray:
+    """All indices of ``tokens`` [items] as int64 [items], those of a batch alike in length and, where that is equal, in ``media`` [items].
 
     The batch with the longest item comes first: what does not fit into memory is known at once.
     """
@@ -69,13 +69,14 @@ def grouped_order(tokens: np.ndarray, media: np.ndarray, batch_size: int, seed: 
     if batches:
         longest = max(range(len(batches)), key=lambda k: tokens[batches[k]].max())
         batches.insert(0, batches.pop(longest))
-    return [int(index) for batch in [*batches, *last] for index in batch]
+    return np.concatenate([*batches, *last]) if size else order
 
 
-def padding_share(tokens: np.ndarray, order: Sequence[int], batch_size: int) -> float:
+def padding_share(tokens: np.ndarray, order: Sequence[int] | np.ndarray, batch_size: int) -> float:
     """Share of positions that are padding where ``batch_size`` items in a row are padded to their longest."""
-    padded = sum(
-        int(tokens[list(order[k : k + batch_size])].max()) * len(order[k : k + batch_size])
-        for k in range(0, len(order), batch_size)
-    )
-    return 1 - float(tokens[list(order)].sum()) / padded if padded else 0.0
+    taken = tokens[np.asarray(order, np.int64)]
+    if not len(taken):
+        return 0.0
+    starts = np.arange(0, len(taken), batch_size)
+    padded = np.maximum.reduceat(taken, starts) * np.diff(starts, append=len(taken))
+    return 1 - float(taken.sum()) / float(padded.sum())

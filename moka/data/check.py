@@ -18,6 +18,7 @@ from tqdm import tqdm
 from moka.data.decoders import BadMediaError, file_problem
 from moka.data.lengths import token_counter
 from moka.data.media import decode_medium
+from moka.data.records import BAR_AFTER_S
 from moka.data.schema import map_media, media_parts
 from moka.data.usable import try_media
 from moka.data.windows import AudioWindows
@@ -28,7 +29,6 @@ from moka.modeling.frontends import MfccFrontEnd
 from moka.modeling.media import Waveform
 from moka.modeling.processing import IGNORE, MokaProcessor, TooLongError
 
-_BAR_AFTER_S = 2.0
 # Kind of problem -> what it is called in the table, in the order in which a sample meets them.
 PROBLEMS = {
     "schema": "samples that cannot be read",
@@ -155,7 +155,7 @@ def check_samples(
     report = CheckReport(name, len(samples), max_length)
     look = _Look(processor, encoders or {}, video_frames, audio_windows)
     counter = token_counter(processor)
-    bar = tqdm(desc=f"checking {name}", total=len(samples), unit="sample", delay=_BAR_AFTER_S, leave=False)
+    bar = tqdm(desc=f"checking {name}", total=len(samples), unit="sample", delay=BAR_AFTER_S, leave=False)
     with bar:
         counted: set[tuple[str, str]] = set()
         for index, sample, seen in try_media(_readable(samples, report, bar), look, workers):

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from moka.data.check import place
 from moka.data.decoders import file_problem
+from moka.data.records import BAR_AFTER_S
 from moka.data.schema import map_media, media_parts
 from moka.errors import MokaError
 from moka.modeling.media import AudioFeatures, Waveform
@@ -112,7 +113,7 @@ def convert(samples: Any, output: str | os.PathLike[str], media: str = "copy") -
         folder.mkdir()  # with the permissions of any new folder, which the temporary one lacks
         writer = _MediaWriter(folder, media_root(samples), media)
         with open(folder / DATA, "w", encoding="utf-8") as file:
-            for index in tqdm(range(len(samples)), "converting", unit="sample", delay=2.0, leave=False):
+            for index in tqdm(range(len(samples)), "converting", unit="sample", delay=BAR_AFTER_S, leave=False):
                 file.write(_line(writer.written(samples[index], f"{index:06d}", place(samples, index))))
         if output.exists():
             output.rmdir()

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from moka.data.decoders import BadMediaError, file_problem
 from moka.errors import MokaError
 from moka.modeling.media import AudioFeatures, Features, Waveform
 
+# Part of what a set is found by. Raise it when moka itself makes other features of the same media and settings (decoders,
+# windows, front ends, encoders), hashes media otherwise or lays out files otherwise: sets made before are then not used.
 FORMAT_VERSION = 1
 SETTINGS = "settings.json"
 # What features may be kept as; they are read as float32.
@@ -95,7 +98,7 @@ def weights_sha256(module: torch.nn.Module) -> str:
 
 def set_folder(cache: str | Path, name: str, settings: Mapping[str, Any]) -> Path:
     """Where a cache keeps the features that depend on ``settings`` (fit for JSON); ``name`` begins the folder's."""
-    text = json.dumps(settings, sort_keys=True)
+    text = json.dumps({"format_version": FORMAT_VERSION, "settings": settings}, sort_keys=True)
     return Path(cache) / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
@@ -108,12 +111,14 @@ def open_set(cache: str | Path, name: str, settings: Mapping[str, Any]) -> Featu
     folder = set_folder(cache, name, settings)
     if (folder / SETTINGS).is_file():
         return FeatureSet(folder)
-    others = [read_settings(path)["settings"] for path in sorted(Path(cache).glob(f"{name}-*/{SETTINGS}"))]
+    others = [read_settings(path) for path in sorted(Path(cache).glob(f"{name}-*/{SETTINGS}"))]
     remedy = "Compute them with `moka cache` and this configuration"
     if not others:
         raise MokaError(f"data.feature_cache: {cache} holds no features of encoder {name!r}. {remedy}.")
-    nearest = min((_differences(other, settings) for other in others), key=len)
-    shown = "; ".join(f"{key} is {theirs} there and {ours} here" for key, (theirs, ours) in list(nearest.items())[:4])
+    ours = {"format_version": FORMAT_VERSION, **settings}
+    theirs = [{"format_version": other["format_version"], **other["settings"]} for other in others]
+    nearest = min((_differences(other, ours) for other in theirs), key=len)
+    shown = "; ".join(f"{key} is {there} there and {here} here" for key, (there, here) in list(nearest.items())[:4])
     raise MokaError(
         f"data.feature_cache: {cache} holds features of encoder {name!r} with other settings: {shown}. {remedy}, or use "
         "the settings they were made with."
@@ -138,9 +143,9 @@ def _shown(value: Any) -> str:
 def read_settings(path: Path) -> dict[str, Any]:
     try:
         about = json.loads(path.read_text("utf-8"))
-        if {"format_version", "dtype", "settings"} <= {*about} and about["format_version"] <= FORMAT_VERSION:
+        if {"format_version", "dtype", "settings"} <= {*about}:
             return about
-        reason = "it lacks keys" if "format_version" not in about else "it was written by a newer moka"
+        reason = "it lacks keys"
     except (OSError, ValueError, TypeError) as error:
         reason = str(error)
     raise MokaError(f"{path} cannot be used ({reason}). Delete its folder and run `moka cache` again.")
@@ -174,8 +179,7 @@ class FeatureSet:
         self._places = np.array(places, np.int32)[order]
         self._read_media()
         self._moved: dict[str, tuple[Stamp, str]] = {}
-        self._open: dict[int, Any] = {}
-        self._process = os.getpid()
+        self._open: _OpenShards | None = None
 
     def _read_media(self) -> None:
         keys: list[str] = []
@@ -195,8 +199,8 @@ class FeatureSet:
         self._targets = np.array(targets, f"S{_HEX}")[order]
 
     def __len__(self) -> int:
-        """Media whose features are there."""
-        return len(self._ids)
+        """Media whose features are there; a content that two processes computed counts once."""
+        return len(np.unique(self._ids))
 
     def __contains__(self, identity: str) -> bool:
         return self._place(identity) != _NOWHERE
@@ -255,24 +259,40 @@ class FeatureSet:
         """float32 [items, tokens, width] of a medium that is there."""
         place = self._place(identity)
         try:
-            tensor = self._shard(place).get_tensor(identity)
+            opened = self._open
+            if opened is None or opened.process != os.getpid():  # a forked loader worker maps its own
+                opened = self._open = _OpenShards()
+            tensor = opened.get(self._shards[place]).get_tensor(identity)
         except (SafetensorError, OSError) as error:
             raise MokaError(
                 f"{self._shards[place]} cannot be read ({error}). Run `moka cache` again: it makes damaged shards anew."
             ) from error
         return tensor.float().numpy()
 
-    def _shard(self, place: int) -> Any:
-        if self._process != os.getpid():  # a forked loader worker maps its own
-            self._open, self._process = {}, os.getpid()
-        if place not in self._open:
-            while len(self._open) >= _OPEN_SHARDS:
-                self._open.pop(next(iter(self._open)), None)
-            self._open[place] = safe_open(self._shards[place], "pt")
-        return self._open[place]
+    @property
+    def moved(self) -> int:
+        """Files that were recognised, or not, by reading them: their path, size and times are not those noted."""
+        return len(self._moved)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}
+        return {**self.__dict__, "_open": None}
+
+
+class _OpenShards:
+    """The shards that one process has mapped, for all of its threads; the one mapped first goes first."""
+
+    def __init__(self) -> None:
+        self.process = os.getpid()
+        self._files: dict[Path, Any] = {}
+        self._lock = threading.Lock()
+
+    def get(self, shard: Path) -> Any:
+        with self._lock:
+            if shard not in self._files:
+                while len(self._files) >= _OPEN_SHARDS:
+                    del self._files[next(iter(self._files))]  # a thread that reads it keeps it mapped
+                self._files[shard] = safe_open(shard, "pt")
+            return self._files[shard]
 
 
 class FeatureCache:

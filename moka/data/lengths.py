@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from moka.data.media import DecodedDataset
+from moka.data.records import BAR_AFTER_S
 from moka.data.schema import map_media
 from moka.data.sources import EncodedDataset, stand_ins
 from moka.data.usable import Subset
@@ -33,7 +34,6 @@ from moka.errors import MokaError
 from moka.modeling.media import Waveform
 from moka.modeling.processing import IGNORE, MokaProcessor, TooLongError
 
-_BAR_AFTER_S = 2.0
 _CHUNK = 64  # samples that a worker counts at a time
 _PROBES = 16  # samples that tell a data set from another in the key
 _UNUSABLE = -1
@@ -46,35 +46,18 @@ class Lengths:
     Attributes:
         tokens: int64 [samples] tokens of each, media expanded, after its text was shortened to fit.
         items: modality -> int64 [samples] items for its encoder: pictures and frames, sounds and windows.
-        tokens_per_item: modality -> placeholders of one item.
     """
 
     tokens: np.ndarray
     items: dict[str, np.ndarray]
-    tokens_per_item: dict[str, int]
 
     def __len__(self) -> int:
         return len(self.tokens)
-
-    def tokens_of(self, modality: str) -> np.ndarray:
-        """int64 [samples] tokens of one modality; of "text", all that are of none."""
-        if modality == "text":
-            return self.tokens - sum(self.tokens_of(name) for name in self.items)
-        return self.items[modality] * self.tokens_per_item[modality]
 
     @property
     def media_items(self) -> np.ndarray:
         """int64 [samples] items for all encoders: what a sample costs them."""
         return sum(self.items.values(), np.zeros(len(self), np.int64))
-
-    def of_rows(self, rows: Sequence[Sequence[int]]) -> Lengths:
-        """The same of rows that hold several samples each."""
-
-        def summed(values: np.ndarray) -> np.ndarray:
-            return np.array([values[list(row)].sum() for row in rows], np.int64)
-
-        items = {name: summed(values) for name, values in self.items.items()}
-        return Lengths(summed(self.tokens), items, self.tokens_per_item)
 
 
 def count_lengths(
@@ -96,7 +79,7 @@ def count_lengths(
     mine = range(share[0], len(dataset), share[1])
     chunks = [mine[start : start + _CHUNK] for start in range(0, len(mine), _CHUNK)]
     counted: Any = DataLoader(_Counted(dataset, chunks), batch_size=None, num_workers=workers)  # type: ignore[arg-type]
-    bar = tqdm(desc=f"counting tokens of {name}", total=len(mine), unit="sample", delay=_BAR_AFTER_S, leave=False)
+    bar = tqdm(desc=f"counting tokens of {name}", total=len(mine), unit="sample", delay=BAR_AFTER_S, leave=False)
     parts = []
     with bar:
         for part in counted:
@@ -126,7 +109,7 @@ def joined_lengths(dataset: EncodedDataset, parts: Sequence[np.ndarray]) -> Leng
             )
         resolved[index] = found
     items = {name: resolved[:, 1 + k] for k, name in enumerate(modalities)}
-    return Lengths(resolved[:, 0], items, {name: spec["tokens"] for name, spec in modalities.items()})
+    return Lengths(resolved[:, 0], items)
 
 
 def token_counter(processor: MokaProcessor) -> MokaProcessor:
@@ -254,4 +237,4 @@ def read_lengths(path: str | os.PathLike[str], dataset: EncodedDataset) -> Lengt
             f"{path} tells the lengths of other data or settings than these, so the order of the samples would differ from "
             "the one the run began with. Restore the data, or start another run."
         )
-    return Lengths(tokens, items, {name: spec["tokens"] for name, spec in modalities.items()})
+    return Lengths(tokens, items)

@@ -133,7 +133,7 @@ class BadMediaPolicy:
 
     Attributes:
         policy: ``"error"`` stops at the first; ``"skip"`` leaves bad samples out before the run begins (see
-            `moka.data.usable.usable_indices`), so that one met later stops it; ``"substitute"`` puts another sample,
+            `moka.data.usable.find_usable`), so that one met later stops it; ``"substitute"`` puts another sample,
             text and media, in its place, so that every rank still sees the same number of samples.
         budget: the share of the data set's samples that may be left out or substituted (0 ... 1, rounded up to whole
             samples).

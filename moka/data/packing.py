@@ -12,7 +12,8 @@ windows of the data set. They depend on the seed and stay the same in all epochs
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,36 @@ from moka.modeling.processing import IGNORE
 _WINDOW = 1024
 
 
-def pack_rows(
-    tokens: Sequence[int] | np.ndarray, capacity: int, seed: int = 0, window: int = _WINDOW
-) -> list[list[int]]:
+@dataclass(frozen=True)
+class Rows:
+    """Which samples share a row.
+
+    Attributes:
+        indices: int64 [samples] those of one row after those of another.
+        offsets: int64 [rows + 1] where each row begins and the last one ends.
+    """
+
+    indices: np.ndarray
+    offsets: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        """int64 [samples of the row]."""
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        return self.indices[self.offsets[row] : self.offsets[row + 1]]
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (self[row] for row in range(len(self)))
+
+    def sums(self, values: np.ndarray) -> np.ndarray:
+        """Of [samples], the sum of each row: [rows]."""
+        return np.add.reduceat(values[self.indices], self.offsets[:-1])
+
+
+def pack_rows(tokens: Sequence[int] | np.ndarray, capacity: int, seed: int = 0, window: int = _WINDOW) -> Rows:
     """Which samples share a row: every index once, at most ``capacity`` tokens a row (a longer sample stands alone).
 
     Args:
@@ -37,10 +65,12 @@ def pack_rows(
     """
     tokens = np.asarray(tokens)
     order = np.random.default_rng(seed).permutation(len(tokens))
-    rows: list[list[int]] = []
+    indices: list[np.ndarray] = []
+    sizes: list[np.ndarray] = []
     for start in range(0, len(order), window):
         part = order[start : start + window]
-        room: list[tuple[int, int]] = []  # (what is left, row) of the rows of this window, ascending
+        rows: list[list[int]] = []  # of this window
+        room: list[tuple[int, int]] = []  # (what is left, row), ascending
         for index in part[np.argsort(-tokens[part], kind="stable")]:
             length = int(tokens[index])
             fits = bisect.bisect_left(room, (length, -1))
@@ -52,7 +82,9 @@ def pack_rows(
                 rows.append([int(index)])
             if left > length:
                 bisect.insort(room, (left - length, row))
-    return rows
+        indices.append(np.array([index for row in rows for index in row], np.int64))
+        sizes.append(np.array([len(row) for row in rows], np.int64))
+    return Rows(np.concatenate(indices), np.concatenate([[0], np.cumsum(np.concatenate(sizes))]))
 
 
 class PackedDataset:
@@ -72,7 +104,8 @@ class PackedDataset:
         self.dataset, self.capacity, self.counted = dataset, capacity, lengths.tokens
         self.rows = pack_rows(lengths.tokens, capacity, seed)
         self.samples = len(dataset)
-        self.lengths = lengths.of_rows(self.rows)
+        items = {name: self.rows.sums(values) for name, values in lengths.items.items()}
+        self.lengths = Lengths(self.rows.sums(lengths.tokens), items)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -88,7 +121,7 @@ class PackedDataset:
         )
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        taken = [(self.dataset[place], int(self.counted[place])) for place in self.rows[index]]
+        taken = [(self.dataset[int(place)], int(self.counted[place])) for place in self.rows[index]]
         excess = [len(encoded["input_ids"]) - counted for encoded, counted in taken]
         while len(taken) > 1 and sum(len(encoded["input_ids"]) for encoded, _ in taken) > self.capacity:
             longest = excess.index(max(excess))

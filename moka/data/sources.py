@@ -258,7 +258,7 @@ class EncodedDataset:
     """Samples as model inputs, for training.
 
     Text is shortened to fit ``max_length``; a sample that cannot be (its media alone are too long) or that has nothing to
-    learn from is replaced by another, chosen by (seed, index) alone, and counted in ``dropped``.
+    learn from is replaced by another, chosen by (seed, index) alone, and counted in ``dropped``. The report names both.
     """
 
     lengths: Any = None  # of the samples (`moka.data.lengths`), where batches are grouped by them
@@ -274,6 +274,7 @@ class EncodedDataset:
         self.samples, self.processor, self.max_length, self.seed = samples, processor, max_length, seed
         self.report_path = None if report_path is None else Path(report_path)
         self._dropped: dict[int, str] = {}
+        self._shortened: set[int] = set()
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -283,7 +284,8 @@ class EncodedDataset:
         """Index -> reason of every sample replaced so far; with a report also by the other loader workers and ranks."""
         if self.report_path is not None and self.report_path.exists():
             for record in map(json.loads, self.report_path.read_text("utf-8").splitlines()):
-                self._dropped.setdefault(record["index"], record["reason"])
+                if record["action"] == "replaced":
+                    self._dropped.setdefault(record["index"], record["reason"])
         return self._dropped
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -294,6 +296,7 @@ class EncodedDataset:
             try:
                 encoded = self.processor.encode(sample["messages"], max_length=self.max_length, truncate=True)
                 if any(label != IGNORE for label in encoded["labels"]):
+                    self._shorten(tried, sample.get("id", str(tried)), encoded.pop("cut_from", None))
                     return {**encoded, "sample_id": str(sample.get("id", tried))}
                 reason = "no supervised token: the assistant's text is empty"
             except TooLongError as error:
@@ -305,9 +308,19 @@ class EncodedDataset:
         if index in self.dropped:
             return
         self._dropped[index] = reason
+        self._report({"index": index, "id": sample_id, "reason": reason, "action": "replaced"})
+
+    def _shorten(self, index: int, sample_id: str, tokens: int | None) -> None:
+        if tokens is None or index in self._shortened:
+            return
+        self._shortened.add(index)
+        reason = f"its {tokens:,} tokens were cut to {self.max_length:,}: the end of its text is lost"
+        self._report({"index": index, "id": sample_id, "reason": reason, "action": "shortened"})
+
+    def _report(self, record: dict[str, Any]) -> None:
         if self.report_path is not None:
             with open(self.report_path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"index": index, "id": sample_id, "reason": reason}) + "\n")
+                file.write(json.dumps(record) + "\n")
 
 
 class Collator:

@@ -1,9 +1,9 @@
 """``on_bad_media: skip``: every file is tried before training, and samples whose media cannot be used are left out.
 
-    data set --every medium once, in parallel--> good indices, report --> Subset --> DecodedDataset
+    data set --every medium once, in parallel--> report --its indices--> Subset --> DecodedDataset
 
-One process tries and writes the report; the others, and a resumed run, read the same indices back (`read_usable`), so
-that all ranks have the same number of samples.
+Each process tries a share of the samples, and all put their reports together (`joined`), so that all ranks have the same
+samples. The report is written for people and for a resumed run, which reads it (`read_usable`).
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from moka.data.decoders import BadMediaError
-from moka.data.features import FeatureCache
+from moka.data.features import FeatureCache, NotCachedError
 from moka.data.media import BadMediaPolicy, bad_media_record, decode_medium
+from moka.data.records import BAR_AFTER_S
 from moka.data.schema import map_media, media_parts
 from moka.data.windows import AudioWindows
 from moka.errors import MokaError
 
 T = TypeVar("T")
-_BAR_AFTER_S = 2.0
 _SHOWN = 3
 _AHEAD = 4  # samples in work per worker: keeps all busy, and few decoded media in memory
 
@@ -108,20 +108,19 @@ class Subset(Sequence[Any]):
         return self.dataset.where(self.indices[index])
 
 
-def usable_indices(
+def find_usable(
     dataset: Any,
     *,
     budget: float = 0.01,
     workers: int | None = None,
-    report_path: str | os.PathLike[str] | None = None,
     video_frames: int = 10,
     audio_rate: int | None = None,
     audio_windows: AudioWindows | None = None,
     features: FeatureCache | None = None,
     name: str = "data",
     share: tuple[int, int] = (0, 1),
-) -> tuple[list[int], SkipReport]:
-    """The samples of which every medium can be decoded; all are tried, each file once.
+) -> SkipReport:
+    """The samples of which every medium can be used; all are tried, each file once.
 
     The result depends on the files alone, not on ``workers``.
 
@@ -129,41 +128,43 @@ def usable_indices(
         dataset: map-style, of checked samples with media as paths or bytes.
         budget: share of the samples that may be left out, as in `BadMediaPolicy`.
         workers: threads; decoding releases Python's lock. Default: the cores of this process.
-        report_path: JSONL file to write, replacing what is there: a line of totals, then one line a sample left out.
-        video_frames, audio_rate, audio_windows, features: as the run will decode.
+        video_frames, audio_rate, audio_windows: as the run will decode.
+        features: computed before; media of their kinds are looked up there, and neither decoded nor read from there.
         name: of the data set, for the progress bar and messages.
         share: (k, n): of n processes that try a part each, this is the k-th; `joined` puts their reports together, and
             checks the budget.
 
     Raises:
-        MokaError: more bad samples than the budget allows (the report is written all the same), or a bad sample.
+        MokaError: more bad samples than the budget allows, a sample that cannot be read, or one without features.
     """
 
-    def decode(kind: str, medium: Any) -> BadMediaError | None:
+    def look(kind: str, medium: Any) -> BadMediaError | NotCachedError | None:
         try:
-            decode_medium(kind, medium, video_frames, audio_rate, audio_windows, features=features)
-        except BadMediaError as error:
+            if features is not None and kind in features.kinds:
+                features.check(kind, medium)
+            else:
+                decode_medium(kind, medium, video_frames, audio_rate, audio_windows)
+        except (BadMediaError, NotCachedError) as error:
             return error
         return None
 
     skipped = []
     mine = range(share[0], len(dataset), share[1])
-    tried = try_media(((index, dataset[index]) for index in mine), decode, workers)
+    tried = try_media(((index, dataset[index]) for index in mine), look, workers)
     for index, sample, errors in tqdm(
-        tried, f"trying media of {name}", len(mine), unit="sample", delay=_BAR_AFTER_S, leave=False
+        tried, f"trying media of {name}", len(mine), unit="sample", delay=BAR_AFTER_S, leave=False
     ):
         for (kind, medium), error in zip(media_parts(sample), errors, strict=True):
+            if isinstance(error, NotCachedError):
+                raise MokaError(f"{name}: sample {sample['id']!r}: {error}") from error
             if error is not None:
                 file = error.file if medium is not None else f"{kind} bytes of sample {sample['id']!r}"
                 skipped.append(bad_media_record(index, sample["id"], file, error.reason, "skip"))
                 break
-    path = None if report_path is None else Path(report_path)
-    report = SkipReport(name, len(dataset), BadMediaPolicy("skip", budget).allowed(len(dataset)), skipped, path)
-    if path is not None:
-        report.write(path)
+    report = SkipReport(name, len(dataset), BadMediaPolicy("skip", budget).allowed(len(dataset)), skipped)
     if share[1] == 1:
         report.check()
-    return report.indices, report
+    return report
 
 
 def joined(reports: Sequence[SkipReport]) -> SkipReport:
@@ -180,8 +181,8 @@ def joined(reports: Sequence[SkipReport]) -> SkipReport:
 
 def read_usable(
     report_path: str | os.PathLike[str], samples: int, *, budget: float = 0.01, name: str = "data"
-) -> tuple[list[int], SkipReport]:
-    """What `usable_indices` found and wrote, without trying the files again.
+) -> SkipReport:
+    """What `find_usable` found and `SkipReport.write` wrote, without trying the files again.
 
     Args:
         samples: of the data set; a report of another number of samples is refused.
@@ -203,7 +204,7 @@ def read_usable(
         )
     report = SkipReport(name, tried, BadMediaPolicy("skip", budget).allowed(tried), skipped, path)
     report.check()
-    return report.indices, report
+    return report
 
 
 def try_media(
@@ -248,8 +249,9 @@ def try_media(
 
 
 def usable_cores() -> int:
-    """Cores that this process may use."""
+    """Cores that this process may use; where a launcher started several on this machine, its share of them."""
     try:
-        return len(os.sched_getaffinity(0))
+        cores = len(os.sched_getaffinity(0))
     except AttributeError:  # not on Linux
-        return os.cpu_count() or 1
+        cores = os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

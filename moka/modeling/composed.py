@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,6 +21,14 @@ from .partitioned import has_parts, not_partitioned, whole, whole_shape
 from .positions import flash_lengths, grid_positions, restarted, samples_begin
 from .projectors import build_projector
 from .quantization import load_quantized, mark_quantized
+
+# Keywords of ``forward`` and ``generate``: what encoders take, and what they give, where that is known already.
+MEDIA_INPUTS = ("pixel_values", "input_features", "image_features", "audio_features")
+
+
+def media_inputs(arguments: Mapping[str, Any]) -> dict[str, torch.Tensor | None]:
+    """Those of `MEDIA_INPUTS`, out of the ``locals()`` of a method that names them all in its signature."""
+    return {name: arguments[name] for name in MEDIA_INPUTS}
 
 
 class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -74,6 +83,7 @@ class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         name: str | None = None,
         pretrained: bool = True,
         quantization: str | None = None,
+        device: torch.device | str | None = None,
         **kwargs: Any,
     ) -> MokaForConditionalGeneration:
         """Compose a model around a causal language model on disk or on the hub.
@@ -85,12 +95,13 @@ class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
             name: what to record as the backbone's name, where it differs from its folder.
             pretrained: load published encoders' weights (False: their configuration alone).
             quantization: "nf4" or "int8": quantise the language model's linear layers as they are read (needs ``dtype``).
+            device: where a quantised model lies; default: this process's GPU if there is one. Others lie on the CPU.
             kwargs: for ``AutoModelForCausalLM.from_pretrained`` (dtype, quantization_config, ...).
         """
         if quantization is None:
             language_model = load_language_model(backbone, **kwargs)
         else:
-            language_model = load_quantized(backbone, quantization, **kwargs)
+            language_model = load_quantized(backbone, quantization, device=device, **kwargs)
         config = MokaModelConfig(language_model.config, modalities, backbone=name or str(backbone))
         with not_partitioned():
             encoders = {n: build_encoder(s["encoder"], pretrained=pretrained) for n, s in config.modalities.items()}
@@ -218,7 +229,7 @@ class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         In training the logits cover the supervised positions alone (``logits_to_keep``); in evaluation all positions.
         """
-        types = mm_token_type_ids
+        media, types = media_inputs(locals()), mm_token_type_ids
         if types is None and input_ids is not None:
             types = self.derive_type_ids(input_ids)
         if inputs_embeds is None:
@@ -227,14 +238,7 @@ class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
             if prompt_embeds is not None:
                 inputs_embeds = self._continue_prompt(input_ids, prompt_embeds, past_key_values)
             else:
-                inputs_embeds = self.merge_embeddings(
-                    input_ids,
-                    types,
-                    pixel_values=pixel_values,
-                    input_features=input_features,
-                    image_features=image_features,
-                    audio_features=audio_features,
-                )
+                inputs_embeds = self.merge_embeddings(input_ids, types, **media)
         begins = samples_begin(position_ids, attention_mask) if past_key_values is None else None
         if begins is not None:
             # transformers keeps the samples apart by these positions, where it gets no mask of padding and no cache.
@@ -328,19 +332,13 @@ class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ):
         """As ``GenerationMixin.generate``. Media are encoded once; beams, chunked prefill and caches share the result."""
+        media = media_inputs(locals())
         input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
         kwargs.pop("labels", None)  # of a whole batch of the processor; there is no loss here
         if input_ids is None:
             raise MokaError("generate: pass input_ids, as MokaProcessor makes them.")
         types = mm_token_type_ids if mm_token_type_ids is not None else self.derive_type_ids(input_ids)
-        embeds = self.merge_embeddings(
-            input_ids,
-            types,
-            pixel_values=pixel_values,
-            input_features=input_features,
-            image_features=image_features,
-            audio_features=audio_features,
-        )
+        embeds = self.merge_embeddings(input_ids, types, **media)
         cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
         if cache is not None and mask is not None and mask.shape[1] > input_ids.shape[1]:
             # These are the tokens of a new turn alone; positions count from the start of the chat.

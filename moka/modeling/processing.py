@@ -137,7 +137,7 @@ class MokaProcessor:
         Returns: lists of equal length ``input_ids``, ``attention_mask``, ``labels`` (-100 except in assistant
         messages), ``mm_token_type_ids``, ``interaction_ids``; and, of each medium present, ``pixel_values`` and
         ``input_features`` [items, ...] float32. A medium given as ``Features`` goes into ``image_features`` or
-        ``audio_features`` [items, tokens, width].
+        ``audio_features`` [items, tokens, width]. Of a sample whose text was shortened also ``cut_from``, its tokens before.
 
         Raises:
             TooLongError: longer than ``max_length`` tokens; with ``truncate`` only when shortening the text (never a
@@ -160,6 +160,8 @@ class MokaProcessor:
             "interaction_ids": [run["group"] for run in runs for _ in run["ids"]],
         }
         out["attention_mask"] = [1] * len(out["input_ids"])
+        if len(out["input_ids"]) < total:
+            out["cut_from"] = total
         for name in self.modalities:
             for key in self._input_names(name):
                 items = [

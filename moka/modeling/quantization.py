@@ -41,12 +41,15 @@ def check_quantization(kind: str, where: str = "model.quantization") -> None:
         )
 
 
-def load_quantized(backbone: str, kind: str, dtype: torch.dtype, **kwargs: Any) -> PreTrainedModel:
-    """The language model of a folder or hub name with quantised linear layers, on this process's own device.
+def load_quantized(
+    backbone: str, kind: str, dtype: torch.dtype, device: torch.device | str | None = None, **kwargs: Any
+) -> PreTrainedModel:
+    """The language model of a folder or hub name with quantised linear layers.
 
     Args:
         kind: one of ``QUANTIZATIONS``.
         dtype: of what is not quantised, and what the 4-bit layers compute in.
+        device: where it is put as it is read; default: this process's GPU if there is one.
         kwargs: for ``AutoModelForCausalLM.from_pretrained``.
     Raises:
         MokaError: an unknown kind, no bitsandbytes, or a backbone that is quantised already or cannot be.
@@ -67,11 +70,13 @@ def load_quantized(backbone: str, kind: str, dtype: torch.dtype, **kwargs: Any) 
             "bnb_4bit_quant_storage": torch.uint8,
         }
         settings["llm_int8_skip_modules"] = _left_out(backbone, config)
+    if device is None:
+        device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
     model = load_language_model(
         backbone,
         dtype=dtype,
         quantization_config=BitsAndBytesConfig(**settings),
-        device_map={"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"},
+        device_map={"": device},
         **kwargs,
     )
     layer: Any

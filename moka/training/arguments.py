@@ -362,12 +362,12 @@ def _build(cls: type, raw: Any, where: str, prefix: str) -> Any:
             continue
         if value is None and fields[key].default_factory is dict:
             value = {}  # a heading with nothing under it
-        values[key] = convert(value, hint, at)
         bounds = fields[key].metadata
+        if bounds.get("choices") and value is not None:
+            one_of(at, value, bounds["choices"])
+        values[key] = convert(value, hint, at)
         if bounds.get("minimum") is not None:
             at_least(at, values[key], bounds["minimum"])
-        if bounds.get("choices") and values[key] is not None:
-            one_of(at, values[key], bounds["choices"])
     return cls(**values)
 
 

@@ -5,18 +5,31 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import TrainingArguments
 
 from moka.data import EncodedDataset
-from moka.data.batching import LengthGroupedSampler, padding_share
+from moka.data.batching import LengthGroupedSampler, grouped_order, padding_share
 from moka.data.lengths import Lengths, count_lengths, joined_lengths, lengths_key, read_lengths, save_lengths
 from moka.data.packing import PackedDataset
 from moka.errors import MokaError
+from moka.modeling import MokaForConditionalGeneration
+from moka.modeling.confinement import check_confined
+from moka.modeling.partitioned import has_parts
 
-from .processes import agree, everyones, of_main, on_main, say, share_of_work
+from .arguments import RunConfig
+from .processes import agree, everyones, is_main, of_main, on_main, say, share_of_work
 
 BY_LENGTH = "group_by_length"
+
+
+def check_packing(config: RunConfig, model: MokaForConditionalGeneration, device: torch.device) -> None:
+    """Where a stage packs, refuse a backbone in which samples of a row see each other; every process calls it."""
+    sections = {1: config.alignment, 2: config.training}
+    # Without parts one process is enough; FSDP may have left the others without weights.
+    if any(sections[stage].get("packing") for stage in config.stages) and (is_main() or has_parts(model)):
+        check_confined(model, device)
 
 
 def put_together(
@@ -50,7 +63,7 @@ def put_together(
         say(f"{arranged.summary()}; the rows are what batch sizes count")
     else:
         dataset.lengths = lengths
-    if grouped:
+    if grouped and is_main():
         say(_grouping(arranged.lengths, arguments))
     return arranged
 
@@ -99,7 +112,7 @@ def _lengths(dataset: EncodedDataset, path: Path, resume: bool, workers: int, na
 def _grouping(lengths: Lengths, arguments: TrainingArguments) -> str:
     """What grouping saves: the padding of the first epoch, and that of an order without it."""
     batch = arguments.per_device_train_batch_size
-    order = list(LengthGroupedSampler(lengths, _step(arguments), data_seed(arguments)))
-    mixed = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(0)).tolist()
+    order = grouped_order(lengths.tokens, lengths.media_items, _step(arguments), data_seed(arguments), epoch=0)
+    mixed = np.random.default_rng(0).permutation(len(lengths))
     before, after = (padding_share(lengths.tokens, one, batch) for one in (mixed, order))
     return f"grouped by length: {after:.0%} of a batch is padding ({before:.0%} in random order)"

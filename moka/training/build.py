@@ -8,6 +8,7 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoTokenizer, TrainingArguments
 
@@ -36,9 +37,13 @@ def choose_dtype(name: str) -> torch.dtype:
     return dtypes[name]
 
 
-def build_model(section: ModelSection, pretrained: bool = True) -> tuple[MokaForConditionalGeneration, MokaProcessor]:
+def build_model(
+    section: ModelSection, pretrained: bool = True, device: torch.device | str | None = None
+) -> tuple[MokaForConditionalGeneration, MokaProcessor]:
     """The composed model with fresh projectors, and its processor.
 
+    Args:
+        device: where a quantised model lies; default: this process's GPU if there is one. Others lie on the CPU.
     Raises:
         MokaError: a backbone that is not there, an unknown encoder or projector.
     """
@@ -54,6 +59,7 @@ def build_model(section: ModelSection, pretrained: bool = True) -> tuple[MokaFor
             name=section.backbone,
             pretrained=pretrained,
             quantization=section.quantization,
+            device=device,
             dtype=choose_dtype(section.dtype),
             **extra,
         )
@@ -174,7 +180,7 @@ def count_parameters(model: torch.nn.Module) -> dict[str, int]:
 
 def build_for_stage_two(config: RunConfig) -> tuple[MokaForConditionalGeneration, MokaProcessor]:
     """The composed model with every projector filled from the connectors that the configuration names."""
-    model, processor = build_model(config.model)
+    model, processor = build_model(config.model, device=_training_device(config))
     filled: dict[str, str] = {}
     for folder in config.model.connectors:
         for part in load_connector(model, folder):
@@ -187,6 +193,13 @@ def build_for_stage_two(config: RunConfig) -> tuple[MokaForConditionalGeneration
             f"model.connectors: none of {config.model.connectors} holds {', '.join(empty)}; add its stage 1."
         )
     return model, processor
+
+
+def _training_device(config: RunConfig) -> str | None:
+    """Where a run keeps to the CPU, also beside a GPU; None: the default."""
+    sections = {1: config.alignment, 2: config.training}
+    on_cpu = all(sections[stage].get("use_cpu") for stage in config.stages)
+    return "cpu" if on_cpu or parse_flag_from_env("ACCELERATE_USE_CPU") else None
 
 
 def build_processor(section: ModelSection) -> tuple[MokaForConditionalGeneration, MokaProcessor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from moka.data.feature_writer import SHARD_BYTES, FeatureWriter, create_set, nex
 from moka.data.features import FeatureSet
 from moka.data.media import BadMediaPolicy, DecodedDataset
 from moka.data.schema import media_parts
-from moka.errors import MokaError
+from moka.errors import MokaError, counted
 from moka.modeling.encoders import build_encoder
 
 from .arguments import DataSection, RunConfig
@@ -24,9 +23,6 @@ from .feature_cache import feature_settings, frozen, kinds_of
 from .filling import Done, Filler, Job
 from .lock import FolderLock
 from .processes import agree, everyones, is_main, of_main, on_main, share_of_work
-
-# Processes whose share is done wait for the others; the launcher ends them where one dies.
-_PATIENCE = timedelta(days=2)
 
 
 def cache_features(
@@ -58,7 +54,7 @@ def cache_features(
         raise MokaError("data.feature_cache is not set: name the folder for the features, data.feature_cache=FOLDER.")
     started, cache = time.monotonic(), Path(config.data.feature_cache)
     on_cpu = bool(config.training.get("use_cpu")) or not torch.cuda.is_available()
-    device = PartialState(cpu=on_cpu, timeout=_PATIENCE).device  # connects the processes
+    device = PartialState(cpu=on_cpu).device  # connects the processes
     jobs = agree(lambda: _jobs(config), main_first=True)
     datasets = agree(lambda: _datasets(config, splits), main_first=True)
     lock = FolderLock(cache, "filled", "data.feature_cache")
@@ -68,7 +64,7 @@ def cache_features(
         agree(lambda: _open_writers(cache, jobs, numbers, dtype, shard_bytes, device))
         filler = Filler(jobs, config.data.on_bad_media, batch_size, workers)
         for name, samples in datasets.items():
-            agree(lambda: filler.fill(name, samples))  # noqa: B023  # called at once
+            filler.fill(name, samples)
             _check_budget(name, samples, filler.bad, config.data)
         return _summary(jobs, dtype, time.monotonic() - started)
     finally:
@@ -175,12 +171,12 @@ def _summary(jobs: list[Job], dtype: str, seconds: float) -> list[str]:
     lines = []
     for job in jobs:
         done = sum(everyones(job.done), start=Done())
-        there = done.media - done.computed - len(done.bad)
+        repeated = f", {done.repeated:,} of the same content as others" if done.repeated else ""
         bad = f", {len(done.bad)} left out as bad" if done.bad else ""
         lines.append(
             f"{job.name}: {done.media:,} media: {done.computed:,} computed ({done.items:,} items, "
-            f"{done.items * job.encoder.num_tokens:,} tokens, {_size(done.bytes)} {dtype}), {there:,} were there"
-            f"{bad}; {job.writer.folder}"
+            f"{done.items * job.encoder.num_tokens:,} tokens, {_size(done.bytes)} {dtype}), {done.there:,} were "
+            f"there{repeated}{bad}; {job.writer.folder}"
         )
-    lines.append(f"{seconds:.1f} s, {share_of_work()[1]} process{'' if share_of_work()[1] == 1 else 'es'}")
+    lines.append(f"{seconds:.1f} s, {counted(share_of_work()[1], 'process', 'processes')}")
     return lines

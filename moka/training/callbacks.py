@@ -46,6 +46,10 @@ class MetricsWriter(TrainerCallback):
     def __init__(self, folder: RunFolder, stage: int) -> None:
         self.folder, self.stage = folder, stage
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = True  # how it ended
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs:
             # The trainer's mean over the run counts only the steps since the last resume.

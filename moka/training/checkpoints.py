@@ -24,7 +24,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 import moka
 from moka.data.wheels import sha256_of
-from moka.errors import MokaError
+from moka.errors import MokaError, counted
 
 from .files import read_json, write_json
 
@@ -215,9 +215,8 @@ def say_changes(checkpoint: Path, processes: int) -> None:
     seal = read_seal(checkpoint)
     if seal.world_size != processes:
         print(
-            f"note: {checkpoint.name} was written by {seal.world_size} processes, and {processes} go on: data order, optimizer "
-            "and schedule are kept; dropout draws other numbers, as processes that were not there begin with those of the "
-            "first."
+            f"note: {checkpoint.name} was written by {counted(seal.world_size, 'process', 'processes')}, and the run goes on with "
+            f"{processes}: data order, optimizer and schedule are kept; dropout draws other numbers."
         )
     for name, then, now in (
         ("torch", seal.torch_version, torch.__version__),

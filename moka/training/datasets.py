@@ -12,11 +12,12 @@ from moka.data import open_source, sources
 from moka.data.embedded import PREFIX
 from moka.data.features import FeatureCache
 from moka.data.media import DecodedDataset
-from moka.data.usable import SkipReport, read_usable, usable_indices
+from moka.data.records import BAR_AFTER_S
+from moka.data.usable import SkipReport, find_usable, read_usable
 from moka.errors import MokaError
 
 from .arguments import RunConfig
-from .feature_cache import check_features, with_features
+from .feature_cache import check_features, note_moved, with_features
 
 # Decoding every file of a large data set would take longer than its first epoch; a data set of this size is tried whole.
 _TRIED = 200
@@ -78,12 +79,13 @@ def try_media(
         settings: dict[str, Any] = {"budget": data.bad_media_budget, "name": f"data.{name}"}
         path = bad_media_report(folder, name)
         if resume and path.exists():
-            _, reports[name] = read_usable(path, len(samples), **settings)
+            reports[name] = read_usable(path, len(samples), **settings)
         else:
             decoding: dict[str, Any] = {
                 name: getattr(samples, name) for name in ("video_frames", "audio_windows", "features")
             }
-            _, reports[name] = usable_indices(samples.dataset, **settings, **decoding, share=share)
+            reports[name] = find_usable(samples.dataset, **settings, **decoding, share=share)
+    note_moved(datasets.values(), share)
     return reports
 
 
@@ -104,9 +106,12 @@ def check_files(datasets: dict[str, Any], config: RunConfig, share: tuple[int, i
             sources.check_files(samples.dataset, share)
 
 
-def check_media(datasets: dict[str, Any], config: RunConfig) -> None:
+def check_media(datasets: dict[str, Any], config: RunConfig, share: tuple[int, int] = (0, 1)) -> None:
     """Decode the media of up to 200 samples of each set, so that a damaged file is told before training; and of every sample
     look for its features, where they come from a cache.
+
+    Args:
+        share: (k, n): of n processes that look at a part each, this is the k-th.
     """
     for name, samples in datasets.items():
         if config.data.on_bad_media == "skip":
@@ -115,7 +120,9 @@ def check_media(datasets: dict[str, Any], config: RunConfig) -> None:
         if config.data.feature_cache is None and embedded:
             continue
         if config.data.feature_cache is not None and not embedded:
-            check_features(samples, f"data.{name}")
+            check_features(samples, f"data.{name}", share)
         tried = np.unique(np.linspace(0, len(samples) - 1, min(_TRIED, len(samples))).astype(int))
-        for index in tqdm(tried, f"trying media of data.{name}", unit="sample", delay=2.0, leave=False):
+        mine = tried[share[0] :: share[1]]
+        for index in tqdm(mine, f"trying media of data.{name}", unit="sample", delay=BAR_AFTER_S, leave=False):
             samples[int(index)]
+    note_moved(datasets.values(), share)

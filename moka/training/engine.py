@@ -20,7 +20,7 @@ from accelerate.utils import parse_flag_from_env
 from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
-from moka.errors import MokaError
+from moka.errors import MokaError, counted
 from moka.modeling.partitioned import has_parts, is_partitioned
 
 from .processes import everyones, on_main
@@ -49,13 +49,14 @@ def describe(trainer: Any) -> dict[str, Any]:
 
 def in_words(engine: dict[str, Any]) -> str:
     """What ``describe`` returned as "DEEPSPEED ZeRO-3 (offload: optimizer), 2 processes, DeepSpeedEngine"."""
+    if engine["distributed_type"] == "NO":
+        return f"one process, {engine['wrapper']}"
     kind = engine["distributed_type"]
     if engine["zero_stage"] is not None:
         kind += f" ZeRO-{engine['zero_stage']}"
     if engine["offload"]:
         kind += f" (offload: {', '.join(engine['offload'])})"
-    count = engine["processes"]
-    return f"{kind}, {count} process{'' if count == 1 else 'es'}, {engine['wrapper']}"
+    return f"{kind}, {counted(engine['processes'], 'process', 'processes')}, {engine['wrapper']}"
 
 
 def zero_stage(arguments: TrainingArguments) -> int:

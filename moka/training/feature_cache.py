@@ -14,6 +14,7 @@ from tqdm import tqdm
 from moka.data.decoders import BadMediaError
 from moka.data.features import FeatureCache, FeatureSet, NotCachedError, open_set, weights_sha256
 from moka.data.media import DecodedDataset
+from moka.data.records import BAR_AFTER_S
 from moka.data.schema import media_parts
 from moka.errors import MokaError
 from moka.modeling import MokaForConditionalGeneration, MokaProcessor
@@ -22,8 +23,8 @@ from moka.modeling.encoders import Encoder, set_aside
 
 from .arguments import DataSection
 from .connector import plain
+from .processes import say
 
-_BAR_AFTER_S = 2.0
 # Of an encoder's configuration: where its weights come from, and whether they train, change no feature.
 _NOT_IN_KEY = ("name_or_path", "trainable")
 
@@ -95,8 +96,11 @@ def with_features(samples: Any, features: FeatureCache | None) -> Any:
     return samples
 
 
-def check_features(samples: DecodedDataset, name: str) -> None:
+def check_features(samples: DecodedDataset, name: str, share: tuple[int, int] = (0, 1)) -> None:
     """Look up every file of a data set in its features; media in memory, such as those of tables, are not hashed for it.
+
+    Args:
+        share: (k, n): of n processes that look up a part each, this is the k-th.
 
     Raises:
         MokaError: features that are not there; names the sample.
@@ -104,8 +108,8 @@ def check_features(samples: DecodedDataset, name: str) -> None:
     features = samples.features
     known: set[tuple[str, str]] = set()
     assert features is not None
-    bar = tqdm(range(len(samples)), f"looking up features of {name}", unit="sample", delay=_BAR_AFTER_S, leave=False)
-    for index in bar:
+    mine = range(share[0], len(samples), share[1])
+    for index in tqdm(mine, f"looking up features of {name}", unit="sample", delay=BAR_AFTER_S, leave=False):
         sample = samples.dataset[index]
         for kind, medium in media_parts(sample):
             if kind not in features.kinds or not isinstance(medium, str) or (kind, medium) in known:
@@ -117,6 +121,17 @@ def check_features(samples: DecodedDataset, name: str) -> None:
                 continue  # what is done about these, data.on_bad_media says
             except NotCachedError as error:
                 raise MokaError(f"{name}: sample {sample['id']!r}: {error}") from error
+
+
+def note_moved(datasets: Iterable[Any], share: tuple[int, int]) -> None:
+    """Say how many files this process had to read to know them, as each process and loader worker has to in training."""
+    caches = [getattr(samples, "features", None) for samples in datasets]
+    moved = sum(chosen.moved for chosen in {one for cache in caches if cache for one in cache.sets.values()})
+    if moved:
+        say(
+            f"note: {'at least ' if share[1] > 1 else ''}{moved:,} files were moved, copied or touched since their features "
+            "were computed, and are known by reading them alone. `moka cache` notes them as they are now."
+        )
 
 
 def describe(features: FeatureCache) -> list[str]:

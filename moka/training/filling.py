@@ -20,14 +20,15 @@ from moka.data.decoders import BadMediaError, file_problem
 from moka.data.feature_writer import FeatureWriter
 from moka.data.features import Stamp, medium_id, stamp
 from moka.data.media import DecodedDataset, decode_medium
+from moka.data.records import BAR_AFTER_S
 from moka.data.schema import media_parts
 from moka.data.usable import usable_cores
 from moka.errors import MokaError
 from moka.modeling.encoders import Encoder
 
-from .processes import is_main, share_of_work
+from .processes import agree, any_of, is_main, share_of_work
 
-_BAR_AFTER_S = 2.0
+_TOGETHER = 1000  # samples after which processes tell each other whether one has failed
 _AHEAD = 4  # media in work per thread: keeps all busy, and few decoded media in memory
 
 
@@ -37,6 +38,8 @@ class Done:
 
     media: int = 0
     computed: int = 0
+    there: int = 0
+    repeated: int = 0  # of the same content as others of this run
     items: int = 0
     bytes: int = 0
     bad: dict[Any, str] = field(default_factory=dict)  # key of the medium -> reason
@@ -45,6 +48,8 @@ class Done:
         return Done(
             self.media + other.media,
             self.computed + other.computed,
+            self.there + other.there,
+            self.repeated + other.repeated,
             self.items + other.items,
             self.bytes + other.bytes,
             {**self.bad, **other.bad},
@@ -63,7 +68,8 @@ class Job:
     def take(self, identity: str, values: np.ndarray, batch_size: int) -> None:
         """``values`` [items, ...] of one medium; encoded when there are ``batch_size`` items."""
         if identity in self.writer or any(identity == other for other, _ in self._waiting):
-            return  # the same content again
+            self.done.repeated += 1
+            return
         self._waiting.append((identity, values))
         if sum(len(values) for _, values in self._waiting) >= batch_size:
             self.encode(batch_size)
@@ -123,16 +129,45 @@ class Filler:
         self.bad: dict[tuple[str, Any], tuple[str, str]] = {}  # key of the medium -> (id of its first sample, reason)
 
     def fill(self, name: str, samples: DecodedDataset) -> None:
-        """Raises ``BadMediaError`` at the first bad file where the policy is "error"."""
+        """Called by all processes together; where one fails, the others stop soon, and what was done is written.
+
+        Raises:
+            BadMediaError: the first bad file, where the policy is "error".
+        """
         self.name, self.samples = name, samples
+        failed: Exception | None = None
+        bar = tqdm(desc=f"caching data.{name}", total=len(samples), unit="sample", delay=BAR_AFTER_S, leave=False)
+        bar.disable = bar.disable or not is_main()
         try:
-            for medium, seen in self._look_ahead():
+            with bar:
+                for start in range(0, len(samples), _TOGETHER):
+                    failed = self._work(range(start, min(start + _TOGETHER, len(samples))), bar)
+                    if any_of(failed is not None):
+                        break
+            agree(lambda: self._end(failed))
+        finally:
+            self._flush()  # also where it is interrupted
+
+    def _work(self, part: range, bar: Any) -> Exception | None:
+        """This process's share of a part of the samples; returns what stopped it, for others wait to hear of it."""
+        try:
+            for medium, seen in self._look_ahead(part, bar):
                 self._take(medium, seen)
+        except Exception as error:
+            return error
+        return None
+
+    def _end(self, failed: Exception | None) -> None:
+        if failed is None:
             for job in self.jobs:
                 job.encode(self.batch_size)
-        finally:
-            for job in self.jobs:  # also what was done before a bad file
-                job.writer.flush()
+        self._flush()
+        if failed is not None:
+            raise failed
+
+    def _flush(self) -> None:
+        for job in self.jobs:
+            job.writer.flush()
 
     def _take(self, medium: _Medium, seen: _Seen) -> None:
         job, path = medium.job, medium.value
@@ -150,15 +185,15 @@ class Filler:
                 job.writer.note_bad(seen.identity, seen.bad.reason)
         elif seen.values is not None and seen.identity is not None:
             job.take(seen.identity, seen.values, self.batch_size)
+        elif seen.identity is not None and seen.identity in job.writer.known:
+            job.done.there += 1
+        else:
+            job.done.repeated += 1
 
-    def _media(self) -> Iterator[_Medium]:
+    def _media(self, part: range, bar: Any) -> Iterator[_Medium]:
         """A file comes once, and belongs to one process by its path."""
         rank, processes = share_of_work()
-        bar = tqdm(
-            range(len(self.samples)), f"caching data.{self.name}", unit="sample", delay=_BAR_AFTER_S, leave=False
-        )
-        bar.disable = bar.disable or not is_main()
-        for index in bar:
+        for index in part:
             sample = self.samples.dataset[index]
             for kind, value in media_parts(sample):
                 job = self.by_kind.get(kind)
@@ -170,13 +205,14 @@ class Filler:
                 if number % processes == rank:
                     key = kind, value if isinstance(value, str) else (self.name, index)
                     yield _Medium(job, key, sample["id"], kind, value)
+            bar.update()
 
-    def _look_ahead(self) -> Iterator[tuple[_Medium, _Seen]]:
+    def _look_ahead(self, part: range, bar: Any) -> Iterator[tuple[_Medium, _Seen]]:
         """Media in order, looked at by threads: decoding releases Python's lock."""
         waiting: deque[tuple[_Medium, Future[_Seen]]] = deque()
         with ThreadPoolExecutor(self.workers) as pool:
             try:
-                for medium in self._media():
+                for medium in self._media(part, bar):
                     waiting.append((medium, pool.submit(self._look, medium)))
                     if len(waiting) > _AHEAD * self.workers:
                         first, future = waiting.popleft()

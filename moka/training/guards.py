@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from moka.errors import MokaError
+from moka.errors import MokaError, counted
 
 from .callbacks import Watcher
 from .files import write_json
 from .folder import DIVERGED, RunFolder
 from .gradients import is_down, is_up, media_part, modality_rows
-from .processes import agree, everyones, on_main
+from .processes import agree, any_of, everyones, on_main
 
 _SHOWN = 5  # names in a message
 _HELD_LOSSES = 512  # on the device between two looks at them
@@ -52,17 +52,28 @@ class DivergenceGuard(Watcher):
         self.window.append((self.trainer.state.global_step + 1, loss, sample_ids))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if len(self.window) >= _HELD_LOSSES:
+        if control.should_evaluate or control.should_save:
+            self._look(last=True)
+        elif len(self.window) >= _HELD_LOSSES:
             self._look()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._look(last=control.should_evaluate or control.should_save)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if "loss" in (logs or {}):
             self._look()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._look()
+        self._look(last=True)
 
-    def _look(self) -> None:
+    def _look(self, last: bool = False) -> None:
+        """``last``: what was trained is about to be used, so that parameters that are no numbers end the run now."""
+        self._read()
+        if last and self.bad and any_of(not _finite(self.trainer.model)):
+            self._stop()
+
+    def _read(self) -> None:
         window, self.window = self.window, []
         if not window:
             return
@@ -91,12 +102,17 @@ class DivergenceGuard(Watcher):
             write_json(self.folder / DIVERGED, {"section": self.section, "steps": self.bad})
             first = self.bad[0]
             raise MokaError(
-                f"The loss was {first['loss']} at {len(self.bad)} steps in a row, first at step {first['step']} with the "
+                f"The loss was {first['loss']} at {counted(len(self.bad), 'step')} in a row, first at step {first['step']} with the "
                 f"samples {_some(first['sample_ids'])}; all of them are in {self.folder / DIVERGED}. Lower "
-                f"{self.section}.learning_rate, or look at these samples: their media, and whether answers are all masked."
+                f"{self.section}.learning_rate in a new run, or look at these samples: their media, and whether answers are all "
+                "masked."
             )
 
         on_main(tell)
+
+
+def _finite(model: torch.nn.Module) -> bool:
+    return all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad)
 
 
 class GradientGuard(Watcher):

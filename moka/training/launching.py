@@ -32,11 +32,12 @@ _DEEPSPEED = "pip install 'moka-peft[deepspeed]'"
 
 @dataclass
 class Launch:
-    """A command, what its environment must have, and how many processes will train."""
+    """A command, what its environment must have, how many processes will train, and what this machine lacks for it."""
 
     command: list[str]
     environment: dict[str, str]
     processes: int
+    lacks: list[str]
 
     def __str__(self) -> str:
         """As it can be pasted into a shell."""
@@ -64,7 +65,7 @@ def launch_of(launcher: str, words: Sequence[str], processes: int | None = None,
         processes: all of them, over all machines; default: what the file says.
         extra: further options of `accelerate launch`.
     Raises:
-        MokaError: inside a launcher, no such file, no DeepSpeed, or what this machine has not.
+        MokaError: inside a launcher, no such file, or what no machine could start as meant.
     """
     if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
         raise MokaError(
@@ -78,9 +79,10 @@ def launch_of(launcher: str, words: Sequence[str], processes: int | None = None,
     options += extra
     told = _parsed([*options, "-m", "moka", *words])
     config = _read(launcher, file)
-    processes = _checked_processes(launcher, config, told)
+    processes, machines = _checked_processes(launcher, config, told)
+    lacks = [] if config.use_cpu else _lacking_gpus(launcher, processes, machines)
     if uses_deepspeed := config.distributed_type == "DEEPSPEED" or told.use_deepspeed:
-        require_deepspeed(f"--launcher {launcher}")
+        lacks += _lacking_deepspeed(f"--launcher {launcher}")
     settings = config.deepspeed_config.get("deepspeed_config_file") if uses_deepspeed else None
     if settings and told.deepspeed_config_file is None and not Path(settings).exists():
         # accelerate takes the path from the current folder on; a named launcher works from anywhere.
@@ -89,13 +91,19 @@ def launch_of(launcher: str, words: Sequence[str], processes: int | None = None,
     start = [str(program)] if program.exists() else [sys.executable, "-m", "accelerate.commands.accelerate_cli"]
     # A recipe that may take a GPU takes one where it sees one.
     environment = {"CUDA_VISIBLE_DEVICES": ""} if config.use_cpu and torch.cuda.is_available() else {}
-    return Launch([*start, "launch", *options, "-m", "moka", *words], environment, processes)
+    return Launch([*start, "launch", *options, "-m", "moka", *words], environment, processes, lacks)
 
 
 def require_deepspeed(what: str) -> None:
     """Raises MokaError where ``what`` was asked for and DeepSpeed is not installed."""
-    if importlib.util.find_spec("deepspeed") is None:
-        raise MokaError(f"{what} needs DeepSpeed, which is not installed: {_DEEPSPEED}.")
+    for lack in _lacking_deepspeed(what):
+        raise MokaError(lack)
+
+
+def _lacking_deepspeed(what: str) -> list[str]:
+    if importlib.util.find_spec("deepspeed") is not None:
+        return []
+    return [f"{what} needs DeepSpeed, which is not installed: {_DEEPSPEED}."]
 
 
 def check_deepspeed(section: Mapping[str, Any], name: str) -> None:
@@ -182,8 +190,8 @@ def _short(path: Path) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_absolute() and path.is_relative_to(Path.cwd()) else str(path)
 
 
-def _checked_processes(launcher: str, config: ClusterConfig, told: argparse.Namespace) -> int:
-    """The number of processes, where as many will start and each finds its GPU; refuses what would fail late or silently."""
+def _checked_processes(launcher: str, config: ClusterConfig, told: argparse.Namespace) -> tuple[int, int]:
+    """The numbers of processes and of machines, where as many will start; refuses what would fail late or silently."""
     processes = config.num_processes if told.num_processes is None else told.num_processes
     machines = config.num_machines if told.num_machines is None else told.num_machines
     if config.distributed_type == "MULTI_CPU":
@@ -200,14 +208,16 @@ def _checked_processes(launcher: str, config: ClusterConfig, told: argparse.Name
             f"--launcher {launcher}: {machines} machines need the first one's address, and each its number from 0: "
             "--launcher-args='--machine_rank 0 --main_process_ip 10.0.0.1'."
         )
+    return processes, machines
+
+
+def _lacking_gpus(launcher: str, processes: int, machines: int) -> list[str]:
     here, gpus = processes // machines, torch.cuda.device_count()
-    if config.use_cpu or here <= gpus:
-        return processes
+    if here <= gpus:
+        return []
     if not gpus:
-        raise MokaError(
-            f"--launcher {launcher} needs a GPU for each process, and this machine has none. Take --launcher cpu."
-        )
-    raise MokaError(
+        return [f"--launcher {launcher} needs a GPU for each process, and this machine has none. Take --launcher cpu."]
+    return [
         f"--launcher {launcher}: {here} processes on this machine need as many GPUs, and it has {gpus}. "
         f"Give --num-processes {gpus * machines}."
-    )
+    ]

@@ -10,6 +10,7 @@ from torch import nn
 from transformers.modeling_outputs import ModelOutput
 
 from moka.modeling import MokaForConditionalGeneration
+from moka.modeling.composed import media_inputs
 
 from .processes import everyones
 
@@ -49,14 +50,8 @@ class EmbeddingAlignment(nn.Module):
         """The loss. ``captions`` [captions, longest] and ``media_tokens`` are those of the whole optimizer step, from
         ``share_captions``; without them this batch stands for itself.
         """
-        embeds = self.model.merge_embeddings(
-            input_ids,
-            mm_token_type_ids,
-            pixel_values=pixel_values,
-            input_features=input_features,
-            image_features=image_features,
-            audio_features=audio_features,
-        ).float()  # [batch, seq, hidden]
+        media = media_inputs(locals())
+        embeds = self.model.merge_embeddings(input_ids, mm_token_type_ids, **media).float()  # [batch, seq, hidden]
         own = caption_ids(labels)
         if captions is None or media_tokens is None:
             captions, media_tokens = table(set(own)).to(labels.device), (mm_token_type_ids > 0).sum()

@@ -66,8 +66,10 @@ def plot_balance(folder: RunFolder) -> Path | None:
         of_stage = [r for r in records if r["stage"] == stage]
         parts = sorted({key for r in of_stage for key in r if key.startswith("grad_norm/")})
         for axis, key in ((speed, "tokens_per_second"), (wait, "data_wait"), *((norms, part) for part in parts)):
-            points = [(r["step"], r[key]) for r in of_stage if r.get(key) is not None]
-            axis.plot(*zip(*points, strict=True), label=key.removeprefix("grad_norm/"))
+            # A's gradient is zero as long as B is, which a logarithmic axis cannot show.
+            points = [(r["step"], r[key]) for r in of_stage if r.get(key) is not None and (axis is not norms or r[key])]
+            if points:
+                axis.plot(*zip(*points, strict=True), ".-", label=key.removeprefix("grad_norm/"))
         speed.set(title=f"stage {stage}", ylabel="tokens/s", ylim=(0, None))
         wait.set(ylabel="waiting for data", ylim=(0, 1))
         norms.set(xlabel="step", ylabel="gradient norm", yscale="log")

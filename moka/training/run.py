@@ -23,13 +23,13 @@ from moka.data.features import FeatureCache
 from moka.data.media import BadMediaError
 from moka.data.sources import notes_of
 from moka.data.usable import SkipReport, Subset, joined
-from moka.errors import MokaError
+from moka.errors import MokaError, counted
 from moka.modeling import MokaForConditionalGeneration, MokaProcessor
 from moka.modeling.encoders import CachedEncoder, bring_back, set_aside
 from moka.modeling.partitioned import has_parts
 
 from .arguments import RunConfig
-from .batches import data_seed, put_together
+from .batches import check_packing, data_seed, put_together
 from .build import (
     adapter_parameters,
     attach_adapter,
@@ -204,9 +204,10 @@ def _prepare(
 
 
 def _try_first(run: Run) -> None:
-    """A template, encoder or length that cannot work."""
+    """A template, encoder, length or backbone that cannot work."""
     for samples in run.datasets.values():
         EncodedDataset(samples, run.processor, run.max_length)[0]
+    check_packing(run.config, run.model, run.arguments[run.config.stages[0]].device)
 
 
 def _seed(config: RunConfig) -> None:
@@ -297,10 +298,16 @@ def _say_batch(run: Run, stage: int, going_on: bool) -> None:
     arguments = run.arguments[stage]
     batch, accumulated = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
     total = batch * accumulated * arguments.world_size
-    unit = "packed rows" if getattr(run.config, SECTIONS[stage]).get("packing") else "samples"
+    name = SECTIONS[stage]
+    section = getattr(run.config, name)
+    unit = "packed rows" if section.get("packing") else "samples"
     say(
-        f"stage {stage}: {total} {unit} a step ({batch} x {arguments.world_size} processes x {accumulated} accumulated)"
+        f"stage {stage}: {total} {unit} a step ({batch} x {counted(arguments.world_size, 'process', 'processes')} x {accumulated} "
+        "accumulated)"
     )
+    for what in ("save", "eval"):
+        if f"{what}_steps" in section and getattr(arguments, f"{what}_strategy") == IntervalStrategy.NO:
+            say(f"note: {name}.{what}_steps does nothing, as {name}.{what}_strategy is no.")
     key = "samples_per_step"
     records = of_main(run.folder.metrics)
     began = next((r[key] for r in reversed(records) if r["stage"] == stage and key in r), None)
@@ -355,18 +362,22 @@ def train_adapter(run: Run) -> PeftModel:
 
 
 def _say_replaced(run: Run, stage: int) -> None:
-    """Samples that could not be used, counted over all processes and loader workers."""
+    """Samples that could not be used, or not whole, counted over all processes and loader workers."""
     paths = [run.folder / f"dropped-stage{stage}.jsonl"]
     if run.config.data.on_bad_media == "substitute":
         paths.append(bad_media_report(run.folder.path, "alignment" if stage == 1 else "train"))
     for path in paths:
-        if is_main() and path.exists():
-            records = {r["index"]: r for r in map(json.loads, path.read_text("utf-8").splitlines())}
-            first = next(iter(records.values()))
-            print(
-                f"stage {stage}: {len(records)} samples replaced by others; see {path}. The first, {first['id']}: "
-                f"{first['reason']}"
-            )
+        if not is_main() or not path.exists():
+            continue
+        records = list(map(json.loads, path.read_text("utf-8").splitlines()))
+        for action, done in (("shortened", "shortened"), ("", "replaced by others")):
+            found = {r["index"]: r for r in records if (r.get("action") == "shortened") == bool(action)}
+            if found:
+                first = next(iter(found.values()))
+                print(
+                    f"stage {stage}: {counted(len(found), 'sample')} {done}; see {path}. The first, {first['id']}: "
+                    f"{first['reason']}"
+                )
 
 
 def finish(run: Run, result: PeftModel | None) -> None:
@@ -401,7 +412,7 @@ def _write_artefacts(run: Run, result: PeftModel | None, seconds: float) -> None
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
     if run.logits_change is not None:
-        summary["adapter changes logits by"] = f"{100 * run.logits_change:.2g} %"
+        summary["adapter changes logits by"] = f"{100 * run.logits_change:.3g} %"
     plot_loss(folder)
     plot_balance(folder)
     write_card(folder, config, summary | {f"stage {n}": in_words(engine) for n, engine in run.engines.items()})

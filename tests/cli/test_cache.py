@@ -1,17 +1,14 @@
 """``moka cache``, and training from what it leaves: equal to training from media, or an error that says what changed."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPVisionConfig, CLIPVisionModel
@@ -44,8 +41,10 @@ def raw(tiny_config, media, tmp_path):
                 "audio_windows": WINDOWS,
             },
             "alignment__max_steps": 3,
-            "alignment__save_strategy": "no",
-            "training__save_strategy": "no",
+            **dict.fromkeys(("alignment__save_strategy", "training__save_strategy"), "no"),
+            # Features of other batches are rounded otherwise, and Adam makes whole steps of gradients near zero.
+            **dict.fromkeys(("alignment__optim", "training__optim"), "sgd"),
+            **dict.fromkeys(("alignment__learning_rate", "training__learning_rate"), 0.1),
         }
         return tiny_config(tmp_path / "run", **{**defaults, **changes})
 
@@ -66,13 +65,8 @@ def uneven(media, tmp_path):
 
 
 @pytest.fixture
-def write(tmp_path):
-    def file(values):
-        path = tmp_path / "config.yaml"
-        path.write_text(yaml.safe_dump(values, sort_keys=False))
-        return path
-
-    return file
+def write(write_yaml, tmp_path):
+    return partial(write_yaml, tmp_path / "config.yaml")
 
 
 def losses(folder):
@@ -85,7 +79,7 @@ def assert_same_run(ours, theirs):
     assert len(losses(theirs)) > 3
     for one, other in zip(losses(ours), losses(theirs), strict=True):
         assert one[:2] == other[:2]
-        assert [x or 0 for x in one[2:]] == pytest.approx([x or 0 for x in other[2:]], abs=1e-6)
+        assert [x or 0 for x in one[2:]] == pytest.approx([x or 0 for x in other[2:]], rel=1e-6)
     for name in ("adapter/adapter_model.safetensors", "connector/connector.safetensors"):
         if (theirs / name).exists():
             a, b = load_file(ours / name), load_file(theirs / name)
@@ -223,7 +217,9 @@ def test_what_changed_is_told(moka, refused, raw, write, tmp_path):
     assert "sample 's0'" in line
     assert "0.png has changed since" in line
     picture.write_bytes(whole)  # later times, the same content
-    assert moka("train", path, cache, "training.max_steps=1").code == 0
+    done = moka("train", path, cache, "training.max_steps=1")
+    assert done.code == 0
+    assert "note: 1 files were moved, copied or touched since" in done.out
     shutil.rmtree(tmp_path / "run")
     Image.new("RGB", (30, 30), "red").save(tmp_path / "media/new.png")
     text = (tmp_path / "media/data.jsonl").read_text().replace("3.png", "new.png")
@@ -232,9 +228,13 @@ def test_what_changed_is_told(moka, refused, raw, write, tmp_path):
     assert "sample 's3'" in line
     assert "new.png are not in" in line
     assert not (tmp_path / "run").exists()
+    shutil.copy(tmp_path / "media/new.png", tmp_path / "media/5.png")
     done = moka("cache", path, cache)
-    assert "visual: 5 media: 1 computed (1 items, 4 tokens, 0.00 MiB float32), 4 were there" in done.out
-    assert moka("train", path, cache, "training.max_steps=1").code == 0
+    told = "visual: 5 media: 1 computed (1 items, 4 tokens, 0.00 MiB float32), 3 were there, 1 of the same content as others"
+    assert told in done.out
+    done = moka("train", path, cache, "training.max_steps=1")
+    assert done.code == 0
+    assert "were moved" not in done.out
 
 
 def test_bad_input_is_one_line(refused, moka, raw, write, tmp_path):
@@ -330,18 +330,18 @@ def features_in(cache):
 
 
 def command(path, cache):
-    return ["-m", "moka", "cache", str(path), f"data.feature_cache={cache}", "--shard-mib", "1", "--batch-size", "4"]
+    return ["cache", str(path), f"data.feature_cache={cache}", "--shard-mib", "1", "--batch-size", "4"]
 
 
 @pytest.mark.slow
-def test_killed_and_started_again_it_goes_on(moka, many, write, tmp_path):
+def test_killed_and_started_again_it_goes_on(moka, many, write, launch, tmp_path):
     path, cache = write(many), tmp_path / "cache"
-    killed = subprocess.Popen([sys.executable, *command(path, cache)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    killed = launch("one", *command(path, cache), start=True)
     deadline = time.monotonic() + 120
     while len(list(cache.glob("*/shard-*.json"))) < 2 and killed.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
     # Meanwhile no other may fill the folder.
-    other = moka(*command(path, cache)[2:])
+    other = moka(*command(path, cache))
     killed.send_signal(signal.SIGKILL)
     assert killed.wait(60) == -signal.SIGKILL
     killed.communicate()
@@ -352,65 +352,75 @@ def test_killed_and_started_again_it_goes_on(moka, many, write, tmp_path):
     # What a process leaves that is killed while it writes.
     (folder,) = cache.glob("clip-*")
     (folder / "shard-00077-000.safetensors.part").write_bytes(b"half")
-    again = moka(*command(path, cache)[2:])
+    again = moka(*command(path, cache))
     assert again.code == 0, again.err
     assert f"80 media: {80 - sealed} computed" in again.out
     assert f"{sealed} were there" in again.out
     assert not list(cache.rglob("*.part"))
     whole = tmp_path / "whole"
-    assert moka(*command(path, whole)[2:]).code == 0
+    assert moka(*command(path, whole)).code == 0
     ours, theirs = features_in(cache), features_in(whole)
     assert ours.keys() == theirs.keys()
     for identity in theirs:
         np.testing.assert_allclose(ours[identity], theirs[identity], rtol=1e-5, atol=1e-5)
-    assert "0 computed" in moka(*command(path, cache)[2:]).out
-
-
-TORCHRUN = [os.path.join(os.path.dirname(sys.executable), "torchrun"), "--standalone", "--nproc_per_node", "2"]
+    assert "0 computed" in moka(*command(path, cache)).out
 
 
 @pytest.mark.slow
-def test_partitioned_model_trains_from_cache_with_uneven_batches(moka, raw, write, tmp_path):
+def test_partitioned_model_trains_from_cache_with_uneven_batches(moka, raw, write, write_zero, launch, tmp_path):
     """ZeRO-3 compares the modules that its processes run; one of them has no picture or no sound in most steps."""
-    zero = {
-        **dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), "auto"),
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
-    }
-    (tmp_path / "zero3.json").write_text(json.dumps(zero))
-    values = raw(stages=[2], adapter__dropout=0, training__eval_strategy="no")
+    # Stage 1 through the language model: its loss counts tokens, whatever process they are on.
+    values = raw(adapter__dropout=0, training__eval_strategy="no", alignment__objective="language_modeling")
     values["model"]["modalities"]["visual"]["projector"] = {**QFORMER, "dropout": 0}
     path, cache = write(values), f"data.feature_cache={tmp_path / 'cache'}"
     assert moka("cache", path, cache).code == 0
-    size = "training.per_device_train_batch_size"
-    assert moka("train", path, f"output.dir={tmp_path / 'one'}", f"{size}=2").code == 0
-    overrides = [cache, f"output.dir={tmp_path / 'two'}", f"{size}=1", f"training.deepspeed={tmp_path / 'zero3.json'}"]
-    train = [*TORCHRUN, "-m", "moka", "train", str(path), *overrides]
-    environment = {**os.environ, "PATH": f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"}
-    done = subprocess.run(train, capture_output=True, text=True, check=False, timeout=400, env=environment)
+    sizes = [f"{section}.per_device_train_batch_size" for section in ("alignment", "training")]
+    assert moka("train", path, f"output.dir={tmp_path / 'one'}", *(f"{size}=2" for size in sizes)).code == 0
+    zero = f"training.deepspeed={write_zero(tmp_path, 'zero3', zero_allow_untested_optimizer=True)}"
+    overrides = [cache, f"output.dir={tmp_path / 'two'}", *(f"{size}=1" for size in sizes), zero]
+    done = launch("torchrun", "train", path, *overrides, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
-    engine = json.loads((tmp_path / "two/summary.json").read_text())["engines"]["2"]
-    assert (engine["processes"], engine["distributed_type"], engine["zero_stage"]) == (2, "DEEPSPEED", 3)
-    assert engine["wrapper"] == "DeepSpeedEngine"
+    engines = json.loads((tmp_path / "two/summary.json").read_text())["engines"]
+    assert engines.keys() == {"1", "2"}
+    for engine in engines.values():
+        assert (engine["processes"], engine["distributed_type"], engine["zero_stage"]) == (2, "DEEPSPEED", 3)
+        assert engine["wrapper"] == "DeepSpeedEngine"
     for ours, theirs in zip(losses(tmp_path / "two"), losses(tmp_path / "one"), strict=True):
         assert ours[2] == pytest.approx(theirs[2], abs=1e-4)
-    names = [load_file(tmp_path / run / "adapter/adapter_model.safetensors") for run in ("two", "one")]
-    assert {k: v.shape for k, v in names[0].items()} == {k: v.shape for k, v in names[1].items()}
-    for key, tensor in names[1].items():
-        torch.testing.assert_close(names[0][key], tensor, rtol=1e-3, atol=1e-3)
+    for name in ("connector/connector.safetensors", "adapter/adapter_model.safetensors"):
+        two, one = (load_file(tmp_path / run / name) for run in ("two", "one"))
+        assert two.keys() == one.keys()
+        for key, tensor in one.items():
+            torch.testing.assert_close(two[key], tensor, rtol=1e-4, atol=2e-5, msg=f"{name}: {key}")
 
 
 @pytest.mark.slow
-def test_processes_share_the_work(moka, many, raw, write, tmp_path):
+def test_a_bad_file_on_one_process_stops_the_others(many, write, launch, tmp_path):
+    """Processes that tell each other every ten samples; the bad file is among the first ten of 80."""
+    (tmp_path / "many/9.png").write_bytes(b"no picture")
+    program = tmp_path / "often.py"
+    program.write_text(
+        "from moka.cli.main import main\nfrom moka.training import filling\nfilling._TOGETHER = 10\nraise SystemExit(main())\n"
+    )
+    path, cache = write(many), tmp_path / "cache"
+    done = launch("torchrun", *command(path, cache), program=[program])
+    assert done.returncode != 0
+    assert done.stderr.count("moka: error: sample ") == 1, done.stderr[-3000:]
+    assert "9.png" in done.stderr
+    assert 0 < len(features_in(cache)) <= 9  # sealed before they stopped
+
+
+@pytest.mark.slow
+def test_processes_share_the_work(moka, many, raw, write, launch, tmp_path):
     path, two, one = write(many), tmp_path / "two", tmp_path / "one"
-    done = subprocess.run([*TORCHRUN, *command(path, two)], capture_output=True, text=True, check=False, timeout=180)
+    done = launch("torchrun", *command(path, two))
     assert done.returncode == 0, done.stderr[-2000:]
     assert "80 media: 80 computed" in done.stdout
     assert "2 processes" in done.stdout
     assert done.stdout.count("visual: ") == 1
     shares = [len(list(two.glob(f"*/shard-*-00{rank}.json"))) for rank in range(2)]
     assert min(shares) >= 1
-    assert moka(*command(path, one)[2:]).code == 0
+    assert moka(*command(path, one)).code == 0
     ours, theirs = features_in(two), features_in(one)
     assert ours.keys() == theirs.keys()
     for identity in theirs:
@@ -421,8 +431,7 @@ def test_processes_share_the_work(moka, many, raw, write, tmp_path):
     assert moka("cache", path, f"data.feature_cache={cache}").code == 0
     for name, overrides in (("live", []), ("cached", [f"data.feature_cache={cache}"])):
         run = tmp_path / name
-        train = ["-m", "moka", "train", str(path), f"output.dir={run}", *overrides]
-        done = subprocess.run([*TORCHRUN, *train], capture_output=True, text=True, check=False, timeout=180)
+        done = launch("torchrun", "train", path, f"output.dir={run}", *overrides)
         assert done.returncode == 0, done.stderr[-2000:]
         engine = json.loads((run / "summary.json").read_text())["engines"]["2"]
         assert (engine["processes"], engine["distributed_type"]) == (2, "MULTI_CPU")

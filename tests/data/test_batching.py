@@ -21,7 +21,7 @@ def mixed(size=1000, seed=0):
     visual = random.choice([0, 0, 1, 1, 10], size)
     audio = np.where(visual == 10, random.integers(0, 11, size), 0)
     tokens = random.integers(10, 120, size) + 32 * visual + 25 * audio
-    return Lengths(tokens, {"visual": visual, "audio": audio}, {"visual": 32, "audio": 25})
+    return Lengths(tokens, {"visual": visual, "audio": audio})
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_steps_cost_their_processes_about_the_same(lengths):
 
 def test_where_lengths_are_equal_media_decide():
     media = np.random.default_rng(0).integers(0, 5, 640)
-    lengths = Lengths(np.full(640, 100), {"visual": media}, {"visual": 8})
+    lengths = Lengths(np.full(640, 100), {"visual": media})
     batches = media[np.array(order(lengths))].reshape(-1, STEP)
     assert (np.ptp(batches, axis=1) <= 1).all()
 

@@ -5,6 +5,8 @@ import os
 import pickle
 import resource
 import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,9 +14,19 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from moka.data import features as features_module
 from moka.data.decoders import BadMediaError
 from moka.data.feature_writer import FeatureWriter, create_set, next_number, remove_damaged, remove_partial
-from moka.data.features import FeatureCache, FeatureSet, NotCachedError, medium_id, open_set, stamp, weights_sha256
+from moka.data.features import (
+    FORMAT_VERSION,
+    FeatureCache,
+    FeatureSet,
+    NotCachedError,
+    medium_id,
+    open_set,
+    stamp,
+    weights_sha256,
+)
 from moka.data.media import DecodedDataset
 from moka.errors import MokaError
 from moka.modeling.media import AudioFeatures, Waveform
@@ -78,8 +90,30 @@ class Values:
         return self.features.read("image", self.paths[index])[0].values, os.getpid()
 
 
-def test_loader_workers_read_the_same(tmp_path, pictures):
-    fill(tmp_path / "cache", pictures)
+@pytest.fixture
+def few_open(monkeypatch):
+    """Two shards mapped at a time, where a set has more."""
+    monkeypatch.setattr(features_module, "_OPEN_SHARDS", 2)
+
+
+def test_threads_read_the_same(tmp_path, pictures, few_open):
+    folder = fill(tmp_path / "cache", pictures, shard_bytes=50)
+    assert len(list(folder.glob("shard-*.json"))) == len(pictures)
+    features = FeatureCache({"image": open_set(tmp_path / "cache", "clip", SETTINGS)})
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            read = list(pool.map(lambda path: features.read("image", path)[0].values, pictures * 200))
+    finally:
+        sys.setswitchinterval(interval)
+    for i, values in enumerate(read):
+        number = i % len(pictures)
+        np.testing.assert_array_equal(values, features_of(number, 1 + (number == 3))[0].numpy())
+
+
+def test_loader_workers_read_the_same(tmp_path, pictures, few_open):
+    assert len(list(fill(tmp_path / "cache", pictures).glob("shard-*.json"))) > 2
     features = FeatureCache({"image": open_set(tmp_path / "cache", "clip", SETTINGS)})
     here = [features.read("image", path)[0].values for path in pictures]  # shards are mapped before workers start
     loader = DataLoader(Values(features, pictures), batch_size=None, num_workers=2, multiprocessing_context="fork")
@@ -105,6 +139,16 @@ def test_files_are_known_by_content(tmp_path, pictures):
         assert features.find("image", file.read()) == features.find("image", pictures[2])
     with pytest.raises(NotCachedError, match="not in"):
         features.find("video", pictures[2])
+
+
+def test_content_that_two_processes_computed_counts_once(tmp_path, pictures):
+    folder = create_set(tmp_path / "cache", "clip", SETTINGS)
+    writers = [FeatureWriter(FeatureSet(folder), 1, rank) for rank in range(2)]
+    for writer in writers:
+        writer.add(medium_id("image", pictures[0]), features_of(0))
+        writer.flush()
+    assert len(list(folder.glob("shard-*.json"))) == 2
+    assert len(FeatureSet(folder)) == 1
 
 
 def test_changed_file_is_told_also_where_size_and_time_are_kept(tmp_path, pictures):
@@ -198,7 +242,7 @@ def test_one_changed_weight_changes_the_hash():
     assert weights_sha256(layer) != before
 
 
-def test_other_settings_are_named(tmp_path, pictures):
+def test_other_settings_are_named(tmp_path, pictures, monkeypatch):
     fill(tmp_path / "cache", pictures)
     other = json.loads(json.dumps(SETTINGS))
     other["encoder"]["layer"], other["decoding"]["video_frames"] = -2, 8
@@ -208,6 +252,11 @@ def test_other_settings_are_named(tmp_path, pictures):
         open_set(tmp_path / "cache", "beats", SETTINGS)
     with pytest.raises(MokaError, match="holds float32 features, and float16 is asked for"):
         create_set(tmp_path / "cache", "clip", SETTINGS, "float16")
+    # Of a moka that makes other features under the same settings.
+    monkeypatch.setattr(features_module, "FORMAT_VERSION", FORMAT_VERSION + 1)
+    with pytest.raises(MokaError, match=rf"format_version is {FORMAT_VERSION} there and {FORMAT_VERSION + 1} here"):
+        open_set(tmp_path / "cache", "clip", SETTINGS)
+    monkeypatch.undo()
     path = next((tmp_path / "cache").glob("clip-*/settings.json"))
     path.write_text('{"dtype"')
     with pytest.raises(MokaError, match=r"settings\.json cannot be used"):

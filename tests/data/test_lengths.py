@@ -90,9 +90,8 @@ def assert_as_encoded(lengths, dataset):
     found = [dataset[index] for index in range(len(dataset))]
     assert lengths.tokens.tolist() == [len(one["input_ids"]) for one in found]
     types = [np.array(one["mm_token_type_ids"]) for one in found]
-    assert lengths.tokens_of("visual").tolist() == [int(((t == 1) | (t == 2)).sum()) for t in types]
-    assert lengths.tokens_of("audio").tolist() == [int((t == 3).sum()) for t in types]
-    assert lengths.tokens_of("text").tolist() == [int((t == 0).sum()) for t in types]
+    assert (lengths.items["visual"] * VISUAL["tokens"]).tolist() == [int(((t == 1) | (t == 2)).sum()) for t in types]
+    assert (lengths.items["audio"] * AUDIO["tokens"]).tolist() == [int((t == 3).sum()) for t in types]
     for name, key in (("visual", "pixel_values"), ("audio", "input_features")):
         assert lengths.items[name].tolist() == [len(one.get(key, ())) for one in found]
     assert (lengths.media_items == lengths.items["visual"] + lengths.items["audio"]).all()

@@ -7,12 +7,26 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
-from transformers import AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BloomConfig,
+    FalconConfig,
+    Gemma3TextConfig,
+    GPT2Config,
+    Lfm2Config,
+    LlamaConfig,
+    OPTConfig,
+    Qwen2Config,
+)
 
 from moka import MokaConfig, MokaForConditionalGeneration, MokaProcessor
 from moka.data.lengths import count_lengths, joined_lengths
 from moka.data.packing import PackedDataset, join_samples, pack_rows
 from moka.data.sources import Collator, EncodedDataset
+from moka.errors import MokaError
+from moka.modeling.configuration import MokaModelConfig
+from moka.modeling.confinement import check_confined
 from moka.modeling.media import AudioFeatures
 from moka.modeling.positions import flash_lengths, samples_begin
 from moka.modeling.tiny import write_tiny_backbone
@@ -161,8 +175,9 @@ def encoded(llama):
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_no_sample_of_a_row_sees_another(backbones, encoded, implementation):
-    model, processor = build(backbones["llama"], implementation=implementation)
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_no_sample_of_a_row_sees_another(backbones, encoded, name, implementation):
+    model, processor = build(backbones[name], implementation=implementation)
     model.eval()
     order = [1, 3, 0, 2]
 
@@ -188,6 +203,63 @@ def test_no_sample_of_a_row_sees_another(backbones, encoded, implementation):
         for place in range(len(order)):
             same = torch.equal(after[place], before[place])
             assert same != (place == changed), (place, changed)
+
+
+TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 400}
+WIDE = {**TINY, "intermediate_size": 96, "num_key_value_heads": 2}
+CONFINED = {
+    "llama": LlamaConfig(**WIDE),
+    "qwen2": Qwen2Config(**WIDE),
+    "gemma3_text": Gemma3TextConfig(**WIDE, head_dim=16),
+    "gpt2": GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=400, bos_token_id=1, eos_token_id=2),
+}
+LEAKING = {
+    "opt": OPTConfig(**TINY, ffn_dim=96, word_embed_proj_dim=64),
+    "falcon": FalconConfig(**TINY),
+    "bloom": BloomConfig(vocab_size=400, hidden_size=64, n_layer=2, n_head=4),
+    "lfm2": Lfm2Config(**WIDE, layer_types=["full_attention", "conv"], initializer_range=0.2),
+}
+
+
+def composed(config, dtype=torch.float32):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).to(dtype)
+    torch.manual_seed(1)
+    return MokaForConditionalGeneration(MokaModelConfig(config, copy.deepcopy(CONV)), model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [*CONFINED, *LEAKING])
+def test_a_backbone_in_which_samples_see_each_other_is_found(kind, dtype):
+    model = composed({**CONFINED, **LEAKING}[kind], dtype).train()
+    model.encoders.eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    if kind in CONFINED:
+        check_confined(model)
+    else:
+        with pytest.raises(MokaError, match=rf"model_type '{kind}'.* Take training.packing out"):
+            check_confined(model)
+    assert model.training
+    assert model.language_model.training
+    assert not model.encoders["visual"].training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(tensor.is_leaf and tensor.grad is None for tensor in model.parameters())
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.language_model.modules())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", [*CONFINED, *LEAKING])
+def test_weights_are_brought_to_the_gpu_block_by_block(kind):
+    model, seen = composed(CONFINED[kind] if kind in CONFINED else LEAKING[kind]), []
+    blocks = next(m for m in model.language_model.modules() if isinstance(m, torch.nn.ModuleList))
+    blocks[0].register_forward_hook(lambda *_: seen.extend(p.device.type for b in blocks for p in b.parameters()))
+    if kind in CONFINED:
+        check_confined(model, "cuda")
+    else:
+        with pytest.raises(MokaError, match=r"Take training.packing out"):
+            check_confined(model, "cuda")
+    assert sorted(set(seen)) == ["cpu", "cuda"]
+    assert {tensor.device.type for tensor in [*model.parameters(), *model.buffers()]} == {"cpu"}
 
 
 def test_positions_groups_labels_and_media_of_a_row(encoded):
@@ -230,21 +302,31 @@ def test_rows_of_one_sample_each_are_not_taken_for_packed():
 # --- which samples share a row
 
 
+def as_lists(rows):
+    return [row.tolist() for row in rows]
+
+
 def test_every_sample_comes_once_and_no_row_is_overfull():
     tokens = np.random.default_rng(0).integers(1, 400, 5000)
     rows = pack_rows(tokens, 512, seed=3)
     assert sorted(index for row in rows for index in row) == list(range(5000))
     assert max(tokens[row].sum() for row in rows) <= 512
+    assert rows.sums(tokens).tolist() == [tokens[row].sum() for row in rows]
     assert tokens.sum() / (len(rows) * 512) > 0.97
-    assert rows == pack_rows(tokens, 512, seed=3)
-    assert rows != pack_rows(tokens, 512, seed=4)
+    assert as_lists(rows) == as_lists(pack_rows(tokens, 512, seed=3))
+    assert as_lists(rows) != as_lists(pack_rows(tokens, 512, seed=4))
+    assert (rows.indices.dtype, len(rows.indices), len(rows.offsets)) == (np.int64, 5000, len(rows) + 1)
 
 
 def test_a_window_alone_is_packed_with_itself():
     rows = pack_rows(np.full(64, 10), 40, seed=0, window=16)
     assert [len(row) for row in rows] == [4] * 16
-    assert pack_rows([7, 50, 3], 40) != []
-    assert [1] in pack_rows([7, 50, 3], 40)
+
+
+def test_rows_are_filled_best_fit_and_the_longest_samples_come_first():
+    assert as_lists(pack_rows([7, 50, 3], 40)) == [[1], [0, 2]]
+    # 30 leaves 10, 25 leaves 15: the 12 goes where it alone fits, the 10 fills the first row, 3 the second.
+    assert as_lists(pack_rows([10, 30, 3, 25, 12], 40)) == [[1, 0], [3, 4, 2]]
 
 
 def packed(processor, samples, capacity=150, **settings):
@@ -280,7 +362,7 @@ def test_a_substitute_that_is_too_long_for_its_row_is_left_out(llama):
     short, long = (len(llama[1].encode(SAMPLES[k]["messages"])["input_ids"]) for k in (4, 3))
     samples = Substituted([SAMPLES[4]] * 3)
     rows = packed(llama[1], samples, capacity=max(3 * short, long))
-    assert rows.rows != [[0], [1], [2]]
+    assert len(rows) == 1
     assert [rows[0]["sample_id"], len(rows[0]["input_ids"])] == ["s4, s4, s4", 3 * short]
     assert long > short
     for grown in range(3):

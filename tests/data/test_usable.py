@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import soundfile
 from PIL import Image
 
+from moka.data.features import NotCachedError
 from moka.data.media import BadMediaError, BadMediaPolicy, DecodedDataset
 from moka.data.schema import check_sample, media_parts
-from moka.data.usable import Subset, read_usable, try_media, usable_indices
+from moka.data.usable import Subset, find_usable, read_usable, try_media, usable_cores
 from moka.errors import MokaError
 
 
@@ -37,8 +39,9 @@ def samples(folder, count, bad=(), **more):
 def test_bad_samples_are_left_out_and_listed(tmp_path, workers):
     made = samples(tmp_path, 12, bad={2, 7})
     path = tmp_path / "reports" / "bad.jsonl"
-    indices, report = usable_indices(made, budget=0.2, workers=workers, report_path=path, name="data.train")
-    assert indices == [i for i in range(12) if i not in (2, 7)]
+    report = find_usable(made, budget=0.2, workers=workers, name="data.train")
+    report.write(path)
+    assert report.indices == [i for i in range(12) if i not in (2, 7)]
     assert [(r["index"], r["id"], r["file"], r["action"]) for r in report.skipped] == [
         (2, "s2", str(tmp_path / "2.png"), "skip"),
         (7, "s7", str(tmp_path / "7.png"), "skip"),
@@ -47,21 +50,22 @@ def test_bad_samples_are_left_out_and_listed(tmp_path, workers):
     totals, *lines = map(json.loads, path.read_text().splitlines())
     assert totals == {"tried": 12, "skipped": 2}
     assert lines == report.skipped
-    assert report.summary() == (
-        f"data.train: 2 of 12 samples left out for media that cannot be used (budget: 3); listed in {path}"
-    )
+    told = "data.train: 2 of 12 samples left out for media that cannot be used (budget: 3)"
+    assert report.summary() == told
+    assert read_usable(path, 12, budget=0.2, name="data.train").summary() == f"{told}; listed in {path}"
     # What is left is decoded without a bad one, in order.
-    decoded = DecodedDataset(Subset(made, indices), BadMediaPolicy("skip", 0.2))
-    assert [decoded[i]["id"] for i in range(len(decoded))] == [f"s{i}" for i in indices]
+    decoded = DecodedDataset(Subset(made, report.indices), BadMediaPolicy("skip", 0.2))
+    assert [decoded[i]["id"] for i in range(len(decoded))] == [f"s{i}" for i in report.indices]
 
 
-def test_other_processes_read_the_same_indices_back_without_trying(tmp_path):
+def test_a_resumed_run_reads_the_same_report_back_without_trying(tmp_path):
     made = samples(tmp_path, 6, bad={1})
     path = tmp_path / "bad.jsonl"
-    indices, report = usable_indices(made, budget=0.5, report_path=path)
+    report = find_usable(made, budget=0.5)
+    report.write(path)
     for file in tmp_path.glob("*.png"):
         file.unlink()
-    assert read_usable(path, 6, budget=0.5) == (indices, report)
+    assert read_usable(path, 6, budget=0.5) == replace(report, path=path)
     assert not list(tmp_path.glob("*.part"))
     with pytest.raises(MokaError, match=r"is of 6 samples, and the data set has 7"):
         read_usable(path, 7, budget=0.5)
@@ -74,30 +78,28 @@ def test_other_processes_read_the_same_indices_back_without_trying(tmp_path):
         read_usable(path, 6)
 
 
-def test_a_budget_that_is_exceeded_tells_number_and_first_cases_and_lists_all(tmp_path):
+def test_a_budget_that_is_exceeded_tells_number_and_first_cases(tmp_path):
     made = samples(tmp_path, 20, bad={0, 3, 4, 9, 11})
-    path = tmp_path / "bad.jsonl"
     with pytest.raises(MokaError) as caught:
-        usable_indices(made, budget=0.2, report_path=path)
+        find_usable(made, budget=0.2)
     message = str(caught.value)
     assert "5 of 20 samples" in message
     assert "budget allows 4" in message
     for i in (0, 3, 4):
         assert f"sample 's{i}': {tmp_path / f'{i}.png'}" in message
     assert "9.png" not in message
-    assert len(path.read_text().splitlines()) == 1 + 5
-    assert len(usable_indices(made, budget=0.25)[0]) == 15
+    assert len(find_usable(made, budget=0.25).indices) == 15
 
 
 def test_a_data_set_without_one_good_sample_is_refused_whatever_the_budget(tmp_path):
     with pytest.raises(MokaError, match="2 of 2"):
-        usable_indices(samples(tmp_path, 2, bad={0, 1}), budget=1.0)
+        find_usable(samples(tmp_path, 2, bad={0, 1}), budget=1.0)
 
 
 def test_bytes_are_tried_too(tmp_path):
     made = samples(tmp_path, 3, image1=b"no picture")
-    indices, report = usable_indices(made, budget=0.5)
-    assert indices == [0, 2]
+    report = find_usable(made, budget=0.5)
+    assert report.indices == [0, 2]
     assert report.skipped[0]["file"] == "image bytes of sample 's1'"
 
 
@@ -122,17 +124,52 @@ def test_mistakes_that_are_not_bad_media_are_raised(tmp_path):
             raise MokaError("train.jsonl:3: messages is empty.")
 
     with pytest.raises(MokaError, match=r"train\.jsonl:3"):
-        usable_indices(Broken([1, 2]), budget=1.0)
+        find_usable(Broken([1, 2]), budget=1.0)
 
 
 def test_a_file_that_goes_bad_after_the_trial_stops_the_run_and_joins_the_report(tmp_path):
     made = samples(tmp_path, 4, bad={1})
     path = tmp_path / "bad.jsonl"
-    indices, report = usable_indices(made, budget=0.25, report_path=path)
+    report = find_usable(made, budget=0.25)
+    report.write(path)
     (tmp_path / "2.png").unlink()
-    decoded = Subset(DecodedDataset(made, BadMediaPolicy("skip", 0.25), report_path=path), indices)
+    decoded = Subset(DecodedDataset(made, BadMediaPolicy("skip", 0.25), report_path=path), report.indices)
     assert decoded[0]["id"] == "s0"
     with pytest.raises(BadMediaError, match="sample 's2'"):
         decoded[1]
     assert [(r["id"], r["action"]) for r in decoded.dataset.report] == [("s2", "error"), ("s1", "skip")]
-    assert read_usable(path, 4, budget=0.25) == (indices, report)
+    assert read_usable(path, 4, budget=0.25) == replace(report, path=path)
+
+
+def test_media_with_features_are_looked_up_and_not_read(tmp_path):
+    made = samples(tmp_path, 3, bad={1})  # an encoder's cache knows which are bad
+
+    class Lookup:
+        kinds = frozenset({"image"})
+        absent = None
+
+        def check(self, kind, medium):
+            if medium == str(tmp_path / "2.png"):
+                raise BadMediaError(f"{medium}: is bad.", medium, "is bad")
+            if medium == self.absent:
+                raise NotCachedError(f"the features of {kind} {medium} are not there.")
+
+    (tmp_path / "0.wav").unlink()  # of a kind that is not cached
+    report = find_usable(made, budget=1.0, features=Lookup(), name="data.train")
+    assert [(r["index"], r["file"]) for r in report.skipped] == [
+        (0, str(tmp_path / "0.wav")),
+        (2, str(tmp_path / "2.png")),
+    ]
+    Lookup.absent = str(tmp_path / "1.png")
+    with pytest.raises(MokaError, match=r"data\.train: sample 's1': the features of image .*1\.png are not there"):
+        find_usable(made, budget=1.0, features=Lookup(), name="data.train")
+
+
+def test_processes_of_one_machine_share_its_cores(monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    cores = usable_cores()
+    assert cores >= 1
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert usable_cores() == max(1, cores // 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
+    assert usable_cores() == 1

@@ -244,7 +244,6 @@ def test_cpu_launcher_hides_the_gpus(monkeypatch, with_gpus):
     [
         (["zerro2"], ["zerro2", "Did you mean 'zero2'?"]),
         (["configs/none.yaml"], ["configs/none.yaml", "no such file"]),
-        (["ddp", "--num-processes", "16"], ["16 processes", "it has 8", "--num-processes 8"]),
         (["ddp", "--num-processes", "0"], ["0 processes"]),
         (["single_gpu", "--num-processes", "2"], ["one process", "ddp"]),
         (["multi_node"], ["--main_process_ip"]),
@@ -261,11 +260,26 @@ def test_what_cannot_be_launched_is_one_line(capsys, with_gpus, options, words):
         assert word in err
 
 
-def test_gpu_launchers_are_refused_without_gpus(capsys, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    for name in set(launcher_names()) - {"cpu", "multi_node"}:
-        assert main(["train", QUICKSTART, "--dry-run", "--launcher", name]) == 2
-        assert "this machine has none. Take --launcher cpu." in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("gpus", "lack"),
+    [
+        (0, "needs a GPU for each process, and this machine has none. Take --launcher cpu."),
+        (3, "8 processes on this machine need as many GPUs, and it has 3. Give --num-processes 3."),
+    ],
+)
+def test_gpus_that_are_not_here_are_noted_in_a_dry_run_and_refused_in_a_run(capsys, monkeypatch, gpus, lack):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    for name in set(launcher_names()) - {"single_gpu", "cpu", "multi_node"}:
+        command = ["train", QUICKSTART, "--launcher", name, "--num-processes", "8"]
+        assert main([*command, "--dry-run"]) == 0
+        said = capsys.readouterr()
+        assert said.err == f"note: this machine could not run it: --launcher {name}{':' if gpus else ''} {lack}\n"
+        parsed = launch_command_parser().parse_args(shlex.split(said.out)[2:])
+        assert (Path(parsed.config_file).stem, parsed.num_processes) == (name, 8)
+        assert main(command) == 2
+        said = capsys.readouterr()
+        assert lack in said.err
+        assert said.out == ""
 
 
 def test_launcher_inside_a_launcher_is_refused(capsys, monkeypatch):
@@ -299,8 +313,16 @@ def test_missing_deepspeed_is_told_wherever_it_is_asked_for(capsys, monkeypatch,
         training_arguments({"deepspeed": "configs/deepspeed/zero2.json"}, tmp_path / "run")
     monkeypatch.setitem(sys.modules, "deepspeed", None)  # as if it were not installed
     remedy = "pip install 'moka-peft[deepspeed]'"
-    assert main(["train", QUICKSTART, "--launcher", "zero2", "--dry-run"]) == 2
-    assert f"--launcher zero2 needs DeepSpeed, which is not installed: {remedy}" in capsys.readouterr().err
+    command, lack = (
+        ["train", QUICKSTART, "--launcher", "zero2"],
+        f"--launcher zero2 needs DeepSpeed, which is not installed: {remedy}",
+    )
+    assert main(command) == 2
+    assert lack in capsys.readouterr().err
+    assert main([*command, "--dry-run"]) == 0
+    said = capsys.readouterr()
+    assert said.err == f"note: this machine could not run it: {lack}.\n"
+    assert "zero2.yaml" in said.out
     with pytest.raises(
         MokaError, match=re.escape(f"training.deepspeed needs DeepSpeed, which is not installed: {remedy}")
     ):

@@ -369,21 +369,9 @@ def test_fsdp_of_a_quantised_backbone_is_refused(raw, tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-def deepspeed(folder, stage):
-    """A settings file of DeepSpeed."""
-    batch = dict.fromkeys(
-        ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
-        "auto",
-    )
-    path = folder / f"zero{stage}.json"
-    zero = {"zero_optimization": {"stage": stage}, "zero_allow_untested_optimizer": True}
-    path.write_text(json.dumps({**zero, **batch}))
-    return str(path)
-
-
 @pytest.mark.slow
-def test_zero_3_of_a_quantised_backbone_is_refused(raw, tmp_path, launch, write_yaml):
-    raw_config = raw(tmp_path / "run", "nf4", stages=[2], training__deepspeed=deepspeed(tmp_path, 3))
+def test_zero_3_of_a_quantised_backbone_is_refused(raw, tmp_path, launch, write_yaml, write_zero):
+    raw_config = raw(tmp_path / "run", "nf4", stages=[2], training__deepspeed=str(write_zero(tmp_path, "zero3")))
     done = launch("torchrun", "train", write_yaml(tmp_path / "run.yaml", raw_config))
     assert done.returncode != 0
     assert done.stderr.count("moka: error: model.quantization: nf4 does not go with ZeRO-3") == 1, done.stderr[-3000:]
@@ -392,7 +380,7 @@ def test_zero_3_of_a_quantised_backbone_is_refused(raw, tmp_path, launch, write_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["DDP", "ZeRO-2"])
-def test_two_processes_train_as_one(raw, tmp_path, launch, write_yaml, engine):
+def test_two_processes_train_as_one(raw, tmp_path, launch, write_yaml, write_zero, engine):
     same = {
         **{"adapter__dropout": 0.0, "alignment__global_batch_size": 8, "training__global_batch_size": 4},
         **{f"model__modalities__{name}__encoder__dropout": 0.0 for name in ("visual", "audio")},
@@ -406,7 +394,8 @@ def test_two_processes_train_as_one(raw, tmp_path, launch, write_yaml, engine):
     config = raw(tmp_path / "two", "nf4", **same, **halves)
     if engine == "ZeRO-2":
         for section in ("alignment", "training"):
-            config[section]["deepspeed"] = deepspeed(tmp_path, 2)
+            settings = write_zero(tmp_path, "zero2", zero_allow_untested_optimizer=True)
+            config[section]["deepspeed"] = str(settings)
     done = launch("torchrun", "train", write_yaml(tmp_path / "two.yaml", config), timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     summary = json.loads((tmp_path / "two/summary.json").read_text())

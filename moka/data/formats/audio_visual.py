@@ -15,7 +15,6 @@ from moka.data.formats.base import Format, Rows, find_file
 from moka.data.formats.questions import (
     Entry,
     chosen,
-    count,
     entries,
     entry_rows,
     json_entries,
@@ -24,7 +23,7 @@ from moka.data.formats.questions import (
     text_lines,
 )
 from moka.data.vocabulary import ave_events, music_avqa_answers
-from moka.errors import MokaError, nearest
+from moka.errors import MokaError, counted, nearest
 
 AVE_QUESTION = "Please describe the events and time range that occurred in the video."
 
@@ -45,7 +44,7 @@ def _read_ave(root: Path, split: str, question: str = AVE_QUESTION) -> Rows:
 def _ave_sample(entry: Entry, question: str) -> dict[str, Any]:
     values = [value.strip() for value in entry.data.split("&")]
     if len(values) != 5:
-        raise MokaError(f"has {count(len(values), 'field')}; Category&VideoID&Quality&StartTime&EndTime is due.")
+        raise MokaError(f"has {counted(len(values), 'field')}; Category&VideoID&Quality&StartTime&EndTime is due.")
     event, video, _, *times = values
     if not all(time.isdecimal() for time in times) or int(times[0]) > int(times[1]):
         raise MokaError(f"StartTime&EndTime is {'&'.join(times)!r}; whole seconds, the start first, are due.")
@@ -70,7 +69,7 @@ def _read_music_avqa(root: Path, split: str, videos: Any = _AVQA_FOLDERS, answer
     kept = [(place, record) for place, record in records if not _deleted(record)]
     notes = []
     if left := len(records) - len(kept):
-        notes.append(f"{count(left, 'question')} marked as deleted (question_deleted) left out of {path.name}")
+        notes.append(f"{counted(left, 'question')} marked as deleted (question_deleted) left out of {path.name}")
     found = entries(kept, lambda record: take(record, "question_id"))
     make = partial(_music_avqa_sample, root=root, folders=_folders(videos), template=template)
     return entry_rows(found, make, root, notes)
@@ -99,7 +98,7 @@ def _filled(template: str, values: Any) -> str:
     slots = _SLOT.findall(template)
     if len(given) < len(slots):
         raise MokaError(
-            f"templ_values has {count(len(given), 'value')} for the {count(len(slots), 'slot')} of {template!r}."
+            f"templ_values has {counted(len(given), 'value')} for the {counted(len(slots), 'slot')} of {template!r}."
         )
     rest = iter(given)
     return _SLOT.sub(lambda _: next(rest), template)

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from moka.data.formats.base import Format, Rows, find_file
-from moka.data.formats.questions import LETTERS, Entry, count, entries, entry_rows, lettered, question_sample
-from moka.errors import MokaError
+from moka.data.formats.questions import LETTERS, Entry, entries, entry_rows, lettered, question_sample
+from moka.errors import MokaError, counted
 
 _MMBENCH_FILES = {
     "dev": ("mmbench_dev_20230712.tsv", "MMBench_DEV_EN.tsv", "mmbench_dev_en_20231003.tsv", "MMBench_DEV_EN_V11.tsv"),
@@ -45,7 +45,7 @@ def _read_mmbench(root: Path, split: str, circular: bool = False) -> Rows:
         found = entries(((place, (row, 0)) for place, row in first), lambda data: data[0]["index"])
     if left := len(rows) - len(first):
         made = "; rotations are made here instead" if circular else ""
-        notes.append(f"{count(left, 'rotated copy', 'rotated copies')} of questions left out of {path.name}{made}")
+        notes.append(f"{counted(left, 'rotated copy', 'rotated copies')} of questions left out of {path.name}{made}")
     return entry_rows(found, partial(_mmbench_sample, pictures=pictures), root, notes)
 
 

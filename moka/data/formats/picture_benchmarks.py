@@ -11,7 +11,6 @@ from moka.data.formats.base import Format, Rows, find_file
 from moka.data.formats.questions import (
     Entry,
     chosen,
-    count,
     entries,
     entry_rows,
     json_entries,
@@ -22,7 +21,7 @@ from moka.data.formats.questions import (
     text_lines,
 )
 from moka.data.vocabulary import MME_TASKS
-from moka.errors import MokaError
+from moka.errors import MokaError, counted
 
 _MME_ROOTS = ("MME_Benchmark_release_version/MME_Benchmark", "MME_Benchmark_release_version", ".")
 _PICTURES = (".jpg", ".jpeg", ".png")
@@ -40,7 +39,7 @@ def _read_mme(root: Path, split: str, tasks: str = "perception") -> Rows:
             placed += [(place, (subtask, file, number, line)) for number, (place, line) in enumerate(lines, start=1)]
     found = entries(placed, lambda data: f"{data[0]}/{data[1].stem}-{data[2]}")
     notes = [
-        f"{count(odd, 'picture has', 'pictures have')} an odd number of questions; the paper's protocol leaves out the last"
+        f"{counted(odd, 'picture has', 'pictures have')} an odd number of questions; the paper's protocol leaves out the last"
     ]
     return entry_rows(found, partial(_mme_sample, base=base), base, notes if odd else ())
 
@@ -117,7 +116,7 @@ def _read_seed_bench(root: Path, split: str, tasks: str = "image") -> Rows:
     notes = []
     if left := len(records) - len(kept):
         notes.append(
-            f"{count(left, 'question')} about {'videos' if tasks == 'image' else 'images'} left out of {path.name}"
+            f"{counted(left, 'question')} about {'videos' if tasks == 'image' else 'images'} left out of {path.name}"
         )
     found = entries(kept, lambda record: take(record, "question_id"))
     dimensions = {str(number): name for name, number in names.items()}

@@ -169,8 +169,3 @@ def chosen(format: str, option: str, value: Any, allowed: Iterable[str]) -> str:
         hint = nearest(str(value), allowed)
         raise MokaError(f"format {format}: option {option} is {value!r}; allowed are {', '.join(allowed)}.{hint}")
     return value
-
-
-def count(number: int, one: str, many: str = "") -> str:
-    """``"1 question"`` or ``"3 questions"``."""
-    return f"{number} {one if number == 1 else many or one + 's'}"

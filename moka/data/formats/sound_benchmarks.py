@@ -10,7 +10,6 @@ from moka.data.formats.questions import (
     LETTERS,
     Entry,
     chosen,
-    count,
     entries,
     entry_rows,
     json_entries,
@@ -18,7 +17,7 @@ from moka.data.formats.questions import (
     question_sample,
     take,
 )
-from moka.errors import MokaError
+from moka.errors import MokaError, counted
 
 _DOMAINS = ("speech", "sound", "music", "all")
 _MMAU_INSTRUCTION = "Select one option from the provided choices."
@@ -100,7 +99,7 @@ def _check_among(truth: str, options: list[str], field: str) -> None:
 
 
 def _left_out(left: int, domain: str) -> list[str]:
-    return [f"{count(left, 'question')} of other tasks than {domain} left out"] if left else []
+    return [f"{counted(left, 'question')} of other tasks than {domain} left out"] if left else []
 
 
 MMAU = Format(

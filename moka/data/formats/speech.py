@@ -10,8 +10,8 @@ from typing import Any
 
 from moka.data.formats.base import Format, Rows, find_file
 from moka.data.formats.files import TableRecords
-from moka.data.formats.questions import Entry, chosen, count, entries, entry_rows, json_entries, question_sample, take
-from moka.errors import MokaError
+from moka.data.formats.questions import Entry, chosen, entries, entry_rows, json_entries, question_sample, take
+from moka.errors import MokaError, counted
 
 TRANSCRIBE = "Please transcribe the speech."
 
@@ -94,7 +94,7 @@ def _read_gigaspeech(
         if not found and not left:
             raise MokaError(f"{path}: has no segment of subset {{{wanted}}}. Name a subset that you have.")
         media = partial(_cut_audio, root=root)
-    notes = [f"{count(left, 'utterance')} without speech ({', '.join(_GARBAGE)}) left out"] if left else []
+    notes = [f"{counted(left, 'utterance')} without speech ({', '.join(_GARBAGE)}) left out"] if left else []
 
     make = partial(_clip_sample, media=media, case=case, punctuation=punctuation, instruction=instruction)
     return entry_rows(found, make, root, notes)
@@ -207,7 +207,7 @@ def _read_salmonn(root: Path, split: str, annotation: str = "", corpus: str = "L
     kept = [(place, record) for place, record in records if corpus == "all" or _of_corpus(record, corpus)]
     notes = []
     if left := len(records) - len(kept):
-        notes.append(f"{count(left, 'record')} of other corpora than {corpus} left out of {path.name}")
+        notes.append(f"{counted(left, 'record')} of other corpora than {corpus} left out of {path.name}")
     found = entries(kept, lambda record: f"{Path(take(record, 'path')).stem}-{record.get('task') or 'asr'}")
     return entry_rows(found, _salmonn_sample, root, notes)
 
