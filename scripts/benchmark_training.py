@@ -177,14 +177,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the configuration, for all measurements")
     parser.add_argument("--config", type=Path, help="measure this configuration; else a small random model")
-    parser.add_argument("--tiny", action="store_true", help="tiny random parts")
-    parser.add_argument("--steps", type=int, default=16, help=f"of each measurement; {WARM_UP} are not counted")
+    parser.add_argument("--tiny", action="store_true", help="tiny random parts, few steps: only that it runs")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        help=f"of each measurement (default 16, with --tiny 5); the first {WARM_UP} are not counted",
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rows", type=int, default=2, help="rows of a step where samples are packed (default 2)")
     parser.add_argument("--no-cache", action="store_true", help="leave the feature cache out (no encoder is frozen)")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     arguments = parser.parse_intermixed_args()
+    if arguments.steps is None:
+        arguments.steps = 5 if arguments.tiny else 16
+    for name, least in (("steps", WARM_UP + 1), ("rounds", 1), ("rows", 1)):
+        if getattr(arguments, name) < least:
+            parser.error(
+                f"--{name} {getattr(arguments, name)}: at least {least} is due; {WARM_UP} steps are not counted"
+            )
     with tempfile.TemporaryDirectory() as scratch:
         shape = SHAPES["tiny" if arguments.tiny else "small"]
         config = arguments.config or made_up(Path(scratch), shape)

@@ -16,7 +16,7 @@ from moka.data.features import FeatureCache, FeatureSet, NotCachedError, open_se
 from moka.data.media import DecodedDataset
 from moka.data.records import BAR_AFTER_S
 from moka.data.schema import media_parts
-from moka.errors import MokaError
+from moka.errors import MokaError, counted
 from moka.modeling import MokaForConditionalGeneration, MokaProcessor
 from moka.modeling.configuration import MEDIA_TYPE_IDS
 from moka.modeling.encoders import Encoder, set_aside
@@ -129,8 +129,8 @@ def note_moved(datasets: Iterable[Any], share: tuple[int, int]) -> None:
     moved = sum(chosen.moved for chosen in {one for cache in caches if cache for one in cache.sets.values()})
     if moved:
         say(
-            f"note: {'at least ' if share[1] > 1 else ''}{moved:,} files were moved, copied or touched since their features "
-            "were computed, and are known by reading them alone. `moka cache` notes them as they are now."
+            f"note: {'at least ' if share[1] > 1 else ''}{counted(moved, 'file')} moved, copied or touched since the "
+            "features were computed: known by reading them alone. `moka cache` notes them as they are now."
         )
 
 

@@ -184,10 +184,15 @@ def test_samples_that_cannot_be_used_are_replaced_and_counted(mixed, processor, 
     assert "media spans are never cut" in dataset.dropped[4]
     assert "no supervised token" in dataset.dropped[7]
     records = [json.loads(record) for record in report.read_text().splitlines()]
-    assert {(r["index"], r["id"], r["reason"]) for r in records} == {
+    assert {(r["index"], r["id"], r["reason"]) for r in records if r["action"] == "replaced"} == {
         (i, f"m{i}", reason) for i, reason in dataset.dropped.items()
     }
-    assert len(records) == 3
+    (cut,) = [r for r in records if r["action"] == "shortened"]
+    tokens = len(processor.encode(mixed[8]["messages"])["input_ids"])
+    assert (cut["index"], cut["id"]) == (8, "m8")
+    assert cut["reason"] == f"its {tokens} tokens were cut to {MAX_LENGTH}: the end of its text is lost"
+    assert len(records) == 4
+    assert "cut_from" not in encoded[8]
     usable = {text_of(processor, encoded[i]) for i in (0, 2, 3, 5, 6, 8, 9)}
     assert len(usable) == 7
     for index in (1, 4, 7):

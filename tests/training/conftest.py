@@ -22,6 +22,45 @@ def losses():
 
 
 @pytest.fixture(scope="session")
+def curve():
+    """(stage, step, loss, eval_loss, grad_norm, learning_rate) of every line that a run logged; None for what it has not."""
+    keys = ("stage", "step", "loss", "eval_loss", "grad_norm", "learning_rate")
+
+    def read(folder):
+        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return [tuple(r.get(key) for key in keys) for r in records if "loss" in r or "eval_loss" in r]
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def close_curve(curve):
+    """``close_curve(folder, reference)``: the lines of another run, their numbers up to rounding."""
+
+    def check(folder, reference, rel=1e-5):
+        ours, theirs = curve(folder), curve(reference)
+        assert [record[:2] for record in ours] == [record[:2] for record in theirs]
+        for one, other in zip(ours, theirs, strict=True):
+            assert [x or 0.0 for x in one] == pytest.approx([x or 0.0 for x in other], rel=rel)
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def same_run(curve):
+    """``same_run(folder, reference)``: curve, connector and adapter of another run, bit for bit."""
+
+    def check(folder, reference):
+        assert curve(folder) == curve(reference)
+        for name in ("connector/connector.safetensors", "adapter/adapter_model.safetensors"):
+            ours, theirs = load_file(folder / name), load_file(reference / name)
+            assert ours.keys() == theirs.keys()
+            assert all(torch.equal(ours[key], theirs[key]) for key in theirs), name
+
+    return check
+
+
+@pytest.fixture(scope="session")
 def as_one():
     """Changes to ``tiny_config`` under which runs on one process and on two take the same steps; for two also ``halves``."""
     dropouts = ("adapter__dropout", *(f"model__modalities__{name}__encoder__dropout" for name in ("visual", "audio")))

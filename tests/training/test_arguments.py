@@ -185,9 +185,10 @@ def test_help_lists_every_key():
             assert f.name in keys
     trainer = {f.name for f in dataclasses.fields(TrainingArguments) if f.init}
     assert {"learning_rate", "global_batch_size", "projector_learning_rate"} <= keys
-    # The rest are those that moka sets itself.
+    # The rest are those that moka sets itself, or refuses.
     assert trainer - keys == {
         *("output_dir", "resume_from_checkpoint", "remove_unused_columns", "label_names", "prediction_loss_only"),
+        *("save_only_model", "ignore_data_skip", "auto_find_batch_size"),
         *("enable_jit_checkpoint", "average_tokens_across_devices", "label_smoothing_factor"),
     }
 

@@ -94,6 +94,21 @@ def test_diverging_run_names_the_first_bad_step_and_its_samples(tiny_config, tmp
     assert records[-1]["loss"] is None
 
 
+@pytest.mark.parametrize("use", ["save", "eval", "end"])
+def test_what_has_diverged_is_told_before_it_is_used(tiny_config, tmp_path, use):
+    """Two bad steps alone, and none logged: still its samples are named, and not a tensor that is not finite."""
+    changes = {**SHORT, "training__learning_rate": 1e30, "training__max_steps": 3, "training__logging_steps": 50}
+    if use != "end":
+        changes |= {f"training__{use}_strategy": "steps", f"training__{use}_steps": 3, "training__max_steps": 6}
+        changes["data__validation"] = "embedded:audio-visual-text"
+    with pytest.raises(
+        MokaError, match=r"The loss was nan at [12] steps? in a row, first at step [23] with the samples \w"
+    ):
+        train(tiny_config(tmp_path / "run", **changes))
+    assert json.loads((tmp_path / "run/diverged.json").read_text())["steps"]
+    assert not list((tmp_path / "run").rglob("checkpoint-*"))
+
+
 def test_a_loss_of_zero_stops_too_and_one_bad_step_does_not(tiny_config, tmp_path, watch, monkeypatch):
     step = MokaTrainer.training_step
     factors = iter([1, 0, 0, 1, float("nan"), 1, 0, 0, 0, 1, 1, 1])

@@ -7,8 +7,6 @@ import threading
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from moka.training import config_from_dict, run_training
 from moka.training.checkpoints import fault, read_seal
@@ -30,28 +28,6 @@ RAGGED = {
     "training__eval_steps": 3,
     "training__per_device_eval_batch_size": 1,
 }
-
-
-def curve(folder):
-    """What a run logged, without what its speed decides."""
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    keys = ("stage", "step", "loss", "eval_loss", "grad_norm", "learning_rate")
-    return [tuple(r.get(key) for key in keys) for r in records if "loss" in r or "eval_loss" in r]
-
-
-def assert_same(folder, reference):
-    assert curve(folder) == curve(reference)
-    for name in ("connector/connector.safetensors", "adapter/adapter_model.safetensors"):
-        ours, theirs = load_file(folder / name), load_file(reference / name)
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(ours[key], theirs[key]) for key in theirs), name
-
-
-def assert_close(folder, reference, rel=1e-5):
-    ours, theirs = curve(folder), curve(reference)
-    assert [record[:2] for record in ours] == [record[:2] for record in theirs]
-    for one, other in zip(ours, theirs, strict=True):
-        assert [x or 0.0 for x in one] == pytest.approx([x or 0.0 for x in other], rel=rel)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +65,7 @@ def signalled(monkeypatch):
     ],
 )
 def test_an_interrupted_run_goes_on_as_if_nothing_had_been(
-    uninterrupted, tiny_config, tmp_path, signalled, place, stage, step, number, saved
+    uninterrupted, tiny_config, tmp_path, signalled, place, stage, step, number, saved, same_run
 ):
     config = config_from_dict(tiny_config(tmp_path / "run", **RAGGED))
     before = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGUSR1)}
@@ -107,7 +83,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(
     assert not (tmp_path / "run/adapter").exists()
     assert not (tmp_path / "run/.lock").exists()
     run_training(config, resume=True)
-    assert_same(tmp_path / "run", uninterrupted)
+    same_run(tmp_path / "run", uninterrupted)
 
 
 def test_a_signal_outside_of_training_ends_the_run_at_once(tiny_config, tmp_path, monkeypatch):
@@ -163,7 +139,9 @@ def test_a_signal_that_comes_twice_at_once_is_one_and_a_later_one_ends_the_proce
 
 
 @pytest.mark.slow
-def test_workers_of_the_loader_live_on_when_all_are_signalled(tiny_config, tmp_path, launch, write_yaml, uninterrupted):
+def test_workers_of_the_loader_live_on_when_all_are_signalled(
+    tiny_config, tmp_path, launch, write_yaml, uninterrupted, close_curve
+):
     """As a cluster does it: every process of the job. And from the command line: one line, exit code 75."""
     config = write_yaml(
         tmp_path / "run.yaml", tiny_config(tmp_path / "run", **RAGGED, training__dataloader_num_workers=2)
@@ -174,11 +152,13 @@ def test_workers_of_the_loader_live_on_when_all_are_signalled(tiny_config, tmp_p
     told = [line for line in done.stderr.splitlines() if line.startswith("moka: ")]
     assert told == [f"moka: interrupted at step 7; saved {checkpoint}; go on with `moka train ... --resume`"]
     assert launch("one", "train", config, "--resume").returncode == 0
-    assert_close(tmp_path / "run", uninterrupted)
+    close_curve(tmp_path / "run", uninterrupted)
 
 
 @pytest.mark.slow
-def test_two_processes_signalled_at_the_launcher_save_once_and_go_on(tiny_config, tmp_path, launch, write_yaml):
+def test_two_processes_signalled_at_the_launcher_save_once_and_go_on(
+    tiny_config, tmp_path, launch, write_yaml, close_curve
+):
     changes = {**RAGGED, "training__per_device_train_batch_size": 2, "alignment__max_steps": 2}
     whole = write_yaml(tmp_path / "whole.yaml", tiny_config(tmp_path / "whole", **changes))
     config = write_yaml(tmp_path / "run.yaml", tiny_config(tmp_path / "run", **changes))
@@ -193,4 +173,4 @@ def test_two_processes_signalled_at_the_launcher_save_once_and_go_on(tiny_config
         done = launch("torchrun", "train", folder, *how)
         assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((tmp_path / "run/summary.json").read_text())["processes"] == 2
-    assert_close(tmp_path / "run", tmp_path / "whole")
+    close_curve(tmp_path / "run", tmp_path / "whole")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 
 import pytest
 import torch
@@ -91,11 +92,6 @@ def logits(model, batch):
 
 def apart(a, b):
     return ((a - b).norm() / b.norm()).item()
-
-
-def losses(folder, stage):
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [r["loss"] for r in records if r["stage"] == stage and "loss" in r]
 
 
 def size(model):
@@ -250,24 +246,24 @@ def test_connectors_move_between_quantised_and_full_backbones(runs, raw):
             assert all(torch.equal(model.state_dict()[key], tensor) for key, tensor in saved.items())
 
 
-def test_training_follows_that_of_full_precision(runs):
-    for stage in (1, 2):
-        ours, theirs = (losses(runs[kind], stage) for kind in ("nf4", None))
-        assert len(ours) == len(theirs) == 6
-        assert ours == pytest.approx(theirs, rel=0.05)
-        assert ours != pytest.approx(theirs, rel=1e-6)  # it was quantised
+def test_training_follows_that_of_full_precision(runs, losses):
+    ours, theirs = (losses(runs[kind]) for kind in ("nf4", None))
+    assert Counter(stage for stage, _ in theirs) == {1: 6, 2: 6}
+    assert ours == pytest.approx(theirs, rel=0.05)
+    for stage in (1, 2):  # it was quantised
+        assert any(abs(ours[at] / theirs[at] - 1) > 1e-6 for at in theirs if at[0] == stage)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_losses_fall(raw, tmp_path, kind):
+def test_losses_fall(raw, tmp_path, kind, losses):
     changes = {
         **{"stages": [2], "data__train_size": 4, "data__validation": None, "adapter__dropout": 0.0},
         **{"training__max_steps": 12, "training__learning_rate": 1e-2, "training__save_strategy": "no"},
         **{"training__eval_strategy": "no", "training__activation_checkpointing": True},
     }
     run = run_training(config_from_dict(raw(tmp_path / "run", kind, **changes)))
-    made = losses(run, 2)
-    assert made[-1] < 0.8 * made[0]
+    made = losses(run)
+    assert made[2, 12] < 0.8 * made[2, 1]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw_8bit"])
@@ -285,7 +281,7 @@ def test_optimizers_of_8_bits_train(raw, tmp_path, optimizer):
     assert any("qmap1" in one["__bnb_optimizer_quant_state__"] for one in state.values())  # states of 8 bits
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(runs, raw, tmp_path):
+def test_a_resumed_run_is_the_uninterrupted_one(runs, raw, tmp_path, losses):
     """With an evaluation before the checkpoint and another after it."""
     folder = tmp_path / "run"
     shutil.copytree(runs["nf4"], folder)
@@ -293,7 +289,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(runs, raw, tmp_path):
         path = folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     run_training(config_from_dict(raw(folder, "nf4")), resume=True)
-    assert losses(folder, 2) == losses(runs["nf4"], 2)
+    assert losses(folder) == losses(runs["nf4"])
     ours, theirs = (load_file(f / "adapter/adapter_model.safetensors") for f in (folder, runs["nf4"]))
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
@@ -380,7 +376,7 @@ def test_zero_3_of_a_quantised_backbone_is_refused(raw, tmp_path, launch, write_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["DDP", "ZeRO-2"])
-def test_two_processes_train_as_one(raw, tmp_path, launch, write_yaml, write_zero, engine):
+def test_two_processes_train_as_one(raw, tmp_path, launch, write_yaml, write_zero, engine, losses):
     same = {
         **{"adapter__dropout": 0.0, "alignment__global_batch_size": 8, "training__global_batch_size": 4},
         **{f"model__modalities__{name}__encoder__dropout": 0.0 for name in ("visual", "audio")},
@@ -403,9 +399,8 @@ def test_two_processes_train_as_one(raw, tmp_path, launch, write_yaml, write_zer
     assert ran["processes"] == 2
     expected = {"DDP": ("MULTI_CPU", "DistributedDataParallel", None), "ZeRO-2": ("DEEPSPEED", "DeepSpeedEngine", 2)}
     assert (ran["distributed_type"], ran["wrapper"], ran["zero_stage"]) == expected[engine]
-    for stage, steps in ((1, 3), (2, 20)):
-        assert len(losses(one, stage)) == steps
-        assert losses(tmp_path / "two", stage) == pytest.approx(losses(one, stage), abs=1e-4)
+    assert Counter(stage for stage, _ in losses(one)) == {1: 3, 2: 20}
+    assert losses(tmp_path / "two") == pytest.approx(losses(one), abs=1e-4)
     ours, theirs = (load_file(f / "adapter/adapter_model.safetensors") for f in (tmp_path / "two", one))
     assert ours.keys() == theirs.keys()
     for key, tensor in theirs.items():

@@ -1,0 +1,46 @@
+"""The benchmark of training runs as its documentation says, and its table holds what it measured."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "scripts/benchmark_training.py"
+VARIANTS = ["as they come", "grouped by length", "packed", "cached features", "packed, cached features"]
+
+
+def benchmark(*options):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(SCRIPT), *map(str, options)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=400)
+
+
+@pytest.mark.slow
+def test_table_and_file_hold_each_variant(tmp_path):
+    done = benchmark("--tiny", "--rounds", 1, "--processes", 1, "--json", tmp_path / "figures.json")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "1 rounds of 5 steps" in done.stdout
+    lines = [line for line in done.stdout.splitlines() if re.match(r"\| 1 \|", line)]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert [row[1] for row in cells] == VARIANTS
+    speeds = [float(row[2].split(" ")[0].replace(",", "")) for row in cells]
+    ratios = [float(row[3].split(" ")[0]) for row in cells]
+    assert ratios[0] == 1
+    assert ratios == pytest.approx([speed / speeds[0] for speed in speeds], abs=0.01)
+    padding = dict(zip(VARIANTS, (int(row[4].rstrip("%")) for row in cells), strict=True))
+    assert padding["grouped by length"] < padding["as they come"]
+    assert padding["cached features"] == padding["as they come"]
+    results = json.loads((tmp_path / "figures.json").read_text())["results"]
+    assert [(one["processes"], one["samples"], len(one["rounds"])) for one in results] == [(1, n, 1) for n in VARIANTS]
+    assert [round(one["rounds"][0]["tokens_per_second"]) for one in results] == [round(speed) for speed in speeds]
+
+
+def test_steps_that_leave_nothing_to_measure_are_refused():
+    done = benchmark("--tiny", "--steps", 2)
+    assert done.returncode == 2
+    assert "--steps 2: at least 3 is due; 2 steps are not counted" in done.stderr
