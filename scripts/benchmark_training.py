@@ -191,11 +191,8 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     if arguments.steps is None:
         arguments.steps = 5 if arguments.tiny else 16
-    for name, least in (("steps", WARM_UP + 1), ("rounds", 1), ("rows", 1)):
-        if getattr(arguments, name) < least:
-            parser.error(
-                f"--{name} {getattr(arguments, name)}: at least {least} is due; {WARM_UP} steps are not counted"
-            )
+    if arguments.steps <= WARM_UP:
+        parser.error(f"--steps {arguments.steps}: the first {WARM_UP} are not counted; give {WARM_UP + 1} or more")
     with tempfile.TemporaryDirectory() as scratch:
         shape = SHAPES["tiny" if arguments.tiny else "small"]
         config = arguments.config or made_up(Path(scratch), shape)

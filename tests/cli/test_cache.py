@@ -219,7 +219,7 @@ def test_what_changed_is_told(moka, refused, raw, write, tmp_path):
     picture.write_bytes(whole)  # later times, the same content
     done = moka("train", path, cache, "training.max_steps=1")
     assert done.code == 0
-    assert "note: 1 files were moved, copied or touched since" in done.out
+    assert "note: 1 file moved, copied or touched since" in done.out
     shutil.rmtree(tmp_path / "run")
     Image.new("RGB", (30, 30), "red").save(tmp_path / "media/new.png")
     text = (tmp_path / "media/data.jsonl").read_text().replace("3.png", "new.png")
@@ -234,7 +234,7 @@ def test_what_changed_is_told(moka, refused, raw, write, tmp_path):
     assert told in done.out
     done = moka("train", path, cache, "training.max_steps=1")
     assert done.code == 0
-    assert "were moved" not in done.out
+    assert "moved, copied" not in done.out
 
 
 def test_bad_input_is_one_line(refused, moka, raw, write, tmp_path):

@@ -233,7 +233,7 @@ def test_bad_media_can_be_substituted_and_are_reported(moka, config_file, media,
     path, run = config_file(stages=[2])
     done = moka("train", path, *on(data), "data.on_bad_media=substitute", "data.bad_media_budget=0.2")
     assert done.code == 0, done.err[-800:]
-    assert "1 samples replaced by others" in done.out
+    assert "1 sample replaced by others" in done.out
     (record,) = map(json.loads, (run / "bad-media-train.jsonl").read_text().splitlines())
     assert record["id"] == "s3"
     assert (run / "adapter").is_dir()

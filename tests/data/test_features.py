@@ -30,6 +30,7 @@ from moka.data.features import (
 from moka.data.media import DecodedDataset
 from moka.errors import MokaError
 from moka.modeling.media import AudioFeatures, Waveform
+from moka.training.feature_cache import check_features, note_moved
 
 SETTINGS = {"encoder": {"type": "clip", "layer": -1}, "weights_sha256": "ab", "decoding": {"video_frames": 10}}
 
@@ -182,6 +183,26 @@ def test_sample_without_features_is_named(tmp_path, pictures):
     samples = DecodedDataset([{"id": "s17", "messages": [{"role": "user", "content": content}]}], features=features)
     with pytest.raises(MokaError, match=r"sample 's17': .*0\.png.*moka cache"):
         samples[0]
+
+
+def test_processes_look_up_a_share_each_and_tell_files_that_moved(tmp_path, pictures, capsys):
+    fill(tmp_path / "cache", pictures[:2] + pictures[3:])
+    os.utime(pictures[1], ns=(1, 1))
+
+    def look_up(share):
+        features = FeatureCache({"image": open_set(tmp_path / "cache", "clip", SETTINGS)})
+        parts = [[{"type": "image", "image": path}] for path in pictures[:6]]
+        samples = [{"id": f"s{i}", "messages": [{"role": "user", "content": part}]} for i, part in enumerate(parts)]
+        dataset = DecodedDataset(samples, features=features)
+        check_features(dataset, "data.train", share)
+        note_moved([dataset], share)
+
+    for share in ((0, 1), (0, 2)):
+        with pytest.raises(MokaError, match=r"data\.train: sample 's2': .*2\.png are not in"):
+            look_up(share)
+    assert "moved" not in capsys.readouterr().out
+    look_up((1, 2))
+    assert "note: at least 1 file moved, copied or touched since" in capsys.readouterr().out
 
 
 def test_bad_media_stay_bad(tmp_path, pictures):

@@ -1,12 +1,14 @@
 """Runs that group their samples by length or pack them: exact on resume, and on two processes what they are on one."""
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import OPTConfig, OPTForCausalLM
 
 from moka.errors import MokaError
 from moka.training import config_from_dict, run_training
@@ -52,6 +54,17 @@ def mixed(tmp_path_factory):
         "data__on_bad_media": "skip",
         "data__bad_media_budget": 0.1,
     }
+
+
+@pytest.fixture(scope="module")
+def opt(tmp_path_factory, tiny_tokenizer):
+    """A folder with a tiny random OPT, whose attention sees past the beginning of a sample."""
+    folder = tmp_path_factory.mktemp("opt")
+    sizes = {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 96, "num_attention_heads": 4}
+    config = OPTConfig(**sizes, num_hidden_layers=2, max_position_embeddings=512, vocab_size=len(tiny_tokenizer))
+    OPTForCausalLM(config).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
 
 
 def records(folder):
@@ -119,6 +132,41 @@ def test_two_processes_pack_and_group_as_one(tiny_config, tmp_path, launch, writ
     assert done.stdout.count("packing: 26 samples in ") == 1
     assert len(losses(one)) == 3
     assert losses(tmp_path / "two") == pytest.approx(losses(one), rel=1e-4)
+
+
+def test_a_backbone_that_reads_past_the_beginning_of_a_sample_is_refused(tiny_config, tmp_path, mixed, opt):
+    changes = {**SAME, **mixed, "model__backbone": str(opt), "training__max_steps": 1}
+    with pytest.raises(MokaError, match=r"packing: .* model_type 'opt'.* Take training.packing out"):
+        run_training(config_from_dict(tiny_config(tmp_path / "run", **changes, **PACKED)))
+    assert not (tmp_path / "run").exists()
+    run_training(config_from_dict(tiny_config(tmp_path / "run", **changes, **GROUPED)))
+    assert len(records(tmp_path / "run")) == 1
+
+
+@pytest.mark.slow
+def test_a_backbone_in_parts_is_tried_on_all_processes(
+    tiny_config, tmp_path, launch, write_yaml, write_zero, mixed, opt
+):
+    changes = {**SAME, **mixed, **PACKED, "training__max_steps": 2, "training__optim": "adamw_torch"}
+    changes["training__deepspeed"] = str(write_zero(tmp_path, "zero3"))
+    good, bad = (
+        write_yaml(tmp_path / f"{name}.yaml", tiny_config(tmp_path / name, **changes, **more))
+        for name, more in (("good", {}), ("bad", {"model__backbone": str(opt)}))
+    )
+    done = launch("torchrun", "train", good)
+    assert done.returncode == 0, done.stderr[-3000:]
+    engine = json.loads((tmp_path / "good/summary.json").read_text())["engines"]["2"]
+    assert {key: engine[key] for key in ("processes", "distributed_type", "wrapper", "zero_stage")} == {
+        "processes": 2,
+        "distributed_type": "DEEPSPEED",
+        "wrapper": "DeepSpeedEngine",
+        "zero_stage": 3,
+    }
+    assert len(records(tmp_path / "good")) == 2
+    done = launch("torchrun", "train", bad)
+    assert done.returncode != 0
+    assert len(re.findall(r"moka: error: .* model_type 'opt'", done.stderr)) == 1, done.stderr[-3000:]
+    assert not (tmp_path / "bad").exists()
 
 
 def test_packing_that_cannot_be_is_told_with_the_configuration(tiny_config, tmp_path):
