@@ -283,7 +283,7 @@ def load(
     )
     processor.teach_end(base)
     try:
-        model = PeftModel.from_pretrained(base, str(folder))
+        model = PeftModel.from_pretrained(base, str(folder), torch_device=device)
         expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     except KeyError as error:
         raise MokaError(f"{folder}: the weights lack {error}; the file lost tensors. Copy or save it again.") from error

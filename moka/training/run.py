@@ -152,7 +152,7 @@ def _open_run(config: RunConfig, folder: RunFolder, resume: bool, overwrite: boo
     run = agree(lambda: _prepare(config, folder, arguments, resume, datasets))
     tried = _leave_out(run.datasets, config, folder, resume)
     agree(lambda: _try_first(run))
-    on_main(lambda: check_media(run.datasets, config))
+    agree(lambda: check_media(run.datasets, config, share_of_work()))
     run.started = started
     if not resume:
         on_main(lambda: folder.create(config))

@@ -155,7 +155,7 @@ def test_lines_at_logs_where_there_is_no_terminal(tiny_config, tmp_path, capfd):
     assert all("loss " in line for line in lines)
     assert "tokens/s, waiting for data " in lines[0]
     assert "left" in lines[0]
-    assert all("eval loss" in lines[index] for index in (3, 4))
+    assert all("eval loss" in lines[index] for index in (3, 5))
     assert "{'loss'" not in out + err
     assert "/5 [" not in err  # a bar
 

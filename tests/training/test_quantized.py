@@ -16,8 +16,9 @@ from moka.adapter import MokaLayer
 from moka.cli.main import main
 from moka.data import Collator, EmbeddedTask, EncodedDataset
 from moka.errors import MokaError
+from moka.modeling.confinement import check_confined
 from moka.training import config_from_dict, run_training
-from moka.training.build import attach_adapter, build_model, count_parameters
+from moka.training.build import attach_adapter, build_for_stage_two, build_model, count_parameters
 from moka.training.connector import load_connector
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -139,6 +140,27 @@ def test_outputs_are_close_to_those_of_full_precision(built, batch, kind, least,
     assert least < error < most
     loss, full = (built[k][0].eval()(**batch).loss.item() for k in (kind, None))
     assert loss == pytest.approx(full, rel=0.05)
+
+
+def test_a_run_and_an_answer_on_the_cpu_beside_a_gpu_stay_there(raw, runs, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    changes = {"model__dtype": "float32", "stages": [2], "training__use_cpu": True}
+    config = config_from_dict(raw("unused", "nf4", **changes))
+    places = [build_for_stage_two(config)[0], moka.load(runs["nf4"], device="cpu", dtype="float32").model]
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    config = config_from_dict(raw("unused", "nf4", **{**changes, "training__use_cpu": False}))
+    places.append(build_for_stage_two(config)[0])
+    assert {tensor.device.type for model in places for tensor in model.parameters()} == {"cpu"}
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    with pytest.raises((RuntimeError, AssertionError, ValueError)):  # there is no such GPU
+        build_for_stage_two(config)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_samples_of_a_packed_row_stay_apart(built, kind):
+    check_confined(built[kind][0])
+    assert {tensor.device.type for tensor in built[kind][0].parameters()} == {"cpu"}
 
 
 def test_widths_that_hold_no_whole_blocks_are_left_as_they_are(backbones, tiny_config, batch):
@@ -341,7 +363,7 @@ def test_plain_lora_trains_on_it(raw, tmp_path):
 def test_bad_settings_are_refused(raw, runs, wide, tmp_path, monkeypatch):
     with pytest.raises(MokaError, match=r"model.quantization: 'nf' is not one of nf4, int8.* Did you mean 'nf4'"):
         config_from_dict(raw(tmp_path / "run", "nf"))
-    with pytest.raises(MokaError, match=r"model.quantization: true|model.quantization: True is true or false"):
+    with pytest.raises(MokaError, match=r"model.quantization: True is not one of nf4, int8"):
         config_from_dict(raw(tmp_path / "run", True))
     with pytest.raises(MokaError, match="'int4' is not one of nf4, int8, or null for none"):
         moka.load(runs[None], quantization="int4")
