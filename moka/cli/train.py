@@ -74,7 +74,8 @@ def run(arguments: argparse.Namespace) -> None:
             print(f"note: this machine could not run it: {lack}", file=sys.stderr)
         for stage in config.stages:
             divided(getattr(config, SECTIONS[stage]), launch.processes, SECTIONS[stage])
-        _check_folder(config.output.dir, arguments)
+        if not arguments.dry_run:
+            _check_folder(config.output.dir, arguments)
         print(launch)
         if not arguments.dry_run:
             launch.start()

@@ -7,6 +7,7 @@ https://arxiv.org/abs/2305.14314 (NF4), and "LLM.int8()", NeurIPS 2022, https://
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
@@ -55,6 +56,8 @@ def load_quantized(
         MokaError: an unknown kind, no bitsandbytes, or a backbone that is quantised already or cannot be.
     """
     check_quantization(kind)
+    # At every call of every layer: that 8-bit layers compute in float16 beside a backbone in another type.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
     config = AutoConfig.from_pretrained(backbone, **hub)
     if getattr(config, "quantization_config", None) is not None:

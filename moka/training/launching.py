@@ -101,9 +101,13 @@ def require_deepspeed(what: str) -> None:
 
 
 def _lacking_deepspeed(what: str) -> list[str]:
-    if importlib.util.find_spec("deepspeed") is not None:
-        return []
-    return [f"{what} needs DeepSpeed, which is not installed: {_DEEPSPEED}."]
+    if importlib.util.find_spec("deepspeed") is None:
+        return [f"{what} needs DeepSpeed, which is not installed: {_DEEPSPEED}."]
+    try:
+        importlib.import_module("deepspeed")
+    except Exception as error:  # built for another torch or CUDA, it raises whatever its compiled parts do
+        return [f"{what} needs DeepSpeed, which is installed and cannot be imported ({error!r}). {_DEEPSPEED} anew."]
+    return []
 
 
 def check_deepspeed(section: Mapping[str, Any], name: str) -> None:
@@ -201,7 +205,9 @@ def _checked_processes(launcher: str, config: ClusterConfig, told: argparse.Name
         )
     if config.distributed_type == "NO" and processes > 1:
         raise MokaError(f"--launcher {launcher} is one process; {processes} are asked for. Take ddp, zero2 or cpu.")
-    if processes < 1 or processes % machines:
+    if processes < 1:
+        raise MokaError(f"--num-processes: {processes} is too small; at least 1 is due.")
+    if processes % machines:
         raise MokaError(f"--num-processes: {processes} processes cannot be spread evenly over {machines} machines.")
     if machines > 1 and not (told.main_process_ip or config.main_process_ip):
         raise MokaError(

@@ -244,7 +244,7 @@ def test_cpu_launcher_hides_the_gpus(monkeypatch, with_gpus):
     [
         (["zerro2"], ["zerro2", "Did you mean 'zero2'?"]),
         (["configs/none.yaml"], ["configs/none.yaml", "no such file"]),
-        (["ddp", "--num-processes", "0"], ["0 processes"]),
+        (["ddp", "--num-processes", "0"], ["--num-processes: 0 is too small", "at least 1"]),
         (["single_gpu", "--num-processes", "2"], ["one process", "ddp"]),
         (["multi_node"], ["--main_process_ip"]),
         (["ddp", "--launcher-args=--gpus 3"], ["--launcher-args", "accelerate refuses them", "--gpus"]),

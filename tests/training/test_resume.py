@@ -297,7 +297,7 @@ def test_checkpoints_go_on_with_as_many_processes_with_fewer_and_with_more(
     capsys.readouterr()
     resume(tiny_config, tmp_path / "fewer", **ELASTIC)
     said = capsys.readouterr().out
-    assert f"checkpoint-{kept} was written by 2 processes, and 1 go on" in said
+    assert f"checkpoint-{kept} was written by 2 processes, and the run goes on with 1:" in said
     assert "4 samples a step (2 x 1 process x 2 accumulated)" in said
     close_curve(tmp_path / "fewer", whole)
     assert_same_adapter(tmp_path / "fewer", whole)
