@@ -17,8 +17,8 @@ from moka.training.arguments import describe
 from moka.training.folder import CONNECTOR, RunFolder
 from moka.training.global_batch import divided
 from moka.training.launching import Launch, alone_by_mistake, launch_of, launcher_names
+from moka.training.opening import SECTIONS
 from moka.training.processes import is_main
-from moka.training.run import SECTIONS
 
 HELP = "train connectors (stage 1) and an adapter (stage 2)"
 

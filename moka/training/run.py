@@ -3,90 +3,45 @@
 from __future__ import annotations
 
 import json
-import random
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from peft import PeftModel
-from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
-from moka.data import Collator, EncodedDataset, resolve_backbone
-from moka.data.features import FeatureCache
-from moka.data.media import BadMediaError
-from moka.data.sources import notes_of
-from moka.data.usable import SkipReport, Subset, joined
+from moka.data import Collator, EncodedDataset
 from moka.errors import MokaError, counted
-from moka.modeling import MokaForConditionalGeneration, MokaProcessor
 from moka.modeling.encoders import CachedEncoder, bring_back, set_aside
 from moka.modeling.partitioned import has_parts
 
 from .arguments import RunConfig
-from .batches import check_packing, data_seed, put_together
-from .build import (
-    adapter_parameters,
-    attach_adapter,
-    build_for_stage_two,
-    check_not_sharded,
-    context_length,
-    count_parameters,
-)
+from .batches import data_seed, put_together
+from .build import attach_adapter, build_for_stage_two, count_parameters
 from .callbacks import MetricsWriter
 from .checkpoints import last_checkpoint, say_changes
 from .connector import load_connector, save_connector, take_connector, trained_parts
-from .datasets import bad_media_report, check_files, check_media, open_data, try_media, write_reports
+from .datasets import bad_media_report
 from .engine import EngineNote, forget_engine, in_words
-from .feature_cache import describe, open_features, with_features
 from .files import whole, write_json
-from .folder import ADAPTER, CONNECTOR, SUMMARY, RunFolder, save_result
+from .folder import ADAPTER, CONNECTOR, SUMMARY, save_result
 from .guards import DivergenceGuard, GradientGuard, check_dtypes, logits_change
-from .interruption import Interrupted, Interruption, SaveAndLeave
+from .interruption import SaveAndLeave
 from .objectives import EmbeddingAlignment
-from .processes import agree, everyones, is_main, of_main, on_main, say, share_of_work
+from .opening import SECTIONS, Run, draw_seed, open_run
+from .processes import agree, is_main, of_main, on_main, say
 from .progress import Meter, ProgressBar
 from .report import plot_balance, plot_loss, write_card, write_samples
 from .reporting import place_tensorboard
-from .trainer import MokaTrainer, training_arguments
+from .trainer import MokaTrainer
 
 _BAD_MEDIA = {
     "error": "with bad media",
     "skip": "left out for bad media",
     "substitute": "replaced for bad media",
 }
-SECTIONS = {1: "alignment", 2: "training"}
-
-
-@dataclass
-class Run:
-    """What the stages of one run share: its configuration and folder, the data, the model and its processor."""
-
-    config: RunConfig
-    folder: RunFolder
-    arguments: dict[int, TrainingArguments]
-    resume: bool
-    datasets: dict[str, Any]
-    model: MokaForConditionalGeneration
-    processor: MokaProcessor
-    interruption: Interruption = field(default_factory=Interruption)
-    started: float = 0.0
-    features: FeatureCache | None = None
-    engines: dict[int, dict[str, Any]] = field(default_factory=dict)
-    logits_change: float | None = None
-
-    @property
-    def max_length(self) -> int | None:
-        return context_length(self.config.model, self.model)
-
-    def leave_if_told(self) -> None:
-        """End here where a signal came after the last step of a stage; its result is saved."""
-        self.interruption.check()
 
 
 def run_training(config: RunConfig, resume: bool = False, overwrite: bool = False) -> Path:
@@ -101,133 +56,6 @@ def run_training(config: RunConfig, resume: bool = False, overwrite: bool = Fals
                 train_connectors(run)
             finish(run, train_adapter(run) if 2 in config.stages else None)
     return Path(config.output.dir)
-
-
-@contextmanager
-def open_run(config: RunConfig, resume: bool = False, overwrite: bool = False) -> Iterator[Run | None]:
-    """Everything that can be tried before training is tried; the run folder is made; then the run is yours.
-
-    None where a run to be resumed is complete. What is refused before training leaves no folder, and neither does a medium
-    that cannot be read before there is anything to go on from.
-
-    Raises:
-        MokaError: as ``run_training``.
-    """
-    folder = RunFolder(config.output.dir)
-    began = False
-    with Interruption() as interruption:
-        try:
-            with _open_run(config, folder, resume, overwrite) as run:
-                began = True
-                if run is not None:
-                    run.interruption = interruption
-                yield run
-        except Interrupted as stop:
-            if began or resume:
-                stop.remedy = "go on with `moka train ... --resume`"
-            raise
-        finally:
-            folder.lock.release()
-
-
-@contextmanager
-def _open_run(config: RunConfig, folder: RunFolder, resume: bool, overwrite: bool) -> Iterator[Run | None]:
-    started = time.monotonic()
-    # The arguments come first: they connect the processes.
-    arguments = {stage: _arguments(config, folder, stage) for stage in config.stages}
-    agree(lambda: check_not_sharded(config.model, arguments.values()))
-    on_main(lambda: folder.check(resume, overwrite))
-    if resume:
-        agree(lambda: folder.check_same(config))
-        if of_main((folder / SUMMARY).exists):
-            say(f"note: {folder.path} is complete; there is nothing to go on with.")
-            yield None
-            return
-    # What has to be downloaded and prepared is so once.
-    agree(lambda: resolve_backbone(config.model.backbone), main_first=True)
-    datasets = agree(lambda: open_data(config), main_first=True)
-    agree(lambda: check_files(datasets, config, share_of_work()))
-    for note in dict.fromkeys(note for samples in datasets.values() for note in notes_of(samples)):
-        say(f"note: {note}")
-    run = agree(lambda: _prepare(config, folder, arguments, resume, datasets))
-    tried = _leave_out(run.datasets, config, folder, resume)
-    agree(lambda: _try_first(run))
-    agree(lambda: check_media(run.datasets, config, share_of_work()))
-    run.started = started
-    if not resume:
-        on_main(lambda: folder.create(config))
-        on_main(lambda: write_reports(tried, folder.path))
-    if config.data.on_bad_media == "substitute":
-        run.datasets = agree(lambda: open_data(config, folder.path, run.features))
-    try:
-        yield run
-    except BadMediaError as error:
-        # A file that cannot be read is found as late as its sample comes; with nothing to resume, nothing stays.
-        if is_main():
-            folder.discard()
-        remedy = "Or let the run do without it: data.on_bad_media=skip or substitute."
-        raise BadMediaError(f"{str(error).rstrip()} {remedy}", error.file, error.reason) from error
-
-
-def _leave_out(datasets: dict[str, Any], config: RunConfig, folder: RunFolder, resume: bool) -> dict[str, SkipReport]:
-    """``on_bad_media: skip``: put the samples that can be used in the place of each data set, the same on every process."""
-    if config.data.on_bad_media != "skip":
-        return {}
-    parts = everyones(agree(lambda: try_media(datasets, config, folder.path, resume, share_of_work())))
-    tried = agree(lambda: {name: joined([part[name] for part in parts]) for name in parts[0]})
-    for name, report in tried.items():
-        datasets[name] = Subset(datasets[name], report.indices)
-        say(report.summary())
-    return tried
-
-
-def _prepare(
-    config: RunConfig,
-    folder: RunFolder,
-    arguments: dict[int, TrainingArguments],
-    resume: bool,
-    datasets: dict[str, Any],
-) -> Run:
-    """The model, after everything was tried that can be tried before training."""
-    _seed(config)
-    model, processor = build_for_stage_two(config)
-    processor.decoding = {"video_frames": config.data.video_frames, "audio_windows": config.data.audio_windows}
-    run = Run(config, folder, arguments, resume, datasets, model, processor)
-    if 2 in config.stages:
-        adapter_parameters(model, config.adapter)
-    if config.data.feature_cache is not None:
-        run.features = open_features(config.data, model, processor)
-        run.datasets = {name: with_features(samples, run.features) for name, samples in datasets.items()}
-        for line in describe(run.features):
-            say(line)
-    return run
-
-
-def _try_first(run: Run) -> None:
-    """A template, encoder, length or backbone that cannot work."""
-    for samples in run.datasets.values():
-        EncodedDataset(samples, run.processor, run.max_length)[0]
-    check_packing(run.config, run.model, run.arguments[run.config.stages[0]].device)
-
-
-def _seed(config: RunConfig) -> None:
-    seed = int(config.training.get("seed", 42))
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
-def _arguments(config: RunConfig, folder: RunFolder, stage: int) -> TrainingArguments:
-    name = SECTIONS[stage]
-    of_both = ("seed", "deepspeed", "fsdp", "fsdp_config")
-    shared = {"seed": 42, **{key: config.training[key] for key in of_both if key in config.training}}
-    section = {**shared, **getattr(config, name)}
-    if config.data.validation is None or (stage == 1 and 2 in config.stages):
-        section["eval_strategy"] = "no"
-    if stage == 1 and section.get("objective") == "embedding":
-        # There is no pass through the language model to save memory in.
-        section = {key: value for key, value in section.items() if "checkpointing" not in key}
-    return training_arguments(section, folder / f"checkpoints/stage{stage}", name)
 
 
 def _trainer(run: Run, stage: int, module: torch.nn.Module, step: int) -> MokaTrainer:
@@ -354,7 +182,7 @@ def train_adapter(run: Run) -> PeftModel:
         say(f"note: {', '.join(parts)} start untrained: neither stage 1 nor model.connectors is given.")
     run.leave_if_told()
     # Again: a resumed run, which has not gone through stage 1, draws the same adapter.
-    _seed(run.config)
+    draw_seed(run.config)
     adapted = attach_adapter(run.model, run.config.adapter)
     state = _train(run, 2, adapted)
     on_main(lambda: save_result(adapted, run.processor, run.folder / ADAPTER, state, run.logits_change))

@@ -87,16 +87,16 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(
 
 
 def test_a_signal_outside_of_training_ends_the_run_at_once(tiny_config, tmp_path, monkeypatch):
-    from moka.training import run
+    from moka.training import opening
 
     config = config_from_dict(tiny_config(tmp_path / "run", **RAGGED))
-    whole = run.build_for_stage_two
+    whole = opening.build_for_stage_two
 
     def signalled(config):
         os.kill(os.getpid(), signal.SIGTERM)
         return whole(config)
 
-    monkeypatch.setattr(run, "build_for_stage_two", signalled)
+    monkeypatch.setattr(opening, "build_for_stage_two", signalled)
     with pytest.raises(Interrupted, match="outside of training; nothing new was there to save; start it again"):
         run_training(config)
     assert not (tmp_path / "run").exists()
