@@ -33,10 +33,11 @@ from .resuming import ResumableTrainer
 from .values import OWN_TRAINING_KEYS
 
 # Where the optimizer's state lies in a checkpoint.
+_NEITHER = "neither DeepSpeed nor FSDP"
 _OPTIMIZER_FILES = {
     "DeepSpeed": ("global_step*",),
     "FSDP": ("optimizer.bin", "optimizer_0"),
-    "neither": ("optimizer.pt",),
+    _NEITHER: ("optimizer.pt",),
 }
 
 
@@ -184,16 +185,15 @@ class MokaTrainer(ResumableTrainer):
 
     def _check_optimizer(self, checkpoint: Path) -> None:
         """transformers goes on with a fresh optimizer and schedule where it finds no state of theirs."""
-        ours = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP" if self.is_fsdp_enabled else "neither"
-        wrote = next(
-            (e for e, names in _OPTIMIZER_FILES.items() if any(any(checkpoint.glob(n)) for n in names)), "none"
-        )
+        ours = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP" if self.is_fsdp_enabled else _NEITHER
+        found = (e for e, names in _OPTIMIZER_FILES.items() if any(any(checkpoint.glob(n)) for n in names))
+        wrote = next(found, "no engine")
         then, now = read_seal(checkpoint).zero_stage, describe(self)["zero_stage"]
         if wrote != ours or then != now:
             stages = f" (ZeRO stage {then}, now {now})" if then is not None or now is not None else ""
             raise MokaError(
-                f"--resume: {checkpoint} holds the optimizer of {_engine(wrote)}, and this run has {_engine(ours)}{stages}. "
-                "Launch it as it began."
+                f"--resume: {checkpoint} was written under {wrote}, and this run is under {ours}{stages}, where its optimizer "
+                "cannot go on. Launch the run as it began."
             )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -211,10 +211,6 @@ class MokaTrainer(ResumableTrainer):
             super()._load_best_model()
         else:
             self._load_from_checkpoint(best)
-
-
-def _engine(name: str) -> str:
-    return {"neither": "a run without DeepSpeed and FSDP", "none": "no run at all"}.get(name, name)
 
 
 def trained_state(model: Any) -> dict[str, torch.Tensor]:

@@ -116,7 +116,9 @@ def test_resume_under_another_engine_is_refused(trained_run, tiny_config, tmp_pa
     (checkpoint / "optimizer.pt").rename(checkpoint / "global_step4")  # as DeepSpeed names its own
     seal["files"]["global_step4"] = seal["files"].pop("optimizer.pt")
     (checkpoint / "checkpoint.json").write_text(json.dumps({**seal, "zero_stage": 2}))
-    with pytest.raises(MokaError, match=r"the optimizer of DeepSpeed, and this run has .* \(ZeRO stage 2, now None\)"):
+    with pytest.raises(
+        MokaError, match=r"written under DeepSpeed, and this run is under neither .* \(ZeRO stage 2, now None\)"
+    ):
         resume(tiny_config, folder)
 
 
