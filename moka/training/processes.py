@@ -11,6 +11,7 @@ closed connection.
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections.abc import Callable
@@ -58,10 +59,17 @@ def disconnect(well: bool) -> None:
 
     After an error the others may be inside a collective; NCCL would wait for them, so it is left to the launcher.
     """
-    if connected() and (well or dist.get_backend() == "gloo"):
+    global _group
+    if not connected():
+        return
+    group, _group = _group, None
+    if group is not None:
+        dist.destroy_process_group(group[1])
+        del group
+    if well or dist.get_backend() == "gloo":
         dist.destroy_process_group()
-    elif connected() and _group is not None:
-        dist.destroy_process_group(_group[1])
+        # A trainer that is no longer in use may hold the connections still, in a cycle; they end with it.
+        gc.collect()
 
 
 def lost_peer(error: BaseException) -> bool:
