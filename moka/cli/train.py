@@ -13,11 +13,10 @@ from pathlib import Path
 
 from moka.errors import MokaError
 from moka.training import load_config, run_training
-from moka.training.arguments import describe
+from moka.training.arguments import SECTIONS, describe
 from moka.training.folder import CONNECTOR, RunFolder
 from moka.training.global_batch import divided
 from moka.training.launching import Launch, alone_by_mistake, launch_of, launcher_names
-from moka.training.opening import SECTIONS
 from moka.training.processes import is_main
 
 HELP = "train connectors (stage 1) and an adapter (stage 2)"
@@ -73,7 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
                 raise MokaError(lack)
             print(f"note: this machine could not run it: {lack}", file=sys.stderr)
         for stage in config.stages:
-            divided(getattr(config, SECTIONS[stage]), launch.processes, SECTIONS[stage])
+            divided(config.section(stage), launch.processes, SECTIONS[stage])
         if not arguments.dry_run:
             _check_folder(config.output.dir, arguments)
         print(launch)

@@ -141,14 +141,25 @@ def _shown(value: Any) -> str:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
+    remedy = "cannot be used ({}). Delete its folder and run `moka cache` again."
+    return _read_record(path, {"format_version", "dtype", "settings"}, remedy)
+
+
+def read_seal(path: Path) -> dict[str, Any]:
+    return _read_record(
+        path, {"bytes", "sha256", "media"}, "is damaged ({}). Run `moka cache` again: it makes such shards anew."
+    )
+
+
+def _read_record(path: Path, keys: set[str], problem: str) -> dict[str, Any]:
     try:
-        about = json.loads(path.read_text("utf-8"))
-        if {"format_version", "dtype", "settings"} <= {*about}:
-            return about
+        record = json.loads(path.read_text("utf-8"))
+        if keys <= {*record}:
+            return record
         reason = "it lacks keys"
     except (OSError, ValueError, TypeError) as error:
         reason = str(error)
-    raise MokaError(f"{path} cannot be used ({reason}). Delete its folder and run `moka cache` again.")
+    raise MokaError(f"{path} {problem.format(reason)}")
 
 
 class FeatureSet:
@@ -318,17 +329,6 @@ class FeatureCache:
         """
         chosen = self.sets[kind]
         return [Features(values) for values in chosen.read(chosen.find(kind, medium))]
-
-
-def read_seal(path: Path) -> dict[str, Any]:
-    try:
-        record = json.loads(path.read_text("utf-8"))
-        if {"bytes", "sha256", "media"} <= {*record}:
-            return record
-        reason = "it lacks keys"
-    except (OSError, ValueError, TypeError) as error:
-        reason = str(error)
-    raise MokaError(f"{path} is damaged ({reason}). Run `moka cache` again: it makes such shards anew.")
 
 
 def shard_problem(shard: Path, record: Mapping[str, Any]) -> str | None:

@@ -32,11 +32,9 @@ def whole_shape(parameter: torch.Tensor) -> torch.Size:
 
 
 @contextmanager
-def gathered(parameters: Iterable[torch.Tensor], modifier_rank: int | None = None) -> Iterator[None]:
-    """ZeRO-3's parameters are whole inside the block, which every process has to enter. Without ZeRO-3 nothing happens.
-
-    Args:
-        modifier_rank: the process whose changes are kept, and given to all; None: they are only read.
+def gathered(parameters: Iterable[torch.Tensor]) -> Iterator[None]:
+    """ZeRO-3's parameters are whole inside the block, to be read; every process has to enter it. Without ZeRO-3 nothing
+    happens.
     """
     parts = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
     if not parts:
@@ -44,7 +42,7 @@ def gathered(parameters: Iterable[torch.Tensor], modifier_rank: int | None = Non
         return
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(parts, modifier_rank=modifier_rank):
+    with deepspeed.zero.GatheredParameters(parts, modifier_rank=None):
         yield
 
 

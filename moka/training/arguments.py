@@ -23,6 +23,7 @@ PRESETS = ("paper", "official-avt", "official-vt")
 INTERACTIONS = ("own_turn", "first_turn")
 DTYPES = ("auto", "float32", "bfloat16")
 BAD_MEDIA = ("error", "skip", "substitute")
+SECTIONS = {1: "alignment", 2: "training"}  # of each stage
 Source = str | dict[str, Any] | list[Any] | None
 # What only MokA knows; with share_b the settings that tell its variants apart.
 LORA_HAS_NOT = ("interaction", "interaction_weight", "scale_position", "adapt")
@@ -156,6 +157,10 @@ class RunConfig:
     training: dict[str, Any] = field(default_factory=dict, metadata=_help("Stage 2's training settings."))
     evaluation: EvaluationSection = field(default_factory=EvaluationSection)
     output: OutputSection = field(default_factory=OutputSection)
+
+    def section(self, stage: int) -> dict[str, Any]:
+        """The training settings of a stage."""
+        return getattr(self, SECTIONS[stage])
 
     @property
     def data_seed(self) -> int:

@@ -26,9 +26,8 @@ BY_LENGTH = "group_by_length"
 
 def check_packing(config: RunConfig, model: MokaForConditionalGeneration, device: torch.device) -> None:
     """Where a stage packs, refuse a backbone in which samples of a row see each other; every process calls it."""
-    sections = {1: config.alignment, 2: config.training}
     # Without parts one process is enough; FSDP may have left the others without weights.
-    if any(sections[stage].get("packing") for stage in config.stages) and (is_main() or has_parts(model)):
+    if any(config.section(stage).get("packing") for stage in config.stages) and (is_main() or has_parts(model)):
         check_confined(model, device)
 
 

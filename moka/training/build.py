@@ -197,8 +197,7 @@ def build_for_stage_two(config: RunConfig) -> tuple[MokaForConditionalGeneration
 
 def _training_device(config: RunConfig) -> str | None:
     """Where a run keeps to the CPU, also beside a GPU; None: the default."""
-    sections = {1: config.alignment, 2: config.training}
-    on_cpu = all(sections[stage].get("use_cpu") for stage in config.stages)
+    on_cpu = all(config.section(stage).get("use_cpu") for stage in config.stages)
     return "cpu" if on_cpu or parse_flag_from_env("ACCELERATE_USE_CPU") else None
 
 

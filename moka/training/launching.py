@@ -23,6 +23,7 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
+from accelerate.utils import parse_flag_from_env
 
 from moka.errors import MokaError, nearest
 
@@ -95,19 +96,22 @@ def launch_of(launcher: str, words: Sequence[str], processes: int | None = None,
 
 
 def require_deepspeed(what: str) -> None:
-    """Raises MokaError where ``what`` was asked for and DeepSpeed is not installed."""
+    """Raises MokaError where ``what`` was asked for and DeepSpeed is not installed, or cannot be imported."""
     for lack in _lacking_deepspeed(what):
         raise MokaError(lack)
-
-
-def _lacking_deepspeed(what: str) -> list[str]:
-    if importlib.util.find_spec("deepspeed") is None:
-        return [f"{what} needs DeepSpeed, which is not installed: {_DEEPSPEED}."]
     try:
         importlib.import_module("deepspeed")
     except Exception as error:  # built for another torch or CUDA, it raises whatever its compiled parts do
-        return [f"{what} needs DeepSpeed, which is installed and cannot be imported ({error!r}). {_DEEPSPEED} anew."]
-    return []
+        raise MokaError(
+            f"{what} needs DeepSpeed, which is installed and cannot be imported ({error!r}). {_DEEPSPEED} anew."
+        ) from error
+
+
+def _lacking_deepspeed(what: str) -> list[str]:
+    """Without importing it: that takes seconds, and prints."""
+    if importlib.util.find_spec("deepspeed") is not None:
+        return []
+    return [f"{what} needs DeepSpeed, which is not installed: {_DEEPSPEED}."]
 
 
 def check_deepspeed(section: Mapping[str, Any], name: str) -> None:
@@ -123,7 +127,7 @@ def check_deepspeed(section: Mapping[str, Any], name: str) -> None:
                 f"{name}.deepspeed needs a launcher, for one process too: torchrun --nproc_per_node 1 -m moka train ..., "
                 "or take it out and give --launcher zero2."
             )
-    elif os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("true", "1"):
+    elif parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         require_deepspeed("The launcher's configuration")
 
 

@@ -20,7 +20,7 @@ from moka.data.sources import notes_of
 from moka.data.usable import SkipReport, Subset, joined
 from moka.modeling import MokaForConditionalGeneration, MokaProcessor
 
-from .arguments import RunConfig
+from .arguments import SECTIONS, RunConfig
 from .batches import check_packing
 from .build import (
     adapter_parameters,
@@ -34,8 +34,6 @@ from .folder import SUMMARY, RunFolder
 from .interruption import Interrupted, Interruption
 from .processes import agree, everyones, is_main, of_main, on_main, say, share_of_work
 from .trainer import training_arguments
-
-SECTIONS = {1: "alignment", 2: "training"}
 
 
 @dataclass
@@ -183,7 +181,7 @@ def _arguments(config: RunConfig, folder: RunFolder, stage: int) -> TrainingArgu
     name = SECTIONS[stage]
     of_both = ("seed", "deepspeed", "fsdp", "fsdp_config")
     shared = {"seed": 42, **{key: config.training[key] for key in of_both if key in config.training}}
-    section = {**shared, **getattr(config, name)}
+    section = {**shared, **config.section(stage)}
     if config.data.validation is None or (stage == 1 and 2 in config.stages):
         section["eval_strategy"] = "no"
     if stage == 1 and section.get("objective") == "embedding":

@@ -17,7 +17,7 @@ from moka.errors import MokaError, counted
 from moka.modeling.encoders import CachedEncoder, bring_back, set_aside
 from moka.modeling.partitioned import has_parts
 
-from .arguments import RunConfig
+from .arguments import SECTIONS, RunConfig
 from .batches import data_seed, put_together
 from .build import attach_adapter, build_for_stage_two, count_parameters
 from .callbacks import MetricsWriter
@@ -30,7 +30,7 @@ from .folder import ADAPTER, CONNECTOR, SUMMARY, save_result
 from .guards import DivergenceGuard, GradientGuard, check_dtypes, logits_change
 from .interruption import SaveAndLeave
 from .objectives import EmbeddingAlignment
-from .opening import SECTIONS, Run, draw_seed, open_run
+from .opening import Run, draw_seed, open_run
 from .processes import agree, is_main, of_main, on_main, say
 from .progress import Meter, ProgressBar
 from .report import plot_balance, plot_loss, write_card, write_samples
@@ -59,9 +59,9 @@ def run_training(config: RunConfig, resume: bool = False, overwrite: bool = Fals
 
 
 def _trainer(run: Run, stage: int, module: torch.nn.Module, step: int) -> MokaTrainer:
-    arguments, name = run.arguments[stage], SECTIONS[stage]
+    arguments = run.arguments[stage]
     forget_engine(arguments)
-    section = getattr(run.config, name)
+    section = run.config.section(stage)
     train = run.datasets["alignment" if stage == 1 else "train"]
     validation = run.datasets.get("validation") if arguments.eval_strategy != IntervalStrategy.NO else None
     check_dtypes(module)
@@ -127,7 +127,7 @@ def _say_batch(run: Run, stage: int, going_on: bool) -> None:
     batch, accumulated = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
     total = batch * accumulated * arguments.world_size
     name = SECTIONS[stage]
-    section = getattr(run.config, name)
+    section = run.config.section(stage)
     unit = "packed rows" if section.get("packing") else "samples"
     say(
         f"stage {stage}: {total} {unit} a step ({batch} x {counted(arguments.world_size, 'process', 'processes')} x {accumulated} "
