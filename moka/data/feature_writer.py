@@ -23,6 +23,7 @@ from moka.data.features import (
     set_folder,
     shard_problem,
 )
+from moka.data.records import whole_file
 from moka.data.wheels import sha256_of
 from moka.errors import MokaError
 
@@ -159,15 +160,12 @@ def next_number(folder: str | Path) -> int:
 
 def _write(path: Path, data: bytes) -> None:
     """A file that is there whole or not at all, also after a power failure."""
-    part = path.with_name(path.name + ".part")
     try:
-        with open(part, "wb") as file:
+        with whole_file(path) as part, open(part, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise MokaError(
             f"{path} cannot be written ({error.strerror}). What was written before stays: free space or mend the folder, and "
             "run the same command again; it goes on from there."

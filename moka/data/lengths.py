@@ -17,7 +17,6 @@ import os
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from moka.data.media import DecodedDataset
-from moka.data.records import BAR_AFTER_S
+from moka.data.records import BAR_AFTER_S, whole_file
 from moka.data.schema import map_media
 from moka.data.sources import EncodedDataset, stand_ins
 from moka.data.usable import Subset
@@ -206,15 +205,9 @@ _PROBE_TEXT = "Which of these 12345 tokens are mine? Señor, 東京, naïve; <|x
 
 def save_lengths(path: str | os.PathLike[str], lengths: Lengths, key: str) -> None:
     """Write them for `read_lengths`, whole or not at all."""
-    path = Path(path)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     items = {f"items.{name}": values for name, values in lengths.items.items()}
-    try:
-        with open(part, "wb") as file:
-            np.savez_compressed(file, key=np.array(key), tokens=lengths.tokens, **items)  # type: ignore[arg-type]
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with whole_file(path) as part, open(part, "wb") as file:
+        np.savez_compressed(file, key=np.array(key), tokens=lengths.tokens, **items)  # type: ignore[arg-type]
 
 
 def read_lengths(path: str | os.PathLike[str], dataset: EncodedDataset) -> Lengths:

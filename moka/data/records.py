@@ -1,7 +1,11 @@
-"""What data sets of records with media paths share: paths that stay inside one folder, and the check before training."""
+"""What data sets of records with media paths share: paths that stay inside one folder, the check before
+training, and files that are there whole or not at all."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,18 @@ from moka.data.schema import map_media, media_parts
 from moka.errors import MokaError
 
 BAR_AFTER_S = 2.0  # a progress bar for what is done at once is noise
+
+
+@contextmanager
+def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A path to write to, which takes the place of ``path`` when the block ends well, and is removed when it does not."""
+    path = Path(path)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 class RecordDataset:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from moka.data.decoders import BadMediaError
 from moka.data.features import FeatureCache, NotCachedError
 from moka.data.media import BadMediaPolicy, bad_media_record, decode_medium
-from moka.data.records import BAR_AFTER_S
+from moka.data.records import BAR_AFTER_S, whole_file
 from moka.data.schema import map_media, media_parts
 from moka.data.windows import AudioWindows
 from moka.errors import MokaError
@@ -69,13 +69,9 @@ class SkipReport:
         """The report as JSONL for `read_usable`, whole or not at all: another process never reads half of it."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
         lines = [{"tried": self.tried, "skipped": len(self.skipped)}, *self.skipped]
-        try:
+        with whole_file(path) as part:
             part.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
 
     def check(self) -> None:
         """Raises ``MokaError`` when more samples are bad than the budget allows, or none is left."""

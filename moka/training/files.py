@@ -13,6 +13,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from moka.data.records import whole_file
 from moka.errors import MokaError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -53,13 +54,8 @@ def whole(folder: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """As ``Path.write_text``, whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    try:
-        with writing(path):
-            part.write_text(text, encoding="utf-8")
-            os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with writing(path), whole_file(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -296,7 +296,7 @@ def test_rows_of_one_sample_each_are_not_taken_for_packed():
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
     assert samples_begin((mask.cumsum(-1) - 1).clamp(min=0), mask) is None
     assert samples_begin(torch.tensor([[0, 1, 2, 0, 0]]), torch.tensor([[1, 1, 1, 0, 0]])) is None
-    assert samples_begin(torch.tensor([[0, 1, 2, 0, 1]])) is not None
+    assert samples_begin(torch.tensor([[0, 1, 2, 0, 1]])).tolist() == [[True, False, False, True, False]]
 
 
 # --- which samples share a row
