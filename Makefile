@@ -2,19 +2,21 @@
 # make test         the tests
 # make test-all     these, and the slow ones: processes under each launcher, killed and resumed
 # make lint         ruff and mypy
+# make bench        what the adapter is held to in time and memory; BENCH=LEVEL another level, ARGS="--help" its options
 # make docs         the documentation as a site, in site/
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 RUN ?= runs/quickstart
+BENCH ?= bars
 CONFIG ?= configs/quickstart/audio_visual_text.yaml
 
 # Threads that spin briefly and then sleep: endless spinning is an order of magnitude slower on a busy machine, and sleeping at
 # once a third slower on an idle one (a step of the quickstart: 1.7 s against 1.1 s on 2 cores).
 export GOMP_SPINCOUNT ?= 2000
 
-.PHONY: quickstart test test-all lint format docs clean
+.PHONY: quickstart test test-all lint format bench docs clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.demo
@@ -35,6 +37,9 @@ lint: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix moka tests recipes scripts
 	$(BIN)/ruff format moka tests recipes scripts
+
+bench: $(VENV)/.demo
+	$(BIN)/python scripts/benchmark.py $(BENCH) $(ARGS)
 
 docs: $(VENV)/.docs
 	$(BIN)/moka train --help-config > docs/configuration.txt

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import statistics
 import subprocess
@@ -27,8 +26,8 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 import yaml
+from benchmarks.machine import in_words as machine
 from PIL import Image
 from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
@@ -156,21 +155,6 @@ def table(found: dict[tuple[int, str], list[dict[str, float]]]) -> str:
         padding = statistics.median(one["padding"] for one in rounds)
         lines.append(f"| {processes} | {name} | {spread(speeds, ',.0f')} | {spread(ratios, '.2f')} | {padding:.0%} |")
     return "\n".join(lines)
-
-
-def processor_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def machine() -> str:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    device = f", {torch.cuda.device_count()} x {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    return f"{processor_name()}, {cores} cores{device}; {versions}"
 
 
 def main() -> None:

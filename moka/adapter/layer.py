@@ -32,7 +32,13 @@ from moka.errors import MokaError
 
 from .config import TEXT, MokaConfig
 from .interaction import interact
+from .kernels import fused, has_hooks, up
 from .routing import View
+from .selection import select
+from .shared import rank_space
+
+# z~ [tokens, width], B [out, width] and the scale of one adapter's update.
+Update = tuple[torch.Tensor, torch.Tensor, float]
 
 
 class MokaLayer(BaseTunerLayer):
@@ -110,49 +116,99 @@ class MokaLinear(nn.Module, MokaLayer):
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
-        result = self.base_layer(x, *args, **kwargs)
+        updates, given = [], x
+        for name in self.adapters_in_use():
+            read, update = self._update(name, x)
+            updates += [] if update is None else [update]
+            given = given if read is x else read
+        result = self.base_layer(given, *args, **kwargs)
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
-        for name in self.merged_adapters if self.merged else self.active_adapters:
-            if name in self.moka_A:
-                update = self._update(name, x)
-                if update is not None:
-                    result = result + update.to(result.dtype)
+        for update in updates:
+            result = self._add(result, *update)
         return result
 
-    def _update(self, name: str, x: torch.Tensor) -> torch.Tensor | None:
-        """s B z~ of one adapter; of a merged one, the residual s (B z~ - B_text A_text x), None where that is zero."""
-        config = self.moka_config[name]
-        router = self.moka_router
+    def adapters_in_use(self) -> list[str]:
+        """The adapters of this layer that are active, or, where some are merged, those."""
+        return [name for name in (self.merged_adapters or self.active_adapters) if name in self.moka_A]
+
+    def text_factor(self, name: str, view: View) -> float:
+        """How much of B A_text x is due for a text token beyond what the base weight holds: s, 0, or -s."""
+        return ((not view.silent) - self._folded(name)) * self.moka_scaling[name]
+
+    def _update(self, name: str, x: torch.Tensor) -> tuple[torch.Tensor, Update | None]:
+        """What the base layer is to read in the place of ``x``, and one adapter's update as z~, B and the scale s.
+
+        Of a merged adapter z~ lacks what the base weight holds; None: nothing is to be added.
+        """
+        config, router = self.moka_config[name], self.moka_router
         self._gather(self.moka_A[name], self.moka_B[name])
         view, routed = router.view(name)
+        if routed is not None and (not view.uniform or router.recorder is not None):
+            self._check_shape(x, routed)
+        if fused() and not self._folded(name) and router.recorder is None:
+            if view.silent:
+                return x, None
+            x, z = rank_space(self, name, x, view)  # [tokens, r]
+            z = z if config.share_b else self._slots(z, view, config)
+        else:
+            z = self._plain_rank_space(name, x, view, routed)
+            if z is None:
+                return x, None
+        B = self.moka_B[name]
+        if not config.share_b:
+            # A text token's alone, or side by side for the slots of z: [out, M * r].
+            B = B[config.text_row] if z.shape[-1] == B.shape[-1] else B.transpose(0, 1).flatten(1)
+        scale = self.moka_scaling[name] if config.scale_position == "output" else 1.0
+        return x, (z, B.to(z.dtype), scale)
+
+    def _add(self, result: torch.Tensor, z: torch.Tensor, B: torch.Tensor, scale: float) -> torch.Tensor:
+        """result + s B z~."""
+        if fused() and z.dtype == result.dtype and result.is_contiguous():
+            # Who watches the base layer by a hook keeps its result as it was.
+            in_place = not has_hooks(self.base_layer) and not (result.requires_grad and result.is_leaf)
+            return up(result, z.reshape(-1, z.shape[-1]), B, scale, in_place)
+        update = F.linear(z, B).reshape(result.shape)
+        return result + (update * scale).to(result.dtype)
+
+    def _slots(self, z: torch.Tensor, view: View, config: MokaConfig) -> torch.Tensor:
+        """Each token's z [tokens, r] in its modality's slot, for a B each: [tokens, M * r]."""
+        index = select(view, config, z).index
+        if index is None:
+            return z
+        slots = z.new_zeros(len(z) * len(config.modalities), z.shape[1]).index_copy(0, index, z)
+        return slots.view(len(z), -1)
+
+    def _check_shape(self, x: torch.Tensor, routed: tuple[int, int]) -> None:
+        batch, seq = routed
+        if math.prod(x.shape[:-1]) != batch * seq:
+            raise MokaError(
+                f"A MokA layer got {list(x.shape[:-1])} tokens, but the routing of this forward is for [{batch}, {seq}]. "
+                "Either a layer outside the language model is adapted (name it in MokaConfig.exclude_modules), or "
+                "the model expands media inside (pass the ids of the expanded tokens with moka.routing)."
+            )
+
+    def _plain_rank_space(
+        self, name: str, x: torch.Tensor, view: View, routed: tuple[int, int] | None
+    ) -> torch.Tensor | None:
+        """z~ by plain operators: for the compiler, for diagnostics, and for the residual of a merged adapter.
+
+        [..., r] where all tokens are text, or else [batch, seq, r] ([batch, seq, M * r] without a shared B).
+        """
+        config, recorder = self.moka_config[name], self.moka_router.recorder
         folded = self._folded(name)
-        shape = x.shape[:-1]
-        if view.uniform and (router.recorder is None or routed is None):
+        if view.uniform and (recorder is None or routed is None):
             sign = (not view.silent) - folded  # what is due, less what the base weight holds
             if sign == 0:
                 return None
-            text = config.text_row
-            B = self.moka_B[name] if config.share_b else self.moka_B[name][text]  # [out, r]
-            z = self._project(name, x, self.moka_A[name][text])  # [..., r]
-            z = z if sign > 0 else -z
-        else:
-            batch, seq = routed
-            if math.prod(shape) != batch * seq:
-                raise MokaError(
-                    f"A MokA layer got {list(shape)} tokens, but the routing of this forward is for [{batch}, {seq}]. "
-                    "Either a layer outside the language model is adapted (name it in MokaConfig.exclude_modules), or "
-                    "the model expands media inside (pass the ids of the expanded tokens with moka.routing)."
-                )
-            A = self.moka_A[name]  # [M, r, in]
-            z_all = self._project(name, x.reshape(batch, seq, -1), A.flatten(0, 1))  # [batch, seq, M * r]
-            z_all = z_all.unflatten(-1, A.shape[:2])
-            if router.recorder is not None:
-                router.recorder(self, name, z_all, view)
-            z = _mix(z_all, view, config, folded)
-            B = self.moka_B[name] if config.share_b else self.moka_B[name].transpose(0, 1).flatten(1)  # [out, M * r]
-        update = F.linear(z, B.to(z.dtype)).reshape(*shape, -1)
-        return update * self.moka_scaling[name] if config.scale_position == "output" else update
+            z = self._project(name, x, self.moka_A[name][config.text_row])  # [..., r]
+            return z if sign > 0 else -z
+        A = self.moka_A[name]  # [M, r, in]
+        z_all = self._project(name, x.reshape(*routed, -1), A.flatten(0, 1))  # [batch, seq, M * r]
+        z_all = z_all.unflatten(-1, A.shape[:2])
+        if recorder is not None:
+            recorder(self, name, z_all, view)
+        return _mix(z_all, view, config, folded)
 
     def _gather(self, *parameters: nn.Parameter) -> None:
         """Under DeepSpeed's ZeRO-3: have parameters whole in this layer's passes.
@@ -167,10 +223,15 @@ class MokaLinear(nn.Module, MokaLayer):
                 register_external_parameter(self, parameter)
                 parameter.all_gather()  # type: ignore[operator]
 
+    def dropout_rate(self, name: str) -> float:
+        """The probability with which an element of the input is dropped in this call."""
+        dropout = self.moka_dropout[name]
+        drops = dropout.training and not self.merged and not self.moka_config[name].text_merged
+        return getattr(dropout, "p", 0.0) if drops else 0.0
+
     def _project(self, name: str, x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
-        if not self.merged and not self.moka_config[name].text_merged:
-            x = self.moka_dropout[name](x)
-        z = F.linear(x, A.to(x.dtype))
+        rate = self.dropout_rate(name)
+        z = F.linear(F.dropout(x, rate) if rate else x, A.to(x.dtype))
         return z * self.moka_scaling[name] if self.moka_config[name].scale_position == "input" else z
 
     def _folded(self, name: str) -> bool:

@@ -24,15 +24,19 @@ import torch
 from torch import nn
 
 from moka.errors import MokaError
+from moka.host import HostIds
 
 from .checkpointing import route_checkpoints, unroute_checkpoints
 from .checks import check_finite
 from .config import TEXT, MokaConfig
+from .decoding import text_step
 from .inputs import RoutingInputs, cache_length, check_kind, check_prompt, resolve
-from .layer import MokaLayer
-from .routing import Routing, View, build_routing, text_view
+from .layer import MokaLayer, MokaLinear
+from .routing import Routing, View, routing_of, text_view
+from .shared import SharedInputs
 
 ROUTING_ARGUMENTS = ("mm_token_type_ids", "interaction_ids", "question_mask")
+HOST_IDS = "host_ids"  # a `HostIds` beside them
 ROUTER_ATTRIBUTE = "moka_router"
 
 _NO_ROUTING = (
@@ -53,6 +57,7 @@ class MokaRouter:
         self.scope: RoutingInputs | None = None  # of the enclosing `with moka.routing(...)` or generate
         self.only: frozenset[str] | None = None  # of the enclosing `with active_modalities(...)`
         self.recorder: Callable | None = None  # of a diagnostic that is running: (layer, adapter, z of all rows, view)
+        self.shared = SharedInputs()  # what a layer computed for those that read the same input
         self.requantize = False  # merging may fold into quantised weights
         self.tied: set[int] = set()  # ids of weights that several modules share: merging gives a layer its own
         self.fold_errors: list[tuple[float, float]] = []  # what that did to each, relative to the weight, to the update
@@ -60,6 +65,10 @@ class MokaRouter:
         self.ready: tuple[Routing, torch.Tensor | None] | None = None  # of the enclosing block, with its mask
         self._bypassed: list[MokaLayer] = []  # layers that stand aside while generate decodes
         self._used: tuple[dict[str, MokaConfig], bool] | None = None
+        self._layer: MokaLayer | None = None  # any one, to ask where the layers lie
+        # Of layers that run outside any forward: what it was built for, and the routing.
+        self._by_scope: tuple[RoutingInputs | None, tuple, Routing | None] | None = None
+        self._past_prompt: Any = None  # a cache that holds the whole prompt of the enclosing generate
         self._unchecked: set[str] = set()  # adapters that no inference has used yet
         self._seen_routing = False
         self._warned = False
@@ -73,13 +82,17 @@ class MokaRouter:
             "only": None,
             "recorder": None,
             "ready": None,
+            "shared": SharedInputs(),
             "_bypassed": [],
+            "_by_scope": None,
+            "_past_prompt": None,
         }
         return {**self.__dict__, **own}
 
     def changed(self) -> None:
         """Forget which adapters are in use: one was added, removed, switched, merged or disabled."""
-        self._used = self.ready = None
+        self._used = self.ready = self._by_scope = self._layer = None
+        self.shared.changed()
         self.take_part()
 
     def used(self) -> tuple[dict[str, MokaConfig], bool]:
@@ -88,13 +101,14 @@ class MokaRouter:
             self._used = _adapters_in_use(self.root, self.configs)
         return self._used
 
-    def stand_aside(self) -> None:
-        """Let every layer's call go straight to its base layer: a decode step has hundreds of such calls."""
-        if self._bypassed:
+    def stand_aside(self, views: dict[str, View]) -> None:
+        """Let every layer's call go to what is left of it for text: a decode step has hundreds of such calls."""
+        if self._bypassed or torch.is_grad_enabled() or self.recorder is not None:
             return
         for module in self.root.modules():
-            if isinstance(module, MokaLayer) and not _has_hooks(module.base_layer):
-                object.__setattr__(module, "forward", module.base_layer.forward)
+            step = text_step(module, views) if isinstance(module, MokaLinear) else None
+            if step is not None:
+                object.__setattr__(module, "forward", step)
                 self._bypassed.append(module)
 
     def take_part(self) -> None:
@@ -136,16 +150,44 @@ class MokaRouter:
             yield
         finally:
             self.routing, self.running, self.idle = before
+            self.shared.clear()
 
     @contextmanager
     def scoped(self, scope: RoutingInputs) -> Iterator[None]:
         """Put ``scope`` in force for every forward inside."""
         before, self.scope = self.scope, scope
+        self._past_prompt = None
         try:
             yield
         finally:
-            self.scope = before
+            self.scope, self._past_prompt = before, None
             self.take_part()
+
+    def decodes(self, cache: Any) -> bool:
+        """In generate: whether the tokens after those of ``cache`` lie past the prompt."""
+        if self.scope is None or self.scope.start is None:
+            return False
+        if cache is not None and cache is self._past_prompt:
+            return True
+        decodes = self.scope.decodes(cache_length(cache))
+        if decodes and cache is not None and isinstance(cache.get_seq_length(), torch.Tensor):
+            # Of a static cache only the device knows the length. It is read once: in one generate it does not shrink.
+            self._past_prompt = cache
+        return decodes
+
+    def device(self, *tensors: torch.Tensor | None) -> torch.device:
+        """Where the layers will get their input: where the tokens lie, or else the layers."""
+        found = [tensor.device for tensor in tensors if tensor is not None]
+        if self.scope is not None and self.scope.device is not None:
+            found.append(self.scope.device)
+        away = next((device for device in found if device.type != "cpu"), None)
+        if away is not None:
+            return away
+        if self._layer is None:
+            self._layer = next((m for m in self.root.modules() if isinstance(m, MokaLayer)), None)
+        weight = None if self._layer is None else next(iter(self._layer.moka_A.values()), None)
+        # Weights that are offloaded tell nothing.
+        return torch.device("cpu") if weight is None or weight.is_meta else weight.device
 
     def prepare(self, scope: RoutingInputs, mask: torch.Tensor | None) -> None:
         """Build the routing of a block now, if its ids tell all: its forwards then compile without a graph break."""
@@ -158,7 +200,8 @@ class MokaRouter:
             return
         given = {name: getattr(scope, name) for name in ROUTING_ARGUMENTS}
         inputs = resolve(configs, {"attention_mask": mask}, given, None, training=False)
-        self.ready = None if inputs is None else (build_routing(configs, *inputs, only=self.only), mask)
+        routing = None if inputs is None else routing_of(configs, *inputs, only=self.only, device=self.device())
+        self.ready = None if routing is None else (routing, mask)
         if self.root.training:
             route_checkpoints(self.root, self)
         else:
@@ -200,16 +243,16 @@ class MokaRouter:
         return text_view(self.configs[adapter_name], self.only), None
 
     def _routing_of_scope(self, adapter_name: str) -> Routing | None:
-        """For networks that reach their layers through a method other than ``forward``."""
-        configs = {adapter_name: self.configs[adapter_name]}
-        given = dict.fromkeys(ROUTING_ARGUMENTS)
-        inputs = resolve(configs, {}, given, self.scope, torch.is_grad_enabled())
+        """For networks that reach their layers through a method other than ``forward``: one for all calls of a block."""
+        key = adapter_name, self.only, torch.is_grad_enabled()
+        if self._by_scope is None or self._by_scope[0] is not self.scope or self._by_scope[1] != key:
+            configs = {adapter_name: self.configs[adapter_name]}
+            given = dict.fromkeys(ROUTING_ARGUMENTS)
+            inputs = resolve(configs, {}, given, self.scope, torch.is_grad_enabled())
+            routing = None if inputs is None else routing_of(configs, *inputs, only=self.only, device=self.device())
+            self._by_scope = self.scope, key, routing
         self._seen_routing = True
-        return None if inputs is None else build_routing(configs, *inputs, only=self.only)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+        return self._by_scope[2]
 
 
 def _in_backward() -> bool:
@@ -226,7 +269,7 @@ class RoutedForward:
         parameters = inspect.signature(type(model).forward).parameters.values()
         self.positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
         self.named = {p.name for p in parameters}
-        self.foreign = frozenset(ROUTING_ARGUMENTS) - self.named  # what the model itself would not take
+        self.foreign = frozenset((*ROUTING_ARGUMENTS, HOST_IDS)) - self.named  # what the model itself would not take
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -234,7 +277,7 @@ class RoutedForward:
         own = [p for name, p in inspect.signature(type(self.model).forward).parameters.items() if name != "self"]
         extra = [
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
-            for name in ROUTING_ARGUMENTS
+            for name in (*ROUTING_ARGUMENTS, HOST_IDS)
             if name not in self.named
         ]
         catch_all = [p for p in own if p.kind is p.VAR_KEYWORD]
@@ -246,6 +289,8 @@ class RoutedForward:
             return call(*args, **self._without_routing(kwargs))
         routing = self.router.prepared(args, kwargs)
         if routing is None:
+            if HOST_IDS in self.named and kwargs.get(HOST_IDS) is None:
+                kwargs = {**kwargs, HOST_IDS: HostIds()}  # the model finds there what the routing had to read
             routing, routed = self._route(args, kwargs)
             if not routed:
                 return call(*args, **self._without_routing(kwargs))
@@ -270,21 +315,23 @@ class RoutedForward:
         bound = {**dict(zip(self.positional, args, strict=False)), **kwargs}
         if not self.model.training:
             router.check(self.model, configs)
-        if router.scope is not None and router.scope.start is not None:
-            tokens = bound.get("input_ids")
-            tokens = tokens if tokens is not None else bound.get("inputs_embeds")
-            if tokens is not None and router.scope.decodes(cache_length(bound.get("past_key_values"))):
-                routing = router.text_routing((tokens.shape[0], tokens.shape[1]))
-                if routing.idle and not torch.compiler.is_compiling():
-                    router.stand_aside()
-                return routing, True
+        tokens = bound.get("input_ids")
+        tokens = tokens if tokens is not None else bound.get("inputs_embeds")
+        if tokens is not None and router.decodes(bound.get("past_key_values")):
+            routing = router.text_routing((tokens.shape[0], tokens.shape[1]))
+            if not torch.compiler.is_compiling():
+                router.stand_aside(routing.views)
+            return routing, True
         router.take_part()
         given = {name: bound.get(name) for name in ROUTING_ARGUMENTS}
         if self._leave_to_inner(bound, given):
             return None, False
         training = self.model.training and torch.is_grad_enabled()
-        inputs = resolve(configs, bound, given, router.scope, training)
-        routing = None if inputs is None else build_routing(configs, *inputs, only=router.only)
+        inputs = resolve(configs, bound, given, router.scope, training, known=bound.get(HOST_IDS))
+        routing = None
+        if inputs is not None:
+            device = router.device(tokens, *given.values())
+            routing = routing_of(configs, *inputs, only=router.only, device=device)
         if self.model.training:
             route_checkpoints(self.model, router)
         return routing, True
@@ -313,9 +360,11 @@ class RoutedGenerate:
     def __call__(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         bound = {**kwargs, "input_ids": inputs if inputs is not None else kwargs.get("input_ids")}
         given = {name: kwargs.get(name) for name in ROUTING_ARGUMENTS}
-        for name in ROUTING_ARGUMENTS:
+        for name in (*ROUTING_ARGUMENTS, HOST_IDS):
             if name not in self.named:
                 kwargs.pop(name, None)
+        if HOST_IDS in self.named:
+            bound[HOST_IDS] = kwargs[HOST_IDS] = kwargs.get(HOST_IDS) or HostIds()
         if inputs is not None:
             args = (inputs, *args)
         generate = type(self.model).generate.__get__(self.model)
@@ -343,13 +392,13 @@ class RoutedGenerate:
         if in_block and _holds_routed_model(self.model):
             # The block's ids are those of the expanded prompt, which a foreign model makes of these tokens only later.
             own_mask = mask is not None and mask.shape == outer.mm_token_type_ids.shape
-            bound = {"attention_mask": mask if own_mask else None}
-        resolved = resolve(configs, bound, given, outer, training=False, cached=0 if new_only else cached)
+            bound = {"attention_mask": mask if own_mask else None, HOST_IDS: bound.get(HOST_IDS)}
+        cached = 0 if new_only else cached
+        resolved = resolve(configs, bound, given, outer, training=False, cached=cached, known=bound.get(HOST_IDS))
         if resolved is None:
             return None
-        type_ids, interaction_ids, valid = resolved
-        start = mask.shape[1] - type_ids.shape[1] if new_only else 0
-        return RoutingInputs(type_ids, interaction_ids, None, valid, start=start)
+        start = mask.shape[1] - resolved[0].shape[1] if new_only else 0
+        return RoutingInputs.of_prompt(resolved, start, None if outer is None else outer.device)
 
 
 def _adapters_in_use(model: nn.Module, configs: dict[str, MokaConfig]) -> tuple[dict[str, MokaConfig], bool]:
@@ -415,6 +464,8 @@ def routing(
 ) -> Iterator[None]:
     """Route every forward of ``model`` inside the block, for modules whose ``forward`` cannot take the ids.
 
+    The ids are read once, here; they may lie in host memory while the model lies on a GPU.
+
     Args:
         model: an adapted model, or any module that holds one.
         mm_token_type_ids: [batch, seq] int: 0 text, 1 image, 2 video, 3 audio. Tokens decoded past them are text.
@@ -431,7 +482,7 @@ def routing(
     for name, ids in given.items():
         check_kind(name, ids)
     valid = None if attention_mask is None else attention_mask.bool()
-    scope = RoutingInputs(mm_token_type_ids, interaction_ids, question_mask, valid)
+    scope = RoutingInputs(mm_token_type_ids, interaction_ids, question_mask, valid).on_host()
     before = [(router, router.scope) for router in routers.values()]
     try:
         for router, _ in before:
@@ -440,4 +491,4 @@ def routing(
         yield
     finally:
         for router, old in before:
-            router.scope, router.ready = old, None
+            router.scope, router.ready, router._by_scope = old, None, None

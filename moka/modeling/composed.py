@@ -13,14 +13,17 @@ from transformers import AutoConfig, AutoModel, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from moka.errors import MokaError
+from moka.host import HostIds, on_device
 
 from .configuration import MokaModelConfig
 from .encoders import CachedEncoder, build_encoder, features_name
 from .language_models import HUB_ARGUMENTS, create_language_model, load_language_model
 from .partitioned import has_parts, not_partitioned, whole, whole_shape
+from .placeholders import uploaded_places
 from .positions import flash_lengths, grid_positions, restarted, samples_begin
 from .projectors import build_projector
 from .quantization import load_quantized, mark_quantized
+from .supervised import HeadCut, logits_at, places_of, shifted
 
 # Keywords of ``forward`` and ``generate``: what encoders take, and what they give, where that is known already.
 MEDIA_INPUTS = ("pixel_values", "input_features", "image_features", "audio_features")
@@ -58,6 +61,7 @@ class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self._has_loaded_parts = language_model is not None
         self._fingerprint: str | None = None
+        self._head_cut = HeadCut()
         self.language_model = language_model or create_language_model(config.text_config)
         self.encoders = nn.ModuleDict()
         self.projectors = nn.ModuleDict()
@@ -152,45 +156,48 @@ class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return self.projectors[name](features)
 
     def merge_embeddings(
-        self, input_ids: torch.Tensor, mm_token_type_ids: torch.Tensor, **media: torch.Tensor | None
+        self,
+        input_ids: torch.Tensor,
+        mm_token_type_ids: torch.Tensor | None,
+        host_ids: HostIds | None = None,
+        **media: torch.Tensor | None,
     ) -> torch.Tensor:
         """Token embeddings with media features in their placeholders' positions: [batch, seq, hidden].
 
-        Of each modality ``media`` holds either what its encoder takes, or the encoder's features.
+        Of each modality ``media`` holds either what its encoder takes, or the encoder's features. Without ``host_ids`` the
+        type ids (None: those of the placeholder ids) are read back from the device.
 
         Raises:
             MokaError: more or fewer placeholders than the given media fill.
         """
-        embed = self.get_input_embeddings()
-        embeds = embed(input_ids.masked_fill(mm_token_type_ids > 0, 0))  # [batch, seq, hidden]
-        unserved = mm_token_type_ids > 0  # [batch, seq]
-        for name, spec in self.config.modalities.items():
+        types = self._types_on_host(input_ids, mm_token_type_ids, host_ids or HostIds())
+        known = {name: media.get(features_name(encoder)) for name, encoder in self.encoders.items()}
+        values = {n: media.get(self.encoders[n].input_name) if known[n] is None else known[n] for n in known}
+        given = {n: (0 if v is None else v.shape[0], self.projectors[n].num_tokens) for n, v in values.items()}
+        every, places = uploaded_places(types, self.config.type_ids, given, input_ids.device)
+        # Placeholder ids lie beyond the vocabulary.
+        text = input_ids.flatten().index_fill(0, every, 0).view_as(input_ids) if len(every) else input_ids
+        embeds = self.get_input_embeddings()(text)  # [batch, seq, hidden]
+        for name, value in values.items():
             encoder, projector = self.encoders[name], self.projectors[name]
-            known = media.get(features_name(encoder))  # [items, tokens, width]
-            values = media.get(encoder.input_name) if known is None else known
-            here = torch.isin(mm_token_type_ids, torch.tensor(spec["type_ids"], device=mm_token_type_ids.device))
-            unserved = unserved & ~here
-            items = 0 if values is None else values.shape[0]
-            if int(here.sum()) != items * projector.num_tokens:
-                raise MokaError(
-                    f"{name}: the text has {int(here.sum())} placeholder tokens, and {items} media give "
-                    f"{items * projector.num_tokens} ({projector.num_tokens} each). Pass one medium for each placeholder."
-                )
-            if items:
-                values = values.to(embeds.device)
+            if given[name][0] and value is not None:
+                value = value.to(embeds.device)
                 # [items, tokens, hidden]
-                features = self.encode_media(name, values) if known is None else projector(values)
-                embeds = embeds.masked_scatter(here[..., None], features.to(embeds.dtype))
+                features = self.encode_media(name, value) if known[name] is None else projector(value)
+                flat = embeds.flatten(0, 1).index_copy(0, places[name], features.flatten(0, 1).to(embeds.dtype))
+                embeds = flat.view_as(embeds)
             elif (self.training and torch.is_grad_enabled()) or has_parts(encoder) or has_parts(projector):
                 # Every rank touches every encoder and projector in every step, or DDP and ZeRO-3 wait for ever.
-                dummy = encoder.dummy_input().to(embeds.device)
+                dummy = torch.zeros_like(encoder.dummy_input(), device=embeds.device)
                 embeds = embeds + 0.0 * self.encode_media(name, dummy).sum().to(embeds.dtype)
-        if unserved.any():
-            raise MokaError(
-                f"mm_token_type_ids: no encoder serves {sorted(set(mm_token_type_ids[unserved].tolist()))}; the model's: "
-                f"{self.config.type_ids}. Make the ids with this model's processor."
-            )
         return embeds
+
+    def _types_on_host(self, input_ids: torch.Tensor, types: torch.Tensor | None, known: HostIds) -> torch.Tensor:
+        """``mm_token_type_ids`` [batch, seq] in host memory."""
+        name, ids = ("input_ids", input_ids) if types is None else ("mm_token_type_ids", types)
+        held = known.read({name: ids})[name]
+        assert held is not None
+        return self.derive_type_ids(held) if types is None else held
 
     def forward(
         self,
@@ -210,6 +217,8 @@ class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         image_features: torch.Tensor | None = None,
         audio_features: torch.Tensor | None = None,
         prompt_embeds: torch.FloatTensor | None = None,
+        loss_only: bool = False,
+        host_ids: HostIds | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits, and the loss with ``labels``.
@@ -226,53 +235,66 @@ class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
             position_ids: [batch, seq]; where they begin anew at 0 within a row, it holds several samples, of which none
                 attends to another (``moka.data.packing``).
             prompt_embeds: [batch, prompt, hidden] the merged embeddings of the whole prompt (``generate`` makes them).
+            host_ids: copies of the ids in host memory, so that nothing is read back from the device (``Collator`` gives them).
+            loss_only: give the loss without logits, and compute them for no position that has no label.
 
-        In training the logits cover the supervised positions alone (``logits_to_keep``); in evaluation all positions.
+        With labels in training the logits are those of the supervised positions alone, row after row: [1, positions,
+        vocabulary]; in evaluation of all positions.
         """
-        media, types = media_inputs(locals()), mm_token_type_ids
-        if types is None and input_ids is not None:
-            types = self.derive_type_ids(input_ids)
+        media, types, known = media_inputs(locals()), mm_token_type_ids, host_ids or HostIds()
+        wanted = {"labels": labels} if self.training or loss_only else {}
+        if inputs_embeds is None and prompt_embeds is None:
+            wanted |= {"input_ids": input_ids} if types is None else {"mm_token_type_ids": types}
+        packable = position_ids if past_key_values is None else None
+        begins = _read_once(known, wanted, packable, attention_mask)  # [batch, seq] in host memory
         if inputs_embeds is None:
             if input_ids is None:
                 raise MokaError("forward: pass input_ids or inputs_embeds.")
             if prompt_embeds is not None:
                 inputs_embeds = self._continue_prompt(input_ids, prompt_embeds, past_key_values)
             else:
-                inputs_embeds = self.merge_embeddings(input_ids, types, **media)
-        begins = samples_begin(position_ids, attention_mask) if past_key_values is None else None
+                inputs_embeds = self.merge_embeddings(input_ids, types, known, **media)
+        if types is None and input_ids is not None and self.config.uses_grid_positions:
+            types = self.derive_type_ids(input_ids)
         if begins is not None:
+            if "flash" in str(self.language_model.config._attn_implementation):
+                kwargs |= flash_lengths(begins, inputs_embeds.device)
+            begins = on_device(begins, inputs_embeds.device)
             # transformers keeps the samples apart by these positions, where it gets no mask of padding and no cache.
             position_ids = position_ids.masked_fill(begins, 0)
             if self.config.uses_grid_positions:
                 grids = self._grid_positions(inputs_embeds, types, attention_mask, None)
                 position_ids = torch.cat([position_ids[None], restarted(grids, begins)])  # [4, batch, seq]
-            if "flash" in str(self.language_model.config._attn_implementation):
-                kwargs |= flash_lengths(begins)
             attention_mask, use_cache = None, False
         elif position_ids is None and self.config.uses_grid_positions:
             position_ids = self._grid_positions(inputs_embeds, types, attention_mask, past_key_values)
         elif position_ids is None and past_key_values is None and _is_mask(attention_mask, inputs_embeds):
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-        targets = None
+        targets, places = None, None
         if labels is not None:
-            targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)  # [batch, seq] what each position predicts
-            if self.training and isinstance(logits_to_keep, int) and logits_to_keep == 0:
-                logits_to_keep = (targets != -100).any(0).nonzero().squeeze(1)
-                targets = targets[:, logits_to_keep]
+            targets = shifted(labels)  # [batch, seq] what each position predicts
+            if use_cache is None and past_key_values is None:
+                use_cache = False  # the language model's own default would copy all keys and values, for nobody
+            if (self.training or loss_only) and isinstance(logits_to_keep, int) and logits_to_keep == 0:
+                places = places_of(labels, known)
+                targets = targets.flatten().index_select(0, places)  # [positions]
         num_items = kwargs.pop("num_items_in_batch", None)
-        outputs = self.language_model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
-            **{**kwargs, "return_dict": True},
-        )
+        with self._head_cut.at(self.get_output_embeddings(), places, inputs_embeds):
+            outputs = self.language_model(
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                logits_to_keep=logits_to_keep,
+                **{**kwargs, "return_dict": True},
+            )
         if self.config.uses_grid_positions and outputs.past_key_values is not None:
             # A picture takes fewer positions than it has tokens, so the length of the cache does not tell the next one.
             rows = position_ids if position_ids.dim() == 2 else position_ids[-3:].amax(0)  # [batch, seq]
             outputs.past_key_values.next_position = rows.amax(-1) + 1  # [batch]
+        if places is not None:
+            outputs["logits"] = logits_at(outputs.logits, places, inputs_embeds)  # [1, positions, vocabulary]
         if targets is not None:
             outputs["loss"] = self.loss_function(
                 logits=outputs.logits,
@@ -281,7 +303,7 @@ class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 vocab_size=self.config.vocab_size,
                 num_items_in_batch=num_items,
             )
-        return outputs
+        return CausalLMOutputWithPast(loss=outputs.loss) if loss_only else outputs
 
     def _grid_positions(
         self, tokens: torch.Tensor, types: torch.Tensor | None, mask: torch.Tensor | None, cache: Any
@@ -294,7 +316,7 @@ class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
             whole = mask.shape[1] >= past + seq  # or these tokens' own alone
             valid = mask[:, past : past + seq] if whole else mask[:, -seq:]
             counted = mask[:, :past].sum(-1) if whole else counted
-        types = torch.zeros_like(valid) if types is None else types[:, -seq:]
+        types = torch.zeros_like(valid) if types is None else on_device(types, tokens.device)[:, -seq:]
         grids = []
         for name, spec in self.config.modalities.items():
             grid = getattr(self.encoders[name], "grid", None)
@@ -315,6 +337,8 @@ class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def _continue_prompt(self, input_ids: torch.Tensor, prompt_embeds: torch.Tensor, cache: Any) -> torch.Tensor:
         """Embeddings of the tokens of one generation step: of the prompt where it reaches, of the ids beyond it."""
         start = int(cache.get_seq_length()) if cache is not None else 0
+        if start >= prompt_embeds.shape[1]:
+            return self.get_input_embeddings()(input_ids).to(prompt_embeds.dtype)
         prompt = prompt_embeds[:, start : start + input_ids.shape[1]]
         decoded = input_ids[:, prompt.shape[1] :]
         return torch.cat([prompt, self.get_input_embeddings()(decoded).to(prompt.dtype)], dim=1)
@@ -329,6 +353,7 @@ class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         input_features: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
         audio_features: torch.Tensor | None = None,
+        host_ids: HostIds | None = None,
         **kwargs: Any,
     ):
         """As ``GenerationMixin.generate``. Media are encoded once; beams, chunked prefill and caches share the result."""
@@ -337,8 +362,9 @@ class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         kwargs.pop("labels", None)  # of a whole batch of the processor; there is no loss here
         if input_ids is None:
             raise MokaError("generate: pass input_ids, as MokaProcessor makes them.")
+        embeds = self.merge_embeddings(input_ids, mm_token_type_ids, host_ids, **media)
         types = mm_token_type_ids if mm_token_type_ids is not None else self.derive_type_ids(input_ids)
-        embeds = self.merge_embeddings(input_ids, types, **media)
+        types = on_device(types, input_ids.device)
         cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
         if cache is not None and mask is not None and mask.shape[1] > input_ids.shape[1]:
             # These are the tokens of a new turn alone; positions count from the start of the chat.
@@ -375,6 +401,19 @@ def fingerprint(model: nn.Module) -> str:
         values = flat[:: max(1, flat.numel() // 16)][:16].to(torch.bfloat16).float().cpu()
         digest.update(f"{name}{list(whole_shape(tensor))}".encode() + values.numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+@torch.compiler.disable  # whether rows are packed depends on the data, and is settled outside of any graph
+def _read_once(
+    known: HostIds, wanted: dict[str, torch.Tensor | None], position_ids: torch.Tensor | None, mask: Any
+) -> torch.Tensor | None:
+    """Have ``known`` hold all that a forward asks of the device; `samples_begin` [batch, seq] in host memory."""
+    if position_ids is None or position_ids.dim() != 2:
+        known.read(wanted)
+        return None
+    is_2d = isinstance(mask, torch.Tensor) and mask.dim() == 2
+    held = known.read({**wanted, "position_ids": position_ids, "attention_mask": mask if is_2d else None})
+    return samples_begin(held["position_ids"], held["attention_mask"] if is_2d else mask)
 
 
 def _is_mask(mask: Any, embeds: torch.Tensor) -> bool:

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from moka.host import on_device
+
 
 def grid_positions(
     type_ids: torch.Tensor, valid: torch.Tensor, grids: Iterable[tuple[list[int], tuple[int, int]]]
@@ -36,7 +38,8 @@ def grid_positions(
     advance = valid.long()  # [batch, seq] by how much the position grows behind each token
     row, column = torch.zeros_like(advance), torch.zeros_like(advance)
     for ids, (rows, columns) in grids:
-        here = torch.isin(type_ids, torch.tensor(ids, device=type_ids.device)) & valid
+        # Compared one by one: a tensor of them would have to be copied to the device, for which the host waits.
+        here = torch.stack([type_ids == i for i in ids]).any(0) & valid
         cell = (here.long().cumsum(-1) - 1) % (rows * columns)  # [batch, seq], of its own picture
         row, column = torch.where(here, cell // columns, row), torch.where(here, cell % columns, column)
         last = (cell == rows * columns - 1).long()
@@ -75,9 +78,15 @@ def restarted(positions: torch.Tensor, begins: torch.Tensor) -> torch.Tensor:
     return positions - positions[0].gather(1, first)
 
 
-def flash_lengths(begins: torch.Tensor) -> dict[str, Any]:
-    """Flash attention's arguments for packed rows: by itself it sees restarts in a batch of one row alone."""
+def flash_lengths(begins: torch.Tensor, device: torch.device | None = None) -> dict[str, Any]:
+    """Flash attention's arguments for packed rows: by itself it sees restarts in a batch of one row alone.
+
+    Args:
+        begins: [batch, seq] of `samples_begin`, in host memory where the host is not to wait for the device.
+        device: where the language model lies; None: where ``begins`` does.
+    """
     starts = begins.flatten().nonzero().flatten()
     ends = torch.cat([starts, starts.new_tensor([begins.numel()])]).int()  # [samples + 1]
     longest = int(ends.diff().max())
+    ends = ends if device is None else on_device(ends, device)
     return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}

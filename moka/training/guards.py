@@ -58,7 +58,8 @@ class DivergenceGuard(Watcher):
             self._look()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._look(last=control.should_evaluate or control.should_save)
+        if control.should_evaluate or control.should_save:
+            self._look(last=True)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if "loss" in (logs or {}):

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_outputs import ModelOutput
 
+from moka.host import HostIds, upload
 from moka.modeling import MokaForConditionalGeneration
 from moka.modeling.composed import media_inputs
 
@@ -44,26 +45,27 @@ class EmbeddingAlignment(nn.Module):
         image_features: torch.Tensor | None = None,
         audio_features: torch.Tensor | None = None,
         captions: torch.Tensor | None = None,
-        media_tokens: torch.Tensor | None = None,
+        media_tokens: int | None = None,
+        media_places: torch.Tensor | None = None,
+        wanted: torch.Tensor | None = None,
+        host_ids: HostIds | None = None,
         **unused: Any,
     ) -> ModelOutput:
-        """The loss. ``captions`` [captions, longest] and ``media_tokens`` are those of the whole optimizer step, from
-        ``share_captions``; without them this batch stands for itself.
+        """The loss. What `caption_targets` gives, for the whole optimizer step, comes from ``share_captions``; without it
+        this batch stands for itself.
         """
-        media = media_inputs(locals())
-        embeds = self.model.merge_embeddings(input_ids, mm_token_type_ids, **media).float()  # [batch, seq, hidden]
-        own = caption_ids(labels)
-        if captions is None or media_tokens is None:
-            captions, media_tokens = table(set(own)).to(labels.device), (mm_token_type_ids > 0).sum()
+        media, host_ids = media_inputs(locals()), host_ids or HostIds()
+        if captions is None or media_tokens is None or media_places is None or wanted is None:
+            held = _on_host(labels, mm_token_type_ids, host_ids)
+            captions, media_places, wanted = caption_targets(*held, set(caption_ids(held[0])), labels.device)
+            media_tokens = len(media_places)
+        embeds = self.model.merge_embeddings(input_ids, mm_token_type_ids, host_ids, **media).float()
+        tokens = embeds.flatten(0, 1).index_select(0, media_places)  # [media tokens, hidden]
         targets = self._embed(captions)  # [captions, hidden]
-        place = {tuple(t for t in row if t != _NONE): i for i, row in enumerate(captions.tolist())}
-        which = torch.tensor([place[caption] for caption in own], device=labels.device)  # [batch]
-        row, _ = (mm_token_type_ids > 0).nonzero(as_tuple=True)
-        tokens = embeds[mm_token_type_ids > 0]  # [media tokens, hidden]
-        distance = (tokens - targets[which[row]]).pow(2).sum() / targets.pow(2).sum(-1).mean()
+        distance = (tokens - targets.index_select(0, wanted)).pow(2).sum() / targets.pow(2).sum(-1).mean()
         cosine = F.normalize(tokens, dim=-1) @ F.normalize(targets, dim=-1).T  # [media tokens, captions]
-        contrast = F.cross_entropy(cosine / TEMPERATURE, which[row], reduction="sum")
-        return ModelOutput(loss=(distance + contrast) / media_tokens.clamp(min=1))
+        contrast = F.cross_entropy(cosine / TEMPERATURE, wanted, reduction="sum")
+        return ModelOutput(loss=(distance + contrast) / max(1, media_tokens))
 
     @torch.no_grad()
     def _embed(self, captions: torch.Tensor) -> torch.Tensor:
@@ -84,15 +86,39 @@ def table(captions: set[tuple[int, ...]]) -> torch.Tensor:
     return torch.tensor([[*caption, *[_NONE] * (longest - len(caption))] for caption in sorted(captions)])
 
 
+def caption_targets(
+    labels: torch.Tensor, types: torch.Tensor, captions: set[tuple[int, ...]], device: torch.device
+) -> list[torch.Tensor]:
+    """What the media tokens of a batch are drawn to, found in host memory and brought to ``device``.
+
+    Args:
+        labels, types: [batch, seq], in host memory.
+        captions: of the whole optimizer step.
+    Returns:
+        [captions, longest]: `table`; [media tokens of the batch]: row * seq + column of each; likewise: its caption.
+    """
+    place = {caption: index for index, caption in enumerate(sorted(captions))}
+    places = (types > 0).flatten().nonzero().squeeze(1)
+    wanted = torch.tensor([place[caption] for caption in caption_ids(labels)])[places // labels.shape[1]]
+    return upload([one.numpy() for one in (table(captions), places, wanted)], device)
+
+
 def share_captions(batches: list[dict[str, Any]]) -> None:
     """Give each accumulated batch the captions and the number of media tokens of the whole optimizer step.
 
     Over all batches and processes, so that the loss is that of one big batch, however it is cut up.
     """
-    own = {caption for batch in batches for caption in caption_ids(batch["labels"])}
-    count = sum(int((batch["mm_token_type_ids"] > 0).sum()) for batch in batches)
-    captions, counts = zip(*everyones((own, count)), strict=True)
-    for batch in batches:
-        device = batch["labels"].device
-        batch["captions"] = table(set().union(*captions)).to(device)
-        batch["media_tokens"] = torch.tensor(sum(counts), device=device)
+    held = [_on_host(b["labels"], b["mm_token_type_ids"], b.get("host_ids") or HostIds()) for b in batches]
+    own = {caption for labels, _ in held for caption in caption_ids(labels)}
+    captions, counts = zip(*everyones((own, sum(int((types > 0).sum()) for _, types in held))), strict=True)
+    for batch, (labels, types) in zip(batches, held, strict=True):
+        found = caption_targets(labels, types, set().union(*captions), batch["labels"].device)
+        batch["captions"], batch["media_places"], batch["wanted"] = found
+        batch["media_tokens"] = sum(counts)
+
+
+def _on_host(labels: torch.Tensor, types: torch.Tensor, known: HostIds) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both [batch, seq] in host memory; read back where ``known`` does not hold them."""
+    held = known.read({"labels": labels, "mm_token_type_ids": types}).values()
+    first, second = (ids for ids in held if ids is not None)
+    return first, second

@@ -10,7 +10,6 @@ import random
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from .checkpoints import UNFINISHED, Seal, begin, finish, listing, read_seal, recover, rotate
 from .engine import describe
 from .files import writing
-from .interruption import BrokenOff, Interrupted, outlive
+from .interruption import BrokenOff, Interrupted
+from .loaders import dismiss, prepared
 from .processes import agree, everyones, is_main, on_main
 
 
@@ -36,11 +36,16 @@ class ResumableTrainer(Trainer):
     _from: Seal | None = None
     _owes_evaluation = False
     _began_at = 0
+    _loaders: tuple[Any, ...] = ()  # whose workers stay from one pass to the next
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         self._from = read_seal(resume_from_checkpoint) if resume_from_checkpoint else None
         self._began_at = self._from.step if self._from is not None else 0
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            for loader in self._loaders:
+                dismiss(loader)
 
     def _get_output_dir(self, trial: Any) -> str:
         """Where transformers writes checkpoint-STEP: beside its place until it is whole."""
@@ -152,10 +157,15 @@ class ResumableTrainer(Trainer):
         raise Interrupted(step, final if step else None, agreed=True)
 
     def get_train_dataloader(self) -> Any:
-        return _outliving(super().get_train_dataloader())
+        return self._kept(super().get_train_dataloader())
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        return _outliving(super().get_eval_dataloader(*args, **kwargs))
+        return self._kept(super().get_eval_dataloader(*args, **kwargs))
+
+    def _kept(self, loader: Any) -> Any:
+        if prepared(loader).persistent_workers and all(loader is not one for one in self._loaders):
+            self._loaders = (*self._loaders, loader)
+        return loader
 
 
 def _on_full_disk(final: Path, action: Any) -> Any:
@@ -203,11 +213,3 @@ def _random_states_for(arguments: Any, checkpoint: Path, saved: int) -> Iterator
                 states["cuda"] = one if arguments.world_size == 1 else [one] * torch.cuda.device_count()
             torch.save(states, Path(folder) / ours)
         yield Path(folder)
-
-
-def _outliving(loader: Any) -> Any:
-    """A loader whose workers live on when the whole job is signalled, until the run has saved."""
-    inner = getattr(loader, "base_dataloader", loader)  # accelerate's wrapper hands its work on
-    if getattr(inner.worker_init_fn, "func", None) is not outlive:  # transformers may hand out the same loader again
-        inner.worker_init_fn = partial(outlive, inner.worker_init_fn)
-    return loader

@@ -26,6 +26,7 @@ from .folder import save_adapter
 from .global_batch import divided
 from .gradients import GradientReader
 from .launching import check_deepspeed
+from .loaders import loader_settings
 from .objectives import EmbeddingAlignment, share_captions
 from .processes import agree
 from .reporting import check_reports
@@ -47,6 +48,8 @@ class MokaTrainer(ResumableTrainer):
     Args:
         rates: learning rates other than ``args.learning_rate``, by part: "encoders", "projectors".
     """
+
+    _parameters: int | None = None  # without embeddings
 
     def __init__(self, *args: Any, rates: dict[str, float] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -140,14 +143,25 @@ class MokaTrainer(ResumableTrainer):
         sample_ids = inputs.pop("sample_ids", [])
         for watcher in self.watchers:
             watcher.on_batch(inputs, sample_ids)
+        inputs["loss_only"] = True
         loss = super().training_step(model, inputs, num_items_in_batch)
         for watcher in self.watchers:
             watcher.on_loss(loss, sample_ids)
         return loss
 
-    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """As in transformers, which counts the parameters anew in every step."""
+        if self._parameters is None:
+            model: Any = self.model
+            self._parameters = model.num_parameters(exclude_embeddings=True) if hasattr(model, "num_parameters") else 0
+        return 6 * inputs["input_ids"].numel() * self._parameters
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> Any:
         inputs.pop("sample_ids", None)
-        return super().prediction_step(model, inputs, *args, **kwargs)
+        inputs["loss_only"] = prediction_loss_only
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -243,6 +257,7 @@ def training_arguments(
     settings = {key: value for key, value in section.items() if key not in OWN_TRAINING_KEYS}
     if not torch.cuda.is_available():
         settings.setdefault("use_cpu", True)
+    settings |= loader_settings(settings)
     settings = {
         "logging_steps": 10,
         "report_to": "none",

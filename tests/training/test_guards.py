@@ -154,8 +154,9 @@ def test_a_projector_cut_off_from_the_graph_is_named(tiny_config, tmp_path, monk
 
 
 def test_an_adapter_outside_the_forward_is_named(tiny_config, tmp_path, monkeypatch):
-    whole = MokaLinear._update
-    monkeypatch.setattr(MokaLinear, "_update", lambda self, name, x: whole(self, name, x).detach())
+    whole = MokaLinear._add
+    cut = lambda self, result, z, B, scale: whole(self, result, z.detach(), B.detach(), scale)  # noqa: E731
+    monkeypatch.setattr(MokaLinear, "_add", cut)
     with pytest.raises(MokaError, match=r"Step 1: no gradient reaches .*layers\.0\.self_attn\.q_proj\.moka_A"):
         train(tiny_config(tmp_path / "run", **SHORT))
 

@@ -1,0 +1,135 @@
+"""Batches are the same whoever makes them, and reach the device as the machine allows."""
+
+import os
+import warnings
+
+import pytest
+import torch
+
+from moka.training import config_from_dict, loaders, run_training
+from moka.training import run as run_module
+from moka.training.callbacks import Watcher
+from moka.training.trainer import training_arguments
+
+SHORT = {
+    "data__train_size": 12,
+    "alignment__max_steps": 4,
+    "training__max_steps": 8,  # epochs of three steps
+    "training__per_device_train_batch_size": 4,
+    "training__eval_steps": 2,
+    "training__save_strategy": "no",
+    "alignment__save_strategy": "no",
+}
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine with a GPU, as far as the settings look."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(loaders, "usable_cores", lambda: 16)
+
+
+class Seen(Watcher):
+    """The batches of each step; the processes that help, after each."""
+
+    def __init__(self):
+        self.batches, self.workers = [], []
+
+    def on_batch(self, inputs, sample_ids):
+        kept = {name: value.clone() for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+        self.batches.append((sample_ids, kept))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.workers.append(children())
+
+
+def children():
+    """Process ids of the loaders' workers."""
+    import psutil
+
+    return {one.pid for one in psutil.Process().children() if one.status() != psutil.STATUS_ZOMBIE}
+
+
+@pytest.fixture
+def observed(tiny_config, tmp_path, monkeypatch):
+    def run(name, **changes):
+        seen = Seen()
+        own = run_module._callbacks
+        with monkeypatch.context() as patch:
+            patch.setattr(run_module, "_callbacks", lambda run, stage: [*own(run, stage), seen])
+            folder = run_training(config_from_dict(tiny_config(tmp_path / name, **SHORT, **changes)))
+        return folder, seen
+
+    return run
+
+
+@pytest.mark.parametrize("changes", [{}, {"training__packing": True, "model__max_length": 150}], ids=["rows", "packed"])
+def test_a_run_is_the_same_with_and_without_workers(observed, same_run, capfd, changes):
+    before = children()
+    alone, here = observed("alone", **changes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        helped, there = observed(
+            "helped", **changes, training__dataloader_num_workers=2, alignment__dataloader_num_workers=2
+        )
+    assert len(here.batches) == len(there.batches) == 12
+    for (ids, batch), (other_ids, other) in zip(here.batches, there.batches, strict=True):
+        assert ids == other_ids
+        assert batch.keys() == other.keys()
+        for name, values in batch.items():
+            assert torch.equal(values, other[name]), name
+    same_run(helped, alone)  # with dropout, evaluations and epochs in between
+    assert all(workers <= before for workers in here.workers)
+    assert len(there.workers[-1] - before) == 4  # two of training, two of evaluation, in their third epoch
+    assert there.workers[-1] == there.workers[7]
+    assert children() <= before
+    assert "tokenizers" not in capfd.readouterr().err
+
+
+def test_workers_that_stay_do_not_change_what_dropout_draws(observed, same_run):
+    stay, _ = observed("stay", training__dataloader_num_workers=1)
+    leave, _ = observed("leave", training__dataloader_num_workers=1, training__dataloader_persistent_workers=False)
+    same_run(stay, leave)
+
+
+def test_settings_of_a_machine_with_a_gpu(gpu):
+    assert loaders.loader_settings({}) == {
+        "dataloader_num_workers": 4,
+        "dataloader_persistent_workers": True,
+        "accelerator_config": {"non_blocking": True},
+    }
+    assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
+    # The cores of a process bound their number; one is the process's own.
+    for cores, workers in ((3, 2), (2, 1), (1, 1)):
+        loaders.usable_cores = lambda cores=cores: cores
+        assert loaders.loader_settings({})["dataloader_num_workers"] == workers
+
+
+def test_what_a_configuration_says_stays(gpu):
+    given = {"dataloader_num_workers": 0, "accelerator_config": {"split_batches": True}}
+    assert loaders.loader_settings(given) == {
+        "dataloader_num_workers": 0,
+        "accelerator_config": {"split_batches": True, "non_blocking": True},
+    }
+    given = {"dataloader_num_workers": 2, "dataloader_persistent_workers": False, "dataloader_pin_memory": False}
+    assert loaders.loader_settings(given) == {
+        "dataloader_num_workers": 2,
+        "dataloader_persistent_workers": False,
+    }
+    given = {"accelerator_config": {"non_blocking": False}}
+    assert loaders.loader_settings(given)["accelerator_config"] == {"non_blocking": False}
+    assert "accelerator_config" not in loaders.loader_settings({"accelerator_config": "accelerator.json"})
+
+
+@pytest.mark.parametrize("section", [{}, {"dataloader_num_workers": 2}, {"dataloader_pin_memory": True}])
+def test_on_a_cpu_nothing_is_pinned_and_nobody_warned(tmp_path, section, caplog):
+    if torch.cuda.is_available():
+        section = {**section, "use_cpu": True}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        arguments = training_arguments(section, tmp_path)
+    assert arguments.dataloader_num_workers == section.get("dataloader_num_workers", 0)
+    assert arguments.dataloader_persistent_workers == ("dataloader_num_workers" in section)
+    assert not arguments.dataloader_pin_memory
+    assert not arguments.accelerator_config.non_blocking
+    assert not caplog.records
