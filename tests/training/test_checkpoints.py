@@ -155,20 +155,27 @@ def test_rotation_does_not_count_what_has_no_seal(tmp_path):
 
 
 def test_a_run_keeps_the_newest_and_the_best_of_its_checkpoints(tiny_config, tmp_path):
-    """A rate that ruins the model: the first checkpoint is the best, and named as it lies on the disk."""
-    best = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "load_best_model_at_end": True}
+    """The largest loss counts as the best, so the first checkpoint is it, and is named as it lies on the disk."""
+    best = {
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_steps": 1,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": True,
+    }
     raw = tiny_config(tmp_path / "run", stages=[2])
     raw["training"] |= {
         **best,
         "save_total_limit": 2,
         "max_steps": 4,
-        "learning_rate": 3.0,
+        "learning_rate": 1e-2,
         "lr_scheduler_type": "constant",
     }
     run_training(config_from_dict(raw))
     stage = tmp_path / "run/checkpoints/stage2"
     state = json.loads((stage / "checkpoint-4/trainer_state.json").read_text())
-    assert state["best_global_step"] < 4
+    assert state["best_global_step"] == 1
     assert state["best_model_checkpoint"] == str(stage / f"checkpoint-{state['best_global_step']}")
     assert names(stage) == sorted([f"checkpoint-{state['best_global_step']}", "checkpoint-4"])
     assert all(fault(path) is None for path in stage.iterdir())
