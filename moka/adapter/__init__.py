@@ -8,7 +8,7 @@ from .config import MokaConfig  # noqa: E402
 from .diagnostics import active_modalities, gradient_norms, interaction_weights, modality_norms  # noqa: E402
 from .layer import MokaLayer, MokaLinear  # noqa: E402
 from .model import MokaModel  # noqa: E402
-from .router import routing  # noqa: E402
+from .wrapping import routing  # noqa: E402
 
 __all__ = [
     "MokaConfig",

@@ -19,8 +19,8 @@ from .checks import TASK_HEADS, check_adapter_tensors
 from .config import TEXT, MokaConfig
 from .layer import MokaLayer, MokaLinear
 from .rollback import take_back, trained
-from .router import attach_router, detach_router
 from .targets import fill_targets, no_match, placeholder_ids
+from .wrapping import attach_router, detach_router
 
 
 class MokaModel(BaseTuner):

@@ -7,7 +7,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .layer import MokaLayer
-from .router import attach_router, detach_router
+from .wrapping import attach_router, detach_router
 
 
 def take_back(tuner: BaseTuner, adapter_name: str, trainable: list[nn.Parameter]) -> None:
