@@ -20,14 +20,16 @@ def text_step(layer: MokaLinear, views: Mapping[str, View]) -> Callable[..., tor
 
     It holds until an adapter is changed, added or switched. ``views``: those of text, by adapter.
     """
-    if has_hooks(layer.base_layer) or layer._disable_adapters:
+    replaced = "forward" in vars(layer)  # by accelerate, which moves weights between devices
+    if replaced or layer._disable_adapters or has_hooks(layer.base_layer):
         return None
     factors = {name: layer.text_factor(name, views[name]) for name in layer.adapters_in_use()}
     factors = {name: factor for name, factor in factors.items() if factor}
     base = layer.base_layer.forward
     if not factors:
         return base
-    if any(is_partitioned(layer.moka_A[name]) for name in factors) or layer.quantization_backend is not None:
+    partitioned = any(is_partitioned(layer.moka_A[name]) for name in factors)
+    if partitioned or layer.quantization_backend is not None or any(map(layer.dropout_rate, factors)):
         return None
     return _TextStep(layer, base, factors)
 

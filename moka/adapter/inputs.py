@@ -167,7 +167,10 @@ def _read(
         # For the model, in the same read-back.
         wanted |= {name: bound.get(name) for name in ("position_ids", "labels")}
     wanted = {name: ids if isinstance(ids, torch.Tensor) else None for name, ids in wanted.items()}
-    return {name: None if ids is None else ids.numpy() for name, ids in (known or HostIds()).read(wanted).items()}
+    held = (known or HostIds()).read(wanted)
+    # Of a mask of floating point, which numpy may not know the type of, it matters alone what is 0.
+    held = {name: ids != 0 if ids is not None and ids.is_floating_point() else ids for name, ids in held.items()}
+    return {name: None if ids is None else ids.numpy() for name, ids in held.items()}
 
 
 _NO_TYPES = (

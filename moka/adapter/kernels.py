@@ -20,6 +20,12 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 _fused = True
+_GLOBAL_HOOKS = (
+    "_global_forward_hooks",
+    "_global_forward_pre_hooks",
+    "_global_backward_hooks",
+    "_global_backward_pre_hooks",
+)
 
 
 @contextmanager
@@ -34,19 +40,22 @@ def reference_path() -> Iterator[None]:
 
 
 def fused() -> bool:
-    """Whether the functions of this file are in use here."""
-    return _fused and not torch.compiler.is_compiling()
+    """Whether the functions of this file are in use here: compilers, tracers and ``torch.func`` take plain operators."""
+    transformed = torch._C._are_functorch_transforms_active()
+    return _fused and not (torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed)
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
     """The dtype of matrix products of ``x`` here: its own, or autocast's."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(kind) if casts else x.dtype
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody watches this module's calls, and may keep its result."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    """Whether somebody watches this module's calls, forward or backward, and may keep what he sees."""
+    own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(own) or any(getattr(nn.modules.module, name) for name in _GLOBAL_HOOKS)
 
 
 def is_partitioned(parameter: torch.Tensor) -> bool:
@@ -56,7 +65,7 @@ def is_partitioned(parameter: torch.Tensor) -> bool:
 
 def draw_seed() -> int:
     """A seed from torch's default generator, whose state gradient checkpointing restores before it computes anew."""
-    return int(torch.empty((), dtype=torch.int64).random_())
+    return int(torch.empty((), dtype=torch.int64, device="cpu").random_())
 
 
 def dropped_positions(elements: int, rate: float, seed: int) -> torch.Tensor:
@@ -108,9 +117,10 @@ def _add_kept(dx: torch.Tensor, dz: torch.Tensor, A: torch.Tensor, rate: float, 
         flat.addmm_(dz, A)
     elif dx.device.type == "cpu":
         positions = dropped_positions(dx.numel(), rate, seed)
-        before = dx.take(positions)
+        elements = dx.view(-1)
+        before = elements.index_select(0, positions)
         flat.addmm_(dz, A)
-        dx.put_(positions, before)
+        elements.index_copy_(0, positions, before)
     else:
         flat.addcmul_(dz @ A, _kept(flat, rate, seed))
     return dx
@@ -127,8 +137,8 @@ class _Down(torch.autograd.Function):
             z *= factor
         if keep is not None:
             z *= keep
-        ctx.save_for_backward(x, A, index, keep)
-        ctx.factor, ctx.rate, ctx.seed, ctx.owns_gradient = factor, rate, seed, owns_gradient
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, A, index, keep)
+        ctx.shape, ctx.factor, ctx.rate, ctx.seed, ctx.owns_gradient = x.shape, factor, rate, seed, owns_gradient
         ctx.set_materialize_grads(False)
         return x.detach(), z
 
@@ -147,10 +157,10 @@ class _Down(torch.autograd.Function):
         dA = None
         if ctx.needs_input_grad[1]:
             given = _drop(x, ctx.rate, ctx.seed)
-            dA = (dz.t() @ given.reshape(-1, x.shape[-1])).view_as(A)
+            dA = (dz.t() @ given.reshape(-1, ctx.shape[-1])).view_as(A)
         if ctx.needs_input_grad[0]:
             if dx is None:
-                dx = torch.zeros_like(x, memory_format=torch.contiguous_format)
+                dx = A.new_zeros(ctx.shape)
             elif not (ctx.owns_gradient and dx.is_contiguous() and dx.dtype == A.dtype):
                 dx = dx.to(A.dtype, copy=True, memory_format=torch.contiguous_format)
             dx = _add_kept(dx, dz, A.flatten(0, 1), ctx.rate, ctx.seed)

@@ -32,7 +32,7 @@ from moka.errors import MokaError
 
 from .config import TEXT, MokaConfig
 from .interaction import interact
-from .kernels import fused, has_hooks, up
+from .kernels import compute_dtype, fused, has_hooks, up
 from .routing import View
 from .selection import select
 from .shared import rank_space
@@ -146,9 +146,9 @@ class MokaLinear(nn.Module, MokaLayer):
         view, routed = router.view(name)
         if routed is not None and (not view.uniform or router.recorder is not None):
             self._check_shape(x, routed)
+        if view.silent and not self._folded(name) and router.recorder is None:
+            return x, self._nothing(name, x)
         if fused() and not self._folded(name) and router.recorder is None:
-            if view.silent:
-                return x, None
             x, z = rank_space(self, name, x, view)  # [tokens, r]
             z = z if config.share_b else self._slots(z, view, config)
         else:
@@ -165,11 +165,25 @@ class MokaLinear(nn.Module, MokaLayer):
     def _add(self, result: torch.Tensor, z: torch.Tensor, B: torch.Tensor, scale: float) -> torch.Tensor:
         """result + s B z~."""
         if fused() and z.dtype == result.dtype and result.is_contiguous():
-            # Who watches the base layer by a hook keeps its result as it was.
-            in_place = not has_hooks(self.base_layer) and not (result.requires_grad and result.is_leaf)
-            return up(result, z.reshape(-1, z.shape[-1]), B, scale, in_place)
+            return up(result, z.reshape(-1, z.shape[-1]), B, scale, self._may_write_to(result))
         update = F.linear(z, B).reshape(result.shape)
         return result + (update * scale).to(result.dtype)
+
+    def _nothing(self, name: str, x: torch.Tensor) -> Update | None:
+        """An update of zeros where no token is adapted: A and B get a gradient in every training step on every process."""
+        A, B = self.moka_A[name], self.moka_B[name]
+        if not (torch.is_grad_enabled() and A.requires_grad):
+            return None
+        dtype, tokens = compute_dtype(x), x.shape[:-1].numel()
+        z = (A.sum() * 0).to(dtype).expand(tokens, self.moka_r[name])
+        return z, (B if B.dim() == 2 else B.sum(0)).to(dtype), 1.0
+
+    def _may_write_to(self, result: torch.Tensor) -> bool:
+        """Whether the base layer's result is nobody else's: a plain linear layer makes it anew and keeps nothing of it, but
+        whoever watches the layer may. Of a view (with a bias) autograd would make copies."""
+        if type(self.base_layer) is not nn.Linear or has_hooks(self.base_layer):
+            return False
+        return not torch.is_grad_enabled() or not (result._is_view() or (result.requires_grad and result.is_leaf))
 
     def _slots(self, z: torch.Tensor, view: View, config: MokaConfig) -> torch.Tensor:
         """Each token's z [tokens, r] in its modality's slot, for a B each: [tokens, M * r]."""

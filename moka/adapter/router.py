@@ -17,6 +17,7 @@ from .checks import check_finite
 from .config import TEXT, MokaConfig
 from .decoding import text_step
 from .inputs import RoutingInputs, cache_length, resolve
+from .kernels import fused
 from .layer import MokaLayer, MokaLinear
 from .routing import Routing, View, routing_of, text_view
 from .shared import SharedInputs
@@ -88,7 +89,10 @@ class MokaRouter:
 
     def stand_aside(self, views: dict[str, View]) -> None:
         """Let every layer's call go to what is left of it for text: a decode step has hundreds of such calls."""
-        if self._bypassed or torch.is_grad_enabled() or self.recorder is not None:
+        if torch.is_grad_enabled() or self.recorder is not None or not fused():
+            self.take_part()
+            return
+        if self._bypassed:
             return
         for module in self.root.modules():
             step = text_step(module, views) if isinstance(module, MokaLinear) else None

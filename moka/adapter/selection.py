@@ -36,7 +36,8 @@ class Selection:
 
 def select(view: View, config: MokaConfig, x: torch.Tensor) -> Selection:
     """The selection of this view for inputs like ``x``, made once."""
-    key = (x.dtype, x.device, config.interaction)
+    # What is made in inference mode cannot be kept for a backward.
+    key = (x.dtype, x.device, config.interaction, torch.is_inference_mode_enabled())
     made = view.derived.get(key)
     if made is None:
         made = view.derived[key] = _make(view, config, x)

@@ -96,7 +96,8 @@ def _traits(layer: MokaLinear, name: str) -> tuple | None:
     A = layer.moka_A[name]
     if layer.merged or layer._disable_adapters or name not in layer.active_adapters:
         return None
-    if is_partitioned(A):
+    # A layer that is watched may be an FSDP unit of its own, whole in its own calls alone.
+    if is_partitioned(A) or has_hooks(layer):
         return None
     return A.shape, A.dtype, A.device, layer.moka_scaling[name], layer.dropout_rate(name)
 
@@ -137,5 +138,5 @@ def _compute(layers: list[MokaLinear], name: str, x: torch.Tensor, view: View) -
     if selection.attention is not None:
         z = attend(z, selection.attention, len(layers))
     forks = given is x and x.requires_grad and torch.is_grad_enabled()
-    own = z.view(len(z), len(layers), -1).unbind(1) if len(layers) > 1 else [z]
+    own = z.view(len(z), len(layers), layer.moka_r[name]).unbind(1) if len(layers) > 1 else [z]
     return [(again if forks else x, part) for part in own]

@@ -1,5 +1,6 @@
 """The fused functions: equal to plain operators, dropout drawn anew in backward, one input kept, nothing watched changed."""
 
+import copy
 import itertools
 
 import pytest
@@ -356,7 +357,153 @@ def test_a_hook_on_an_input_sees_its_whole_gradient():
     torch.testing.assert_close(found[0], found[1])
 
 
+@pytest.mark.parametrize("everywhere", [False, True], ids=["of the layer", "of all modules"])
+def test_a_backward_hook_keeps_what_it_saw(tiny, batch, everywhere):
+    model = tiny.adapted()
+    expected = step(model, batch, tiny)
+    seen = []
+
+    def hook(module, grad_input, grad_output):
+        seen.extend((grad, grad.clone()) for grad in grad_input if grad is not None)
+
+    if everywhere:
+        handle = nn.modules.module.register_module_full_backward_hook(hook)
+    else:
+        layer = model.base_model.model.model.layers[1].self_attn.q_proj
+        handle = layer.base_layer.register_full_backward_hook(hook)
+    try:
+        assert_equal(step(model, batch, tiny), expected)
+    finally:
+        handle.remove()
+    assert seen
+    assert all(torch.equal(now, then) for now, then in seen)
+
+
+def test_a_base_layer_that_keeps_its_result_is_left_alone():
+    class Sigmoid(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).sigmoid()
+
+    torch.manual_seed(0)
+    model = attention()
+    model.base_model.model.q_proj.base_layer = Sigmoid(6, 5)
+    x, types = torch.randn(1, 4, 6), torch.tensor([[0, 1, 3, 0]])
+    results = []
+    for plain in (False, True):
+        leaf = x.clone().requires_grad_()
+        if plain:
+            with reference_path():
+                y = model(leaf, mm_token_type_ids=types, question_mask=types == 0)
+        else:
+            y = model(leaf, mm_token_type_ids=types, question_mask=types == 0)
+        results.append((y, torch.autograd.grad(y.square().sum(), leaf)[0]))
+    torch.testing.assert_close(results[0], results[1])
+
+
+# --- other modes of PyTorch
+
+
+def test_deterministic_algorithms(tiny, batch):
+    model = tiny.adapted(dropout=0.2)
+    torch.manual_seed(0)
+    expected = step(model, batch, tiny)
+    torch.use_deterministic_algorithms(True)
+    try:
+        torch.manual_seed(0)
+        assert_equal(step(model, batch, tiny), expected, tolerance=0)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_training_after_inference_mode_in_one_block():
+    model = attention()
+    x, types = torch.randn(1, 4, 6), torch.tensor([[0, 1, 3, 0]])
+    with moka.routing(model, mm_token_type_ids=types, question_mask=types == 0):
+        with torch.inference_mode():
+            before = model(x)
+        after = model(x)
+        after.sum().backward()
+    assert torch.equal(before, after.detach())
+
+
+def test_functional_gradients(tiny):
+    model = attention()
+    x, types = torch.randn(1, 4, 6), torch.tensor([[0, 1, 3, 0]])
+    own = {name: p.detach() for name, p in model.named_parameters() if "moka_" in name}
+
+    def loss(parameters):
+        return torch.func.functional_call(model, parameters, (x,)).square().sum()
+
+    with moka.routing(model, mm_token_type_ids=types, question_mask=types == 0):
+        functional = torch.func.grad(loss)(own)
+        model(x).square().sum().backward()
+    for name, grad in tiny.gradients(model).items():
+        torch.testing.assert_close(functional[name], grad, msg=name)
+
+
+def test_the_seed_comes_from_the_host_whatever_the_default_device():
+    with torch.device("meta"):
+        assert isinstance(draw_seed(), int)
+
+
+def test_a_mask_of_bfloat16(tiny, batch):
+    model = tiny.adapted()
+    expected = model(**batch.kwargs()).logits
+    batch.attention_mask = batch.attention_mask.bfloat16()
+    torch.testing.assert_close(model(**batch.kwargs()).logits, expected)
+
+
+def test_every_parameter_has_a_gradient_where_no_token_is_adapted(tiny):
+    for share_b in (True, False):
+        model = tiny.adapted(adapt=["visual"], share_b=share_b)
+        _, grads = step(model, tiny.rows(["t t q q", "q t"]), tiny)
+        assert len(grads) == 28
+        assert all(grad.shape == model.get_parameter(name).shape for name, grad in grads.items())
+        assert all((grad == 0).all() for grad in grads.values())
+
+
 # --- decoding
+
+
+def test_a_forward_that_somebody_replaced_stays(tiny, batch):
+    """accelerate moves weights between devices that way."""
+    model = tiny.adapted()
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    calls = []
+    own = layer.forward
+    layer.forward = lambda x: calls.append(x.shape[1]) or own(x)
+    model.generate(**batch.kwargs(), max_new_tokens=4, do_sample=False)
+    model(**batch.kwargs())
+    assert calls == [10, 1, 1, 1, 10]
+
+
+def test_dropout_is_in_force_while_a_model_in_training_decodes(tiny, batch, monkeypatch):
+    model = tiny.adapted(dropout=0.5).train()
+    settings = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    drawn = []
+    monkeypatch.setattr(kernels, "draw_seed", lambda: drawn.append(1) or 7)
+    model.generate(**batch.kwargs(), **settings)
+    assert len(drawn) == 4 * 8  # in the prefill and in three steps: q, k, v; o; gate, up; down of two blocks
+
+
+def test_gradients_at_a_decode_position(tiny):
+    model = tiny.adapted()
+    prompt = tiny.rows(["t i i q q t"])
+    found = []
+
+    def scores_with_gradients(ids, scores):
+        if ids.shape[1] > 6:
+            with torch.enable_grad():
+                loss = model(input_ids=ids[:, -1:], past_key_values=copy.deepcopy(held[0])).logits.sum()
+                found.append(torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad]))
+        return scores
+
+    held = [model(**prompt.kwargs(), use_cache=True).past_key_values]
+    for layer in held[0].layers:
+        layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+    model.generate(**prompt.kwargs(), max_new_tokens=3, do_sample=False, logits_processor=[scores_with_gradients])
+    assert found
+    assert all(grad.abs().max() > 0 for grad in found[0][:2])
 
 
 def test_a_decode_step_is_the_base_layers_and_two_products_each(tiny):

@@ -10,8 +10,9 @@ from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 import moka
 from moka.adapter import MokaLayer
+from moka.adapter.kernels import reference_path
 
-pytest.importorskip("bitsandbytes")
+bitsandbytes = pytest.importorskip("bitsandbytes")
 
 ROUTED = ("input_ids", "mm_token_type_ids", "interaction_ids", "attention_mask")
 KINDS = {
@@ -150,3 +151,31 @@ def test_copies_of_a_merged_model_unmerge_as_well(tiny, backbones, batch):
     twin = copy.deepcopy(model)
     twin.unmerge_adapter()
     near(logits(twin, batch), expected)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("threshold", [0.0, 6.0])
+def test_gradients_through_8_bit_layers_are_those_of_plain_operators(tiny, batch, kind, training, threshold):
+    """bitsandbytes gives a view of its own function's result, on a GPU always and on a CPU in evaluation mode."""
+    backbone = tiny.backbone(kind)
+    for name, module in list(backbone.model.layers.named_modules()):
+        if isinstance(module, torch.nn.Linear):
+            quantised = bitsandbytes.nn.Linear8bitLt(
+                module.in_features, module.out_features, module.bias is not None, False, threshold=threshold
+            )
+            quantised.load_state_dict(module.state_dict())
+            backbone.model.layers.set_submodule(name, quantised.to("cpu"))
+    model = tiny.adapted(backbone=backbone).train(training)
+
+    def gradients():
+        model.zero_grad()
+        model(**batch.kwargs(*ROUTED), labels=batch.input_ids).loss.backward()
+        return tiny.gradients(model)
+
+    ours = gradients()
+    with reference_path():
+        theirs = gradients()
+    assert len(ours) == 28
+    for name, grad in ours.items():
+        near(grad, theirs[name])
