@@ -20,12 +20,6 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 _fused = True
-_GLOBAL_HOOKS = (
-    "_global_forward_hooks",
-    "_global_forward_pre_hooks",
-    "_global_backward_hooks",
-    "_global_backward_pre_hooks",
-)
 
 
 @contextmanager
@@ -54,8 +48,17 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether somebody watches this module's calls, forward or backward, and may keep what he sees."""
-    own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(own) or any(getattr(nn.modules.module, name) for name in _GLOBAL_HOOKS)
+    everywhere = nn.modules.module
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or everywhere._global_forward_hooks
+        or everywhere._global_forward_pre_hooks
+        or everywhere._global_backward_hooks
+        or everywhere._global_backward_pre_hooks
+    )
 
 
 def is_partitioned(parameter: torch.Tensor) -> bool:
@@ -126,17 +129,30 @@ def _add_kept(dx: torch.Tensor, dz: torch.Tensor, A: torch.Tensor, rate: float, 
     return dx
 
 
+def _project(
+    x: torch.Tensor,
+    A: torch.Tensor,
+    index: torch.Tensor | None,
+    keep: torch.Tensor | None,
+    factor: float,
+    rate: float,
+    seed: int,
+) -> torch.Tensor:
+    given = _drop(x, rate, seed).reshape(-1, x.shape[-1])
+    z = given @ A.flatten(0, 1).t()  # [tokens, M * width]
+    if index is not None:
+        z = z.view(-1, A.shape[1]).index_select(0, index)  # [tokens, width]
+    if factor != 1:
+        z *= factor
+    if keep is not None:
+        z *= keep
+    return z
+
+
 class _Down(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, A, index, keep, factor, rate, seed, owns_gradient):
-        given = _drop(x, rate, seed)
-        z = given.reshape(-1, x.shape[-1]) @ A.flatten(0, 1).t()  # [tokens, M * width]
-        if index is not None:
-            z = z.view(-1, A.shape[1]).index_select(0, index)  # [tokens, width]
-        if factor != 1:
-            z *= factor
-        if keep is not None:
-            z *= keep
+        z = _project(x, A, index, keep, factor, rate, seed)
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, A, index, keep)
         ctx.shape, ctx.factor, ctx.rate, ctx.seed, ctx.owns_gradient = x.shape, factor, rate, seed, owns_gradient
         ctx.set_materialize_grads(False)
@@ -192,18 +208,26 @@ def down(
             makes a new one.
     """
     seed = draw_seed() if dropout else 0
-    return _Down.apply(x, A, index, keep, factor / (1 - dropout), dropout, seed, owns_gradient)
+    arguments = (x, A, index, keep, factor / (1 - dropout), dropout, seed)
+    if not torch.is_grad_enabled():
+        return x, _project(*arguments)
+    return _Down.apply(*arguments, owns_gradient)
+
+
+def _add(y: torch.Tensor, z: torch.Tensor, B: torch.Tensor, scale: float, in_place: bool) -> torch.Tensor:
+    flat = y.view(-1, y.shape[-1])
+    if not in_place:
+        return torch.addmm(flat, z, B.t(), alpha=scale).view(y.shape)
+    flat.addmm_(z, B.t(), alpha=scale)
+    return y
 
 
 class _Up(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, z, B, scale, in_place):
-        flat = y.view(-1, y.shape[-1])
+        y = _add(y, z, B, scale, in_place)
         if in_place:
-            flat.addmm_(z, B.t(), alpha=scale)
             ctx.mark_dirty(y)
-        else:
-            y = torch.addmm(flat, z, B.t(), alpha=scale).view(y.shape)
         ctx.save_for_backward(z, B)
         ctx.scale = scale
         return y
@@ -231,4 +255,4 @@ def up(y: torch.Tensor, z: torch.Tensor, B: torch.Tensor, scale: float, in_place
         B: [out, r] likewise.
         in_place: write onto ``y``, which nobody else may need.
     """
-    return _Up.apply(y, z, B, scale, in_place)
+    return _Up.apply(y, z, B, scale, in_place) if torch.is_grad_enabled() else _add(y, z, B, scale, in_place)

@@ -178,11 +178,16 @@ class MokaLinear(nn.Module, MokaLayer):
         z = (A.sum() * 0).to(dtype).expand(tokens, self.moka_r[name])
         return z, (B if B.dim() == 2 else B.sum(0)).to(dtype), 1.0
 
+    def makes_its_result(self) -> bool:
+        """Whether the base layer's result, and its gradient, are nobody else's: a plain linear layer makes them anew and
+        keeps nothing of them, but whoever watches the layer may."""
+        base = self.base_layer
+        return type(base) is nn.Linear and not has_hooks(base)
+
     def _may_write_to(self, result: torch.Tensor) -> bool:
-        """Whether the base layer's result is nobody else's: a plain linear layer makes it anew and keeps nothing of it, but
-        whoever watches the layer may. Of a view (with a bias) autograd would make copies."""
-        if type(self.base_layer) is not nn.Linear or has_hooks(self.base_layer):
+        if not self.makes_its_result():
             return False
+        # Of a view (a linear layer with a bias makes one) autograd would make copies.
         return not torch.is_grad_enabled() or not (result._is_view() or (result.requires_grad and result.is_leaf))
 
     def _slots(self, z: torch.Tensor, view: View, config: MokaConfig) -> torch.Tensor:

@@ -35,7 +35,8 @@ class SharedInputs:
     """z~ that is computed and not fetched yet; of one input at a time. Held by the router of a model."""
 
     def __init__(self) -> None:
-        self._partners: dict[int, tuple[MokaLinear, ...]] | None = None  # by the id of each layer
+        self._siblings: dict[int, tuple[MokaLinear, ...]] | None = None  # by the id of each layer
+        self._partners: dict[tuple[int, str, bool], list[MokaLinear]] = {}  # by that, adapter, and whether in training
         self.clear()
 
     def clear(self) -> None:
@@ -46,7 +47,8 @@ class SharedInputs:
 
     def changed(self) -> None:
         """Forget which layers there are."""
-        self._partners = None
+        self._siblings = None
+        self._partners.clear()
         self.clear()
 
     def fetch(self, layer: MokaLinear, name: str, x: torch.Tensor) -> Computed | None:
@@ -67,18 +69,24 @@ class SharedInputs:
         self._waiting |= {(id(layer), name): computed for layer, computed in zip(layers, values, strict=True)}
 
     def partners(self, layer: MokaLinear, name: str) -> list[MokaLinear]:
-        """The layers to compute for when ``layer`` is called, itself first."""
+        """The layers to compute for when ``layer`` is called, itself first. Settled once, until an adapter changes: a
+        recomputation under gradient checkpointing must come to the same."""
         router = layer.moka_router
         if not router.running:
             return [layer]
-        if self._partners is None:
-            self._partners = _find_partners(router.root, type(layer))
-        own = _traits(layer, name)
-        others = self._partners.get(id(layer), ()) if own is not None else ()
-        return [layer] + [other for other in others if other is not layer and _traits(other, name) == own]
+        key = (id(layer), name, layer.training)
+        found = self._partners.get(key)
+        if found is None:
+            if self._siblings is None:
+                self._siblings = _find_siblings(router.root, type(layer))
+            own = _traits(layer, name)
+            others = self._siblings.get(id(layer), ()) if own is not None else ()
+            found = [layer] + [other for other in others if other is not layer and _traits(other, name) == own]
+            self._partners[key] = found
+        return found
 
 
-def _find_partners(root: nn.Module, kind: type) -> dict[int, tuple[MokaLinear, ...]]:
+def _find_siblings(root: nn.Module, kind: type) -> dict[int, tuple[MokaLinear, ...]]:
     found = {}
     for parent in root.modules():
         children = parent._modules
@@ -132,11 +140,10 @@ def _compute(layers: list[MokaLinear], name: str, x: torch.Tensor, view: View) -
         A = [own.moka_A[name] for own in layers]  # [M, r, in] each
     stacked = (A[0] if len(A) == 1 else torch.cat(A, dim=1)).to(given.dtype)
     factor = layer.moka_scaling[name] if config.scale_position == "input" else 1.0
-    owns_gradient = all(type(own.base_layer) is nn.Linear and not has_hooks(own.base_layer) for own in layers)
-    rate = layer.dropout_rate(name)
-    again, z = down(given, stacked, selection.index, selection.keep, factor, rate, owns_gradient)
+    forks = given is x and x.requires_grad and torch.is_grad_enabled()
+    owns_gradient = forks and all(own.makes_its_result() for own in layers)
+    again, z = down(given, stacked, selection.index, selection.keep, factor, layer.dropout_rate(name), owns_gradient)
     if selection.attention is not None:
         z = attend(z, selection.attention, len(layers))
-    forks = given is x and x.requires_grad and torch.is_grad_enabled()
     own = z.view(len(z), len(layers), layer.moka_r[name]).unbind(1) if len(layers) > 1 else [z]
     return [(again if forks else x, part) for part in own]
