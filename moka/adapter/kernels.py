@@ -96,36 +96,41 @@ def dropped_positions(elements: int, rate: float, seed: int) -> torch.Tensor:
     return torch.from_numpy(positions[: np.searchsorted(positions, elements)])
 
 
-def _drop(x: torch.Tensor, rate: float, seed: int) -> torch.Tensor:
-    """``x`` with the elements that this seed drops at zero; the others are not scaled up."""
+def _draw(x: torch.Tensor, rate: float, seed: int) -> torch.Tensor | None:
+    """What this seed drops of a tensor like ``x``: on a CPU the positions of what it drops, elsewhere a mask [..., in] of what
+    it keeps; None: nothing is dropped."""
     if rate == 0:
-        return x
+        return None
     if x.device.type == "cpu":
-        x = x.clone(memory_format=torch.contiguous_format)
-        x.view(-1).index_fill_(0, dropped_positions(x.numel(), rate, seed), 0)
-        return x
-    return x * _kept(x, rate, seed)
-
-
-def _kept(x: torch.Tensor, rate: float, seed: int) -> torch.Tensor:
+        return dropped_positions(x.numel(), rate, seed)
     generator = torch.Generator(x.device)
     generator.manual_seed(seed)
     return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - rate, generator=generator)
 
 
-def _add_kept(dx: torch.Tensor, dz: torch.Tensor, A: torch.Tensor, rate: float, seed: int) -> torch.Tensor:
-    """dx + dz A where this seed drops nothing, and dx where it does. Writes onto ``dx``."""
+def _drop(x: torch.Tensor, drawn: torch.Tensor | None) -> torch.Tensor:
+    """``x`` with what was drawn (`_draw`) at zero; the others are not scaled up."""
+    if drawn is None:
+        return x
+    if drawn.dtype == torch.bool:
+        return x * drawn
+    x = x.clone(memory_format=torch.contiguous_format)
+    x.view(-1).index_fill_(0, drawn, 0)
+    return x
+
+
+def _add_kept(dx: torch.Tensor, dz: torch.Tensor, A: torch.Tensor, drawn: torch.Tensor | None) -> torch.Tensor:
+    """dx + dz A where nothing was dropped, and dx where it was. Writes onto ``dx``."""
     flat = dx.view(-1, dx.shape[-1])
-    if rate == 0:
+    if drawn is None:
         flat.addmm_(dz, A)
-    elif dx.device.type == "cpu":
-        positions = dropped_positions(dx.numel(), rate, seed)
-        elements = dx.view(-1)
-        before = elements.index_select(0, positions)
-        flat.addmm_(dz, A)
-        elements.index_copy_(0, positions, before)
+    elif drawn.dtype == torch.bool:
+        flat.addcmul_(dz @ A, drawn.view(flat.shape))
     else:
-        flat.addcmul_(dz @ A, _kept(flat, rate, seed))
+        elements = dx.view(-1)
+        before = elements.index_select(0, drawn)
+        flat.addmm_(dz, A)
+        elements.index_copy_(0, drawn, before)
     return dx
 
 
@@ -138,7 +143,7 @@ def _project(
     rate: float,
     seed: int,
 ) -> torch.Tensor:
-    given = _drop(x, rate, seed).reshape(-1, x.shape[-1])
+    given = _drop(x, _draw(x, rate, seed)).reshape(-1, x.shape[-1])
     z = given @ A.flatten(0, 1).t()  # [tokens, M * width]
     if index is not None:
         z = z.view(-1, A.shape[1]).index_select(0, index)  # [tokens, width]
@@ -170,16 +175,16 @@ class _Down(torch.autograd.Function):
         if index is not None:
             slots = dz.new_zeros(dz.shape[0] * A.shape[0], A.shape[1])
             dz = slots.index_copy_(0, index, dz).view(dz.shape[0], -1)  # [tokens, M * width]
+        drawn = _draw(A.new_empty(()).expand(ctx.shape), ctx.rate, ctx.seed)
         dA = None
         if ctx.needs_input_grad[1]:
-            given = _drop(x, ctx.rate, ctx.seed)
-            dA = (dz.t() @ given.reshape(-1, ctx.shape[-1])).view_as(A)
+            dA = (dz.t() @ _drop(x, drawn).reshape(-1, ctx.shape[-1])).view_as(A)
         if ctx.needs_input_grad[0]:
             if dx is None:
                 dx = A.new_zeros(ctx.shape)
             elif not (ctx.owns_gradient and dx.is_contiguous() and dx.dtype == A.dtype):
                 dx = dx.to(A.dtype, copy=True, memory_format=torch.contiguous_format)
-            dx = _add_kept(dx, dz, A.flatten(0, 1), ctx.rate, ctx.seed)
+            dx = _add_kept(dx, dz, A.flatten(0, 1), drawn)
         return dx, dA, None, None, None, None, None, None
 
 

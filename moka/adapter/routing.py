@@ -43,9 +43,8 @@ class View:
     adapted: torch.Tensor | None  # [batch, seq, 1] bool; None: every token goes through the adapter
     pairs: Pairs | None  # None: no token interacts
     silent: bool = False  # no token goes through the adapter at all
-    derived: dict = field(
-        default_factory=dict, compare=False, repr=False
-    )  # what layers made of it (`selection.select`)
+    # What layers made of it (`selection.select`).
+    derived: dict = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def uniform(self) -> bool:
