@@ -212,4 +212,8 @@ def test_generation_takes_a_batch_with_host_ids():
 
 
 def test_packed_rows_are_packed():
-    assert samples_begin(packed("i", "a")["position_ids"]) is not None
+    positions = packed("i", "a")["position_ids"]
+    begins = samples_begin(positions)
+    assert begins is not None
+    assert torch.equal(begins, positions == 0)
+    assert begins.sum() == 2
