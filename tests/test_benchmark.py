@@ -64,6 +64,14 @@ def test_a_profile_tells_the_adapter_from_the_backbone(tmp_path):
         assert all(groups[name][group] > 0 for group in profiling.GROUPS)
 
 
+def test_attention_in_an_adapted_layer_is_the_adapters():
+    grouping = profiling.Grouping(sizes.backbone_config("random:tiny"), rank=4, modalities=3)
+    shapes = [[2, 3, 16, 4]] * 3
+    for name in ("aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_flash_attention_backward"):
+        assert grouping.group(name, shapes, "") == "attention"
+        assert grouping.group(name, shapes, f"{name} {profiling.ADAPTED}") == "adapter"
+
+
 def made(words, names=("moka", "reference")):
     """Models by variant and their batch."""
     arguments = options.parse([*words, "--threads", "1"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import random
 import statistics
+import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -154,6 +155,7 @@ def measure(cases: dict[str, Case], arguments: Namespace, settings: dict[str, An
     device = torch.device(arguments.device)
     point = Point(settings, next(iter(cases.values())).tokens)
     label = ", ".join(f"{key} {value}" for key, value in settings.items()) or "rounds"
+    begin = time.perf_counter()
     with tqdm(total=len(cases) * (arguments.warm_up + 2), desc=f"{label}: memory, FLOPs", disable=None) as bar:
         for name, case in cases.items():
             for _ in range(arguments.warm_up):
@@ -164,6 +166,9 @@ def measure(cases: dict[str, Case], arguments: Namespace, settings: dict[str, An
             point.flops[name] = counted_flops(case.run)
             bar.update()
     point.seconds = interleaved(cases, arguments, label)
+    if not sys.stderr.isatty():  # where no bars are drawn
+        rounds = min(map(len, point.seconds.values()))
+        print(f"{label}: {rounds} rounds, {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
     return point
 
 

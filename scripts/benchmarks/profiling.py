@@ -44,7 +44,7 @@ class Grouping:
 
     A matrix product with a side of r, M r, or that for several projections is the adapter's, unless the backbone has a
     side as narrow; one with the vocabulary's side makes logits. What else runs in an adapted layer, or in the backward
-    pass of that, is the adapter's too: dropout, masks, sums.
+    pass of that, is the adapter's too: dropout, masks, sums, attention in rank space.
     """
 
     def __init__(self, config: Any, rank: int, modalities: int) -> None:
@@ -59,7 +59,7 @@ class Grouping:
         """``within``: the names of the ranges around the operator, and around the one whose gradient it computes."""
         sides = {side for shape in shapes for side in (shape if isinstance(shape, (list, tuple)) else ())}
         if "_scaled_dot_product" in name or "flash_attention" in name:
-            return "attention"
+            return "adapter" if ADAPTED in within else "attention"
         if "Optimizer" in name or "Optimizer" in within:
             return "optimizer"
         if self.vocabulary in sides or LOSS in within:
