@@ -19,7 +19,7 @@ from .decoding import text_step
 from .inputs import RoutingInputs, cache_length, resolve
 from .kernels import fused
 from .layer import MokaLayer, MokaLinear
-from .routing import Routing, View, routing_of, text_view
+from .routing import Routing, View, build_routing, text_view
 from .shared import SharedInputs
 
 ROUTING_ARGUMENTS = ("mm_token_type_ids", "interaction_ids", "question_mask")
@@ -189,7 +189,7 @@ class MokaRouter:
             return
         given = {name: getattr(scope, name) for name in ROUTING_ARGUMENTS}
         inputs = resolve(configs, {"attention_mask": mask}, given, None, training=False)
-        routing = None if inputs is None else routing_of(configs, *inputs, only=self.only, device=self.device())
+        routing = None if inputs is None else build_routing(configs, *inputs, only=self.only, device=self.device())
         self.ready = None if routing is None else (routing, mask)
         if self.root.training:
             route_checkpoints(self.root, self)
@@ -238,7 +238,7 @@ class MokaRouter:
             configs = {adapter_name: self.configs[adapter_name]}
             given = dict.fromkeys(ROUTING_ARGUMENTS)
             inputs = resolve(configs, {}, given, self.scope, torch.is_grad_enabled())
-            routing = None if inputs is None else routing_of(configs, *inputs, only=self.only, device=self.device())
+            routing = None if inputs is None else build_routing(configs, *inputs, only=self.only, device=self.device())
             self._by_scope = self.scope, key, routing
         self._seen_routing = True
         return self._by_scope[2]

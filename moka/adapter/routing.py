@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from moka.errors import MokaError
-from moka.host import HostIds, upload
+from moka.host import upload
 
 from .config import TEXT, MokaConfig
 
@@ -67,38 +67,24 @@ class Routing:
 
 def build_routing(
     configs: dict[str, MokaConfig],
-    type_ids: torch.Tensor,
-    interaction_ids: torch.Tensor | None,
-    valid: torch.Tensor | None,
-    only: frozenset[str] | None = None,
-    device: torch.device | None = None,
-) -> Routing:
-    """Build the routing of one forward for the given adapters: in host memory, then uploaded at once.
-
-    Args:
-        configs: adapter name -> its configuration.
-        type_ids: [batch, seq] int.
-        interaction_ids: [batch, seq] int, or None for no interaction.
-        valid: [batch, seq] bool, False at padding; None: no padding.
-        only: the modalities whose tokens go through the adapters; None: all that they adapt.
-        device: where the layers' inputs lie; None: where ``type_ids`` do.
-    Raises:
-        MokaError: an id that no modality of the configuration claims.
-    """
-    given = {"mm_token_type_ids": type_ids, "interaction_ids": interaction_ids, "attention_mask": valid}
-    arrays = (None if ids is None else ids.numpy() for ids in HostIds().read(given).values())
-    return routing_of(configs, *arrays, only=only, device=type_ids.device if device is None else device)
-
-
-def routing_of(
-    configs: dict[str, MokaConfig],
     types: np.ndarray,
     groups: np.ndarray | None,
     valid: np.ndarray | None,
     only: frozenset[str] | None,
     device: torch.device,
 ) -> Routing:
-    """`build_routing` from what lies in host memory already."""
+    """Build the routing of one forward for the given adapters: in host memory, then uploaded at once.
+
+    Args:
+        configs: adapter name -> its configuration.
+        types: ``mm_token_type_ids`` [batch, seq] int.
+        groups: ``interaction_ids`` [batch, seq] int, or None for no interaction.
+        valid: [batch, seq], 0 at padding; None: no padding.
+        only: the modalities whose tokens go through the adapters; None: all that they adapt.
+        device: where the layers' inputs lie.
+    Raises:
+        MokaError: an id that no modality of the configuration claims.
+    """
     real = None if valid is None or valid.all() else valid != 0
     made: dict[tuple, View | _HostView] = {}
     for config in configs.values():

@@ -30,7 +30,7 @@ from .config import MokaConfig
 from .inputs import RoutingInputs, cache_length, check_kind, check_prompt, resolve
 from .layer import MokaLayer
 from .router import HOST_IDS, ROUTING_ARGUMENTS, MokaRouter
-from .routing import Routing, routing_of
+from .routing import Routing, build_routing
 
 ROUTER_ATTRIBUTE = "moka_router"
 
@@ -106,7 +106,7 @@ class RoutedForward:
         routing = None
         if inputs is not None:
             device = router.device(tokens, *given.values())
-            routing = routing_of(configs, *inputs, only=router.only, device=device)
+            routing = build_routing(configs, *inputs, only=router.only, device=device)
         if self.model.training:
             route_checkpoints(self.model, router)
         return routing, True

@@ -1,5 +1,6 @@
 """Routing: which token is of which modality, who attends to whom, and where the ids come from."""
 
+import numpy as np
 import pytest
 import torch
 from peft import get_peft_model
@@ -13,10 +14,13 @@ ROUTED = ("input_ids", "mm_token_type_ids", "interaction_ids", "attention_mask")
 
 
 def view(types, ids=None, valid=None, **settings):
-    types = torch.tensor(types)
-    ids = None if ids is None else torch.tensor(ids)
-    valid = None if valid is None else torch.tensor(valid).bool()
-    return build_routing({"a": moka.MokaConfig(**settings)}, types, ids, valid).views["a"]
+    return views({"a": moka.MokaConfig(**settings)}, types, ids, valid)["a"]
+
+
+def views(configs, *ids):
+    """By adapter, of ids given as lists."""
+    arrays = [None if own is None else np.array(own) for own in ids]
+    return build_routing(configs, *arrays, only=None, device=torch.device("cpu")).views
 
 
 def attended(view):
@@ -76,9 +80,9 @@ def test_nothing_interacts(settings):
 
 def test_adapters_of_the_same_settings_share_one_view():
     configs = {"a": moka.MokaConfig(r=2), "b": moka.MokaConfig(r=8), "c": moka.MokaConfig(interaction_weight=0.5)}
-    views = build_routing(configs, torch.tensor([[0, 1]]), torch.tensor([[1, 1]]), None).views
-    assert views["a"] is views["b"]
-    assert views["c"] is not views["a"]
+    found = views(configs, [[0, 1]], [[1, 1]], None)
+    assert found["a"] is found["b"]
+    assert found["c"] is not found["a"]
 
 
 def test_types_are_derived_from_the_placeholder_tokens(model, batch):
