@@ -256,20 +256,7 @@ class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 inputs_embeds = self.merge_embeddings(input_ids, types, known, **media)
         if types is None and input_ids is not None and self.config.uses_grid_positions:
             types = self.derive_type_ids(input_ids)
-        if begins is not None:
-            if "flash" in str(self.language_model.config._attn_implementation):
-                kwargs |= flash_lengths(begins, inputs_embeds.device)
-            begins = on_device(begins, inputs_embeds.device)
-            # transformers keeps the samples apart by these positions, where it gets no mask of padding and no cache.
-            position_ids = position_ids.masked_fill(begins, 0)
-            if self.config.uses_grid_positions:
-                grids = self._grid_positions(inputs_embeds, types, attention_mask, None)
-                position_ids = torch.cat([position_ids[None], restarted(grids, begins)])  # [4, batch, seq]
-            attention_mask, use_cache = None, False
-        elif position_ids is None and self.config.uses_grid_positions:
-            position_ids = self._grid_positions(inputs_embeds, types, attention_mask, past_key_values)
-        elif position_ids is None and past_key_values is None and _is_mask(attention_mask, inputs_embeds):
-            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        placed = self._placed(inputs_embeds, types, begins, position_ids, attention_mask, past_key_values)
         targets, places = None, None
         if labels is not None:
             targets = shifted(labels)  # [batch, seq] what each position predicts
@@ -282,16 +269,14 @@ class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         with self._head_cut.at(self.get_output_embeddings(), places, inputs_embeds):
             outputs = self.language_model(
                 inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
                 past_key_values=past_key_values,
-                use_cache=use_cache,
                 logits_to_keep=logits_to_keep,
-                **{**kwargs, "return_dict": True},
+                **{**kwargs, "use_cache": use_cache, **placed, "return_dict": True},
             )
         if self.config.uses_grid_positions and outputs.past_key_values is not None:
             # A picture takes fewer positions than it has tokens, so the length of the cache does not tell the next one.
-            rows = position_ids if position_ids.dim() == 2 else position_ids[-3:].amax(0)  # [batch, seq]
+            positions = placed["position_ids"]
+            rows = positions if positions.dim() == 2 else positions[-3:].amax(0)  # [batch, seq]
             outputs.past_key_values.next_position = rows.amax(-1) + 1  # [batch]
         if places is not None:
             outputs["logits"] = logits_at(outputs.logits, places, inputs_embeds)  # [1, positions, vocabulary]
@@ -304,6 +289,35 @@ class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 num_items_in_batch=num_items,
             )
         return CausalLMOutputWithPast(loss=outputs.loss) if loss_only else outputs
+
+    def _placed(
+        self,
+        embeds: torch.Tensor,
+        types: torch.Tensor | None,
+        begins: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        mask: Any,
+        cache: Any,
+    ) -> dict[str, Any]:
+        """Arguments of the language model that tell where each token of ``embeds`` [batch, seq, hidden] stands.
+
+        ``begins`` [batch, seq] in host memory, or None: where the samples of a packed row begin.
+        """
+        if begins is None:
+            if position_ids is None and self.config.uses_grid_positions:
+                position_ids = self._grid_positions(embeds, types, mask, cache)
+            elif position_ids is None and cache is None and _is_mask(mask, embeds):
+                position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0)
+            return {"position_ids": position_ids, "attention_mask": mask}
+        flash = "flash" in str(self.language_model.config._attn_implementation)
+        lengths = flash_lengths(begins, embeds.device) if flash else {}
+        begins = on_device(begins, embeds.device)
+        # transformers keeps the samples apart by these positions, where it gets no mask of padding and no cache.
+        position_ids = position_ids.masked_fill(begins, 0)
+        if self.config.uses_grid_positions:
+            grids = self._grid_positions(embeds, types, mask, None)
+            position_ids = torch.cat([position_ids[None], restarted(grids, begins)])  # [4, batch, seq]
+        return {"position_ids": position_ids, "attention_mask": None, "use_cache": False, **lengths}
 
     def _grid_positions(
         self, tokens: torch.Tensor, types: torch.Tensor | None, mask: torch.Tensor | None, cache: Any
