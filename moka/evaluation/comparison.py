@@ -14,6 +14,7 @@ from .evaluate import OVERALL
 from .tables import Table
 
 RESULT, MARKDOWN, LATEX = "comparison.json", "comparison.md", "comparison.tex"
+REFERENCE = "moka"  # what the others are held against
 
 
 def summarise(records: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
@@ -50,12 +51,26 @@ def comparison_table(result: Mapping[str, Any]) -> Table:
         parameters = summary["parameters"]
         cells = [_cell(summary, name) for name in categories]
         rows.append([method, str(summary["adapter"]["r"]), "-" if parameters is None else f"{parameters:,}", *cells])
-    notes = []
+    notes = _paired(methods)
     if missing := result.get("missing"):
         names = ", ".join(f"{run['method']} (seed {run['seed']})" for run in missing)
         notes.append(f"Missing: {len(missing)} of {len(methods) * len(result['seeds'])} runs: {names}.")
     header = ["method", "r", "adapter parameters", *categories]
     return Table(_title(result, finished), header, rows, notes, command=result.get("command"))
+
+
+def _paired(methods: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """How far each method is from MokA (or else the first) overall, seed by seed: runs of one seed share data and stage 1."""
+    reference = REFERENCE if REFERENCE in methods else next(iter(methods))
+    overall = {m: dict(zip(s["seeds"], s["runs"].get(OVERALL, ()), strict=False)) for m, s in methods.items()}
+    found = []
+    for method, runs in overall.items():
+        both = [seed for seed in runs if seed in overall[reference]]
+        if method != reference and len(both) > 1:
+            points = [100 * (runs[seed] - overall[reference][seed]) for seed in both]
+            mean = round(statistics.fmean(points), 1) + 0.0  # no -0.0
+            found.append(f"{method} {mean:+.1f} ± {statistics.stdev(points):.1f} ({len(both)} seeds)")
+    return [f"Overall less that of {reference}, paired by seed, in points: {'; '.join(found)}."] if found else []
 
 
 def _title(result: Mapping[str, Any], finished: Sequence[Mapping[str, Any]]) -> str:
@@ -112,6 +127,6 @@ def read_comparison(folder: str | Path) -> dict[str, Any]:
 
 
 def _complete(methods: Any) -> bool:
-    keys = {"adapter", "parameters", "n", "mean", "spread"}
+    keys = {"adapter", "seeds", "parameters", "n", "mean", "spread", "runs"}
     summaries = list(methods.values()) if isinstance(methods, dict) else []
     return bool(summaries) and all(isinstance(summary, dict) and keys <= set(summary) for summary in summaries)

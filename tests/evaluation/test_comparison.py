@@ -53,8 +53,19 @@ def test_table_names_deviation_seeds_n_and_matching():
         ["lora", "8", "1,234", "60.0 ± 14.1", "50.0 ± 14.1"],
         ["moka", "8", "1,234", "80.0 ± 0.0", "80.0 ± 14.1"],
     ]
-    assert not table.notes
     assert "ranks as configured" in comparison_table({**WHOLE, "matched_parameters": False}).title
+
+
+def test_differences_are_taken_within_a_seed():
+    # The seeds differ by 30 points, the methods within a seed by 10 and 12: unpaired, that could not be seen.
+    pairs = comparison({42: record(0, 0.4), 43: record(0, 0.7)}, {42: record(0, 0.5), 43: record(0, 0.82)})
+    (note,) = comparison_table(pairs).notes
+    assert note == "Overall less that of moka, paired by seed, in points: lora -11.0 ± 1.4 (2 seeds)."
+    part = comparison({42: record(0, 0.4), 43: record(0, 0.7)}, {43: record(0, 0.5)})
+    assert all("paired" not in note for note in comparison_table(part).notes)
+    renamed = {**pairs, "methods": {"lora": pairs["methods"]["lora"], "moka_mean": pairs["methods"]["moka"]}}
+    assert "that of lora" in comparison_table(renamed).notes[0]
+    assert "moka_mean +11.0 ± 1.4" in comparison_table(renamed).notes[0]
 
 
 def test_one_seed_claims_no_deviation():
@@ -121,5 +132,5 @@ def test_comparisons_without_a_command_or_missing_runs_named_can_be_read(tmp_pat
     old = {key: value for key, value in WHOLE.items() if key not in ("command", "missing")}
     (tmp_path / "comparison.json").write_text(json.dumps(old))
     table = comparison_table(read_comparison(tmp_path))
-    assert not table.notes
+    assert "Missing" not in " ".join(table.notes)
     assert "```" not in table.markdown()
