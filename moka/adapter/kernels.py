@@ -96,16 +96,16 @@ def dropped_positions(elements: int, rate: float, seed: int) -> torch.Tensor:
     return torch.from_numpy(positions[: np.searchsorted(positions, elements)])
 
 
-def _draw(x: torch.Tensor, rate: float, seed: int) -> torch.Tensor | None:
-    """What this seed drops of a tensor like ``x``: on a CPU the positions of what it drops, elsewhere a mask [..., in] of what
+def _draw(shape: torch.Size, device: torch.device, rate: float, seed: int) -> torch.Tensor | None:
+    """What this seed drops of a tensor of ``shape``: on a CPU the positions of what it drops, elsewhere a mask [..., in] of what
     it keeps; None: nothing is dropped."""
     if rate == 0:
         return None
-    if x.device.type == "cpu":
-        return dropped_positions(x.numel(), rate, seed)
-    generator = torch.Generator(x.device)
+    if device.type == "cpu":
+        return dropped_positions(shape.numel(), rate, seed)
+    generator = torch.Generator(device)
     generator.manual_seed(seed)
-    return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - rate, generator=generator)
+    return torch.empty(shape, dtype=torch.bool, device=device).bernoulli_(1 - rate, generator=generator)
 
 
 def _drop(x: torch.Tensor, drawn: torch.Tensor | None) -> torch.Tensor:
@@ -143,7 +143,7 @@ def _project(
     rate: float,
     seed: int,
 ) -> torch.Tensor:
-    given = _drop(x, _draw(x, rate, seed)).reshape(-1, x.shape[-1])
+    given = _drop(x, _draw(x.shape, x.device, rate, seed)).reshape(-1, x.shape[-1])
     z = given @ A.flatten(0, 1).t()  # [tokens, M * width]
     if index is not None:
         z = z.view(-1, A.shape[1]).index_select(0, index)  # [tokens, width]
@@ -175,7 +175,7 @@ class _Down(torch.autograd.Function):
         if index is not None:
             slots = dz.new_zeros(dz.shape[0] * A.shape[0], A.shape[1])
             dz = slots.index_copy_(0, index, dz).view(dz.shape[0], -1)  # [tokens, M * width]
-        drawn = _draw(A.new_empty(()).expand(ctx.shape), ctx.rate, ctx.seed)
+        drawn = _draw(ctx.shape, A.device, ctx.rate, ctx.seed)
         dA = None
         if ctx.needs_input_grad[1]:
             dA = (dz.t() @ _drop(x, drawn).reshape(-1, ctx.shape[-1])).view_as(A)

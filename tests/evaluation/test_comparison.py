@@ -33,6 +33,7 @@ WHOLE = comparison(
     {42: record(0.5, 0.4), 43: record(0.7, 0.6)},
     {42: record(0.8, 0.7), 43: record(0.8, 0.9)},
 )
+PAIRED = "Overall less that of moka, paired by seed, in points: lora -30.0 ± 0.0 (2 seeds)."  # of WHOLE
 PART = comparison({42: record(0.5, 0.4)}, {})
 
 
@@ -53,6 +54,7 @@ def test_table_names_deviation_seeds_n_and_matching():
         ["lora", "8", "1,234", "60.0 ± 14.1", "50.0 ± 14.1"],
         ["moka", "8", "1,234", "80.0 ± 0.0", "80.0 ± 14.1"],
     ]
+    assert table.notes == [PAIRED]
     assert "ranks as configured" in comparison_table({**WHOLE, "matched_parameters": False}).title
 
 
@@ -132,5 +134,5 @@ def test_comparisons_without_a_command_or_missing_runs_named_can_be_read(tmp_pat
     old = {key: value for key, value in WHOLE.items() if key not in ("command", "missing")}
     (tmp_path / "comparison.json").write_text(json.dumps(old))
     table = comparison_table(read_comparison(tmp_path))
-    assert "Missing" not in " ".join(table.notes)
+    assert table.notes == [PAIRED]
     assert "```" not in table.markdown()
