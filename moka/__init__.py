@@ -3,7 +3,7 @@
 from importlib import import_module
 
 from . import adapter, modeling  # register PeftType.MOKA, and the model type "moka" with transformers' Auto classes
-from .adapter import MokaConfig, routing
+from .adapter import MokaConfig, routing, turn_markers
 from .errors import MokaError
 from .host import HostIds
 from .modeling import MokaForConditionalGeneration, MokaProcessor
@@ -25,6 +25,7 @@ __all__ = [
     "adapter",
     "modeling",
     "routing",
+    "turn_markers",
     *_LAZY,
 ]
 

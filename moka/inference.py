@@ -12,7 +12,7 @@ from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 
-from moka.adapter.checks import check_adapter_folder
+from moka.adapter.checks import check_adapter_folder, check_finite
 from moka.data import check_sample, decode_sample
 from moka.data.media import AudioWindows, BadMediaError
 from moka.data.wheels import sha256_of
@@ -284,7 +284,7 @@ def load(
     processor.teach_end(base)
     try:
         model = PeftModel.from_pretrained(base, str(folder), torch_device=device)
-        expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+        expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     except KeyError as error:
         raise MokaError(f"{folder}: the weights lack {error}; the file lost tensors. Copy or save it again.") from error
     except RuntimeError as error:
@@ -292,7 +292,8 @@ def load(
             f"{folder}: the weights do not fit this model ({str(error).splitlines()[-1].strip()}). Use the backbone it was "
             "trained on."
         ) from error
-    missing = sorted(expected - _tensor_names(folder))
+    check_finite(expected, str(folder))
+    missing = sorted(expected.keys() - _tensor_names(folder))
     if missing:
         raise MokaError(
             f"{folder}: the weights lack {len(missing)} tensors ({missing[0]}, ...). Copy or save it again."

@@ -8,6 +8,7 @@ from .config import MokaConfig  # noqa: E402
 from .diagnostics import active_modalities, gradient_norms, interaction_weights, modality_norms  # noqa: E402
 from .layer import MokaLayer, MokaLinear  # noqa: E402
 from .model import MokaModel  # noqa: E402
+from .turns import turn_markers
 from .wrapping import routing  # noqa: E402
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "interaction_weights",
     "modality_norms",
     "routing",
+    "turn_markers",
 ]
 
 

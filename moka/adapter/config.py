@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from peft.config import PeftConfig
@@ -10,8 +11,8 @@ from peft.utils import PeftType
 
 from moka.errors import MokaError, nearest
 
-# Raised by one whenever a saved adapter can no longer be read by older code.
-FORMAT_VERSION = 1
+# Raised by one when older code can no longer read a saved adapter. 2: names end in `.weight`, `moka_A.<adapter>.weight`.
+FORMAT_VERSION = 2
 
 TEXT = "text"
 INTERACTIONS = ("question", "none", "reversed", "mean")
@@ -38,8 +39,8 @@ class MokaConfig(PeftConfig):
     """Configuration of a MokA adapter (Wei et al., NeurIPS 2025, https://arxiv.org/abs/2506.05191).
 
     Baselines of the paper are one changed field away: ``interaction="none"`` (MokA without cross-attention),
-    ``share_b=False`` (multiple LoRA), ``adapt=["visual"]`` (uni-modal LoRA), ``interaction="reversed"`` (text queries
-    the media), ``interaction="mean"`` (naive interaction).
+    ``share_b=False, interaction="none"`` (uni-modal LoRA: A and B for each modality), ``adapt=["visual"]`` (only that
+    modality's tokens), ``interaction="reversed"`` (text queries the media), ``interaction="mean"`` (naive interaction).
 
     Raises:
         MokaError: a field is out of its range; the message names the field, the value and what is allowed.
@@ -51,9 +52,12 @@ class MokaConfig(PeftConfig):
     target_modules: list[str] | str | None = field(
         default=None,
         metadata={
-            "help": "Names (or one regex) of the linear layers to adapt. Default: the seven projections of each "
-            "decoder block of the language model (q, k, v, o, gate, up, down); encoders are left alone."
+            "help": "Names of the linear layers to adapt, or 'all-linear'. They mean layers of the language model's "
+            "decoder; a path or a regex reaches any layer. Default: the linear projections of each decoder block."
         },
+    )
+    adapt_towers: bool = field(
+        default=False, metadata={"help": "Let names in target_modules mean layers of encoders and projectors too."}
     )
     exclude_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Names (or one regex) of layers to leave out."}
@@ -72,6 +76,20 @@ class MokaConfig(PeftConfig):
             "mm_token_type_ids are given. Default: the model's own image / video / audio token ids."
         },
     )
+    structure_token_ids: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Ids of text tokens around and inside media (begin and end marks, row breaks), which are never part "
+            "of a question. Default: the model's own."
+        },
+    )
+    turn_markers: dict[str, list[int]] | None = field(
+        default=None,
+        metadata={
+            "help": "Token ids that open a user's turn ('user') and an assistant's turn ('assistant'), and close a turn "
+            "('end'): moka.turn_markers(processor). With them the question is found without labels."
+        },
+    )
     interaction: Literal["question", "none", "reversed", "mean"] = field(
         default="question",
         metadata={"help": "What non-text tokens add in the low-rank space: attention over the question's text tokens."},
@@ -84,7 +102,7 @@ class MokaConfig(PeftConfig):
         metadata={"help": "Where alpha / r sits: after B ('output'), or on z before the interaction ('input')."},
     )
     share_b: bool = field(
-        default=True, metadata={"help": "One B for all modalities (MokA), or one each (False: multiple LoRA)."}
+        default=True, metadata={"help": "One B for all modalities (MokA), or one for each (False)."}
     )
     adapt: list[str] | None = field(
         default=None, metadata={"help": "Modalities whose tokens go through the adapter. Default: all of them."}
@@ -127,12 +145,13 @@ class MokaConfig(PeftConfig):
             if isinstance(value, (list, tuple)):
                 setattr(self, name, set(value))
         _check(self)
+        self.format_version = FORMAT_VERSION  # tensors are always written in today's format
         # JSON files sort their keys, so the rows of moka_A must follow something that survives: the ids.
         self.modalities = dict(sorted(self.modalities.items(), key=lambda item: min(item[1])))
 
     @classmethod
     def preset(cls, name: str, **overrides) -> MokaConfig:
-        """A published variant by name: ``paper`` (default), ``official-avt`` or ``official-vt``; overrides win."""
+        """Return a published variant by name: ``paper``, ``official-avt`` or ``official-vt``; ``overrides`` win."""
         if name not in PRESETS:
             raise MokaError(f"Unknown preset {name!r}; known: {', '.join(PRESETS)}.{nearest(name, PRESETS)}")
         values = {"r": 4, "alpha": 16, "dropout": 0.05, **PRESETS[name]}
@@ -140,37 +159,88 @@ class MokaConfig(PeftConfig):
         return cls(**{**values, **overrides})
 
     @classmethod
+    def from_processor(cls, processor, **fields) -> MokaConfig:
+        """Return a configuration that knows a processor's turn markers, placeholders and structure tokens.
+
+        Args:
+            processor: a transformers processor or tokenizer with a chat template.
+            fields: other fields; they win.
+        Raises:
+            MokaError: no chat template; a template whose turns cannot be told apart.
+        """
+        from .targets import placeholder_ids, structure_ids
+        from .turns import turn_markers
+
+        config = cls(**fields)
+        if config.turn_markers is None:
+            config.turn_markers = turn_markers(processor)
+        if config.modality_token_ids is None:
+            # None lets the model's own configuration decide.
+            config.modality_token_ids = placeholder_ids(processor, config) or None
+        if config.structure_token_ids is None:
+            config.structure_token_ids = structure_ids(processor) or None
+        return config
+
+    @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs) -> MokaConfig:
-        """As in peft; a damaged adapter folder is refused here, before any model is touched."""
+        """Read the configuration as in peft; a damaged local adapter folder is refused before any model is touched."""
         from .checks import check_adapter_config, check_adapter_folder
 
-        # The configuration first: a newer format may also hold its tensors otherwise.
+        # The configuration first: a newer format may also store its tensors in another way.
         check_adapter_config(pretrained_model_name_or_path, subfolder)
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        check_adapter_folder(pretrained_model_name_or_path, subfolder)
-        config.awaits_weights = True  # no field: an adapter made from it is taken back when its weights do not fit
+        # No field: an adapter made from it is compared with the file before the model is changed.
+        config.pending = check_adapter_folder(pretrained_model_name_or_path, subfolder)
         return config
+
+    def save_pretrained(self, save_directory: str, **kwargs) -> None:
+        """Write the configuration as in peft, and into the folder's README how to load the adapter."""
+        super().save_pretrained(save_directory, **kwargs)
+        _write_usage(Path(save_directory))
 
     @property
     def adapted(self) -> list[str]:
-        """Names of the modalities whose tokens go through the adapter, in the order of ``modalities``."""
+        """Return the names of the modalities whose tokens go through the adapter, in the order of ``modalities``."""
         return [name for name in self.modalities if self.adapt is None or name in self.adapt]
 
     @property
     def interacts(self) -> bool:
-        """Whether any token can attend to another: it takes an adapted text token and an adapted one that is not."""
+        """Return whether any token can attend to another: that needs adapted text and another adapted modality."""
         return self.interaction != "none" and TEXT in self.adapted and len(self.adapted) > 1
 
     @property
     def text_row(self) -> int:
-        """Index of the text modality in the stacked ``moka_A`` [M, r, in]."""
+        """Return the index of the text modality in the stacked ``moka_A`` [M, r, in]."""
         return list(self.modalities).index(TEXT)
 
     def weight_of(self, modality: str) -> float:
-        """lambda of one modality's queries."""
+        """Return lambda of one modality's queries."""
         if isinstance(self.interaction_weight, dict):
             return float(self.interaction_weight.get(modality, 1.0))
         return float(self.interaction_weight)
+
+
+_USAGE = """
+## How to load this adapter
+
+It is a [MokA](https://arxiv.org/abs/2506.05191) adapter. `import moka` (`pip install moka-peft`) makes the method known to
+peft; without it peft raises `KeyError: 'MOKA'`.
+
+```python
+import moka
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(backbone, "path/to/this/folder")
+```
+"""
+
+
+def _write_usage(folder: Path) -> None:
+    """Add to the README that peft wrote beside the configuration how to load the adapter, once."""
+    readme = folder / "README.md"
+    text = readme.read_text(encoding="utf-8") if readme.is_file() else "# MokA adapter\n"
+    if "import moka" not in text:
+        readme.write_text(text.rstrip() + "\n" + _USAGE, encoding="utf-8")
 
 
 def _check(config: MokaConfig) -> None:

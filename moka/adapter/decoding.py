@@ -1,59 +1,46 @@
-"""What a layer's forward comes to while text is decoded: a step has hundreds of such calls, each for a token or a few."""
+"""The text path of a layer while ``generate`` decodes: a step has hundreds of such calls, each for a token or a few."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 
-from .kernels import compute_dtype, has_hooks, is_partitioned
-from .routing import View
+from .ops import compute_dtype
 
 if TYPE_CHECKING:
     from .layer import MokaLinear
+    from .routing import Routing
 
 
-def text_step(layer: MokaLinear, views: Mapping[str, View]) -> Callable[..., torch.Tensor] | None:
-    """A function to call in the place of ``layer.forward`` for text tokens without gradients; None: nothing simpler.
-
-    It holds until an adapter is changed, added or switched. ``views``: those of text, by adapter.
-    """
-    replaced = "forward" in vars(layer)  # by accelerate, which moves weights between devices
-    if replaced or layer._disable_adapters or has_hooks(layer.base_layer):
-        return None
-    factors = {name: layer.text_factor(name, views[name]) for name in layer.adapters_in_use()}
-    factors = {name: factor for name, factor in factors.items() if factor}
-    base = layer.base_layer.forward
+def text_update(layer: MokaLinear, result: torch.Tensor, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+    """Return ``result`` [..., out] of the base layer plus the text path of all adapters in use, kept from step to step."""
+    assert routing.text_steps is not None
+    factors = routing.text_steps.get(layer)
+    if factors is None:
+        factors = routing.text_steps[layer] = _factors(layer, x, routing)
     if not factors:
-        return base
-    partitioned = any(is_partitioned(layer.moka_A[name]) for name in factors)
-    if partitioned or layer.quantization_backend is not None or any(map(layer.dropout_rate, factors)):
-        return None
-    return _TextStep(layer, base, factors)
+        return result
+    A, B = factors  # [in, r], [r, out]
+    z = x.reshape(-1, x.shape[-1]).to(A.dtype) @ A
+    if result.dtype == A.dtype:
+        return torch.addmm(result.view(-1, result.shape[-1]), z, B).view(result.shape)
+    return result + (z @ B).view(result.shape).to(result.dtype)
 
 
-class _TextStep:
-    """The base layer, and the text path of all adapters in use as one pair of matrices."""
-
-    def __init__(self, layer: MokaLinear, base: Callable, factors: dict[str, float]) -> None:
-        self.base = base
-        A, B = [], []
-        for name, factor in factors.items():
+def _factors(layer: MokaLinear, x: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, ...]:
+    """Return A^T [in, r] and B^T [r, out] of all adapters in use side by side; nothing if none has anything to add."""
+    A, B = [], []
+    for name in layer.adapters_in_use():
+        view = routing.views[name]
+        # s, 0, or -s: what a text token gets beyond what the base weight contains.
+        factor = ((not view.disabled) - layer.is_merged(name)) * layer.moka_scaling[name]
+        if factor:
             row = layer.moka_config[name].text_row
-            A.append(layer.moka_A[name][row].detach() * factor)  # [r, in]
-            own = layer.moka_B[name].detach()
+            A.append(layer.moka_A[name]()[row].detach() * factor)  # [r, in]
+            own = layer.moka_B[name]().detach()
             B.append(own if own.dim() == 2 else own[row])  # [out, r]
-        self.A, self.B = torch.cat(A), torch.cat(B, dim=1).t().contiguous()  # [r, in], [r, out]
-
-    def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        y = self.base(x, *args, **kwargs)
-        dtype = compute_dtype(x)
-        if self.A.dtype != dtype:
-            self.A, self.B = self.A.to(dtype), self.B.to(dtype)
-        z = F.linear(x, self.A).view(-1, len(self.A))
-        if y.dtype != dtype or not y.is_contiguous():
-            return y + (z @ self.B).view(y.shape).to(y.dtype)
-        y.view(-1, y.shape[-1]).addmm_(z, self.B)
-        return y
+    if not A:
+        return ()
+    dtype = compute_dtype(x)
+    return torch.cat(A).t().contiguous().to(dtype), torch.cat(B, dim=1).t().contiguous().to(dtype)

@@ -6,8 +6,9 @@ All run as context managers or single forwards of their own; no hook and no stat
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,10 +17,11 @@ from torch import nn
 from moka.errors import MokaError, nearest
 
 from .config import MokaConfig
-from .interaction import attention_shares, interact
+from .context import Block, current, entered, running_call
 from .layer import MokaLayer
-from .router import MokaRouter
-from .routing import View
+from .ops import interact, mean_weights
+from .routing import Attention, View
+from .wrapping import routed_models
 
 
 @contextmanager
@@ -35,22 +37,17 @@ def active_modalities(model: nn.Module, modalities: Collection[str]) -> Iterator
     Raises:
         MokaError: no adapter in ``model``; a name that no adapter knows.
     """
-    routers = _routers(model)
+    routed = routed_models(model, "active_modalities")
     names = [modalities] if isinstance(modalities, str) else list(modalities)
-    known = list(dict.fromkeys(name for router in routers for c in router.configs.values() for name in c.modalities))
+    configs = [config for one in routed for layer in one.layers for config in layer.moka_config.values()]
+    known = list(dict.fromkeys(name for config in configs for name in config.modalities))
     for name in names:
         if name not in known:
             raise MokaError(f"active_modalities: unknown modality {name!r}; known: {known}.{nearest(name, known)}")
-    before = [router.only for router in routers]
-    try:
-        for router in routers:
-            router.only = frozenset(names)
-            router.changed()
+    with ExitStack() as blocks:
+        for one in routed:
+            blocks.enter_context(entered(Block(one, current.block, only=frozenset(names))))
         yield
-    finally:
-        for router, only in zip(routers, before, strict=True):
-            router.only = only
-            router.changed()
 
 
 @dataclass(frozen=True)
@@ -76,12 +73,11 @@ def interaction_weights(model: nn.Module, batch: Mapping[str, Any]) -> dict[str,
     found: dict[str, InteractionMap] = {}
 
     def record(layer: str, config: MokaConfig, scaling: float, z_all: torch.Tensor, view: View) -> None:
-        if view.pairs is not None:
-            pairs = view.pairs
-            shares = attention_shares(_own(z_all, view, config), pairs, config.interaction)
-            found[layer] = InteractionMap(
-                shares.float(), pairs.query_index, pairs.key_index, pairs.mask.any(2), pairs.mask.any(1)
-            )
+        if view.attention is not None:
+            own = view.attention
+            weights = _attention_weights(_own(z_all, view, config), own, config)
+            mask = own.mask if own.mask is not None else torch.ones_like(weights, dtype=torch.bool)
+            found[layer] = InteractionMap(weights, own.query, own.key, mask.any(2), mask.any(1))
 
     _forward(model, batch, record)
     if not found:
@@ -112,16 +108,21 @@ def modality_norms(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, dict
 
     def record(layer: str, config: MokaConfig, scaling: float, z_all: torch.Tensor, view: View) -> None:
         z = _own(z_all, view, config)
-        mixed = z if view.pairs is None else interact(z, view.pairs, config.interaction)
-        rows = view.row if view.row is not None else torch.full(z.shape[:2], config.text_row, device=z.device)
-        real = torch.full(z.shape[:2], not view.silent, device=z.device)
-        real = real if view.adapted is None else real & view.adapted[..., 0]
+        mixed = z
+        if view.attention is not None:
+            mixed = interact(z.flatten(0, 1), view.attention, 1, config.interaction == "mean").view(z.shape)
+        rows = view.rows if view.rows is not None else torch.full(z.shape[:2], view.row, device=z.device)
+        adapted = torch.full(z.shape[:2], not view.disabled, device=z.device)
+        if view.adapter_mask is not None:
+            adapted &= view.adapter_mask.view(z.shape[:2])
+        if (mask := batch.get("attention_mask")) is not None and mask.shape == rows.shape:
+            adapted &= mask.to(z.device).bool()
         module = layers[layer]
-        B = module.moka_B[module.active_adapters[0]].float()
+        B = module.moka_B[module.active_adapters[0]].weight.float()
         after = scaling if config.scale_position == "output" else 1.0
         found[layer] = {}
         for row, name in enumerate(config.modalities):
-            here = real & (rows == row)  # [batch, seq]
+            here = adapted & (rows == row)  # [batch, seq]
             if not here.any():
                 continue
             own_z, own_mixed = z[here].float(), mixed[here].float()  # [tokens, r]
@@ -144,12 +145,12 @@ def gradient_norms(model: nn.Module, adapter: str | None = None) -> dict[str, di
     found: dict[str, dict[str, float]] = {}
     for name, layer in _layers(model):
         key = adapter or next(iter(layer.active_adapters), "")
-        if key not in layer.moka_A or layer.moka_A[key].grad is None:
+        if key not in layer.moka_A or layer.moka_A[key].weight.grad is None:
             continue
         config = layer.moka_config[key]
-        norms = layer.moka_A[key].grad.float().flatten(1).norm(dim=1)  # [M]
+        norms = layer.moka_A[key].weight.grad.float().flatten(1).norm(dim=1)  # [M]
         found[name] = {f"A.{m}": norm.item() for m, norm in zip(config.modalities, norms, strict=True)}
-        grad = layer.moka_B[key].grad
+        grad = layer.moka_B[key].weight.grad
         if grad is not None and config.share_b:
             found[name]["B"] = grad.float().norm().item()
         elif grad is not None:
@@ -164,35 +165,54 @@ Record = Callable[[str, MokaConfig, float, torch.Tensor, View], None]
 
 
 def _forward(model: nn.Module, batch: Mapping[str, Any], record: Record) -> None:
-    """One forward in eval mode, without gradients, that shows ``record`` each layer's z of all modalities."""
-    layers = {id(layer): name for name, layer in _layers(model)}
-    routers = _routers(model)
-    used = {name for router in routers for name in router.used()[0]}
+    """Run one forward in eval mode, without gradients, that hands ``record`` each layer's z of all modalities."""
+    used = {name for _, layer in _layers(model) if not layer.disable_adapters for name in layer.adapters_in_use()}
     if len(used) != 1:
         raise MokaError(f"The diagnostics look at one adapter; active here: {sorted(used) or 'none'}. Use set_adapter.")
-
-    def recorder(layer: MokaLayer, name: str, z_all: torch.Tensor, view: View) -> None:
-        record(layers[id(layer)], layer.moka_config[name], layer.moka_scaling[name], z_all, view)
-
+    (adapter,) = used
     training = {module: module.training for module in model.modules()}
-    try:
-        for router in routers:
-            router.recorder = recorder
+    with ExitStack() as hooks:
+        for name, layer in _layers(model):
+            if adapter in layer.moka_A and not layer.moka_tower:
+                handle = layer.register_forward_pre_hook(partial(_record, name, adapter, record))
+                hooks.callback(handle.remove)
+        hooks.callback(lambda: [setattr(module, "training", mode) for module, mode in training.items()])
         model.eval()
         with torch.no_grad():
             model(**batch)
-    finally:
-        for router in routers:
-            router.recorder = None
-        for module, mode in training.items():
-            module.training = mode
+
+
+def _record(name: str, adapter: str, record: Record, layer: MokaLayer, args: tuple) -> None:
+    call = running_call(layer.moka_model)
+    if call is None or call.routing is None:
+        return
+    x, config = args[0], layer.moka_config[adapter]
+    view = layer.view(adapter, x, call.routing)
+    shape = x.shape[:2] if x.dim() == 3 else call.routing.shape
+    A = layer.moka_A[adapter]()  # [M, r, in]
+    z_all = x.reshape(*shape, -1) @ A.flatten(0, 1).t().to(x.dtype)  # [batch, seq, M * r]
+    if config.scale_position == "input":
+        z_all = z_all * layer.moka_scaling[adapter]
+    record(name, config, layer.moka_scaling[adapter], z_all.unflatten(-1, A.shape[:2]), view)
 
 
 def _own(z_all: torch.Tensor, view: View, config: MokaConfig) -> torch.Tensor:
-    """Each token's z under its own modality's A: [batch, seq, M, r] -> [batch, seq, r]."""
-    if view.row is None:
-        return z_all[:, :, config.text_row]
-    return z_all.gather(2, view.row[..., None, None].expand(-1, -1, 1, z_all.shape[-1])).squeeze(2)
+    """Return each token's z under its own modality's A: [batch, seq, M, r] -> [batch, seq, r]."""
+    if view.rows is None:
+        return z_all[:, :, view.row]
+    return z_all.gather(2, view.rows[..., None, None].expand(-1, -1, 1, z_all.shape[-1])).squeeze(2)
+
+
+def _attention_weights(z: torch.Tensor, attention: Attention, config: MokaConfig) -> torch.Tensor:
+    """Return what each query takes from each of its keys: [batch, queries, keys] float32, rows that sum to 1 or 0."""
+    if config.interaction == "mean":
+        return mean_weights(attention)
+    width = z.shape[-1]
+    q, k = (z.gather(1, index[..., None].expand(-1, -1, width)).float() for index in (attention.query, attention.key))
+    logits = q @ k.transpose(1, 2) / width**0.5
+    if attention.mask is None:
+        return logits.softmax(-1)
+    return logits.masked_fill(~attention.mask, torch.finfo(torch.float32).min).softmax(-1) * attention.mask
 
 
 def _layers(model: nn.Module) -> list[tuple[str, MokaLayer]]:
@@ -200,7 +220,3 @@ def _layers(model: nn.Module) -> list[tuple[str, MokaLayer]]:
     if not layers:
         raise MokaError(f"{type(model).__name__} holds no MokA adapter; attach one with get_peft_model.")
     return layers
-
-
-def _routers(model: nn.Module) -> list[MokaRouter]:
-    return list({id(layer.moka_router): layer.moka_router for _, layer in _layers(model)}.values())

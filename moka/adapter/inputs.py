@@ -1,185 +1,74 @@
-"""From what a forward was given to the ids its routing is built of."""
+"""From the arguments of a forward to the ids that its routing is built of. All arrays are in host memory."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from moka.errors import MokaError
-from moka.host import HostIds
 
 from .config import TEXT, MokaConfig
-from .routing import modality_rows, question_to_interaction, text_before_answer
+from .routing import modality_rows
+from .turns import groups_from_labels, groups_from_prompt, no_marker_matched, question_groups, segments
 
-# Type ids, interaction ids and validity of the tokens of a forward: [batch, seq] in host memory.
-Resolved = tuple[np.ndarray, np.ndarray | None, np.ndarray | None]
+if TYPE_CHECKING:
+    from .wrapping import RoutedModel
+
+ROUTING_ARGUMENTS = ("mm_token_type_ids", "interaction_ids", "question_mask")
 
 
-@dataclass(frozen=True)
-class RoutingInputs:
-    """Ids put in force from outside a forward: by ``with moka.routing(...)`` or by ``generate``."""
+@dataclass(frozen=True, eq=False)
+class GivenIds:
+    """Ids of a sequence of tokens, [batch, seq] each; None: not given."""
 
-    mm_token_type_ids: torch.Tensor | None  # [batch, seq]
-    interaction_ids: torch.Tensor | None  # [batch, seq]
-    question_mask: torch.Tensor | None  # [batch, seq]
-    valid: torch.Tensor | None  # [batch, seq] bool
-    # Set by generate: the ids are those of a whole prompt that begins at this position; what follows it is decoded.
+    types: np.ndarray | None = None  # mm_token_type_ids
+    groups: np.ndarray | None = None  # interaction_ids
+    question: np.ndarray | None = None  # question_mask
+    valid: np.ndarray | None = None  # bool, False at padding
+    tokens: np.ndarray | None = None  # input_ids
+    labels: np.ndarray | None = None
+    segments: np.ndarray | None = None  # which packed sample a token belongs to
+    # Of generate: the ids are those of a prompt that begins at this position; what follows it is decoded text.
     start: int | None = None
-    device: torch.device | None = None  # where the ids lay before they were read
-
-    @classmethod
-    def of_prompt(cls, resolved: Resolved, start: int, device: torch.device | None) -> RoutingInputs:
-        """What `resolve` found of a whole prompt, in force for all steps of generate."""
-        types, groups, valid = (
-            None if ids is None else torch.from_numpy(np.ascontiguousarray(ids)) for ids in resolved
-        )
-        return cls(types, groups, None, valid, start=start, device=device)
-
-    def on_host(self) -> RoutingInputs:
-        """The same, read into host memory once for all forwards inside."""
-        ids = {"mm_token_type_ids": self.mm_token_type_ids, "interaction_ids": self.interaction_ids}
-        read = HostIds().read({**ids, "question_mask": self.question_mask, "attention_mask": self.valid})
-        device = next((i.device for i in (*ids.values(), self.question_mask) if i is not None), None)
-        valid = read.pop("attention_mask")
-        return RoutingInputs(**read, valid=valid, start=self.start, device=device)
-
-    def decodes(self, offset: int) -> bool:
-        """In generate: whether the tokens after ``offset`` cached ones lie past the prompt, so that all are text."""
-        types = self.mm_token_type_ids
-        return self.start is not None and types is not None and offset >= self.start + types.shape[1]
-
-
-@dataclass(frozen=True)
-class _Tokens:
-    """Where the tokens of one forward lie in their sequence."""
-
-    shape: tuple[int, int]  # batch, seq
-    offset: int  # tokens before them, in the cache
-    scope: RoutingInputs | None
-    first: bool  # nothing of the prompt was fed before
+    cached: int = 0  # tokens of the prompt that the cache contained before: no keys among them
+    device: torch.device | None = None  # of the tensors that were read
 
     @property
-    def by_position(self) -> bool:
-        return self.scope is not None and self.scope.start is not None
-
-    @property
-    def knows_padding(self) -> bool:
-        """In generate: whether the prompt's own mask is in force."""
-        return self.by_position and self.scope is not None and self.scope.valid is not None
+    def length(self) -> int:
+        """Return the number of tokens in a row."""
+        arrays = (self.types, self.tokens, self.groups, self.question)
+        return next(array.shape[1] for array in arrays if array is not None)
 
 
-def resolve(
-    configs: dict[str, MokaConfig],
-    bound: dict,
-    given: dict,
-    scope: RoutingInputs | None,
-    training: bool,
-    cached: int = 0,
-    known: HostIds | None = None,
-) -> Resolved | None:
-    """What is known of the tokens of this forward; None: nothing.
+@dataclass(frozen=True, eq=False)
+class Span:
+    """The tokens of one forward within a sequence whose ids are known."""
 
-    Args:
-        configs: the active adapters.
-        bound: the forward's arguments by name.
-        given: the routing arguments it got (values may be None).
-        scope: ids in force from outside.
-        training: gradients are wanted, so a missing question is an error and not "the whole prompt".
-        cached: how many of these tokens the cache holds already (a second turn given whole): no keys among them.
-        known: copies in host memory of what ``bound`` and ``given`` hold; what only the device knows is read back at once.
-    """
-    config = next(iter(configs.values()))
-    tokens = bound.get("input_ids")
-    tokens = tokens if tokens is not None else bound.get("inputs_embeds")
-    offset = cache_length(bound.get("past_key_values"))
+    ids: GivenIds
+    shape: tuple[int, int]  # batch, seq of the forward
+    begin: int | None = None  # position of its first token in ``ids``; None: the ids are those of the forward
 
-    source = _source(given, scope)
-    shaped = tokens if tokens is not None else source["mm_token_type_ids"]
-    if shaped is None:
-        if all(ids is None for ids in source.values()):
-            return None
-        raise MokaError(_NO_TYPES)
-    at = _Tokens((shaped.shape[0], shaped.shape[1]), offset, scope, _is_first(bound, offset, scope))
-    held = _read(configs, bound, source, at, known)
-    whole_types = held["mm_token_type_ids"]
-    if whole_types is not None:
-        type_ids = _align("mm_token_type_ids", whole_types, at, past_end=config.modalities[TEXT][0])
-    elif bound.get("input_ids") is not None:
-        type_ids = whole_types = _types_from_tokens(config, held["input_ids"], at.shape)
-    elif held["interaction_ids"] is not None or held["question_mask"] is not None:
-        raise MokaError(_NO_TYPES)
-    else:
+    def cut(self, array: np.ndarray, fill: int) -> np.ndarray:
+        """Return the part of [batch, length] that the forward has; ``fill`` beyond the end; rows repeated for beams."""
+        if self.begin is None:
+            return array
+        (batch, seq), begin = self.shape, self.begin
+        part = array[:, begin : begin + seq].repeat(batch // len(array), axis=0)
+        return np.pad(part, ((0, 0), (0, seq - part.shape[1])), constant_values=fill)
+
+
+def read(ids: torch.Tensor | None) -> np.ndarray | None:
+    """Return a tensor of ids in host memory. numpy has no bfloat16: of a floating-point mask only zeros count."""
+    if ids is None:
         return None
-
-    valid = _validity(bound.get("attention_mask"), held["attention_mask"], at)
-    is_text = modality_rows(config, type_ids) == config.text_row
-    if bool(is_text.all()):
-        return type_ids, None, valid
-
-    ids, question = held["interaction_ids"], held["question_mask"]
-    if ids is None and question is not None:
-        if question.shape != whole_types.shape:
-            raise MokaError(
-                f"question_mask is {list(question.shape)}, mm_token_type_ids {list(whole_types.shape)}; "
-                "they must agree."
-            )
-        ids = question_to_interaction(question, modality_rows(config, whole_types) == config.text_row)
-    if ids is not None:
-        aligned = _align("interaction_ids", ids, at)
-        _refuse_split_groups(configs, ids, whole_types, at)
-        return type_ids, aligned, valid
-    derived = _derived_interaction(configs, held["labels"], is_text, valid, training)
-    if derived is not None and cached:
-        derived[:, :cached] = 0
-    return type_ids, derived, valid
+    return (ids != 0 if ids.is_floating_point() else ids).detach().cpu().numpy()
 
 
-def _source(given: dict, scope: RoutingInputs | None) -> dict[str, torch.Tensor | None]:
-    """The routing arguments that count: the forward's own, or those in force from outside."""
-    source = dict(given)
-    if scope is not None:
-        outside = {name: getattr(scope, name) for name in source}
-        # In generate the whole prompt is known and position decides; otherwise the forward's own arguments win.
-        first, second = (outside, given) if scope.start is not None else (given, outside)
-        source = {name: first[name] if first[name] is not None else second[name] for name in source}
-    for name, ids in source.items():
-        check_kind(name, ids)
-    return source
-
-
-def _read(
-    configs: dict[str, MokaConfig], bound: dict, source: dict, at: _Tokens, known: HostIds | None
-) -> dict[str, np.ndarray | None]:
-    """What the routing depends on, in host memory."""
-    config = next(iter(configs.values()))
-    wanted: dict[str, torch.Tensor | None] = dict.fromkeys(("input_ids", "attention_mask", "labels"))
-    wanted |= source
-    if source["mm_token_type_ids"] is None and any((config.modality_token_ids or {}).values()):
-        wanted["input_ids"] = bound.get("input_ids")
-    if not at.knows_padding and _is_2d(bound.get("attention_mask")):
-        wanted["attention_mask"] = bound["attention_mask"]
-    asks = source["interaction_ids"] is not None or source["question_mask"] is not None
-    if not asks and any(one.interacts for one in configs.values()):
-        wanted["labels"] = bound.get("labels")
-    if known is not None and at.offset == 0:
-        # For the model, in the same read-back.
-        wanted |= {name: bound.get(name) for name in ("position_ids", "labels")}
-    wanted = {name: ids if isinstance(ids, torch.Tensor) else None for name, ids in wanted.items()}
-    held = (known or HostIds()).read(wanted)
-    # Of a mask of floating point, which numpy may not know the type of, it matters alone what is 0.
-    held = {name: ids != 0 if ids is not None and ids.is_floating_point() else ids for name, ids in held.items()}
-    return {name: None if ids is None else ids.numpy() for name, ids in held.items()}
-
-
-_NO_TYPES = (
-    "interaction_ids or question_mask came without mm_token_type_ids, and there are no input_ids to derive them from. "
-    "Pass mm_token_type_ids [batch, seq] (0 text, 1 image, 2 video, 3 audio)."
-)
-
-
-def check_kind(name: str, ids) -> None:
+def check_kind(name: str, ids: Any) -> None:
     """Refuse ids that are no integer tensor, and a question mask that is neither bool nor integer."""
     if ids is None:
         return
@@ -191,125 +80,279 @@ def check_kind(name: str, ids) -> None:
         raise MokaError(f"{name}: needs a [batch, seq] {kind} tensor, got {given}.")
 
 
-def _is_first(bound: dict, offset: int, scope: RoutingInputs | None) -> bool:
-    """Whether a step of generate feeds the prompt's first tokens; without a cache every step feeds them again."""
-    if scope is None or scope.start is None or offset != scope.start:
+def cache_of(arguments: Mapping[str, Any]) -> Any:
+    """Return the cache among a call's arguments; transformers 5.24 calls it ``cache``."""
+    cache = arguments.get("past_key_values")
+    return arguments.get("cache") if cache is None else cache
+
+
+def cache_length(cache: Any) -> int:
+    """Return how many tokens a transformers cache has."""
+    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+
+
+def given_ids(arguments: Mapping[str, Any]) -> GivenIds:
+    """Read the routing arguments among a call's ``arguments``."""
+    for name in ROUTING_ARGUMENTS:
+        check_kind(name, arguments.get(name))
+    types, groups, question = (arguments.get(name) for name in ROUTING_ARGUMENTS)
+    device = next((ids.device for ids in (types, groups, question) if ids is not None), None)
+    return GivenIds(read(types), read(groups), read(question), device=device)
+
+
+def tokens_of(arguments: Mapping[str, Any]) -> torch.Tensor | None:
+    """Return ``input_ids`` [batch, seq] of a call, or else its ``inputs_embeds`` [batch, seq, width]."""
+    found = arguments.get("input_ids")
+    found = found if found is not None else arguments.get("inputs_embeds")
+    return found if isinstance(found, torch.Tensor) and found.dim() >= 2 else None
+
+
+def ids_of_call(arguments: Mapping[str, Any], outside: GivenIds | None, interacts: bool) -> Span | None:
+    """Return the ids of the tokens of one forward, as it gives them itself and as ``outside`` gives them.
+
+    Args:
+        arguments: the forward's arguments by name.
+        outside: ids of an enclosing ``moka.routing`` block or ``generate``.
+        interacts: whether the question is needed.
+    Returns:
+        None: nothing is known of the tokens.
+    Raises:
+        MokaError: ids of another shape than the tokens.
+    """
+    own = given_ids(arguments)
+    tokens = tokens_of(arguments)
+    offset = cache_length(cache_of(arguments))
+    ids, mask = (_two_dimensional(arguments.get(name)) for name in ("input_ids", "attention_mask"))
+    if tokens is not None:
+        shape = tokens.shape[0], tokens.shape[1]
+        if outside is not None and outside.start is not None and _is_prompt(outside, ids, shape, offset, arguments):
+            length = outside.length
+            if outside.valid is None and mask is not None and mask.shape[1] >= length and not shape[0] % len(mask):
+                outside = replace(outside, valid=mask[:: shape[0] // len(mask), :length] != 0)
+            return Span(outside, shape, offset - outside.start)
+    block = outside if outside is not None and outside.start is None else GivenIds()
+    types, groups, question = (
+        b if a is None else a
+        for a, b in ((own.types, block.types), (own.groups, block.groups), (own.question, block.question))
+    )
+    mask = block.valid if mask is None else mask
+    if tokens is None:
+        if types is None:
+            return None
+        shape = types.shape[0], types.shape[1]
+    if types is None and ids is None:
+        if groups is not None or question is not None:
+            raise MokaError(
+                "interaction_ids or question_mask came without mm_token_type_ids, and there are no input_ids to derive "
+                "them from. Pass mm_token_type_ids [batch, seq] (0 text, 1 image, 2 video, 3 audio)."
+            )
+        return None
+    device = own.device if tokens is None else tokens.device
+    if offset and types is not None and groups is not None and types.shape == groups.shape == (shape[0], sum((offset, shape[1]))):
+        return Span(GivenIds(types, groups, device=device), shape, offset)
+    aligned = [
+        None if array is None else _align(name, array, shape, offset)
+        for name, array in zip((*ROUTING_ARGUMENTS, "attention_mask"), (types, groups, question, mask), strict=True)
+    ]
+    valid = None if aligned[3] is None else aligned[3] != 0
+    found = GivenIds(*aligned[:3], valid=valid, tokens=ids, device=device)
+    if interacts and groups is None and question is None:
+        names = () if offset else ("position_ids", "cu_seq_lens_q")
+        packed = segments(shape, _all(valid, shape), *(read(arguments.get(name)) for name in names))
+        found = replace(found, labels=_labels(arguments, shape), segments=packed)
+    return Span(found, shape)
+
+
+def _two_dimensional(ids: Any) -> np.ndarray | None:
+    return read(ids) if isinstance(ids, torch.Tensor) and ids.dim() == 2 else None
+
+
+def _all(valid: np.ndarray | None, shape: tuple[int, int]) -> np.ndarray:
+    return np.ones(shape, bool) if valid is None else valid
+
+
+def _is_prompt(
+    prompt: GivenIds, ids: np.ndarray | None, shape: tuple[int, int], offset: int, arguments: Mapping[str, Any]
+) -> bool:
+    """Return whether a forward inside generate is one of the prompt, and not of another sequence (as guidance has).
+
+    Raises:
+        MokaError: the model expanded media inside, so that these are more tokens than the prompt has ids.
+    """
+    (batch, seq), length = shape, prompt.length
+    begin = offset - (prompt.start or 0)
+    rows = next(len(array) for array in (prompt.types, prompt.tokens) if array is not None)
+    if begin < 0 or batch % rows:
         return False
-    return bound.get("past_key_values") is not None or bool(bound.get("use_cache"))
+    if ids is None:
+        # A step without a cache feeds the prompt again, with what was decoded.
+        first = begin == 0 and (cache_of(arguments) is not None or bool(arguments.get("use_cache")))
+        if first and seq > length:
+            check_length("mm_token_type_ids", length, seq)
+        return True
+    if prompt.tokens is None:
+        return True
+    # The tokens of media may be replaced by others before the language model sees them.
+    span = Span(prompt, shape, begin)
+    tokens = span.cut(prompt.tokens, -1)
+    same = (tokens == ids) | (tokens < 0)
+    if prompt.types is not None:
+        same |= span.cut(prompt.types, 0) != 0
+    return bool(same.all())
 
 
-def check_prompt(name: str, ids: torch.Tensor | np.ndarray, length: int) -> None:
+def check_length(name: str, length: int, given: int) -> None:
     """Refuse ids of a prompt of another length than the one that the language model was given."""
-    if length != ids.shape[1]:
+    if length != given:
         raise MokaError(
-            f"{name} covers a prompt of {ids.shape[1]} tokens, but the language model was given {length}. If the model "
+            f"{name} covers a prompt of {length} tokens, but the language model was given {given}. If the model "
             "expands media inside, pass the ids of the expanded tokens: moka.routing(model, mm_token_type_ids=...)."
         )
 
 
-def cache_length(cache) -> int:
-    """How many tokens a transformers cache holds."""
-    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
-
-
-def _types_from_tokens(config: MokaConfig, input_ids: np.ndarray | None, shape: tuple[int, int]) -> np.ndarray:
-    """[batch, seq]; ``input_ids`` None: no token stands for a medium."""
-    type_ids = np.full(shape, config.modalities[TEXT][0])
-    for name, token_ids in (config.modality_token_ids or {}).items():
-        if token_ids and input_ids is not None:
-            type_ids[np.isin(input_ids, token_ids)] = config.modalities[name][0]
-    return type_ids
-
-
-def _align(name: str, ids: np.ndarray, at: _Tokens, past_end: int = 0) -> np.ndarray:
-    """Cut [batch, *] ids to the tokens of this forward.
-
-    In generate position decides: what lies past the prompt is decoded text, and beams repeat each row. Otherwise the
-    ids cover these tokens, or these and all cached ones; ids of a ``moka.routing`` block may end before them.
-    """
-    (batch, seq), offset = at.shape, at.offset
-    if ids.ndim == 2 and at.by_position and ids.shape[0] and batch % ids.shape[0] == 0:
-        begin = offset - at.scope.start
-        if at.first and seq > ids.shape[1]:
-            check_prompt(name, ids, seq)
-        return _cut(ids.repeat(batch // ids.shape[0], axis=0), begin, seq, past_end)
-    if tuple(ids.shape) == at.shape:
+def _align(name: str, ids: np.ndarray, shape: tuple[int, int], offset: int) -> np.ndarray:
+    """Cut [batch, *] ids to the tokens of this forward: they cover these, or these and the cached ones, or end before."""
+    batch, seq = shape
+    if ids.ndim == 2 and offset and len(ids) and batch % len(ids) == 0:
+        ids = ids.repeat(batch // len(ids), axis=0)  # beams
+    if ids.shape == shape:
         return ids
-    if tuple(ids.shape) == (batch, offset + seq):
-        return ids[:, offset:]
-    if at.scope is not None and ids.ndim == 2 and ids.shape[0] == batch and ids.shape[1] <= offset:
-        return _cut(ids, offset, seq, past_end)
+    if ids.ndim == 2 and len(ids) == batch:
+        length, mask = ids.shape[1], name == "attention_mask"
+        if length == offset + seq or (mask and length > offset + seq):
+            return ids[:, offset : offset + seq]  # a static cache's mask may be longer than the sequence so far
+        if offset and length <= offset and not mask:
+            return np.zeros(shape, np.int64)  # decoded tokens are text
     cached = f" or, with the {offset} cached tokens, [{batch}, {offset + seq}]" if offset else ""
-    allowed = f"[{batch}, {seq}]{cached}"
-    raise MokaError(f"{name} is {list(ids.shape)}, but the tokens are {allowed}; the shapes must agree.")
+    raise MokaError(f"{name} is {list(ids.shape)}, but the tokens are [{batch}, {seq}]{cached}; the shapes must agree.")
 
 
-def _cut(ids: np.ndarray, begin: int, seq: int, past_end: int) -> np.ndarray:
-    part = ids[:, begin : begin + seq]
-    return np.pad(part, ((0, 0), (0, seq - part.shape[1])), constant_values=past_end)
-
-
-def _is_2d(mask) -> bool:
-    return isinstance(mask, torch.Tensor) and mask.dim() == 2
-
-
-def _validity(given, mask: np.ndarray | None, at: _Tokens) -> np.ndarray | None:
-    """[batch, seq] bool, False at padding; None: no padding is known of. ``mask``: the given one as read."""
-    (batch, seq), end = at.shape, at.offset + at.shape[1]
-    if mask is not None:
-        if mask.shape == at.shape:
-            return mask != 0
-        if mask.shape[0] == batch and mask.shape[1] >= end:
-            return mask[:, at.offset : end] != 0  # a static cache's mask may be longer than the sequence so far
-        raise MokaError(
-            f"attention_mask is {list(mask.shape)}, but the tokens are [{batch}, {seq}] after {at.offset} cached ones; "
-            "the shapes must agree."
-        )
-    # Ready-made 4-D masks (static caches, packing) do not tell padding; the prompt's own mask does.
-    if at.scope is None or at.scope.valid is None:
+def _labels(arguments: Mapping[str, Any], shape: tuple[int, int]) -> np.ndarray | None:
+    """Return labels [batch, seq]; those of only the last positions (``logits_to_keep``) get -100 before them."""
+    labels, kept = arguments.get("labels"), arguments.get("logits_to_keep")
+    if not isinstance(labels, torch.Tensor) or labels.dim() != 2:
         return None
-    return ~_align("attention_mask", at.scope.valid.numpy() == 0, at)
+    array = read(labels)
+    assert array is not None
+    if array.shape == shape:
+        return array
+    if isinstance(kept, int) and array.shape == (shape[0], kept):
+        return np.pad(array, ((0, 0), (shape[1] - kept, 0)), constant_values=-100)
+    raise MokaError(
+        f"labels is {list(array.shape)}, but the tokens are {list(shape)}; the shapes must agree, or pass interaction_ids."
+    )
 
 
-def _derived_interaction(configs, labels, is_text, valid, training: bool) -> np.ndarray | None:
-    if not any(config.interacts for config in configs.values()):
-        return None
-    if labels is not None:
-        if labels.shape != is_text.shape:
+def resolve(
+    model: RoutedModel, config: MokaConfig, span: Span, training: bool
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return each token's row of ``moka_A`` and its interaction id, for one adapter: [batch, seq] each.
+
+    Args:
+        model: prints each warning once.
+        config: the adapter's configuration.
+        span: the tokens of the forward.
+        training: gradients are wanted, so that a missing question is an error and not "the text of the prompt".
+    Raises:
+        MokaError: an unknown modality id; a question that cannot be found, or is in another chunk of the prompt.
+    """
+    rows, groups = _resolve(model, config, span.ids, training)
+    if groups is not None and span.begin is not None:
+        _refuse_split_groups(config, rows, groups, span.begin, span.shape[1])
+        groups = span.cut(groups, 0)
+    return span.cut(rows, config.text_row), groups
+
+
+def _resolve(
+    model: RoutedModel, config: MokaConfig, ids: GivenIds, training: bool
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return rows of ``moka_A`` and interaction ids of all tokens of ``ids``."""
+    types = ids.types
+    if types is None:
+        assert ids.tokens is not None
+        types = np.full(ids.tokens.shape, config.modalities[TEXT][0])
+        for name, token_ids in (config.modality_token_ids or {}).items():
+            types[np.isin(ids.tokens, token_ids)] = config.modalities[name][0]
+    valid = _all(ids.valid, types.shape)
+    rows = modality_rows(config, np.where(valid, types, config.modalities[TEXT][0]))
+    is_text = rows == config.text_row
+    if is_text.all() or not config.interacts:
+        return rows, None
+    if ids.groups is not None:
+        groups = ids.groups
+    elif ids.question is not None:
+        if ids.question.shape != types.shape:
             raise MokaError(
-                f"labels is {list(labels.shape)}, but the tokens are {list(is_text.shape)}; the shapes must agree, or "
-                "pass interaction_ids."
+                f"question_mask is {list(ids.question.shape)}, mm_token_type_ids {list(types.shape)}; they must agree."
             )
-        keys = text_before_answer(is_text, labels, valid)
-    elif training:
-        raise MokaError(
-            "Training on media tokens needs to know the question: pass interaction_ids or question_mask (the moka "
-            "processor makes them), or labels, whose first supervised token ends it. Guessing would leak the answer."
-        )
+        groups = (((ids.question != 0) & is_text) | ~is_text).astype(np.int64)
     else:
-        keys = is_text if valid is None else is_text & valid
-    return question_to_interaction(keys, is_text)
+        groups = _derived_groups(model, config, ids, is_text, valid, training)
+        if ids.cached:
+            groups = np.where(np.arange(groups.shape[1]) < ids.cached, 0, groups)
+    return rows, np.where(valid, groups, 0)
 
 
-def _refuse_split_groups(configs, ids: np.ndarray, types: np.ndarray, at: _Tokens) -> None:
-    """Chunked prefill: a media token whose question lies in another chunk would silently lose it."""
-    (_, seq), length = at.shape, ids.shape[1]
-    begin = at.offset - at.scope.start if at.by_position else at.offset
-    if length <= seq or length <= begin or types.shape != ids.shape:
+def _derived_groups(
+    model: RoutedModel, config: MokaConfig, ids: GivenIds, is_text: np.ndarray, valid: np.ndarray, training: bool
+) -> np.ndarray:
+    """Find the question: by turn markers, or by labels, or, at inference, in the text of the prompt."""
+    keys, media = is_text & valid, ~is_text & valid
+    if config.structure_token_ids and ids.tokens is not None:
+        keys &= ~np.isin(ids.tokens, config.structure_token_ids)
+    samples = ids.segments if ids.segments is not None else segments(is_text.shape, valid)
+    groups = np.zeros(is_text.shape, np.int64)
+    if config.turn_markers and ids.tokens is not None:
+        groups, matched = question_groups(ids.tokens, media, keys, samples, config.turn_markers)
+        if not matched:
+            model.warn_once("markers", no_marker_matched(ids.tokens, config.turn_markers))
+    open_rows = (media & (groups == 0)).any(1)  # no turn was found for their media
+    if not open_rows.any():
+        return groups
+    if ids.labels is not None:
+        others, supervised = groups_from_labels(ids.labels, media, keys, samples)
+        if training and (supervised & open_rows).any():
+            raise MokaError(_no_question("the labels supervise all of its text", int(np.flatnonzero(supervised)[0])))
+    elif training:
+        raise MokaError(_no_question("there are no labels", int(np.flatnonzero(open_rows)[0])))
+    else:
+        others = groups_from_prompt(media, keys, samples)
+        if not config.turn_markers:
+            model.warn_once("turns", _ONE_QUESTION)
+    return np.where(open_rows[:, None], others, groups)
+
+
+_ONE_QUESTION = (
+    "turn_markers: not set, so that all text of a prompt counts as the question of its media. For chats with several user "
+    "turns build the configuration with MokaConfig.from_processor(processor), or pass interaction_ids."
+)
+
+
+def _no_question(reason: str, row: int) -> str:
+    return (
+        f"Row {row} has media tokens whose question cannot be found: {reason}, and no turn markers match. Either build the "
+        "configuration with MokaConfig.from_processor(processor) (turn_markers), or set the labels of the prompt to -100, or "
+        "pass interaction_ids or question_mask. Guessing would leak the answer or drop the interaction."
+    )
+
+
+def _refuse_split_groups(config: MokaConfig, rows: np.ndarray, groups: np.ndarray, begin: int, seq: int) -> None:
+    """Refuse a chunk of a prompt whose media have their question in another chunk: they would silently lose it.
+
+    rows, groups: [batch, length] of the whole prompt; the chunk is the ``seq`` positions from ``begin``.
+    """
+    length = rows.shape[1]
+    if length <= seq or begin >= length:
         return
-    config = next((config for config in configs.values() if config.interacts), None)
-    if config is None:
-        return
-    is_text = modality_rows(config, types) == config.text_row
+    is_text = rows == config.text_row
     queries, keys = (is_text, ~is_text) if config.interaction == "reversed" else (~is_text, is_text)
-    inside = np.zeros_like(is_text)
-    inside[:, begin : begin + seq] = True
-    for row, group in enumerate(ids):
-        asked = set(group[queries[row] & inside[row]].tolist()) - {0}
-        split = asked & set(group[keys[row] & ~inside[row]].tolist())
+    inside = (np.arange(length) >= begin) & (np.arange(length) < begin + seq)
+    for row, group in enumerate(groups):
+        asked = set(group[queries[row] & inside].tolist()) - {0}
+        split = asked & set(group[keys[row] & ~inside].tolist())
         if split:
             raise MokaError(
-                f"Positions {at.offset} to {at.offset + seq - 1} hold media tokens whose question (interaction id "
-                f"{min(split)}) lies in another chunk of the prompt, so they cannot attend to it. Raise "
-                f"prefill_chunk_size to at least {length}, or prefill in one go."
+                f"Positions {begin} to {begin + seq - 1} have media tokens whose question (interaction id {min(split)}) is in "
+                f"another chunk of the prompt, so they cannot attend to it. Raise prefill_chunk_size to at least {length}, or "
+                "prefill at once."
             )

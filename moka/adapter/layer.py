@@ -8,7 +8,7 @@
               by the token's      lambda * softmax(z_t . z_j / sqrt(r)) z_j
                 modality          over the question's text tokens j; for non-text tokens only
 
-    y_t = W0 x_t + b + s B z~_t,     s = alpha / r        (padding: y_t = W0 x_t + b)
+    y_t = W0 x_t + b + s B z~_t,     s = alpha / r
 
 Source: Wei, Miao, Zhou, Hu, "MokA: Multimodal Low-Rank Adaptation for MLLMs", NeurIPS 2025, section 3,
 https://arxiv.org/abs/2506.05191.
@@ -22,23 +22,39 @@ import warnings
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
-from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from moka.errors import MokaError
 
 from .config import TEXT, MokaConfig
-from .interaction import interact
-from .kernels import compute_dtype, fused, has_hooks, up
-from .routing import View
-from .selection import select
-from .shared import rank_space
+from .context import active_only, running_call
+from .decoding import text_update
+from .input_groups import partners
+from .ops import add_update, compute_dtype, interact, project
+from .quantization import quantization_extra_repr, resolve_quantization_backend
+from .routing import Routing, View, uniform_view
 
-# z~ [tokens, width], B [out, width] and the scale of one adapter's update.
-Update = tuple[torch.Tensor, torch.Tensor, float]
+
+class StackedWeight(nn.Module):
+    """One adapter's A [M, r, in] or B [out, r]. Calling it returns the weight, complete and on the device.
+
+    A module that is called: accelerate's offloading, ZeRO-3 and FSDP load and gather weights around a module's call.
+    """
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape))
+
+    def forward(self) -> torch.Tensor:
+        return self.weight
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        # torch's own place for older layouts: in format 1 the tensor had the name of this module.
+        if prefix[:-1] in state_dict:
+            state_dict[f"{prefix}weight"] = state_dict.pop(prefix[:-1])
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 class MokaLayer(BaseTunerLayer):
@@ -46,14 +62,16 @@ class MokaLayer(BaseTunerLayer):
     without sharing. All modalities are stacked in one tensor, so each gets a gradient at every step on every rank."""
 
     adapter_layer_names = ("moka_A", "moka_B")
-    other_param_names = ("moka_r", "moka_alpha", "moka_scaling", "moka_dropout", "moka_config")
+    other_param_names = ("moka_r", "moka_alpha", "moka_scaling", "moka_config", "moka_tower")
 
-    def __init__(self, base_layer: nn.Module, router, **kwargs) -> None:
+    def __init__(self, base_layer: nn.Module, model, **kwargs) -> None:
         self.base_layer = base_layer
-        self.moka_router = router
-        self.moka_A = nn.ParameterDict({})
-        self.moka_B = nn.ParameterDict({})
-        self.moka_dropout = nn.ModuleDict({})
+        self.moka_model = model  # the `RoutedModel` that it is a part of
+        # Outside of the decoder: by adapter, the one modality of all of its tokens.
+        self.moka_tower: dict[str, str] = {}
+        self.moka_group: tuple[MokaLinear, ...] = ()  # layers that read the same input
+        self.moka_A = nn.ModuleDict({})
+        self.moka_B = nn.ModuleDict({})
         self.moka_r: dict[str, int] = {}
         self.moka_alpha: dict[str, float] = {}
         self.moka_scaling: dict[str, float] = {}
@@ -61,7 +79,7 @@ class MokaLayer(BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         # Quantised and tied weights as they were before an adapter was merged.
-        self.moka_unfolded: dict[str, tuple[nn.Parameter, dict]] = {}
+        self.moka_unmerged: dict[str, tuple[nn.Parameter, dict]] = {}
         self.quantization_backend = resolve_quantization_backend(
             self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
         )
@@ -69,289 +87,258 @@ class MokaLayer(BaseTunerLayer):
         self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
 
     def update_layer(
-        self, adapter_name: str, r: int, alpha: float, config: MokaConfig, inference_mode: bool = False, **kwargs
+        self, adapter_name: str, r: int, alpha: float, config: MokaConfig, tower: str | None = None
     ) -> None:
-        """Add the adapter called ``adapter_name`` to this layer, with its own rank and alpha."""
-        if r <= 0:
-            raise MokaError(f"r: the rank must be a positive integer, got {r!r}.")
+        """Add an adapter to this layer, with its own rank and alpha; ``tower``: see ``moka_tower``."""
         modalities = len(config.modalities)
         self.moka_r[adapter_name] = r
         self.moka_alpha[adapter_name] = alpha
         self.moka_scaling[adapter_name] = alpha / math.sqrt(r) if config.use_rslora else alpha / r
         self.moka_config[adapter_name] = config
-        self.moka_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout > 0 else nn.Identity()
-        b_shape = (self.out_features, r) if config.share_b else (modalities, self.out_features, r)
-        self.moka_A[adapter_name] = nn.Parameter(torch.empty(modalities, r, self.in_features))
-        self.moka_B[adapter_name] = nn.Parameter(torch.empty(b_shape))
+        if tower is not None:
+            self.moka_tower[adapter_name] = tower
+        shape = (self.out_features, r) if config.share_b else (modalities, self.out_features, r)
+        self.moka_A[adapter_name] = StackedWeight(modalities, r, self.in_features)
+        self.moka_B[adapter_name] = StackedWeight(*shape)
         self.reset_moka_parameters(adapter_name, config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+        self.moka_A[adapter_name].train(self.base_layer.training)
+        self.moka_B[adapter_name].train(self.base_layer.training)
+        self.set_adapter(self.active_adapters)
 
     def reset_moka_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
-        """A: Kaiming-uniform (a = sqrt(5)) for each modality; B: zeros, so that the update starts at zero."""
-        for modality in self.moka_A[adapter_name]:
+        """Set A to Kaiming-uniform (a = sqrt(5)) for each modality, and B to zeros, so that the update starts at zero."""
+        for modality in self.moka_A[adapter_name].weight:
             nn.init.kaiming_uniform_(modality, a=math.sqrt(5))
         if init_weights:
-            nn.init.zeros_(self.moka_B[adapter_name])
+            nn.init.zeros_(self.moka_B[adapter_name].weight)
         else:
-            nn.init.normal_(self.moka_B[adapter_name], std=0.02)
+            nn.init.normal_(self.moka_B[adapter_name].weight, std=0.02)
 
 
 class MokaLinear(nn.Module, MokaLayer):
     """A linear map (``nn.Linear``, ``Conv1D``, or a quantised linear) with MokA adapters."""
 
     def __init__(
-        self, base_layer, adapter_name: str, router, r: int, alpha: float, config: MokaConfig, **kwargs
+        self,
+        base_layer,
+        adapter_name: str,
+        model,
+        r: int,
+        alpha: float,
+        config: MokaConfig,
+        tower: str | None = None,
+        **kwargs,
     ) -> None:
         super().__init__()
-        MokaLayer.__init__(self, base_layer, router, **kwargs)
+        MokaLayer.__init__(self, base_layer, model, **kwargs)
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, r, alpha, config, **kwargs)
+        self.update_layer(adapter_name, r, alpha, config, tower=tower)
+        self.train(base_layer.training)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """x: [batch, seq, in] (or [batch * seq, in]) -> [..., out], in the dtype of the base layer's result."""
-        if self.moka_router.idle:
-            return self.base_layer(x, *args, **kwargs)
         if self._disable_adapters:
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
-        updates, given = [], x
-        for name in self.adapters_in_use():
-            read, update = self._update(name, x)
-            updates += [] if update is None else [update]
-            given = given if read is x else read
-        result = self.base_layer(given, *args, **kwargs)
+        call = running_call(self.moka_model)
+        routing = None if call is None else call.routing
+        if routing is None and not self.moka_tower:
+            routing = self.moka_model.routing_outside(self, call)
+        result = self.base_layer(x, *args, **kwargs)
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
-        for update in updates:
-            result = self._add(result, *update)
+        if routing is not None and routing.text_steps is not None and not self.moka_tower:
+            return text_update(self, result, x, routing)
+        for name in self.adapters_in_use():
+            view = self.view(name, x, routing)
+            z = self._rank_space(name, x, view, call)
+            if z is not None:
+                result = add_update(result, z, *self._up(name, z, view))
         return result
 
     def adapters_in_use(self) -> list[str]:
-        """The adapters of this layer that are active, or, where some are merged, those."""
+        """Return the adapters of this layer that are active, or, if some are merged, those."""
         return [name for name in (self.merged_adapters or self.active_adapters) if name in self.moka_A]
 
-    def text_factor(self, name: str, view: View) -> float:
-        """How much of B A_text x is due for a text token beyond what the base weight holds: s, 0, or -s."""
-        return ((not view.silent) - self._folded(name)) * self.moka_scaling[name]
+    def is_merged(self, name: str) -> bool:
+        """Return whether the base weight contains this adapter's text path."""
+        config = self.moka_config[name]
+        return TEXT in config.adapted and (config.text_merged or name in self.merged_adapters)
 
-    def _update(self, name: str, x: torch.Tensor) -> tuple[torch.Tensor, Update | None]:
-        """What the base layer is to read in the place of ``x``, and one adapter's update as z~, B and the scale s.
+    def dropout_rate(self, name: str) -> float:
+        """Return the probability with which an element of the input is dropped in this call."""
+        config = self.moka_config[name]
+        return config.dropout if self.training and not self.merged and not config.text_merged else 0.0
 
-        Of a merged adapter z~ lacks what the base weight holds; None: nothing is to be added.
+    def view(self, name: str, x: torch.Tensor, routing: Routing | None) -> View:
+        """Return the tokens of ``x`` as the adapter ``name`` sees them.
+
+        Raises:
+            MokaError: ``x`` has other tokens than the routing.
         """
-        config, router = self.moka_config[name], self.moka_router
-        self._gather(self.moka_A[name], self.moka_B[name])
-        view, routed = router.view(name)
-        if routed is not None and (not view.uniform or router.recorder is not None):
-            self._check_shape(x, routed)
-        if view.silent and not self._folded(name) and router.recorder is None:
-            return x, self._nothing(name, x)
-        if fused() and not self._folded(name) and router.recorder is None:
-            x, z = rank_space(self, name, x, view)  # [tokens, r]
-            z = z if config.share_b else self._slots(z, view, config)
-        else:
-            z = self._plain_rank_space(name, x, view, routed)
-            if z is None:
-                return x, None
-        B = self.moka_B[name]
-        if not config.share_b:
-            # A text token's alone, or side by side for the slots of z: [out, M * r].
-            B = B[config.text_row] if z.shape[-1] == B.shape[-1] else B.transpose(0, 1).flatten(1)
-        scale = self.moka_scaling[name] if config.scale_position == "output" else 1.0
-        return x, (z, B.to(z.dtype), scale)
-
-    def _add(self, result: torch.Tensor, z: torch.Tensor, B: torch.Tensor, scale: float) -> torch.Tensor:
-        """result + s B z~."""
-        if fused() and z.dtype == result.dtype and result.is_contiguous():
-            return up(result, z.reshape(-1, z.shape[-1]), B, scale, self._may_write_to(result))
-        update = F.linear(z, B).reshape(result.shape)
-        return result + (update * scale).to(result.dtype)
-
-    def _nothing(self, name: str, x: torch.Tensor) -> Update | None:
-        """An update of zeros where no token is adapted: A and B get a gradient in every training step on every process."""
-        A, B = self.moka_A[name], self.moka_B[name]
-        if not (torch.is_grad_enabled() and A.requires_grad):
-            return None
-        dtype, tokens = compute_dtype(x), x.shape[:-1].numel()
-        z = (A.sum() * 0).to(dtype).expand(tokens, self.moka_r[name])
-        return z, (B if B.dim() == 2 else B.sum(0)).to(dtype), 1.0
-
-    def makes_its_result(self) -> bool:
-        """Whether the base layer's result, and its gradient, are nobody else's: a plain linear layer makes them anew and
-        keeps nothing of them, but whoever watches the layer may."""
-        base = self.base_layer
-        return type(base) is nn.Linear and not has_hooks(base)
-
-    def _may_write_to(self, result: torch.Tensor) -> bool:
-        if not self.makes_its_result():
-            return False
-        # Of a view (a linear layer with a bias makes one) autograd would make copies.
-        return not torch.is_grad_enabled() or not (result._is_view() or (result.requires_grad and result.is_leaf))
-
-    def _slots(self, z: torch.Tensor, view: View, config: MokaConfig) -> torch.Tensor:
-        """Each token's z [tokens, r] in its modality's slot, for a B each: [tokens, M * r]."""
-        index = select(view, config, z).index
-        if index is None:
-            return z
-        slots = z.new_zeros(len(z) * len(config.modalities), z.shape[1]).index_copy(0, index, z)
-        return slots.view(len(z), -1)
-
-    def _check_shape(self, x: torch.Tensor, routed: tuple[int, int]) -> None:
-        batch, seq = routed
+        config = self.moka_config[name]
+        if self.moka_tower or routing is None:
+            return uniform_view(config, self.moka_tower.get(name, TEXT), active_only(self.moka_model))
+        view = routing.view(name, x.device)
+        if view.uniform:
+            return view
+        batch, seq = routing.shape
+        if x.dim() == 3 and x.shape[0] == batch and x.shape[1] < seq:
+            # The output head, or layers whose keys and values others share, see only the last tokens, or those named.
+            n = x.shape[1]
+            kept = routing.kept
+            positions = torch.arange(seq - n, seq, device=x.device) if kept is None or len(kept) != n else kept
+            return view.at(positions.to(x.device), len(config.modalities))
         if math.prod(x.shape[:-1]) != batch * seq:
             raise MokaError(
                 f"A MokA layer got {list(x.shape[:-1])} tokens, but the routing of this forward is for [{batch}, {seq}]. "
                 "Either a layer outside the language model is adapted (name it in MokaConfig.exclude_modules), or "
                 "the model expands media inside (pass the ids of the expanded tokens with moka.routing)."
             )
+        return view
 
-    def _plain_rank_space(
-        self, name: str, x: torch.Tensor, view: View, routed: tuple[int, int] | None
-    ) -> torch.Tensor | None:
-        """z~ by plain operators: for the compiler, for diagnostics, and for the residual of a merged adapter.
+    def _rank_space(self, name: str, x: torch.Tensor, view: View, call) -> torch.Tensor | None:
+        """Return z~ [tokens, width] of one adapter, less what the base weight contains of it; None: nothing to add."""
+        merged = self.is_merged(name)
+        text_only = view.rows is None and view.row == self.moka_config[name].text_row
+        if view.disabled and not merged:
+            return self._zero(name, x)
+        if merged and text_only and not view.disabled:
+            return None
+        together = call is not None and not torch.compiler.is_compiling()
+        z = call.shared.pop(self, name, x, view) if together else None
+        if z is None:
+            layers = partners(self, name) if together else [self]
+            z, *others = rank_space(layers, name, x, view)
+            if others:
+                call.shared.put(layers[1:], name, x, view, others)
+        return z
 
-        [..., r] where all tokens are text, or else [batch, seq, r] ([batch, seq, M * r] without a shared B).
-        """
-        config, recorder = self.moka_config[name], self.moka_router.recorder
-        folded = self._folded(name)
-        if view.uniform and (recorder is None or routed is None):
-            sign = (not view.silent) - folded  # what is due, less what the base weight holds
-            if sign == 0:
-                return None
-            z = self._project(name, x, self.moka_A[name][config.text_row])  # [..., r]
-            return z if sign > 0 else -z
-        A = self.moka_A[name]  # [M, r, in]
-        z_all = self._project(name, x.reshape(*routed, -1), A.flatten(0, 1))  # [batch, seq, M * r]
-        z_all = z_all.unflatten(-1, A.shape[:2])
-        if recorder is not None:
-            recorder(self, name, z_all, view)
-        return _mix(z_all, view, config, folded)
+    def _zero(self, name: str, x: torch.Tensor) -> torch.Tensor | None:
+        """Return zeros that depend on A and B: they get a gradient in every training step on every process."""
+        A = self.moka_A[name].weight
+        if not (torch.is_grad_enabled() and A.requires_grad):
+            return None
+        width = self.moka_r[name] * (1 if self.moka_config[name].share_b else len(A))
+        zero = (self.moka_A[name]().sum() * 0).to(compute_dtype(x))
+        return zero.expand(x.shape[:-1].numel(), width)
 
-    def _gather(self, *parameters: nn.Parameter) -> None:
-        """Under DeepSpeed's ZeRO-3: have parameters whole in this layer's passes.
-
-        DeepSpeed gathers what a module itself owns; A and B lie in dictionaries, whose forward nobody calls.
-        """
-        for parameter in parameters:
-            status = getattr(parameter, "ds_status", None)
-            if status is not None and status.name != "AVAILABLE":  # at the first forward
-                from deepspeed.zero import register_external_parameter
-
-                register_external_parameter(self, parameter)
-                parameter.all_gather()  # type: ignore[operator]
-
-    def dropout_rate(self, name: str) -> float:
-        """The probability with which an element of the input is dropped in this call."""
-        dropout = self.moka_dropout[name]
-        drops = dropout.training and not self.merged and not self.moka_config[name].text_merged
-        return getattr(dropout, "p", 0.0) if drops else 0.0
-
-    def _project(self, name: str, x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
-        rate = self.dropout_rate(name)
-        z = F.linear(F.dropout(x, rate) if rate else x, A.to(x.dtype))
-        return z * self.moka_scaling[name] if self.moka_config[name].scale_position == "input" else z
-
-    def _folded(self, name: str) -> bool:
-        """Whether the base weight holds this adapter's text path."""
-        config = self.moka_config[name]
-        return TEXT in config.adapted and (config.text_merged or name in self.merged_adapters)
-
-    def _folds(self, name: str) -> bool:
-        """Whether merging this adapter changes the base weight."""
-        config = self.moka_config[name]
-        return TEXT in config.adapted and not config.text_merged
+    def _up(self, name: str, z: torch.Tensor, view: View) -> tuple[torch.Tensor, float]:
+        """Return B [out, width] in the dtype of ``z``, and the scale."""
+        config, B = self.moka_config[name], self.moka_B[name]()
+        if not config.share_b:
+            # That of the one modality, or side by side for the slots of z: [out, M * r].
+            B = B[view.row] if z.shape[-1] == B.shape[-1] and len(B) > 1 else B.transpose(0, 1).flatten(1)
+        return B.to(z.dtype), self.moka_scaling[name] if config.scale_position == "output" else 1.0
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """The text path s B A_text as a weight update, float32, in the layout of the base weight."""
+        """Return the text path s B A_text as a weight update, float32, in the layout of the base weight."""
         config = self.moka_config[adapter]
         text = config.text_row
-        A = self.moka_A[adapter][text].float()  # [r, in]
-        B = (self.moka_B[adapter] if config.share_b else self.moka_B[adapter][text]).float()  # [out, r]
-        delta = (B @ A) * self.moka_scaling[adapter]
+        A, B = self.moka_A[adapter].weight, self.moka_B[adapter].weight
+        B = B if config.share_b else B[text]  # [out, r]
+        delta = (B.float() @ A[text].float()) * self.moka_scaling[adapter]
         return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None, requantize: bool = False) -> None:
-        """Fold the text path into the base weight. Media tokens keep their residual, so no output changes.
+    def merge(
+        self,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        requantize: bool = False,
+        tied: bool = False,
+    ) -> list[tuple[float, float]]:
+        """Merge the text path into the base weight. Media tokens keep their residual, so no output changes.
 
         Args:
             safe_merge: refuse an adapter that is not finite.
             adapter_names: default: the active ones.
-            requantize: fold into a quantised weight, which rounds it again; the original is kept for ``unmerge``.
+            requantize: merge into a quantised weight, which rounds it again; the original is kept for ``unmerge``.
+            tied: other modules share the base weight, so that this layer gets one of its own.
+        Returns:
+            For each merge into a quantised weight the error, relative to the weight and to the update.
         Raises:
             MokaError: a quantised base layer without ``requantize``; with ``safe_merge``, an adapter not finite.
         """
+        errors = []
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.moka_A:
                 continue
-            self.check_merge(name, safe_merge, requantize or self.moka_router.requantize)
-            if self._folds(name):
-                self._fold(name)
+            self.check_merge(name, safe_merge, requantize)
+            if self._changes_weight(name):
+                errors += self._merge_weight(name, tied)
             self.merged_adapters.append(name)
-            self.moka_router.changed()
+        return errors
 
     def check_merge(self, name: str, safe_merge: bool, requantize: bool) -> None:
         """Refuse a merge of this adapter before anything changes. Raises: see ``merge``."""
         backend = self.quantization_backend
-        if self._folds(name) and backend is not None and not (requantize and backend.supports_merge):
+        if self._changes_weight(name) and backend is not None and not (requantize and backend.supports_merge):
             raise MokaError(_merge_refused(backend))
-        if self._folds(name) and safe_merge:
-            weight, delta = self.get_base_weight(), self.get_delta_weight(name)
+        if self._changes_weight(name) and safe_merge:
+            delta = self.get_delta_weight(name)
             if not torch.isfinite(delta).all():
-                raise MokaError(f"Adapter {name!r} holds values that are not finite; it was not merged.")
+                raise MokaError(f"Adapter {name!r} has values that are not finite; it was not merged.")
+            weight = self._base_weight()
             if backend is None and not torch.isfinite((weight + delta.to(weight.device)).to(weight.dtype)).all():
                 raise MokaError(f"With adapter {name!r} a {weight.dtype} weight is not finite; it was not merged.")
 
-    def _fold(self, name: str) -> None:
-        backend, base = self.quantization_backend, self.get_base_layer()
-        delta = self.get_delta_weight(name).detach()
-        if backend is None:
-            weight = self.get_base_weight()
-            folded = (weight + delta.to(weight.device)).to(weight.dtype)
-            if id(base.weight) in self.moka_router.tied:
-                self.moka_unfolded[name] = base.weight, {}
-                base.weight = nn.Parameter(folded, requires_grad=base.weight.requires_grad)
+    def _changes_weight(self, name: str) -> bool:
+        """Return whether merging this adapter changes the base weight."""
+        config = self.moka_config[name]
+        return TEXT in config.adapted and not config.text_merged
+
+    def _base_weight(self) -> torch.Tensor:
+        """Return the base weight, dequantised."""
+        base, backend = self.get_base_layer(), self.quantization_backend
+        return base.weight.data if backend is None else backend.get_base_weight(base)
+
+    def _merge_weight(self, name: str, tied: bool) -> list[tuple[float, float]]:
+        base, delta = self.get_base_layer(), self.get_delta_weight(name).detach()
+        if self.quantization_backend is None:
+            weight = base.weight.data
+            merged = (weight + delta.to(weight.device)).to(weight.dtype)
+            if tied:
+                self.moka_unmerged[name] = base.weight, {}
+                base.weight = nn.Parameter(merged, requires_grad=base.weight.requires_grad)
             else:
-                self.set_base_weight(folded)
-            return
-        base.state_dict()  # bitsandbytes' inference on a CPU packs 4-bit weights anew; this puts them back in order
-        weight = self.get_base_weight().float()
-        wanted = weight + delta.to(weight.device)
-        self.moka_unfolded[name] = _quantized_state(base)
-        self.set_base_weight(wanted.to(getattr(base, "compute_dtype", None) or torch.float32))
-        error = self.get_base_weight().float() - wanted
-        share = (error.norm() / wanted.norm()).item(), (error.norm() / delta.norm()).item()
-        self.moka_router.fold_errors.append(share)
+                base.weight.data = merged
+            return []
+        base.state_dict()  # bitsandbytes' inference on a CPU packs 4-bit weights in another order; this restores it
+        wanted = self._base_weight().float() + delta.to(base.weight.device)
+        state = getattr(base, "state", None)  # bitsandbytes keeps the 8-bit scales beside the weight
+        self.moka_unmerged[name] = base.weight, {} if state is None else {"state": copy.copy(state)}
+        dtype = getattr(base, "compute_dtype", None) or torch.float32
+        self.quantization_backend.set_base_weight(self, wanted.to(dtype))
+        error = self._base_weight().float() - wanted
+        return [((error.norm() / wanted.norm()).item(), (error.norm() / delta.norm()).item())]
 
     def unmerge(self) -> None:
-        """Take the folded text paths out of the base weight again; a quantised or tied weight comes back as it was."""
+        """Take the merged text paths out of the base weight; a quantised or tied weight is restored as it was."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
+        base = self.get_base_layer()
         while self.merged_adapters:
             name = self.merged_adapters.pop()
-            if name in self.moka_A and self._folds(name):
-                if name in self.moka_unfolded:
-                    base = self.get_base_layer()
-                    base.weight, state = self.moka_unfolded.pop(name)
-                    base.__dict__.update(state)
-                    continue
-                weight = self.get_base_weight()
-                self.set_base_weight((weight - self.get_delta_weight(name).to(weight.device)).to(weight.dtype))
-        self.moka_router.changed()
+            if name in self.moka_unmerged:
+                base.weight, state = self.moka_unmerged.pop(name)
+                base.__dict__.update(state)
+            elif name in self.moka_A and self._changes_weight(name):
+                weight = base.weight.data
+                base.weight.data = (weight - self.get_delta_weight(name).to(weight.device)).to(weight.dtype)
 
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        super().set_adapter(adapter_names, inference_mode=inference_mode)
-        self.moka_router.changed()
-
-    def enable_adapters(self, enabled: bool) -> None:
-        super().enable_adapters(enabled)
-        self.moka_router.changed()
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        super().delete_adapter(adapter_name)
-        self.moka_router.changed()
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        # Every loader passes here. The weight contains the old text path: unmerging with new tensors would corrupt it
+        # (peft#3581).
+        for name in self.merged_adapters:
+            if any(key.startswith(f"{prefix}moka_") and f".{name}." in key[len(prefix) :] for key in state_dict):
+                raise MokaError(
+                    f"load_adapter: adapter {name!r} is merged into the weights. Call unmerge_adapter() first, or load "
+                    "under another adapter name."
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __repr__(self) -> str:
         return "moka." + super().__repr__()
@@ -360,47 +347,70 @@ class MokaLinear(nn.Module, MokaLayer):
         return quantization_extra_repr(self)
 
 
+def rank_space(layers: list[MokaLinear], name: str, x: torch.Tensor, view: View) -> list[torch.Tensor]:
+    """Return z~ [tokens, r] of one adapter for each of ``layers``, which read the same ``x`` [..., in].
+
+    With ``share_b=False`` each token's z~ is in its modality's slot, [tokens, M * r]. If the text path is merged, z~ lacks
+    what the base weight contains: A_text x.
+    """
+    layer = layers[0]
+    config, r, n = layer.moka_config[name], layer.moka_r[name], len(layers)
+    x = x.to(compute_dtype(x))
+    text = config.text_row
+    merged = layer.is_merged(name)
+    rows = slice(None) if view.rows is not None or merged else slice(view.row, view.row + 1)
+    A = [own.moka_A[name]()[rows] for own in layers]  # [M, r, in] each, or [1, r, in]
+    A = (A[0] if n == 1 else torch.cat(A, dim=1)).to(x.dtype)  # [M, n * r, in]
+    z_all = project(x, A.flatten(0, 1), layer.dropout_rate(name))  # [tokens, M * n * r]
+    tokens = len(z_all)
+    z = z_all
+    if view.rows is not None:
+        z = z_all.view(-1, n * r).index_select(0, view.index)  # [tokens, n * r]
+    elif merged:
+        z = z_all.view(tokens, -1, n * r)[:, view.row]
+    factor = layer.moka_scaling[name] if config.scale_position == "input" else 1.0
+    z = z if factor == 1 else z * factor
+    if view.disabled:
+        z = torch.zeros_like(z)
+    elif view.adapter_mask is not None:
+        z = z * view.adapter_mask
+    if view.attention is not None:
+        z = interact(z, view.attention, n, config.interaction == "mean")
+    z_text = z_all.view(tokens, -1, n * r)[:, text] * factor if merged else None
+    if not config.share_b and (view.rows is not None or merged):
+        return [_slots(own, view, config, None if part is None else part) for own, part in _split(z, z_text, n, r)]
+    z = z if z_text is None else z - z_text
+    return [z] if n == 1 else list(z.view(tokens, n, r).unbind(1))
+
+
+def _split(z: torch.Tensor, z_text: torch.Tensor | None, n: int, r: int):
+    """[tokens, n * r] each -> n pairs of [tokens, r]."""
+    own = z.view(-1, n, r).unbind(1)
+    text = [None] * n if z_text is None else z_text.reshape(-1, n, r).unbind(1)
+    return zip(own, text, strict=True)
+
+
+def _slots(z: torch.Tensor, view: View, config: MokaConfig, z_text: torch.Tensor | None) -> torch.Tensor:
+    """[tokens, r] -> [tokens, M * r]: each token's z in its modality's slot, and minus ``z_text`` in that of text."""
+    modalities, r = len(config.modalities), z.shape[1]
+    if view.rows is None:
+        index = torch.arange(len(z), device=z.device) * modalities + view.row
+    else:
+        index = view.index
+    slots = z.new_zeros(len(z) * modalities, r).index_copy(0, index, z).view(len(z), modalities, r)
+    if z_text is not None:
+        text = torch.zeros(modalities, 1, dtype=z.dtype, device=z.device)
+        text[config.text_row] = 1
+        slots = slots - text * z_text[:, None]
+    return slots.flatten(1)
+
+
 def _merge_refused(backend) -> str:
-    """Why a merge into a quantised weight is refused."""
+    """Return why a merge into a quantised weight is refused."""
     if not backend.supports_merge:
         return f"A {backend.backend_name} weight cannot be merged into. Load the backbone unquantised, then merge."
     return (
-        f"Folding into a {backend.backend_name} weight would round it again. Dequantise the backbone first "
-        "(model.dequantize()), then load the adapter and merge; or ask for it by name with requantize=True, which says "
+        f"Merging into a {backend.backend_name} weight would round it again. Dequantise the backbone first "
+        "(model.dequantize()), then load the adapter and merge; or ask for it by name with requantize=True, which prints "
         "how large the error is."
     )
-
-
-def _quantized_state(base: nn.Module) -> tuple[nn.Parameter, dict]:
-    """A quantised layer's weight, and what bitsandbytes keeps beside it (the 8-bit scales)."""
-    state = getattr(base, "state", None)
-    return base.weight, {} if state is None else {"state": copy.copy(state)}
-
-
-def _mix(z_all: torch.Tensor, view: View, config: MokaConfig, folded: bool) -> torch.Tensor:
-    """From every modality's projection to what B takes.
-
-    z_all: [batch, seq, M, r] -> z~ [batch, seq, r] with a shared B, or each token's z~ in its modality's slot,
-    [batch, seq, M * r], without. With ``folded`` the text path of every token is subtracted: the base weight has it.
-    """
-    text, rank = config.text_row, z_all.shape[-1]
-    z_text = z_all[:, :, text]  # [batch, seq, r]
-    if view.row is None:
-        row, z = None, z_text
-    else:
-        row = view.row[..., None, None]  # [batch, seq, 1, 1]
-        z = z_all.gather(2, row.expand(-1, -1, 1, rank)).squeeze(2)  # [batch, seq, r]
-    if view.pairs is not None:
-        z = interact(z, view.pairs, config.interaction)
-    if view.adapted is not None or view.silent:
-        z = z * (0 if view.silent else view.adapted)
-    if config.share_b:
-        return z - z_text if folded else z
-    slots = torch.zeros_like(z_all)
-    if row is None:
-        slots[:, :, text] = z
-    else:
-        slots = slots.scatter(2, row.expand(-1, -1, 1, rank), z.unsqueeze(2))
-    if folded:
-        slots = slots - F.one_hot(torch.tensor(text), z_all.shape[2]).to(z_all)[:, None] * z_text.unsqueeze(2)
-    return slots.flatten(2)

@@ -5,22 +5,36 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import get_quantization_kwargs, resolve_quantization_backend
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features, onload_layer
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from moka.errors import MokaError
 
-from .checks import TASK_HEADS, check_adapter_tensors
+from .checks import TASK_HEADS, check_adapter_tensors, check_finite, planned_tensors, read_tensors
 from .config import TEXT, MokaConfig
+from .context import current
+from .input_groups import set_groups
 from .layer import MokaLayer, MokaLinear
-from .rollback import take_back, trained
-from .targets import fill_targets, no_match, placeholder_ids
-from .wrapping import attach_router, detach_router
+from .matching import Shapes, match_layers, match_names
+from .quantization import get_quantization_kwargs, resolve_quantization_backend
+from .targets import (
+    check_supported,
+    coverage,
+    decoder_scope,
+    fill_targets,
+    matches,
+    no_match,
+    placeholder_ids,
+    structure_ids,
+    tower_modality,
+)
+from .wrapping import RoutedModel, prompt_ids
 
 
 class MokaModel(BaseTuner):
@@ -34,38 +48,109 @@ class MokaModel(BaseTuner):
     Example:
         >>> import moka
         >>> from peft import get_peft_model
-        >>> model = get_peft_model(backbone, moka.MokaConfig(r=4, task_type="CAUSAL_LM"))
-        >>> model(input_ids=ids, mm_token_type_ids=types, interaction_ids=groups, labels=labels).loss.backward()
+        >>> config = moka.MokaConfig.from_processor(processor, r=4, task_type="CAUSAL_LM")
+        >>> model = get_peft_model(backbone, config)
+        >>> model(**processor(text=prompt, images=image, return_tensors="pt")).logits
     """
 
     prefix = "moka_"
     tuner_layer_cls = MokaLayer
     target_module_mapping: dict[str, list[str]] = {}
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
-        """As in peft, after filling in the defaults that depend on the model."""
-        config = self.peft_config[adapter_name]
-        if config.target_modules is None:
-            fill_targets(config, model)
-        if config.modality_token_ids is None:
-            config.modality_token_ids = placeholder_ids(model, config)
-        names = [name for name, _ in model.named_modules(remove_duplicate=False)]
-        wanted = set(config.modules_to_save or ()) - set(TASK_HEADS)
-        unknown = sorted(m for m in wanted if not any(name.endswith(m) for name in names))
-        if unknown:
-            raise MokaError(f"modules_to_save: {type(model).__name__} has no module called {unknown}.")
-        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        router = attach_router(model)
-        router.add(adapter_name, config)
-        if getattr(config, "awaits_weights", False):
-            self.__dict__.setdefault("_awaiting", {})[adapter_name] = trainable
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model itself: peft before 0.21 calls ``self.model.forward``, which runs no hooks."""
+        if torch.compiler.is_compiling():
+            return self.model(*args, **kwargs)
+        before = current.call
         try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
-        except ValueError as error:
-            take_back(self, adapter_name, trainable)
-            if "not found in the base model" in str(error) or "No modules were targeted" in str(error):
-                raise MokaError(no_match(config, model)) from error
-            raise
+            return self.model(*args, **kwargs)
+        finally:
+            current.call = before  # a keyboard interrupt runs no hook
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model's ``generate``, with the ids of the prompt in force for all of its steps."""
+        if args and kwargs.get("input_ids") is None and isinstance(args[0], torch.Tensor):
+            kwargs, args = {**kwargs, "input_ids": args[0]}, args[1:]
+        with prompt_ids(RoutedModel.of(self.model), kwargs) as passed:
+            return self.model.generate(*args, **passed)
+
+    def coverage(self, adapter_name: str | None = None) -> float:
+        """Return the share of the decoder's block weights that an adapter's layers hold, 0 to 1."""
+        name = adapter_name or self.active_adapters[0]
+        layers = [n for n, m in self.model.named_modules() if isinstance(m, MokaLayer) and name in m.moka_A]
+        return coverage(self.model, layers)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Inject as in peft, after filling in the defaults that depend on the model.
+
+        Raises:
+            MokaError: before anything is changed, if the adapter does not fit the model.
+        """
+        config = self.peft_config[adapter_name]
+        if isinstance(model, PeftModel) or any(isinstance(module, PeftModel) for module in model.children()):
+            raise MokaError(
+                "model: it is a PeftModel already. Use model.load_adapter(folder, adapter_name) or model.add_adapter, or give "
+                "model.get_base_model()."
+            )
+        default_targets = config.target_modules is None
+        prepare_config(config, model)
+        self._scope, self._saved_layers = decoder_scope(model), None
+        self._check_plan(model, config)
+        trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        further = any(isinstance(module, MokaLayer) for module in model.modules())
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if further:  # peft before 0.21 freezes what was trainable before
+            for parameter, requires_grad in trainable:
+                parameter.requires_grad_(requires_grad)
+        set_groups(model, MokaLinear)
+        routed = RoutedModel.of(model)
+        routed.attach()
+        if config.__dict__.pop("pending", None) is None:
+            routed.unchecked.add(adapter_name)
+        layers = [n for n, m in model.named_modules() if isinstance(m, MokaLayer) and adapter_name in m.moka_A]
+        if self._scope is not None and (share := coverage(model, layers)) < 0.5:
+            remedy = "Name more layers" if default_targets else "Leave target_modules out for all projections of a block"
+            warnings.warn(
+                f"target_modules: the adapter {adapter_name!r} covers {share:.0%} of the decoder's block weights. {remedy}, if "
+                "more was intended; weights of experts that are one parameter are left as they are.",
+                stacklevel=2,
+            )
+
+    def _check_plan(self, model: nn.Module, config: MokaConfig) -> None:
+        """Refuse, before anything is changed, targets and saved tensors that the model has no place for."""
+        pending = config.__dict__.get("pending")
+        saved = {} if pending is None else {name: shape for name, shape in pending.shapes.items() if ".moka_" in name}
+        layers = self._matched(model, config)
+        if not layers and saved:
+            # A pattern of full paths, saved under another version of transformers: the names in the file tell the layers.
+            candidates = [name for name, module in model.named_modules() if _is_linear(module)]
+            self._saved_layers = match_layers(saved, candidates)
+            layers = self._matched(model, config)
+        if not layers:
+            raise MokaError(no_match(config, model))
+        for name, module in layers.items():
+            if not _is_linear(module):
+                raise MokaError(
+                    f"target_modules: {name!r} is a {type(module).__name__}; MokA adapts nn.Linear, Conv1D and quantised linear "
+                    "layers. Name other modules, or leave target_modules out for the defaults."
+                )
+        if saved:
+            shapes = {name: _get_in_out_features(_base(module)) for name, module in layers.items()}
+            match_names(planned_tensors(shapes, config), saved)
+            check_finite(read_tensors(pending.weights), str(pending.weights))
+
+    def _matched(self, model: nn.Module, config: MokaConfig) -> dict[str, nn.Module]:
+        names = model.named_modules(remove_duplicate=False)
+        inside = (".base_layer", ".moka_A", ".moka_B")  # of layers that another adapter wraps
+        return {
+            name: module
+            for name, module in names
+            if not any(part in name for part in inside) and self._check_target_module_exists(config, name)
+        }
+
+    # An instance method where peft has a static one: names mean the decoder, which the model tells.
+    def _check_target_module_exists(self, config: MokaConfig, key: str):  # type: ignore[override]
+        return key in self._saved_layers if self._saved_layers else matches(config, key, self._scope)
 
     def _create_and_replace(
         self, moka_config, adapter_name, target, target_name, parent, current_key, **optional_kwargs
@@ -74,19 +159,14 @@ class MokaModel(BaseTuner):
         alpha_key = get_pattern_key(moka_config.alpha_pattern.keys(), current_key)
         r = moka_config.rank_pattern.get(rank_key, moka_config.r)
         alpha = moka_config.alpha_pattern.get(alpha_key, moka_config.alpha)
+        outside = self._scope is not None and current_key not in self._scope
+        tower = tower_modality(self.model, current_key, moka_config) if outside else None
         if isinstance(target, MokaLayer):
-            target.update_layer(adapter_name, r, alpha, moka_config)
+            target.update_layer(adapter_name, r, alpha, moka_config, tower)
             return
-        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        backend = resolve_quantization_backend(base)
-        if not isinstance(base, (nn.Linear, Conv1D)) and getattr(backend, "layer_type", None) != "linear":
-            raise MokaError(
-                f"target_modules: {current_key!r} is a {type(base).__name__}; MokA adapts nn.Linear, Conv1D and "
-                "quantised linear layers. Name other modules, or leave target_modules out for the defaults."
-            )
-        router = attach_router(self.model)
+        routed = RoutedModel.of(self.model)
         layer = MokaLinear(
-            target, adapter_name, router, r=r, alpha=alpha, config=moka_config, **get_quantization_kwargs(self)
+            target, adapter_name, routed, r, alpha, moka_config, tower=tower, **get_quantization_kwargs(self)
         )
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # an additional adapter is not trainable until it is made active
@@ -94,70 +174,71 @@ class MokaModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, adapter_names: list[str] | None = None, **kwargs) -> Iterator[None]:
-        # peft would drop the argument without a word and run every row through the active adapter.
+        # peft would drop the argument silently and run every row through the active adapter.
         if adapter_names is not None:
-            raise MokaError("adapter_names: a batch of several adapters is for LoRA; run each adapter's rows alone.")
+            raise MokaError("adapter_names: a batch of several adapters is for LoRA; run each adapter's rows separately.")
         yield
 
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse: a sum of MokA adapters is no MokA adapter, as each attends in a low-rank space of its own."""
+        raise MokaError("add_weighted_adapter: not for MokA. Activate several adapters: base_model.set_adapter([...]).")
+
     def delete_adapter(self, adapter_name: str) -> None:
+        if any(adapter_name in m.merged_adapters for m in self.model.modules() if isinstance(m, MokaLayer)):
+            raise MokaError(f"delete_adapter: {adapter_name!r} is merged into the weights; call unmerge_adapter() first.")
         super().delete_adapter(adapter_name)
-        attach_router(self.model).remove(adapter_name)
 
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False, requantize: bool = False
     ) -> None:
-        """Fold the text path into the weights; media tokens keep their residual, so no output changes.
+        """Merge the text path into the weights; media tokens keep their residual, so no output changes.
 
         Args:
             adapter_names: default: the active ones.
             safe_merge: refuse, before any weight changes, an adapter that is not finite.
-            requantize: fold into quantised weights too, which rounds them again; a warning says how large the error is.
+            requantize: merge into quantised weights too, which rounds them again; a warning gives the size of the error.
         Raises:
             MokaError: quantised weights without ``requantize``.
         """
-        with self._folding(adapter_names, safe_merge, requantize):
-            super().merge_adapter(adapter_names, safe_merge)
-
-    def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names=None, requantize: bool = False
-    ) -> nn.Module:
-        """The bare backbone with the text path folded in. What media tokens had beyond that is lost, and said."""
-        with self._folding(adapter_names, safe_merge, requantize):
-            for name in adapter_names or self.active_adapters:
-                lost = [m for m in self.peft_config[name].adapted if m != TEXT]
-                if lost:
-                    warnings.warn(
-                        f"merge_and_unload keeps the text path of adapter {name!r} alone. Lost: the {', '.join(lost)} "
-                        "projections and their interaction with the question. Use merge_adapter() to keep exact outputs.",
-                        stacklevel=2,
-                    )
-            return super().merge_and_unload(progressbar, safe_merge, adapter_names)
-
-    @contextmanager
-    def _folding(self, adapter_names: list[str] | None, safe_merge: bool, requantize: bool) -> Iterator[None]:
-        """Refuse before any weight changes, and say what rounding did after."""
+        self._check_merge_allowed()
         layers = [module for module in self.model.modules() if isinstance(module, MokaLayer)]
         for layer in layers:
             for name in adapter_names or layer.active_adapters:
                 if name in layer.moka_A and name not in layer.merged_adapters:
                     layer.check_merge(name, safe_merge, requantize)
-        router = attach_router(self.model)
-        router.requantize, router.fold_errors, router.tied = requantize, [], _shared_weights(self.model)
-        try:
-            yield
-        finally:
-            errors, router.requantize, router.fold_errors = router.fold_errors, False, []
-            router.tied = set()
+        shared = _shared_weights(self.model)
+        errors = []
+        for layer in layers:
+            with onload_layer(layer):
+                tied = id(layer.get_base_layer().weight) in shared
+                errors += layer.merge(safe_merge, adapter_names, requantize, tied)
         if errors:
             weights, updates = zip(*errors, strict=True)
             kind = next(q.backend_name for q in (layer.quantization_backend for layer in layers) if q is not None)
             warnings.warn(
-                f"Folded into {len(errors)} {kind} weights, which rounded them again. Error, relative to the weight: "
+                f"Merged into {len(errors)} {kind} weights, which rounded them again. Error, relative to the weight: "
                 f"mean {100 * sum(weights) / len(weights):.2g} %, largest {100 * max(weights):.2g} %; relative to the "
-                f"update that was folded: mean {100 * sum(updates) / len(updates):.3g} %. Dequantise the backbone "
+                f"update that was merged: mean {100 * sum(updates) / len(updates):.3g} %. Dequantise the backbone "
                 "before merging to avoid it.",
                 stacklevel=3,
             )
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names=None, requantize: bool = False
+    ) -> nn.Module:
+        """Return the bare backbone with the text path merged in, and warn of what media tokens had beyond that."""
+        for name in adapter_names or self.active_adapters:
+            lost = [m for m in self.peft_config[name].adapted if m != TEXT]
+            if lost:
+                warnings.warn(
+                    f"merge_and_unload keeps only the text path of adapter {name!r}. Lost: the {', '.join(lost)} "
+                    "projections and their interaction with the question. Use merge_adapter() to keep exact outputs.",
+                    stacklevel=2,
+                )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="All adapters are already merged|Already following adapters")
+            self.merge_adapter(adapter_names, safe_merge, requantize)
+        return self._unload_and_optionally_merge(merge=False, progressbar=progressbar)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(child, AuxiliaryTrainingWrapper) and not hasattr(new_module, "weight"):
@@ -167,31 +248,69 @@ class MokaModel(BaseTuner):
         super()._replace_module(parent, child_name, new_module, child)
 
     def _unload_and_optionally_merge(self, *args, **kwargs):
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
-        detach_router(model)
-        return model
+        RoutedModel.of(self.model).forget()
+        return super()._unload_and_optionally_merge(*args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        # peft before 0.21 loads an adapter without asking the tuner; names that moved would be passed over.
+        own = {f"{prefix}{name}": tuple(p.shape) for name, p in self.named_parameters() if ".moka_" in name}
+        given = {key: tuple(tensor.shape) for key, tensor in state_dict.items() if ".moka_" in key}
+        if given.keys() - own.keys():
+            for adapter in self.peft_config:
+                names = match_names(_of_adapter(own, adapter), _of_adapter(given, adapter)) if _of_adapter(given, adapter) else {}
+                for key, name in names.items():
+                    state_dict[name] = state_dict.pop(key)
+        check_finite({key: state_dict[key] for key in own if key in state_dict})
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: MokaConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
+        # The one place where peft (0.21 and newer) tells which adapter is about to be loaded: all of it must be there.
         remapped = super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
-        tuner = getattr(model, "base_model", None)
-        awaiting = tuner.__dict__.get("_awaiting", {}) if isinstance(tuner, cls) else {}
-        try:
-            check_adapter_tensors(model, adapter_name, remapped)
-        except MokaError:
-            if adapter_name in awaiting and not trained(tuner, adapter_name):
-                take_back(tuner, adapter_name, awaiting[adapter_name])
-            raise
-        awaiting.pop(adapter_name, None)
-        return remapped
+        return check_adapter_tensors(model, adapter_name, remapped)
+
+
+def _of_adapter(shapes: Shapes, adapter: str) -> dict[str, tuple[int, ...]]:
+    return {name: shape for name, shape in shapes.items() if f".{adapter}." in f"{name}."}
+
+
+def _base(module: nn.Module) -> nn.Module:
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def _is_linear(module: nn.Module) -> bool:
+    base = _base(module)
+    backend = resolve_quantization_backend(base)
+    return isinstance(base, (nn.Linear, Conv1D)) or getattr(backend, "layer_type", None) == "linear"
+
+
+def prepare_config(config: MokaConfig, model: nn.Module) -> None:
+    """Fill in what the model tells, and refuse what cannot work with it.
+
+    Raises:
+        MokaError: names the field and the remedy.
+    """
+    if config.modality_token_ids is None:
+        config.modality_token_ids = placeholder_ids(model, config)
+    if config.structure_token_ids is None:
+        config.structure_token_ids = structure_ids(model)
+    check_supported(model, config)
+    fill_targets(config, model)
+    if config.bias != "none" and not hasattr(BaseTuner, "_remap_adapter_state_dict_for_load"):
+        raise MokaError(f"bias: {config.bias!r} needs peft 0.21 or newer, which saves trained biases; here only 'none'.")
+    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    wanted = set(config.modules_to_save or ()) - set(TASK_HEADS)
+    unknown = sorted(m for m in wanted if not any(name.endswith(m) for name in names))
+    if unknown:
+        raise MokaError(f"modules_to_save: {type(model).__name__} has no module called {unknown}.")
 
 
 def _shared_weights(model: nn.Module) -> set[int]:
-    """ids of the weights that more than one module holds, such as tied embeddings."""
+    """Return ids of the weights that more than one module has, such as tied embeddings."""
     seen: set[int] = set()
     shared: set[int] = set()
     for module in model.modules():

@@ -4,56 +4,92 @@ One immutable ``Routing`` per forward, built before the first layer and shared b
 
     mm_token_type_ids  [batch, seq]   0 text, 1 image, 2 video, 3 audio (transformers' convention)
     interaction_ids    [batch, seq]   0: takes no part; k > 0: media tokens with k attend to text tokens with k
-    attention_mask     [batch, seq]   0: padding, no adapter at all
 
-Every adapter reads it through a ``View``: the same tokens under that adapter's map of modalities, with the indices of
-queries and keys gathered once.
+Every adapter reads it through a ``View``: the same tokens under that adapter's map of modalities, as the flat indices and
+masks that a layer uses. The ids are read and compared in host memory; only the result is copied to the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
 from moka.errors import MokaError
-from moka.host import upload
 
 from .config import TEXT, MokaConfig
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """Who attends to whom: queries and keys of each row, padded to the longest row."""
+class Attention:
+    """Who attends to whom. Queries and keys of each row are padded to the longest row."""
 
-    query_index: torch.Tensor  # [batch, queries] positions in the row
-    key_index: torch.Tensor  # [batch, keys]
-    mask: torch.Tensor  # [batch, queries, keys] bool; False where padding or of another group
-    weight: torch.Tensor  # [batch, queries] lambda of the query's modality
-    full: bool = False  # the mask is known to be True everywhere
+    query: torch.Tensor  # [batch, queries] positions in the row
+    key: torch.Tensor  # [batch, keys]
+    mask: torch.Tensor | None  # [batch, queries, keys] bool; None: every query attends to every key of its row
+    weight: torch.Tensor  # [batch, queries] lambda of the query's modality, 0 for padding and for queries without keys
+    bias: torch.Tensor | None  # [batch, 1, queries, keys] the mask as an addend of the logits
+    flat_query: torch.Tensor  # [batch * queries] positions among the tokens of all rows
+    flat_key: torch.Tensor  # [batch * keys]
+
+    @classmethod
+    def build(
+        cls, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, weight: torch.Tensor, seq: int
+    ) -> Attention:
+        """Build it from the first fields, of rows of ``seq`` tokens; weights of queries without a key become 0."""
+        start = torch.arange(len(query), device=query.device)[:, None] * seq
+        flat = (query + start).flatten(), (key + start).flatten()
+        if mask is None:
+            return cls(query, key, None, weight, None, *flat)
+        # Finite: a row of only minus infinity is NaN; and half of the smallest, so that a sum stays finite.
+        lowest = torch.finfo(torch.float32).min / 2
+        bias = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, lowest)[:, None]
+        return cls(query, key, mask, weight * mask.any(-1), bias, *flat)
 
 
 @dataclass(frozen=True)
 class View:
     """The tokens of one forward as one adapter sees them."""
 
-    row: torch.Tensor | None  # [batch, seq] index into moka_A [M, r, in]; None: every token is text
-    adapted: torch.Tensor | None  # [batch, seq, 1] bool; None: every token goes through the adapter
-    pairs: Pairs | None  # None: no token interacts
-    silent: bool = False  # no token goes through the adapter at all
-    # What layers made of it (`selection.select`).
-    derived: dict = field(default_factory=dict, compare=False, repr=False)
+    row: int  # of moka_A [M, r, in], for every token if `rows` is None
+    rows: torch.Tensor | None = None  # [batch, seq] each token's row of moka_A
+    index: torch.Tensor | None = None  # [batch * seq] token * M + its row
+    adapter_mask: torch.Tensor | None = None  # [batch * seq, 1] 0: not adapted, 1: adapted; None: all are
+    attention: Attention | None = None  # None: no token interacts
+    disabled: bool = False  # no token goes through the adapter
 
     @property
     def uniform(self) -> bool:
-        """Whether all tokens are treated alike: as text, or not at all."""
-        return self.row is None and self.adapted is None
+        """Whether all tokens are treated in one way."""
+        return self.rows is None and self.adapter_mask is None
 
+    def to(self, device: torch.device) -> View:
+        """Return the view on another device, for models that are spread over several."""
+        attention = self.attention
+        if attention is not None:
+            moved = {name: t if t is None else t.to(device) for name, t in vars(attention).items()}
+            attention = Attention(**moved)
+        tensors = {name: getattr(self, name) for name in ("rows", "index", "adapter_mask")}
+        return replace(self, **{n: t if t is None else t.to(device) for n, t in tensors.items()}, attention=attention)
 
-TEXT_ONLY = View(row=None, adapted=None, pairs=None)
-SILENT = View(row=None, adapted=None, pairs=None, silent=True)
+    def at(self, positions: torch.Tensor, modalities: int) -> View:
+        """Return the view of the tokens at ``positions`` [n] of every row; those outside are neither queries nor keys."""
+        if self.rows is None:
+            return self
+        batch, seq = self.rows.shape
+        rows = self.rows[:, positions]
+        mask = self.adapter_mask
+        mask = None if mask is None else mask.view(batch, seq)[:, positions].reshape(-1, 1)
+        attention = None
+        if self.attention is not None:
+            new = torch.full((seq,), -1, dtype=torch.long, device=positions.device)
+            new = new.index_copy(0, positions, torch.arange(len(positions), device=positions.device))
+            query, key, old = new[self.attention.query], new[self.attention.key], self.attention.mask
+            pairs = (query >= 0)[:, :, None] & (key >= 0)[:, None]
+            pairs = pairs if old is None else pairs & old
+            attention = Attention.build(query.clamp(0), key.clamp(0), pairs, self.attention.weight, len(positions))
+        return replace(self, rows=rows, index=_flat_index(rows, modalities), adapter_mask=mask, attention=attention)
 
 
 @dataclass(frozen=True)
@@ -62,155 +98,105 @@ class Routing:
 
     shape: tuple[int, int]  # batch, seq
     views: dict[str, View]  # by adapter name
-    idle: bool = False  # no layer has anything to add to its base layer's result
+    device: torch.device
+    kept: torch.Tensor | None = None  # positions that the output head sees, if the forward names them
+    only: frozenset[str] | None = None  # the modalities that an `active_modalities` block left when it was built
+    # While generate decodes: each layer's text path, kept from step to step.
+    text_steps: dict | None = None
+    _moved: dict[tuple[str, torch.device], View] = field(default_factory=dict)
 
-
-def build_routing(
-    configs: dict[str, MokaConfig],
-    types: np.ndarray,
-    groups: np.ndarray | None,
-    valid: np.ndarray | None,
-    only: frozenset[str] | None,
-    device: torch.device,
-) -> Routing:
-    """Build the routing of one forward for the given adapters: in host memory, then uploaded at once.
-
-    Args:
-        configs: adapter name -> its configuration.
-        types: ``mm_token_type_ids`` [batch, seq] int.
-        groups: ``interaction_ids`` [batch, seq] int, or None for no interaction.
-        valid: [batch, seq], 0 at padding; None: no padding.
-        only: the modalities whose tokens go through the adapters; None: all that they adapt.
-        device: where the layers' inputs lie.
-    Raises:
-        MokaError: an id that no modality of the configuration claims.
-    """
-    real = None if valid is None or valid.all() else valid != 0
-    made: dict[tuple, View | _HostView] = {}
-    for config in configs.values():
-        key = _view_key(config)
-        if key not in made:
-            made[key] = _build_view(config, types, groups, real, only)
-    built = _upload(made, device)
-    views = {name: built[_view_key(config)] for name, config in configs.items()}
-    return Routing(shape=(types.shape[0], types.shape[1]), views=views)
-
-
-def text_view(config: MokaConfig, only: frozenset[str] | None = None) -> View:
-    """The view of tokens that are all text, none of them padding."""
-    adapts = TEXT in config.adapted and (only is None or TEXT in only)
-    return TEXT_ONLY if adapts else SILENT
-
-
-def _view_key(config: MokaConfig) -> tuple:
-    modalities = tuple((name, tuple(ids)) for name, ids in config.modalities.items())
-    weights = tuple(config.weight_of(name) for name in config.modalities)
-    return modalities, tuple(config.adapted), config.interaction, weights
+    def view(self, adapter_name: str, device: torch.device) -> View:
+        """Return an adapter's view on the device of a layer."""
+        view = self.views[adapter_name]
+        if device == self.device or view.uniform:
+            return view
+        key = adapter_name, device
+        if key not in self._moved:
+            self._moved[key] = view.to(device)
+        return self._moved[key]
 
 
 def modality_rows(config: MokaConfig, type_ids: np.ndarray) -> np.ndarray:
-    """Map ``mm_token_type_ids`` [batch, seq] to rows of ``moka_A``; an id that no modality claims is an error."""
+    """Map ``mm_token_type_ids`` [batch, seq] to rows of ``moka_A``.
+
+    Raises:
+        MokaError: an id that no modality of the configuration has.
+    """
     table = np.full(max(max(ids) for ids in config.modalities.values()) + 1, -1, np.int64)
     for row, ids in enumerate(config.modalities.values()):
         table[ids] = row
     low, high = type_ids.min(initial=0), type_ids.max(initial=0)
     inside = low >= 0 and high < len(table)
-    if inside and low == high:
-        rows = np.full(type_ids.shape, table[low])
-    else:
-        rows = table[type_ids] if inside else np.where(np.isin(type_ids, np.flatnonzero(table >= 0)), 0, -1)
+    rows = table[type_ids] if inside else np.where(np.isin(type_ids, np.flatnonzero(table >= 0)), 0, -1)
     if rows.min(initial=0) < 0:
         unknown = np.unique(type_ids[rows < 0]).tolist()
         raise MokaError(
-            f"mm_token_type_ids holds {unknown}, which no modality of this adapter claims; known: {config.modalities}. "
+            f"mm_token_type_ids has {unknown}, which no modality of this adapter has; known: {config.modalities}. "
             "Add the id to MokaConfig.modalities, or route those tokens as text (0)."
         )
     return rows
 
 
-@dataclass(frozen=True)
-class _HostPairs:
-    """`Pairs`, with the groups [batch, queries] and [batch, keys] of which the mask is made on the device."""
-
-    query_index: np.ndarray
-    key_index: np.ndarray
-    query_group: np.ndarray
-    key_group: np.ndarray
-    weight: np.ndarray
-
-    @property
-    def full(self) -> bool:
-        one = self.query_group[:, :1]
-        return bool((self.query_group == one).all() and (self.key_group == one).all())
+def uniform_view(config: MokaConfig, modality: str = TEXT, only: frozenset[str] | None = None) -> View:
+    """Return the view of tokens that are all of one modality."""
+    adapted = modality in config.adapted and (only is None or modality in only)
+    return View(list(config.modalities).index(modality), disabled=not adapted)
 
 
-@dataclass(frozen=True)
-class _HostView:
-    """A `View` in host memory."""
-
-    row: np.ndarray | None
-    adapted: np.ndarray | None  # [batch, seq]
-    pairs: _HostPairs | None
-
-    def arrays(self) -> list[np.ndarray]:
-        pairs = () if self.pairs is None else vars(self.pairs).values()
-        adapted = None if self.adapted is None else self.adapted[..., None]
-        return [array for array in (self.row, adapted, *pairs) if array is not None]
-
-    def view(self, tensors: Iterator[torch.Tensor]) -> View:
-        """The view made of what became of `arrays`."""
-        row = None if self.row is None else next(tensors)
-        adapted = None if self.adapted is None else next(tensors)
-        if self.pairs is None:
-            return View(row, adapted, None)
-        query_index, key_index, query_group, key_group, weight = (next(tensors) for _ in vars(self.pairs))
-        if self.pairs.full:
-            mask = torch.ones((1, 1, 1), dtype=torch.bool, device=weight.device).expand(
-                *weight.shape, key_index.shape[1]
-            )
-        else:
-            mask = query_group[:, :, None] == key_group[:, None]  # [batch, queries, keys]
-        return View(row, adapted, Pairs(query_index, key_index, mask, weight, self.pairs.full))
+def view_key(config: MokaConfig) -> tuple:
+    """Return what two adapters have in common if their views of the same ids are equal."""
+    modalities = tuple((name, tuple(ids)) for name, ids in config.modalities.items())
+    weights = tuple(config.weight_of(name) for name in config.modalities)
+    tokens = tuple((name, tuple(ids)) for name, ids in (config.modality_token_ids or {}).items())
+    markers = tuple((name, tuple(ids)) for name, ids in (config.turn_markers or {}).items())
+    structure = tuple(config.structure_token_ids or ())
+    return modalities, tuple(config.adapted), config.interaction, weights, tokens, markers, structure
 
 
-def _upload(made: dict[tuple, View | _HostView], device: torch.device) -> dict[tuple, View]:
-    arrays = [array for view in made.values() if isinstance(view, _HostView) for array in view.arrays()]
-    tensors = iter(upload(arrays, device))
-    return {key: view.view(tensors) if isinstance(view, _HostView) else view for key, view in made.items()}
-
-
-def _build_view(
+def build_view(
     config: MokaConfig,
-    type_ids: np.ndarray,
-    interaction_ids: np.ndarray | None,
-    valid: np.ndarray | None,
+    rows: np.ndarray,
+    groups: np.ndarray | None,
     only: frozenset[str] | None,
-) -> View | _HostView:
-    """All arrays [batch, seq]."""
-    rows = modality_rows(config, type_ids)
+    device: torch.device,
+) -> View:
+    """Build one adapter's view of a forward: in host memory, then on ``device``.
+
+    Args:
+        config: the adapter's configuration.
+        rows: [batch, seq] each token's row of ``moka_A``.
+        groups: ``interaction_ids`` [batch, seq] int, 0 at padding; None: no interaction.
+        only: the modalities whose tokens go through the adapter; None: all that it adapts.
+        device: where the layers' inputs are.
+    """
     is_text = rows == config.text_row
-    all_text = bool(is_text.all())
-    if valid is None and all_text:
-        return text_view(config, only)
+    if is_text.all():
+        return uniform_view(config, TEXT, only)
     names = list(config.modalities)
-    takes = [name in config.adapted and (only is None or name in only) for name in names]
-    adapted = valid
-    if not all(takes):
-        chosen = np.array(takes)[rows]
-        adapted = chosen if adapted is None else adapted & chosen
-    pairs = None
-    if not all_text and interaction_ids is not None and config.interacts:
-        takes_part = interaction_ids > 0
-        if adapted is not None:
-            takes_part &= adapted
-        text, media = takes_part & is_text, takes_part & ~is_text
-        query, key = (text, media) if config.interaction == "reversed" else (media, text)
+    takes = np.array([name in config.adapted and (only is None or name in only) for name in names])
+    adapted = None if takes.all() else takes[rows]
+    attention = None
+    if groups is not None and config.interacts:
+        takes_part = groups > 0 if adapted is None else (groups > 0) & adapted
+        query, key = takes_part & ~is_text, takes_part & is_text
+        if config.interaction == "reversed":
+            query, key = key, query
         weights = np.array([config.weight_of(name) for name in names], np.float32)
-        pairs = _build_pairs(query, key, interaction_ids, weights[rows])
-    return _HostView(None if all_text else rows, adapted, pairs)
+        attention = _attention(query, key, groups, weights[rows], device)
+    there = torch.from_numpy(np.ascontiguousarray(rows)).to(device, non_blocking=True)
+    mask = None if adapted is None else torch.from_numpy(adapted.reshape(-1, 1)).to(device, non_blocking=True)
+    return View(config.text_row, there, _flat_index(there, len(names)), mask, attention)
 
 
-def _build_pairs(query: np.ndarray, key: np.ndarray, ids: np.ndarray, weight: np.ndarray) -> _HostPairs | None:
+def _flat_index(rows: torch.Tensor, modalities: int) -> torch.Tensor:
+    """[batch, n] rows of moka_A -> [batch * n] token * M + row."""
+    return torch.arange(rows.numel(), device=rows.device) * modalities + rows.flatten()
+
+
+def _attention(
+    query: np.ndarray, key: np.ndarray, groups: np.ndarray, weight: np.ndarray, device: torch.device
+) -> Attention | None:
+    """All [batch, seq]; ``query`` and ``key`` bool."""
     queries, keys = query.sum(1).max(initial=0), key.sum(1).max(initial=0)
     if queries == 0 or keys == 0:
         return None
@@ -218,17 +204,10 @@ def _build_pairs(query: np.ndarray, key: np.ndarray, ids: np.ndarray, weight: np
     query_index = np.argsort(~query, axis=1, kind="stable")[:, :queries]  # [batch, queries]
     key_index = np.argsort(~key, axis=1, kind="stable")[:, :keys]  # [batch, keys]
     # Padding belongs to groups that nothing else belongs to.
-    query_group = np.take_along_axis(np.where(query, ids, -1), query_index, 1)
-    key_group = np.take_along_axis(np.where(key, ids, -2), key_index, 1)
-    return _HostPairs(query_index, key_index, query_group, key_group, np.take_along_axis(weight, query_index, 1))
-
-
-def question_to_interaction(question_mask: np.ndarray, is_text: np.ndarray) -> np.ndarray:
-    """The one-question shorthand as ``interaction_ids``: question tokens and all media tokens form group 1."""
-    return (((question_mask != 0) & is_text) | ~is_text).astype(np.int64)
-
-
-def text_before_answer(is_text: np.ndarray, labels: np.ndarray, valid: np.ndarray | None) -> np.ndarray:
-    """[batch, seq] bool: text tokens before the first supervised token of each row (``labels != -100``)."""
-    keys = is_text & ~np.logical_or.accumulate(labels != -100, axis=1)
-    return keys if valid is None else keys & valid
+    query_group = np.take_along_axis(np.where(query, groups, -1), query_index, 1)
+    key_group = np.take_along_axis(np.where(key, groups, -2), key_index, 1)
+    full = bool((query_group == query_group[:, :1]).all() and (key_group == query_group[:, :1]).all())
+    arrays = (query_index, key_index, query_group, key_group, np.take_along_axis(weight, query_index, 1))
+    q, k, q_group, k_group, lambdas = (torch.from_numpy(a).to(device, non_blocking=True) for a in arrays)
+    mask = None if full else q_group[:, :, None] == k_group[:, None]  # [batch, queries, keys]
+    return Attention.build(q, k, mask, lambdas, query.shape[1])

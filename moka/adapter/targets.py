@@ -1,183 +1,252 @@
-"""What MokA takes from a model it does not know: the layers to adapt, and the ids of its media placeholder tokens."""
+"""The layers of a model that an adapter takes, and the ids of the model's media tokens.
+
+A bare name in ``target_modules`` means the decoder: its layers outside of towers, media projectors, cross-attention and
+experts, and the output head. A name with a dot (a path), a pattern, or ``adapt_towers=True`` reaches anywhere.
+"""
 
 from __future__ import annotations
 
 import difflib
+import inspect
 import re
+from collections.abc import Iterator
+from typing import Any
 
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from transformers import PreTrainedConfig
 
 from moka.errors import MokaError
 
 from .config import DEFAULT_TARGETS, TEXT, MokaConfig
+from .text_decoder import (
+    CROSS_ATTENTION,
+    contains_any,
+    coverage,
+    decoder_blocks,
+    decoder_scope,
+    is_linear,
+    language_decoder,
+    linear_names,
+    named_modules,
+    owners_of,
+)
 
-# Their keys and values are tokens of another sequence, which the routing of this one says nothing about.
-_CROSS_ATTENTION = re.compile(r"cross_?attn|cross_?attention|encoder_attn", re.IGNORECASE)
-# `mm_token_type_ids` -> the names that transformers' configurations give the placeholder token of that type.
+__all__ = [
+    "check_supported",
+    "coverage",
+    "decoder_scope",
+    "fill_targets",
+    "language_decoder",
+    "matches",
+    "no_match",
+    "placeholder_ids",
+    "structure_ids",
+    "tower_modality",
+]
+
+# The families' own names of the projections in a decoder block; a model's default targets are those that it has.
+FAMILY_TARGETS = (
+    *DEFAULT_TARGETS,
+    # Phi, GLM, LFM2, InternLM2
+    *("qkv_proj", "gate_up_proj", "out_proj", "w1", "w2", "w3", "wqkv", "wo"),
+    # Linear attention, short convolutions and Mamba
+    *("in_proj", "in_proj_qkvz", "in_proj_ba", "in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b"),
+    # MLA: DeepSeek, Kimi
+    *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),
+    # GPT, Falcon, MPT, OPT, GPT-J, BERT
+    *("c_attn", "c_proj", "c_fc", "query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h", "Wqkv"),
+    *("fc1", "fc2", "fc_in", "fc_out", "query", "key", "value"),
+)
+# Linear layers that choose among experts; never a default.
+_CHOOSERS = ("gate", "router", "shared_expert_gate")
+
+# `mm_token_type_ids` -> the names that configurations and processors give the placeholder token of that type.
 _PLACEHOLDER_FIELDS = {
-    1: ("image_token_id", "image_token_index"),
+    # The last two: Kimi-VL's and InternVL's own code.
+    1: ("image_token_id", "image_token_index", "media_placeholder_token_id", "img_context_token_id"),
     2: ("video_token_id", "video_token_index"),
-    3: ("audio_token_id", "audio_token_index"),
+    3: ("audio_token_id", "audio_token_index", "sound_context_token_id"),
 }
+# `main_input_name` or `input_modalities` of an encoder -> the type of all of its tokens.
+_ENCODER_INPUTS = {"pixel_values": 1, "image": 1, "pixel_values_videos": 2, "video": 2}
+_ENCODER_INPUTS |= {"input_features": 3, "input_values": 3, "audio_values": 3, "audio": 3}
+# Within the name of a forward's parameter.
+_MEDIA_INPUTS = ("pixel_values", "input_features", "input_values", "audio_values", "image_patches", "flattened_patches")
+_MEDIA_WORDS = {"image", "img", "vision", "visual", "video", "frame", "tile", "slice", "audio", "sound"}
+_MEDIA_WORDS |= {"boi", "eoi", "bov", "eov", "boa", "eoa"}
+
+
+def matches(config: MokaConfig, key: str, scope: set[str] | None) -> bool | re.Match[str] | None:
+    """Return peft's ``check_target_module_exists``, except that a bare name finds nothing outside of ``scope``."""
+    found = check_target_module_exists(config, key)
+    if not found or scope is None or key in scope or getattr(config, "adapt_towers", False):
+        return found
+    if isinstance(config.target_modules, str):
+        return found
+    return any("." in name and f".{key}".endswith(f".{name}") for name in config.target_modules)
 
 
 def fill_targets(config: MokaConfig, model: nn.Module) -> None:
-    """Set ``config.target_modules`` to the defaults for ``model``.
+    """Replace ``target_modules`` None or "all-linear" by the bare names of such layers in the decoder's blocks.
 
-    Where that is a regex, ``layers_to_transform`` becomes part of it: peft heeds that field for names alone.
-    """
-    indices = config.layers_to_transform
-    targets = default_targets(model)
-    if isinstance(targets, str):
-        if indices not in (None, []):
-            targets = default_targets(model, [indices] if isinstance(indices, int) else indices, config.layers_pattern)
-        config.layers_to_transform = config.layers_pattern = None
-    config.target_modules = targets
+    "all-linear" on a model that is not of transformers is left to peft.
 
-
-def default_targets(
-    model: nn.Module, layers: list[int] | None = None, layers_pattern: list[str] | str | None = None
-) -> set[str] | str:
-    """The language model's seven projections: by plain name, or by a regex where encoders use the same names.
-
-    Args:
-        model: any module. In a multimodal model, the towers, projectors and cross-attention are left alone.
-        layers: indices of the blocks to take, all by default; the answer is then a regex.
-        layers_pattern: name (or names) of the list of blocks, by default the first that has indices.
     Raises:
         MokaError: the model has no such layers.
     """
-    # An adapter that is there already wraps its layer: the wrapper has the name, not the `base_layer` inside.
-    names = [
-        name
-        for name, module in model.named_modules()
-        if name.rpartition(".")[2] in DEFAULT_TARGETS and hasattr(module, "weight")
-    ]
-    decoder = language_decoder(model)
-    prefix = next(name for name, module in model.named_modules() if module is decoder)
-    towers = _towers_inside(decoder, prefix)
-    inside = [
-        name
-        for name in names
-        if _is_under(name, prefix)
-        and not any(_is_under(name, tower) for tower in towers)
-        and not _CROSS_ATTENTION.search(name.removeprefix(prefix))
-    ]
-    if not inside:
+    targets, scope = config.target_modules, decoder_scope(model)
+    everything = isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
+    if targets is not None and (not everything or scope is None):
+        return
+    prefix, blocks = ("", model) if scope is None else decoder_blocks(model)
+    taken: set[str] = set()
+    for name, module in named_modules(blocks, prefix):
+        leaf, parts = name.rpartition(".")[2], name.removeprefix(prefix).split(".")
+        within = scope is None or name in scope
+        chooses = any(part in _CHOOSERS or "router" in part for part in parts)
+        if within and is_linear(module) and not chooses and (everything or leaf in FAMILY_TARGETS):
+            # The number of a layer in a list is the number of a block as well.
+            taken.add(name if leaf.isdigit() else leaf)
+    if not taken:
         raise MokaError(
-            f"target_modules: {type(model).__name__} has none of the default layers ({', '.join(DEFAULT_TARGETS)}); "
-            f"name the linear layers to adapt, such as {linear_names(model)[:5]}."
+            f"target_modules: {targets!r} finds no layer in {type(model).__name__}, which has none of the known names "
+            f"({', '.join(FAMILY_TARGETS)}); name the linear layers to adapt, such as {linear_names(model)[:5]}."
         )
-    if layers is None and len(inside) == len(names):
-        return {name.rpartition(".")[2] for name in inside}
-    return _regex(inside, prefix, layers, layers_pattern)
-
-
-def language_decoder(model: nn.Module) -> nn.Module:
-    """The stack of blocks that reads the text: what ``get_decoder`` leads to; ``model`` itself where nothing does."""
-    found = model
-    while hasattr(found, "get_decoder"):
-        inner = found.get_decoder()
-        if inner is None or inner is found:
-            break
-        found = inner
-    if found is not model:
-        return found
-    # Nothing of its own: a wrapper around the language model. Of several, a speaking model's is called `thinker`.
-    generating = [m for m in model.modules() if m is not model and isinstance(m, GenerationMixin)]
-    inner = getattr(model, "thinker", None) or (generating[0] if len(generating) == 1 else None)
-    return model if inner is None else language_decoder(inner)
+    config.target_modules = taken
 
 
 def placeholder_ids(model: nn.Module, config: MokaConfig) -> dict[str, list[int]]:
-    """The model's own placeholder token ids by modality, as far as its configuration, or one inside it, names them."""
+    """Return the placeholder token ids by modality that the model's configuration, or one inside it, names."""
     own = getattr(model, "config", None)
     found: dict[str, list[int]] = {}
     for name, type_ids in config.modalities.items():
-        ids = {value for i in type_ids for value in _named_ids(own, _PLACEHOLDER_FIELDS.get(i, ()))}
+        if hasattr(own, "placeholder_id"):  # moka's composed model has one for every type
+            ids = {own.placeholder_id(i) for i in type_ids if i > 0}
+        else:
+            ids = {value for i in type_ids for value in _named_ids(own, _PLACEHOLDER_FIELDS.get(i, ()))}
         if ids and name != TEXT:
             found[name] = sorted(ids)
     return found
 
 
-def _named_ids(config, fields: tuple[str, ...]) -> set[int]:
-    values = (getattr(config, field, None) for field in fields)
-    ids = {value for value in values if isinstance(value, int)}
-    if ids:
-        return ids
-    # E.g. thinker_config of a model that also speaks; what is named further out holds.
-    inner = (getattr(config, name, None) for name in getattr(config, "sub_configs", ()))
-    return next((ids for ids in (_named_ids(c, fields) for c in inner if c is not None) if ids), set())
+def structure_ids(source: Any) -> list[int]:
+    """Return the ids of tokens around and inside media that are text, but no part of a question.
+
+    Begin and end marks, row breaks, tile and frame marks; placeholders are left out.
+
+    Args:
+        source: a model, its configuration, a processor or a tokenizer.
+    """
+    tokenizer = getattr(source, "tokenizer", source)
+    if not hasattr(tokenizer, "convert_tokens_to_ids"):
+        configs = list(_configs(getattr(source, "config", source)))
+        named = [(key, value) for c in configs for key, value in vars(c).items() if "_token_i" in key]
+    else:
+        # The public `special_tokens_map` leaves the tokens out that only this model has.
+        own = {**vars(source), **getattr(tokenizer, "_special_tokens_map", {})}
+        named = [
+            (key, value) for key, value in own.items() if key.endswith(("_token", "_tag", "_token_id", "_token_ids"))
+        ]
+        # Idefics and LFM2-VL mark a picture's tiles with tokens that no attribute names.
+        named += [("tile", t) for t in tokenizer.get_added_vocab() if "row_" in t and "col_" in t]
+        configs = [source, tokenizer]
+    placeholders = {i for c in configs for fields in _PLACEHOLDER_FIELDS.values() for i in _own_ids(c, fields)}
+    if hasattr(tokenizer, "convert_tokens_to_ids") and not placeholders:
+        named = [(key, value) for key, value in named if key not in ("image_token", "video_token", "audio_token")]
+    values = [value for key, value in named if _MEDIA_WORDS.intersection(key.split("_"))]
+    flat = [v for value in values for v in (value if isinstance(value, (list, tuple)) else [value])]
+    flat = [v if isinstance(v, int) or v is None else tokenizer.convert_tokens_to_ids(str(v)) for v in flat]
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    ids = {v for v in flat if isinstance(v, int) and not isinstance(v, bool) and v >= 0 and v != unknown}
+    return sorted(ids - placeholders)
 
 
-def _is_under(name: str, prefix: str) -> bool:
-    return not prefix or name.startswith(prefix + ".")
+def check_supported(model: nn.Module, config: MokaConfig) -> None:
+    """Refuse a model whose media are no tokens of the sequence that the decoder reads, or unknown ones.
 
-
-def _towers_inside(decoder: nn.Module, prefix: str) -> list[str]:
-    """Names of whole models within the decoder that do not embed its text, such as encoders on its embeddings."""
-    if not isinstance(decoder, PreTrainedModel):
-        return []
-    try:
-        words = decoder.get_input_embeddings()
-    except (NotImplementedError, AttributeError):
-        return []
-    inner = (name for name, m in decoder.named_modules() if name and isinstance(m, PreTrainedModel))
-    towers = (name for name in inner if all(m is not words for m in decoder.get_submodule(name).modules()))
-    return [f"{prefix}.{name}" if prefix else name for name in towers]
-
-
-def _regex(names: list[str], prefix: str, layers: list[int] | None, layers_pattern) -> str:
-    """One regex for these names in any block, or in blocks ``layers``."""
-    lists = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
-    indexed = re.compile(rf"(.*?\.)?({'|'.join(lists) if lists else '[^.]+'})\.(\d+)(\..+)")
-    leaves: dict[str, list[str]] = {}  # regex of the parent -> last parts
-    seen: set[int] = set()
-    for name in names:
-        parent, _, leaf = name.rpartition(".")
-        start = f"{prefix}." if prefix else ""
-        rest = parent.removeprefix(start) + "."
-        match = indexed.fullmatch(rest)
-        if layers is None:
-            pattern = _any_index(rest)
-        elif match is None:
-            continue
-        else:
-            seen.add(int(match[3]))
-            wanted = "|".join(str(i) for i in layers)
-            pattern = f"{_any_index(match[1] or '')}{match[2]}\\.(?:{wanted}){_any_index(match[4])}"
-            if int(match[3]) not in layers:
-                continue
-        known = leaves.setdefault(re.escape(start) + pattern, [])
-        if leaf not in known:
-            known.append(leaf)
-    if not leaves:
+    Raises:
+        MokaError: an encoder-decoder, media by cross-attention, or media inputs without known placeholder ids.
+    """
+    owners, kind = owners_of(model), type(model).__name__
+    if any(getattr(owner.config, "is_encoder_decoder", False) for owner in owners):
         raise MokaError(
-            f"layers_to_transform: {layers} names none of the language model's blocks; allowed: "
-            f"{sorted(seen) or f'none, as nothing there is called {layers_pattern!r} (layers_pattern)'}."
+            f"{kind} is an encoder-decoder: its media and its question are not in one sequence, which MokA's interaction "
+            "needs. Use a decoder-only model, or LoRA."
         )
-    return "|".join(f"{parent}(?:{'|'.join(last)})" for parent, last in leaves.items())
+    inputs = [
+        p for o in owners for p in inspect.signature(type(o).forward).parameters if contains_any(p, _MEDIA_INPUTS)
+    ]
+    media = [name for name in config.modalities if name != TEXT]
+    if not inputs or not media:
+        return
+    layers = [name for name, _ in language_decoder(model).named_modules() if contains_any(name, CROSS_ATTENTION)]
+    if layers or any(getattr(c, "cross_attention_layers", None) for owner in owners for c in _configs(owner.config)):
+        raise MokaError(
+            f"{kind}: its media enter by cross-attention ({', '.join(layers[:1]) or 'cross_attention_layers'}), so no "
+            "token of the sequence is theirs and MokA has nothing to route. Use a model with placeholder tokens, or LoRA."
+        )
+    if not any((config.modality_token_ids or {}).values()):
+        raise MokaError(
+            f"modality_token_ids: {kind} takes {', '.join(dict.fromkeys(inputs))}, but its configuration names no "
+            f"placeholder token for {', '.join(media)}. Give their ids, such as modality_token_ids="
+            f'{{"{media[0]}": [ID]}}, or modalities={{"text": [0]}} for text only.'
+        )
 
 
-def _any_index(path: str) -> str:
-    return re.sub(r"(?<=\.)\d+(?=\\\.)", r"\\d+", re.escape(path))
+def tower_modality(model: nn.Module, name: str, config: MokaConfig) -> str:
+    """Return the modality that all tokens of the layer ``name``, which is outside of the decoder, have.
 
-
-def linear_names(model: nn.Module) -> list[str]:
-    leaves = [n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))]
-    return list(dict.fromkeys(leaves))
+    That of the nearest encoder around it; else a modality that its path names (``projectors.audio``); else the only one
+    with placeholder ids; else text.
+    """
+    by_type = {i: modality for modality, ids in config.modalities.items() for i in ids}
+    parts = name.split(".")
+    for end in range(len(parts), -1, -1):
+        module = model.get_submodule(".".join(parts[:end]))
+        takes = getattr(module, "input_modalities", ())
+        takes = (takes,) if isinstance(takes, str) else takes
+        for key in (getattr(module, "main_input_name", None), *(() if TEXT in takes else takes)):
+            if isinstance(key, str) and _ENCODER_INPUTS.get(key) in by_type:
+                return by_type[_ENCODER_INPUTS[key]]
+    known = [modality for modality, ids in (config.modality_token_ids or {}).items() if ids and modality != TEXT]
+    named = [part for part in parts if part in config.modalities and part != TEXT]
+    return named[0] if named else known[0] if len(known) == 1 else TEXT
 
 
 def no_match(config: MokaConfig, model: nn.Module) -> str:
+    """Return the message for targets that match no layer: the nearest names, and what else narrows the choice."""
+    targets, scope = config.target_modules, decoder_scope(model)
+    wanted = [targets] if isinstance(targets, str) else sorted(targets or [])
+    leaves = [name.rpartition(".")[2] for name in wanted]
     known = linear_names(model)
-    wanted = [config.target_modules] if isinstance(config.target_modules, str) else sorted(config.target_modules)
-    close = [n for w in wanted for n in difflib.get_close_matches(w.rpartition(".")[2], known, n=2)]
-    # A name that exists may still match nothing where another field narrows the choice.
-    narrowing = {name: getattr(config, name) for name in ("layers_to_transform", "exclude_modules")}
-    also = "".join(f" {name} is {value}." for name, value in narrowing.items() if value is not None)
+    close = [n for leaf in leaves for n in difflib.get_close_matches(leaf, known, n=2)]
+    blocks = {"layers_to_transform": f" (of {len(list(decoder_blocks(model)[1].children()))} blocks)"}
+    # A name that exists may still match nothing if another field narrows the choice.
+    narrowing = {name: getattr(config, name, None) for name in ("layers_to_transform", "exclude_modules")}
+    also = "".join(f" {name} is {v}{blocks.get(name, '')}." for name, v in narrowing.items() if v not in (None, []))
+    outside = [n for n, m in named_modules(model) if scope is not None and n not in scope and is_linear(m)]
+    far = [name for name in outside if name.rpartition(".")[2] in leaves]
+    if far:
+        also += f" A bare name means the decoder: give a path, such as {far[0]!r}, or adapt_towers=True."
     return (
         f"target_modules: {wanted} matches no layer of {type(model).__name__}. Linear layers there: "
         f"{', '.join(dict.fromkeys(close or known[:8])) or 'none'}.{also}"
     )
+
+
+def _configs(config: Any) -> Iterator[PreTrainedConfig]:
+    """Yield a configuration and those inside it, outer ones first."""
+    level = [config] if isinstance(config, PreTrainedConfig) else []
+    while level:
+        yield from level
+        level = [inner for c in level for inner in vars(c).values() if isinstance(inner, PreTrainedConfig)]
+
+
+def _named_ids(config: Any, fields: tuple[str, ...]) -> set[int]:
+    return next((ids for c in _configs(config) if (ids := _own_ids(c, fields))), set())
+
+
+def _own_ids(source: Any, fields: tuple[str, ...]) -> set[int]:
+    return {v for v in (getattr(source, f, None) for f in fields) if isinstance(v, int) and not isinstance(v, bool)}

@@ -84,7 +84,7 @@ def put_reference(backbone: nn.Module, adapted: nn.Module, shared: dict[str, Mas
     inner = adapted.base_model.model
     for name, layer in inner.named_modules():
         if isinstance(layer, MokaLayer):
-            config, A, B = layer.moka_config["default"], layer.moka_A["default"], layer.moka_B["default"]
+            config, A, B = layer.moka_config["default"], layer.moka_A["default"].weight, layer.moka_B["default"].weight
             base = backbone.get_submodule(name)
             scaling = config.alpha / config.r
             parent, _, child = name.rpartition(".")

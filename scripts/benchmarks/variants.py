@@ -151,7 +151,7 @@ def _adapter_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
         if isinstance(layer, ReferenceLinear):
             pair = stacked_gradients(layer)
         else:
-            pair = layer.moka_A["default"].grad, layer.moka_B["default"].grad
+            pair = layer.moka_A["default"].weight.grad, layer.moka_B["default"].weight.grad
         found |= {f"gradients of {kind} in layer {number}": g for kind, g in zip("AB", pair, strict=True)}
     return found
 

@@ -1,6 +1,8 @@
 """Tiny random backbones, adapters that clearly change the logits, and rows of text, image and sound tokens."""
 
+import math
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -10,6 +12,8 @@ from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import moka
+from moka.adapter import MokaLinear
+from moka.adapter.context import running_call
 
 IMAGE, AUDIO = 126, 127  # placeholder tokens
 TYPES = {IMAGE: 1, AUDIO: 3}
@@ -105,6 +109,60 @@ def gradients(model) -> dict:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+def _plain_forward(layer, x, *args, **kwargs):
+    """The layer by plain operators, one token at a time where tokens attend: a reference for everything that is faster."""
+    call = running_call(layer.moka_model)
+    known = call is not None and call.routing is not None
+    routing = call.routing if known else layer.moka_model.routing_outside(layer, call)
+    y = layer.base_layer(x, *args, **kwargs)
+    if layer.disable_adapters:
+        return y
+    for name in layer.adapters_in_use():
+        config, view, s = layer.moka_config[name], layer.view(name, x, routing), layer.moka_scaling[name]
+        A, B = layer.moka_A[name].weight, layer.moka_B[name].weight
+        flat = x.reshape(-1, x.shape[-1])
+        rows = torch.full((len(flat),), view.row) if view.rows is None else view.rows.flatten()
+        before, after = (s, 1.0) if config.scale_position == "input" else (1.0, s)
+        every = torch.stack([flat @ A[m].to(x.dtype).T for m in range(len(A))]) * before  # [M, tokens, r]
+        z = every[rows, torch.arange(len(flat))]
+        mask = torch.ones(len(flat), 1) if view.adapter_mask is None else view.adapter_mask.float()
+        z = z * (0 if view.disabled else mask.to(z.dtype))
+        mixed = z
+        if view.attention is not None:
+            seq = view.rows.shape[1]
+            for b, (queries, keys) in enumerate(zip(view.attention.query, view.attention.key)):
+                for i, q in enumerate(queries):
+                    allowed = [k for j, k in enumerate(keys) if view.attention.mask is None or view.attention.mask[b, i, j]]
+                    weight = view.attention.weight[b, i].item()
+                    if not allowed or not weight:
+                        continue
+                    k = torch.stack([z[b * seq + j] for j in allowed])
+                    share = torch.full((len(k),), 1 / len(k))
+                    if config.interaction != "mean":
+                        share = ((k @ z[b * seq + q]).float() / math.sqrt(z.shape[1])).softmax(0)
+                    step = torch.zeros_like(z)
+                    step[b * seq + q] = 1
+                    mixed = mixed + weight * step * (share.to(k.dtype) @ k)
+        own = B if config.share_b else B[rows]
+        update = mixed @ own.to(z.dtype).T if config.share_b else torch.einsum("tor,tr->to", own.to(z.dtype), mixed)
+        if layer.is_merged(name):
+            text = every[config.text_row]
+            update = update - text @ (B if config.share_b else B[config.text_row]).to(z.dtype).T
+        y = y + (after * update).view(y.shape).to(y.dtype)
+    return y
+
+
+@contextmanager
+def plain_layers():
+    """Compute the MokA layers by the reference above."""
+    own = MokaLinear.forward
+    MokaLinear.forward = _plain_forward
+    try:
+        yield
+    finally:
+        MokaLinear.forward = own
+
+
 @pytest.fixture(autouse=True)
 def _unexpected_routing_warning_is_an_error():
     with warnings.catch_warnings():
@@ -123,6 +181,7 @@ def tiny():
         backbone=tiny_backbone,
         config=config,
         gradients=gradients,
+        plain_layers=plain_layers,
         rows=rows,
         strong_=strong_,
     )

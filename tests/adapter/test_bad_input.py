@@ -189,7 +189,7 @@ def test_values_loaded_by_transformers_itself_are_checked_before_the_first_infer
     damage(folder, DAMAGES["nan"][0])
     model, row = tiny.backbone(), tiny.rows(["i i q q"])
     model.load_adapter(str(folder), adapter_name="mine")
-    with pytest.raises(moka.MokaError, match=r"moka_A of adapter 'mine' holds values that are not finite"):
+    with pytest.raises(moka.MokaError, match=r"Adapter 'mine' holds values that are not finite.*moka_A"):
         model(**row.kwargs(*ROUTED))
 
 

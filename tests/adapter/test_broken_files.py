@@ -131,7 +131,7 @@ def test_a_pickle_of_tensors_alone_is_loaded(tiny, folder):
     state = get_peft_model_state_dict(PeftModel.from_pretrained(tiny.backbone(), folder))
     assert all(torch.equal(state[key], tensors[key]) for key in tensors)
     torch.save({**tensors, "x": 1}, folder / "adapter_model.bin")
-    refuse(tiny, folder, "holds objects other than named tensors")
+    refuse(tiny, folder, "objects other than named tensors")
 
 
 def renamed(rename):
@@ -145,17 +145,17 @@ def parts(*names):
 LAYOUTS = {
     "authors' avt": (parts("lora_A0.weight", "lora_A1.weight", "lora_B0.weight"), r"moka convert .*adapter --output"),
     "authors' vt": (parts("lora_A.text", "lora_A.image.default.weight", "lora_B.text"), r"layout of the MokA authors"),
-    "lora": (parts("lora_A.weight", "lora_B.weight"), r"holds a LoRA adapter .*adapter_config.json says MOKA.*LORA"),
-    "other": (parts("hada_w1_a"), r"holds no MokA tensors \(their names end in moka_A and moka_B\); found: .*hada"),
-    "nothing": (lambda t: {}, r"holds no MokA tensors .*found: none"),
-    "no prefix": (renamed(lambda key: key.removeprefix(PREFIX)), r"29 of 29 names lack the prefix .*save_pretrained"),
-    "half of it": (renamed(lambda key: key.replace(PREFIX, "model.")), r"lack the prefix"),
-    "doubled": (renamed(lambda key: PREFIX + key), r"lack the prefix 'base_model.model.' or have it twice"),
+    "lora": (parts("lora_A.weight", "lora_B.weight"), r"LoRA adapter .*lora_A.*MOKA.*LORA"),
+    "other": (parts("hada_w1_a"), r"no MokA tensors .*moka_A.*hada_w1_a"),
+    "nothing": (lambda t: {}, r"no MokA tensors .*found: none"),
+    "no prefix": (renamed(lambda key: key.removeprefix(PREFIX)), r"29 of 29 names .*prefix .*save_pretrained"),
+    "half of it": (renamed(lambda key: key.replace(PREFIX, "model.")), r"prefix 'base_model.model.'"),
+    "doubled": (renamed(lambda key: PREFIX + key), r"29 of 29 names .*prefix 'base_model.model.'.*twice"),
     "one of them": (
-        renamed(lambda key: key.removeprefix(PREFIX) if key.endswith("0.mlp.up_proj.moka_B") else key),
-        r"1 of 29 names lack the prefix",
+        renamed(lambda key: key.removeprefix(PREFIX) if "0.mlp.up_proj.moka_B" in key else key),
+        r"1 of 29 names .*prefix .*0.mlp.up_proj.moka_B",
     ),
-    "another model's": (renamed(lambda key: key.replace("model.layers", "model.blocks")), r"lacks 28 of 29 tensors"),
+    "another model's": (renamed(lambda key: key.replace("self_attn", "attention")), r"lacks 16 of 29 tensors"),
 }
 
 
@@ -171,7 +171,7 @@ def test_tensors_of_another_layout_never_load_as_an_adapter_that_does_nothing(ti
 )
 def test_weights_that_do_not_fit_the_model_leave_it_as_it_was(tiny, folder, change):
     tensors = load_file(folder / WEIGHTS)
-    change(tensors, KEY)
+    change(tensors, next(key for key in tensors if key.startswith(KEY)))
     save_file(tensors, folder / WEIGHTS)
     refuse(tiny, folder, r"moka_A")
 
@@ -181,24 +181,22 @@ def test_tensors_given_for_a_trained_adapter_that_do_not_fit_do_not_cost_it(tiny
     model = tiny.strong_(get_peft_model(tiny.backbone(), moka.MokaConfig.from_pretrained(str(folder))))
     model.peft_config["default"].init_weights = True
     state = get_peft_model_state_dict(model)
-    for wrong in ({key.removeprefix(PREFIX): value for key, value in state.items() if "moka" in key}, {}):
-        saved = {key: value for key, value in state.items() if "lm_head" in key}
-        with pytest.raises(moka.MokaError, match="lacks 28 of 29"):
+    saved = {key: value for key, value in state.items() if "lm_head" in key}
+    for wrong in ({key.replace("q_proj", "qkv"): value for key, value in state.items() if "moka" in key}, {}):
+        with pytest.raises(moka.MokaError, match=r"lacks (4|28) of 29"):
             set_peft_model_state_dict(model, {**wrong, **saved})
     after = get_peft_model_state_dict(model)
     assert all(torch.equal(after[key], state[key]) for key in state)
 
 
 FIELDS = {
-    "alpha": ("16", r"alpha is '16'; allowed: int or float"),
-    "dropout": ([], r"dropout is \[\]; allowed: int or float"),
-    "r": (True, r"r is True; allowed: int"),
-    "modalities": (["text"], r"modalities is \['text'\]; allowed: object"),
-    "adapt": ("text", r"adapt is 'text'; allowed: list or null"),
-    "rank_pattern": (3, r"rank_pattern is 3; allowed: object"),
-    "interaction_weight": ("1", r"interaction_weight is '1'; allowed: int or float or object"),
-    "target_modules": ({"q": 1}, r"target_modules is \{'q': 1\}; allowed: list or str or null"),
-    "format_version": ("new", r"format_version is 'new'; allowed: int"),
+    "alpha": ("16", r"alpha is '16'.*float"),
+    "dropout": (float("nan"), r"dropout is nan.*finite"),
+    "r": (True, r"r is True.*int"),
+    "share_b": ("no", r"share_b is 'no'.*bool"),
+    "modalities": (["text"], r"modalities is \['text'\].*dict\[str, list\[int\]\]"),
+    "interaction_weight": ({"visual": float("inf")}, r"interaction_weight is \{'visual': inf\}.*finite"),
+    "target_modules": ({"q": 1}, r"target_modules is \{'q': 1\}.*list\[str\]"),
 }
 
 
@@ -215,9 +213,9 @@ def test_fields_of_another_type(tiny, folder, field):
     [
         ("{", r"adapter_config.json cannot be read as JSON"),
         ("", r"adapter_config.json cannot be read as JSON"),
-        ("[]", r"adapter_config.json holds a list, not an object"),
-        ("{}", r"peft_type is None; the name of a method is due, such as MOKA"),
-        ('{"peft_type": 5}', r"peft_type is 5; the name of a method"),
+        ("[]", r"adapter_config.json has a list"),
+        ("{}", r"peft_type is None.*MOKA"),
+        ('{"peft_type": 5}', r"peft_type is 5.*MOKA"),
     ],
 )
 def test_configuration_that_is_none(tiny, folder, text, message):

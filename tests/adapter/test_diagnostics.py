@@ -78,7 +78,7 @@ def test_interaction_weights_are_the_softmax_of_the_definition(model, batch):
     handle.remove()
     maps = interaction_weights(model, batch.kwargs(*ROUTED))
     assert len(maps) == 14
-    found, x, A = maps[FIRST], inputs[0], layer.moka_A["default"].detach()
+    found, x, A = maps[FIRST], inputs[0], layer.moka_A["default"].weight.detach()
     rows_of = {0: 0, 1: 1, 3: 2}
     checked = 0
     for b in range(4):
@@ -119,7 +119,7 @@ def test_modality_norms_are_those_of_the_definition(tiny, batch, share_b):
     for row, (name, type_id) in enumerate({"text": 0, "visual": 1, "audio": 3}.items()):
         here = (batch.mm_token_type_ids == type_id) & batch.attention_mask.bool()
         own = norms[FIRST][name]
-        z = x[here] @ layer.moka_A["default"][row].T
+        z = x[here] @ layer.moka_A["default"].weight[row].T
         update = (out - layer.base_layer(x))[here]
         assert own.tokens == here.sum()
         assert own.z == pytest.approx(z.norm(dim=-1).mean().item(), rel=1e-4)
@@ -140,7 +140,7 @@ def test_gradient_norms_by_modality(tiny, batch):
     layer = model.get_submodule(FIRST)
     assert norms["A.audio"] == 0
     assert min(norms["A.text"], norms["A.visual"], norms["B"]) > 0
-    assert norms["A.visual"] == pytest.approx(layer.moka_A["default"].grad[1].norm().item())
+    assert norms["A.visual"] == pytest.approx(layer.moka_A["default"].weight.grad[1].norm().item())
     apart = tiny.adapted(share_b=False).train()
     apart(**image_only.kwargs(*ROUTED), labels=image_only.input_ids).loss.backward()
     assert gradient_norms(apart)[FIRST]["B.audio"] == 0

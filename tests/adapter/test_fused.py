@@ -11,8 +11,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import moka
-from moka.adapter import kernels, shared
-from moka.adapter.kernels import down, draw_seed, dropped_positions, reference_path, up
+from moka.adapter import layer as layers
+from moka.adapter import ops
+from moka.adapter.ops import draw_seed, dropped_positions, project
 
 ROUTED = ("mm_token_type_ids", "interaction_ids", "attention_mask")
 
@@ -56,7 +57,7 @@ def test_fused_equals_plain_operators(tiny, kind, interaction, share_b, position
             ours = step(model, batch, tiny)
             adapts = adapt is None or bool((batch.mm_token_type_ids == 1).any())
             assert any(grad.abs().max() > 0 for grad in ours[1].values()) == adapts
-            with reference_path():
+            with tiny.plain_layers():
                 theirs = step(model, batch, tiny)
             assert_equal(ours, theirs)
 
@@ -66,7 +67,7 @@ def test_projections_of_different_rank_or_scale(tiny, settings, batch):
     for position in ("output", "input"):
         model = tiny.adapted(scale_position=position, **settings)
         ours = step(model, batch, tiny)
-        with reference_path():
+        with tiny.plain_layers():
             assert_equal(ours, step(model, batch, tiny))
 
 
@@ -74,7 +75,7 @@ def half_precision(tiny, batch, cast):
     """Logits and gradients, fused and plain, of a model that ``cast`` runs in bfloat16; and those in float32."""
     exact = step(tiny.adapted(), batch, tiny)
     ours = cast(lambda model: step(model, batch, tiny))
-    with reference_path():
+    with tiny.plain_layers():
         theirs = cast(lambda model: step(model, batch, tiny))
     return ours, theirs, exact
 
@@ -103,7 +104,7 @@ def test_half_precision_is_as_exact_as_with_plain_operators(tiny, batch, how):
 
 
 def test_gradients_of_the_functions(monkeypatch):
-    monkeypatch.setattr(kernels, "draw_seed", lambda: 7)  # the same dropout in each of the checker's calls
+    monkeypatch.setattr(ops, "draw_seed", lambda: 7)  # the same dropout in each of the checker's calls
     torch.manual_seed(0)
     x, A, B = (torch.randn(shape, dtype=torch.double, requires_grad=True) for shape in ((2, 3, 5), (3, 4, 5), (6, 4)))
     W = torch.randn(6, 5, dtype=torch.double)
@@ -230,7 +231,7 @@ def test_another_input_is_noticed(change, monkeypatch):
 
     ours = []
     count_products(monkeypatch, lambda: ours.append(run()))
-    with reference_path():
+    with tiny.plain_layers():
         torch.testing.assert_close(ours[0], run())
 
 
@@ -249,7 +250,7 @@ def test_two_adapters_at_once(tiny, batch):
     tiny.strong_(model, seed=9)
     model.base_model.set_adapter(["default", "second"])
     ours = step(model, batch, tiny)
-    with reference_path():
+    with tiny.plain_layers():
         assert_equal(ours, step(model, batch, tiny))
 
 
@@ -318,7 +319,7 @@ def test_no_map_of_queries_and_keys_in_any_layer(tiny):
     maps = {shape: n for shape, n in shapes.seen.items() if shape[-2:] in ((37, 23), (23, 37))}
     # The mask of who may read whom, made once for all 14 layers.
     assert sum(maps.values()) <= 10, maps
-    with Shapes() as shapes, reference_path():
+    with Shapes() as shapes, tiny.plain_layers():
         step(model, batch, tiny)
     assert sum(n for shape, n in shapes.seen.items() if shape[-2:] in ((37, 23), (23, 37))) > 100
 
@@ -348,7 +349,7 @@ def test_a_hook_on_an_input_sees_its_whole_gradient():
         inner = leaf * 1.0
         inner.retain_grad()
         if path:
-            with reference_path():
+            with tiny.plain_layers():
                 y = model(inner, mm_token_type_ids=types, question_mask=types == 0)
         else:
             y = model(inner, mm_token_type_ids=types, question_mask=types == 0)
@@ -392,7 +393,7 @@ def test_a_base_layer_that_keeps_its_result_is_left_alone():
     for plain in (False, True):
         leaf = x.clone().requires_grad_()
         if plain:
-            with reference_path():
+            with tiny.plain_layers():
                 y = model(leaf, mm_token_type_ids=types, question_mask=types == 0)
         else:
             y = model(leaf, mm_token_type_ids=types, question_mask=types == 0)
@@ -481,7 +482,7 @@ def test_dropout_is_in_force_while_a_model_in_training_decodes(tiny, batch, monk
     model = tiny.adapted(dropout=0.5).train()
     settings = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     drawn = []
-    monkeypatch.setattr(kernels, "draw_seed", lambda: drawn.append(1) or 7)
+    monkeypatch.setattr(ops, "draw_seed", lambda: drawn.append(1) or 7)
     model.generate(**batch.kwargs(), **settings)
     assert len(drawn) == 4 * 8  # in the prefill and in three steps: q, k, v; o; gate, up; down of two blocks
 
@@ -541,7 +542,7 @@ def test_decoding_equals_the_plain_operators_and_leaves_no_trace(tiny, batch):
 
     ours = logits()
     assert not any("forward" in vars(module) for module in model.modules() if hasattr(module, "moka_A"))
-    with reference_path():
+    with tiny.plain_layers():
         torch.testing.assert_close(logits(), ours, atol=1e-4, rtol=1e-4)
     tiny.strong_(model, seed=4)
     changed = logits()

@@ -9,7 +9,7 @@ from peft import get_peft_model
 from torch import nn
 
 import moka
-from moka.adapter.kernels import draw_seed, dropped_positions
+from moka.adapter.ops import draw_seed, dropped_positions
 
 IN, OUT, RANK, ALPHA = 6, 5, 3, 7.0
 NAMES = ("text", "visual", "audio")
@@ -34,7 +34,7 @@ def reference(x, weight, bias, A, B, config, modality, groups, real):
     """y_t = W0 x_t + b + s B z~_t, token by token. modality: names; x: [seq, in] -> [seq, out]."""
     scale = config.alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
     adapts = config.adapt or NAMES
-    goes = [bool(real[t]) and modality[t] in adapts for t in range(len(x))]
+    goes = [modality[t] in adapts for t in range(len(x))]  # padding is text
     z = {t: A[NAMES.index(modality[t])] @ x[t] for t in range(len(x)) if goes[t]}
     if config.scale_position == "input":
         z = {t: scale * value for t, value in z.items()}
@@ -49,7 +49,7 @@ def reference(x, weight, bias, A, B, config, modality, groups, real):
             keys = [
                 j
                 for j in z
-                if groups[j] == groups[t] and groups[j] > 0 and (modality[j] == "text") == asks_text and is_query
+                if real[j] and real[t] and groups[j] == groups[t] and groups[j] > 0 and (modality[j] == "text") == asks_text and is_query
             ]
             if keys and config.interaction == "mean":
                 added = sum(z[j] for j in keys) / len(keys)
@@ -78,7 +78,7 @@ def layer(**settings):
     model = get_peft_model(OneLinear(), config)
     proj = model.base_model.model.proj
     for parameters in (proj.moka_A, proj.moka_B):
-        parameters["default"].data.normal_()
+        parameters["default"].weight.data.normal_()
     return model, proj, config
 
 
@@ -103,14 +103,14 @@ def test_layer_equals_reference(interaction, share_b, position):
         def run(f, x=x, direction=direction, proj=proj):
             leaf = x.clone().requires_grad_()
             y = f(leaf)
-            return y, torch.autograd.grad(y, (leaf, proj.moka_A["default"], proj.moka_B["default"]), direction)
+            return y, torch.autograd.grad(y, (leaf, proj.moka_A["default"].weight, proj.moka_B["default"].weight), direction)
 
         def ours(leaf, model=model):
             with moka.routing(model, mm_token_type_ids=types, interaction_ids=groups, attention_mask=real):
                 return model(leaf)
 
         def theirs(leaf, proj=proj, config=config):
-            shared = (proj.weight, proj.bias, proj.moka_A["default"], proj.moka_B["default"], config)
+            shared = (proj.weight, proj.bias, proj.moka_A["default"].weight, proj.moka_B["default"].weight, config)
             return torch.stack([reference(leaf[b], *shared, names[b], groups[b], real[b]) for b in range(2)])
 
         y, grads = run(ours)
@@ -150,7 +150,7 @@ def test_text_alone_is_lora_with_the_text_matrix():
     x = torch.randn(2, 4, IN)
     with moka.routing(model, mm_token_type_ids=torch.zeros(2, 4, dtype=torch.long)):
         y = model(x)
-    A, B = proj.moka_A["default"][0], proj.moka_B["default"]
+    A, B = proj.moka_A["default"].weight[0], proj.moka_B["default"].weight
     torch.testing.assert_close(y, proj.base_layer(x) + ALPHA / RANK * (x @ A.T @ B.T))
 
 
@@ -160,12 +160,12 @@ def test_media_without_keys_have_no_interaction_and_no_nan():
     x = torch.randn(1, 4, IN, requires_grad=True)
     with moka.routing(model, mm_token_type_ids=types, interaction_ids=torch.ones_like(types)):
         y = model(x)
-    A, B = proj.moka_A["default"][[1, 1, 2, 1]], proj.moka_B["default"]
+    A, B = proj.moka_A["default"].weight[[1, 1, 2, 1]], proj.moka_B["default"].weight
     z = torch.einsum("tri,ti->tr", A, x[0])
     torch.testing.assert_close(y[0], proj.base_layer(x[0]) + ALPHA / RANK * z @ B.T)
     y.sum().backward()
     assert torch.isfinite(x.grad).all()
-    assert torch.isfinite(proj.moka_A["default"].grad).all()
+    assert torch.isfinite(proj.moka_A["default"].weight.grad).all()
 
 
 def test_every_modality_has_a_gradient_also_where_its_tokens_are_absent():
@@ -174,7 +174,7 @@ def test_every_modality_has_a_gradient_also_where_its_tokens_are_absent():
     for types in (torch.zeros(1, 4, dtype=torch.long), torch.tensor([[0, 1, 1, 0]])):
         with moka.routing(model, mm_token_type_ids=types, question_mask=types == 0):
             model(torch.randn(1, 4, IN)).sum().backward()
-        for stacked in (proj.moka_A["default"], proj.moka_B["default"]):
+        for stacked in (proj.moka_A["default"].weight, proj.moka_B["default"].weight):
             assert stacked.grad.shape == stacked.shape
             assert stacked.grad[2].abs().sum() == 0
         model.zero_grad()
@@ -196,7 +196,7 @@ def test_new_adapter_starts_at_zero_and_kaiming():
     with moka.routing(model, mm_token_type_ids=torch.tensor([[0, 1, 3, 0]]), question_mask=torch.ones(1, 4).bool()):
         assert torch.equal(model(x), proj.base_layer(x))
     bound = 1 / math.sqrt(IN)  # Kaiming-uniform with a = sqrt(5)
-    largest = proj.moka_A["default"].abs().amax((1, 2))
+    largest = proj.moka_A["default"].weight.abs().amax((1, 2))
     assert (largest <= bound).all()
     assert (largest > bound / 2).all()
 
@@ -215,7 +215,7 @@ def test_dropout_applies_to_the_input_in_training_alone():
     mask = torch.full((x.numel(),), 2.0)
     mask[dropped_positions(x.numel(), 0.5, draw_seed())] = 0
     dropped = x * mask.view_as(x)
-    A, B = proj.moka_A["default"][0], proj.moka_B["default"]
+    A, B = proj.moka_A["default"].weight[0], proj.moka_B["default"].weight
     torch.testing.assert_close(first, proj.base_layer(x) + ALPHA / RANK * (dropped @ A.T @ B.T))
 
 
@@ -229,5 +229,5 @@ def test_softmax_is_in_float32_and_the_rest_in_the_activations_dtype():
         proj.base_layer.float()
         high = model(x)
     assert low.dtype == torch.bfloat16
-    assert proj.moka_A["default"].dtype == torch.float32
+    assert proj.moka_A["default"].weight.dtype == torch.float32
     torch.testing.assert_close(low.float(), high, atol=0.05 * high.abs().max().item(), rtol=0)

@@ -207,7 +207,7 @@ def test_a_merged_adapter_that_is_not_active_keeps_its_residual(model, tiny, bat
 
 def test_safe_merge_refuses_values_that_are_not_finite(model):
     layer = model.base_model.model.model.layers[0].mlp.up_proj
-    layer.moka_B["default"].data[0, 0] = float("nan")
+    layer.moka_B["default"].weight.data[0, 0] = float("nan")
     with pytest.raises(moka.MokaError, match="'default' holds values that are not finite; it was not merged"):
         model.merge_adapter(safe_merge=True)
     assert layer.merged_adapters == []
@@ -245,8 +245,8 @@ def test_conv1d(gpt2, tiny, batch, share_b):
     model = tiny.adapted(backbone=copy.deepcopy(gpt2), **settings)
     layer = model.base_model.model.transformer.h[0].attn.c_attn
     assert isinstance(layer.base_layer, Conv1D)
-    assert layer.moka_A["default"].shape == (3, 4, 32)
-    assert layer.moka_B["default"].shape[-2:] == (96, 4)
+    assert layer.moka_A["default"].weight.shape == (3, 4, 32)
+    assert layer.moka_B["default"].weight.shape[-2:] == (96, 4)
     before = logits(model, batch)
     assert (before - gpt2(batch.input_ids, attention_mask=batch.attention_mask).logits).abs().max() > 0.05
     model.merge_adapter()
@@ -308,8 +308,8 @@ def lora_twin(tiny, model):
     state = {}
     for name, layer in model.base_model.model.named_modules():
         if isinstance(layer, MokaLayer):
-            state[f"base_model.model.{name}.lora_A.default.weight"] = layer.moka_A["default"][0].detach()
-            state[f"base_model.model.{name}.lora_B.default.weight"] = layer.moka_B["default"].detach()
+            state[f"base_model.model.{name}.lora_A.default.weight"] = layer.moka_A["default"].weight[0].detach()
+            state[f"base_model.model.{name}.lora_B.default.weight"] = layer.moka_B["default"].weight.detach()
     assert not twin.load_state_dict(state, strict=False).unexpected_keys
     return twin.eval()
 

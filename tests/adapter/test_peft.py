@@ -23,10 +23,10 @@ def logits(model, batch):
 def test_parameters_are_stacked_and_nothing_else_is_saved(model, tiny):
     layer = model.base_model.model.model.layers[0].self_attn.k_proj
     assert isinstance(layer.moka_A, nn.ParameterDict)
-    assert layer.moka_A["default"].shape == (3, 4, 64)
-    assert layer.moka_B["default"].shape == (32, 4)
+    assert layer.moka_A["default"].weight.shape == (3, 4, 64)
+    assert layer.moka_B["default"].weight.shape == (32, 4)
     apart = tiny.adapted(share_b=False).base_model.model.model.layers[0].self_attn.k_proj
-    assert apart.moka_B["default"].shape == (3, 32, 4)
+    assert apart.moka_B["default"].weight.shape == (3, 32, 4)
     new = {name for name in model.state_dict() if ".base_layer." not in name}
     own = {f"base_model.model.{name}" for name in tiny.backbone().state_dict()}
     assert {name.rpartition(".")[0].rpartition(".")[2] for name in new - own} == {"moka_A", "moka_B"}
@@ -184,7 +184,7 @@ def test_choice_of_layers(tiny, settings, layers):
 def test_rank_and_alpha_patterns(tiny, batch, tmp_path):
     model = tiny.adapted(rank_pattern={"q_proj": 2}, alpha_pattern={"q_proj": 3}, use_rslora=True)
     attention = model.base_model.model.model.layers[0].self_attn
-    assert attention.q_proj.moka_A["default"].shape == (3, 2, 64)
+    assert attention.q_proj.moka_A["default"].weight.shape == (3, 2, 64)
     assert attention.q_proj.moka_scaling["default"] == pytest.approx(3 / 2**0.5)
     assert attention.k_proj.moka_scaling["default"] == 8 / 4**0.5
     model.save_pretrained(tmp_path)

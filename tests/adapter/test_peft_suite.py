@@ -386,7 +386,7 @@ def test_safe_merge_of_a_broken_adapter_leaves_every_weight(tiny, verb, value):
     """The last layer is the broken one: the first must not be folded either."""
     model = wrap(tiny)
     with torch.no_grad():
-        model.base_model.model.lin1.moka_A["default"][0, 0, 0] = value
+        model.base_model.model.lin1.moka_A["default"].weight[0, 0, 0] = value
     before = weights(model)
     with pytest.raises(MokaError, match="not finite"):
         getattr(model, verb)(safe_merge=True)
@@ -401,8 +401,8 @@ def test_safe_merge_sees_a_float16_weight_overflow():
     layer = model.base_model.model.lin1
     with torch.no_grad():
         layer.base_layer.weight.fill_(6e4)
-        layer.moka_A["default"].fill_(1e2)
-        layer.moka_B["default"].fill_(1e2)
+        layer.moka_A["default"].weight.fill_(1e2)
+        layer.moka_B["default"].weight.fill_(1e2)
     with pytest.raises(MokaError, match="not finite"):
         model.merge_adapter(safe_merge=True)
     assert (layer.base_layer.weight == 6e4).all()
@@ -524,7 +524,7 @@ def test_dtypes(tiny, dtype, cast):
     assert merged.dtype == dtype
     close(merged, expected, 5e-2 if dtype != torch.float32 else 1e-4)
     model.add_adapter("b", config(), autocast_adapter_dtype=cast)
-    assert model.base_model.model.lin0.moka_A["b"].dtype == wanted
+    assert model.base_model.model.lin0.moka_A["b"].weight.dtype == wanted
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

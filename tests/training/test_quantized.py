@@ -191,7 +191,7 @@ def test_gradients_are_those_without_checkpointing(raw, batch, kind, reentrant):
     model = attach_adapter(build_model(config.model)[0], config.adapter).train()
     for module in model.modules():
         if isinstance(module, MokaLayer):
-            nn.init.normal_(module.moka_B["default"], std=0.1)
+            nn.init.normal_(module.moka_B["default"].weight, std=0.1)
 
     def gradients():
         model.zero_grad()

@@ -1,0 +1,49 @@
+"""Checks of values from JSON, or of an instance, against the type hints of the dataclass that they belong to."""
+
+from __future__ import annotations
+
+import re
+import sys
+import types
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from .errors import MokaError, nearest
+
+
+def check_types(cls: type, values: Mapping[str, Any], where: str, remedy: str = "Correct the field.") -> None:
+    """Compare ``values`` (field -> value, from JSON or an instance) with the type hints of the dataclass ``cls``.
+
+    Raises:
+        MokaError: a value of another type, or a number that is not finite. Names without a hint are passed over.
+    """
+    for name, hint in get_type_hints(cls).items():
+        if name in values and not _fits(values[name], hint):
+            value = values[name]
+            allowed = hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
+            allowed = re.sub(r"\bfloat\b", "finite float", allowed.replace("typing.", ""))
+            near = nearest(str(value), map(str, get_args(hint))) if get_origin(hint) is Literal else ""
+            raise MokaError(f"{where}: {name} is {value!r}; allowed: {allowed}.{near} {remedy}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    kind, arguments = get_origin(hint) or hint, get_args(hint)
+    if kind is Any:
+        return True
+    if kind in (Union, types.UnionType):
+        return any(_fits(value, one) for one in arguments)
+    if kind is Literal:
+        return any(type(value) is type(one) and value == one for one in arguments)
+    if kind is float:  # the comparison is false for NaN, infinity, and integers that no float can hold
+        return type(value) is not bool and isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
+    if kind is int:
+        return type(value) is not bool and isinstance(value, int)
+    if kind in (list, set, tuple):  # JSON has lists only; MokaConfig keeps its target names in a set
+        return isinstance(value, (list, set, tuple)) and all(_fits(one, arguments[0]) for one in value if arguments)
+    if kind is dict and arguments:
+        pairs = value.items() if isinstance(value, dict) else [(None, None)]
+        return all(_fits(key, arguments[0]) and _fits(one, arguments[1]) for key, one in pairs)
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return value in [member.value for member in kind]
+    return isinstance(value, kind)

@@ -1,0 +1,260 @@
+"""Tensors of an adapter file find their places in a model by name: either format, any adapter name, paths that moved."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import moka
+from moka.adapter.checks import (
+    adapter_tensors,
+    check_adapter_config,
+    check_adapter_folder,
+    check_adapter_tensors,
+    check_finite,
+    expected_tensors,
+    planned_tensors,
+)
+from moka.adapter.matching import PREFIX, match_names
+
+FORMAT_1 = Path(__file__).with_name("fixtures") / "llama_format_1"
+A, B = (3, 2, 8), (4, 2)
+
+
+def shapes(*modules, tail="weight", prefix=PREFIX, group="moka_{}"):
+    """The two tensors of each module, by default as in a file of format 2."""
+    end = f".{tail}" if tail else ""
+    return {f"{prefix}{m}.{group.format(x)}{end}": {"A": A, "B": B}[x] for m in modules for x in "AB"}
+
+
+LAYERS = [f"model.layers.{i}.self_attn.{name}" for i in range(12) for name in ("q_proj", "v_proj")]
+
+
+def to(new, *modules, old=""):
+    return [f"{new}{m.removeprefix(old)}" for m in modules]
+
+
+@pytest.mark.parametrize("prefix", [PREFIX, ""])
+@pytest.mark.parametrize("tail", ["", "weight", "default", "default.weight", "weight.weight"])
+def test_either_format_with_or_without_the_names_of_peft_and_the_adapter(tail, prefix):
+    given = shapes(*LAYERS, tail=tail, prefix=prefix)
+    for place in ("weight", "mine.weight", "mine"):
+        expected = shapes(*LAYERS, tail=place)
+        assert match_names(expected, given) == dict(zip(given, expected, strict=True))
+
+
+MOVES = {
+    "into a language model": (LAYERS, to("model.language_model", *LAYERS, old="model")),
+    "out of it": (to("model.language_model", *LAYERS, old="model"), LAYERS),
+    "a thinker": (LAYERS, to("thinker.", *LAYERS)),
+    "another list of blocks": (LAYERS, to("transformer.h", *LAYERS, old="model.layers")),
+    "one stayed": ([*LAYERS, "lm_head"], [*to("thinker.", *LAYERS), "lm_head"]),
+    "no blocks": (["audio.proj", "proj_out"], ["model.audio.proj", "model.audio.proj_out"]),
+    # A tower with blocks of the same names takes the longer ending, and leaves the other to the language model.
+    "two towers": (
+        [*LAYERS, *to("visual", *LAYERS, old="model")],
+        [*to("model.language_model", *LAYERS, old="model"), *to("model.visual", *LAYERS, old="model")],
+    ),
+    "experts": (
+        [f"model.layers.{i}.mlp.experts.{j}.up_proj" for i in range(3) for j in range(3)],
+        [f"thinker.model.layers.{i}.mlp.experts.{j}.up_proj" for i in range(3) for j in range(3)],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MOVES)
+def test_paths_that_moved_between_versions_of_transformers(kind):
+    old, new = MOVES[kind]
+    for tail in ("", "weight"):
+        given, expected = shapes(*old, tail=tail), shapes(*new, tail="default.weight")
+        order = sorted(given, key=hash)  # any order of the file
+        matched = match_names(expected, {name: given[name] for name in order})
+        assert matched == dict(zip(given, expected, strict=True))
+
+
+def test_modules_to_save_and_trained_biases_move_too():
+    given = {
+        **shapes("model.layers.0.q"),
+        PREFIX + "model.layers.0.q.base_layer.bias": (4,),
+        PREFIX + "model.norm.weight": (8,),
+        PREFIX + "lm_head.weight": (9, 8),
+        PREFIX + "model.embed_tokens.weight": (9, 8),  # a resized embedding: no tensor of the adapter
+    }
+    expected = {
+        **shapes("model.lm.layers.0.q", tail="x.weight"),
+        PREFIX + "model.lm.layers.0.q.base_layer.bias": (4,),
+        PREFIX + "model.lm.norm.modules_to_save.x.weight": (8,),
+        PREFIX + "lm_head.modules_to_save.x.weight": (9, 8),
+    }
+    embedding = PREFIX + "model.embed_tokens.weight"
+    assert match_names(expected, given) == {**dict(zip(given, expected, strict=False)), embedding: embedding}
+
+
+Q0, Q1 = "model.layers.0.q_proj", "model.layers.1.q_proj"
+WRONG = {
+    "lost": (shapes(Q0, Q1), {**shapes(Q0), PREFIX + Q1 + ".moka_A": A}, r"lacks 1 of 4 .*layers.1.q_proj.moka_B"),
+    "nothing": (shapes(Q0), {}, r"lacks 2 of 2"),
+    "lost module": ({**shapes(Q0), "lm_head.weight": (9, 8)}, shapes(Q0), r"lacks 1 of 3 .*lm_head.weight"),
+    "extra": (shapes(Q0), shapes(Q0, Q1), r"holds 2 tensors .*layers.1.q_proj.moka_A"),
+    "extra part": (shapes(Q0), {**shapes(Q0), Q0 + ".moka_E": (1,)}, r"holds 1 tensors .*moka_E"),
+    "another block": (shapes(Q0), shapes(Q1), r"lacks 2 of 2"),
+    "another block of a moved path": (shapes("lm." + Q0), shapes(Q1), r"lacks 2 of 2"),
+    "another name": (shapes(Q0), shapes("model.layers.0.qkv"), r"lacks 2 of 2 .*q_proj"),
+    "another expert": (shapes("a.0.experts.1.up"), shapes("b.2.experts.1.up"), r"lacks 2 of 2"),
+    "only the tensor's name in common": (shapes("down"), shapes("up"), r"lacks 2 of 2 .*down"),
+    "only an index in common": (shapes("audio.2"), shapes("visual.2"), r"lacks 2 of 2 .*audio.2"),
+    "only weight in common": ({"lm_head.weight": (9, 8)}, {"norm.weight": (9, 8)}, r"lacks 1 of 1 .*lm_head"),
+    "two places": (
+        shapes("text." + Q0, "audio." + Q0),
+        shapes("old." + Q0, "older." + Q0),
+        r"old.* could .*audio.*text",
+    ),
+    "two for a place": (shapes("new." + Q0), shapes("old." + Q0, "older." + Q0), r"old.*older.* could .*new"),
+    "both formats": (shapes(Q0), {**shapes(Q0), **shapes(Q0, tail="")}, r"moka_A.* and .*moka_A.* same tensor"),
+    "two adapters": (shapes(Q0), {**shapes(Q0, tail="a"), **shapes(Q0, tail="b")}, r"moka_A.a and .*moka_A.b"),
+    "rank": (
+        shapes(Q0),
+        {**shapes(Q0), PREFIX + Q0 + ".moka_B.weight": (4, 3)},
+        r"layers.0.q_proj.moka_B.weight is \[4, 3\] .* \[4, 2\]",
+    ),
+    "shape of a moved path": (
+        shapes("lm." + Q0),
+        {**shapes(Q0), PREFIX + Q0 + ".moka_A.weight": (2, 2, 8)},
+        r"layers.0.q_proj.moka_A.weight is \[2, 2, 8\] .* \[3, 2, 8\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_tensors_without_one_place_each(kind):
+    expected, given, message = WRONG[kind]
+    with pytest.raises(moka.MokaError, match=message):
+        match_names(expected, given)
+
+
+SETTINGS = [
+    {},
+    {"share_b": False},
+    {"rank_pattern": {"layers.1.mlp.down_proj": 3, "q_proj": 2}},
+    {"modalities": {"text": [0], "visual": [1]}, "modality_token_ids": {"visual": [126]}},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_planned_tensors_are_those_that_the_adapter_has_and_saves(tiny, tmp_path, settings):
+    backbone = tiny.backbone()
+    layers = {
+        name: (module.in_features, module.out_features)
+        for name, module in backbone.named_modules()
+        if isinstance(module, nn.Linear) and name != "lm_head"
+    }
+    config = tiny.config(**settings)
+    planned = planned_tensors(layers, config)
+    model = get_peft_model(backbone, config)
+    places = match_names(expected_tensors(model, "default"), planned)
+    tensors = model.state_dict()
+    assert {name: tuple(tensors[place].shape) for name, place in places.items()} == planned
+    model.save_pretrained(tmp_path)
+    assert sorted(match_names(planned, check_adapter_folder(tmp_path)).values()) == sorted(planned)
+
+
+@pytest.mark.parametrize("bias", ["none", "moka_only"])
+def test_what_a_loaded_adapter_must_bring_is_what_peft_saves(tiny, tmp_path, bias):
+    model = tiny.adapted("qwen2", bias=bias, modules_to_save=["norm", "lm_head"])
+    model.add_adapter("other", tiny.config(r=2)) if bias == "none" else None
+    model.save_pretrained(tmp_path, selected_adapters=["default"])
+    saved, expected = check_adapter_folder(tmp_path), expected_tensors(model, "default")
+    assert sorted(match_names(expected, saved).values()) == sorted(expected)
+    assert any(name.endswith("q_proj.base_layer.bias") for name in saved) == (bias != "none")
+    given = load_file(tmp_path / "adapter_model.safetensors")
+    state = model.state_dict()
+    fitted = check_adapter_tensors(model, "default", given)
+    assert len(fitted) == len(given)
+    assert all(torch.equal(state[name], tensor) for name, tensor in fitted.items())
+    live = adapter_tensors(model, "default")
+    assert all(live[name].data_ptr() == state[name].data_ptr() for name in fitted)
+
+
+def test_values_are_checked_when_they_are_loaded_and_the_folder_by_its_header(tiny, tmp_path):
+    tiny.adapted().save_pretrained(tmp_path)
+    weights = tmp_path / "adapter_model.safetensors"
+    given = load_file(weights)
+    given = {name: tensor * float("nan") for name, tensor in given.items()}
+    save_file(given, weights)
+    assert check_adapter_folder(tmp_path) == {name: tuple(tensor.shape) for name, tensor in given.items()}
+    shutil.copytree(tmp_path, tmp_path / "inside" / "sub", ignore=shutil.ignore_patterns("inside"))
+    assert check_adapter_folder(tmp_path / "inside", "sub").keys() == given.keys()
+    with pytest.raises(moka.MokaError, match=r"not finite.*moka_A"):
+        check_adapter_tensors(tiny.adapted(), "default", given)
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(moka.MokaError, match=r"adapter_model.safetensors cannot be read"):
+        check_adapter_folder(tmp_path)
+
+
+def test_shapes_of_a_pickle(tmp_path):
+    shutil.copytree(FORMAT_1, tmp_path / "adapter")
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    torch.save(load_file(weights), weights.with_name("adapter_model.bin"))
+    weights.unlink()
+    assert check_adapter_folder(tmp_path / "adapter") == check_adapter_folder(FORMAT_1)
+
+
+def test_folders_without_weights(tmp_path):
+    assert check_adapter_folder("someone/adapter-on-the-hub") is None
+    assert check_adapter_config("someone/adapter-on-the-hub") is None
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "MOKA"}))
+    assert check_adapter_folder(tmp_path) is None
+    (tmp_path / "README.md").touch()
+    with pytest.raises(moka.MokaError, match=r"has no adapter_model.safetensors"):
+        check_adapter_folder(tmp_path)
+
+
+NAME = PREFIX + Q0 + ".moka_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        (NAME, torch.tensor([1.0, float("nan")]), r"Adapter 'x' .*not finite.*moka_A"),
+        (NAME, torch.tensor([float("inf")]).half(), "not finite"),
+        (NAME, torch.tensor([float("nan")]).to(torch.float8_e4m3fn), "not finite"),
+        ("lm_head.weight", torch.tensor([-float("inf")]), r"not finite.*lm_head"),
+        (NAME, torch.ones(2).int(), r"Adapter 'x' .*torch.int32.*moka_A.*floating-point"),
+        (NAME, torch.ones(2).bool(), r"torch.bool"),
+    ],
+)
+def test_values_that_are_no_finite_numbers(name, tensor, message):
+    with pytest.raises(moka.MokaError, match=message):
+        check_finite({"first.moka_B": torch.ones(1), name: tensor}, "Adapter 'x'")
+
+
+def test_values_that_pass():
+    norm = {"norm.num_batches_tracked": torch.tensor(3), "norm.mask": torch.tensor([True])}
+    meta = torch.empty(2, device="meta")
+    check_finite({**norm, NAME: meta, NAME + "2": torch.ones(1).to(torch.float8_e4m3fn), "lm_head.bias": meta.int()})
+
+
+def backbone(tiny):
+    """A llama with weights that no generator of random numbers decides (see the fixture's README)."""
+    model = tiny.backbone()
+    with torch.no_grad():
+        for i, (_, weight) in enumerate(sorted(model.named_parameters())):
+            wave = 0.15 * torch.sin(torch.arange(weight.numel(), dtype=torch.float64) * (1 + 0.1 * i))
+            weight.copy_((wave + (weight.dim() == 1)).reshape(weight.shape))
+    return model
+
+
+def test_a_llama_adapter_of_format_1_computes_what_it_computed(tiny):
+    case = load_file(FORMAT_1 / "case.safetensors")
+    logits, inputs = case.pop("logits"), case
+    bare = backbone(tiny)
+    with torch.no_grad():
+        before = bare(input_ids=inputs["input_ids"]).logits
+        model = PeftModel.from_pretrained(bare, FORMAT_1).eval()
+        torch.testing.assert_close(model(**inputs).logits, logits, atol=1e-4, rtol=1e-4)
+    assert (before - logits).abs().mean() > 0.1
