@@ -5,7 +5,6 @@ from importlib import import_module
 from . import adapter, modeling  # register PeftType.MOKA, and the model type "moka" with transformers' Auto classes
 from .adapter import MokaConfig, routing, turn_markers
 from .errors import MokaError
-from .host import HostIds
 from .modeling import MokaForConditionalGeneration, MokaProcessor
 
 __version__ = "0.1.0"
@@ -17,7 +16,6 @@ _LAZY = {
 }
 
 __all__ = [
-    "HostIds",
     "MokaConfig",
     "MokaError",
     "MokaForConditionalGeneration",

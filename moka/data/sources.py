@@ -23,7 +23,6 @@ from moka.data.jsonl import JsonlDataset
 from moka.data.media import AudioWindows, BadMediaPolicy, DecodedDataset
 from moka.data.stamps_tasks import PhotographsTask
 from moka.errors import MokaError
-from moka.host import HostIds
 from moka.modeling.encoders import RESOLVERS
 from moka.modeling.processing import IGNORE, TooLongError
 
@@ -328,7 +327,6 @@ class Collator:
     """Encoded samples to one padded batch of tensors. Left padding aligns the answers, so that few positions carry loss.
 
     ``sample_ids`` (a list of text, one for each row) names the samples of a batch, for messages; no model takes it.
-    ``host_ids`` (`moka.host.HostIds`) keeps the ids in host memory when the tensors go to a GPU.
     """
 
     def __init__(self, processor: Any, padding_side: str = "left") -> None:
@@ -336,6 +334,5 @@ class Collator:
 
     def __call__(self, encoded: Sequence[dict[str, Any]]) -> dict[str, Any]:
         batch = dict(self.processor.pad(encoded, padding_side=self.padding_side))
-        batch["host_ids"] = HostIds(batch)
         batch["sample_ids"] = [str(one.get("sample_id", "")) for one in encoded]
         return batch

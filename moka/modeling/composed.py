@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,25 +12,19 @@ from transformers import AutoConfig, AutoModel, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from moka.errors import MokaError
-from moka.host import HostIds, on_device
 
 from .configuration import MokaModelConfig
 from .encoders import CachedEncoder, build_encoder, features_name
 from .language_models import HUB_ARGUMENTS, create_language_model, load_language_model
 from .partitioned import has_parts, not_partitioned, whole, whole_shape
-from .placeholders import uploaded_places
+from .placeholders import media_positions
 from .positions import flash_lengths, grid_positions, restarted, samples_begin
 from .projectors import build_projector
 from .quantization import load_quantized, mark_quantized
-from .supervised import HeadCut, logits_at, places_of, shifted
+from .supervised import HeadCut, logits_at, shifted, supervised_places
 
-# Keywords of ``forward`` and ``generate``: what encoders take, and what they give, where that is known already.
+# Keywords of ``forward`` and ``generate``: the inputs of encoders, and the features that encoders make of them.
 MEDIA_INPUTS = ("pixel_values", "input_features", "image_features", "audio_features")
-
-
-def media_inputs(arguments: Mapping[str, Any]) -> dict[str, torch.Tensor | None]:
-    """Those of `MEDIA_INPUTS`, out of the ``locals()`` of a method that names them all in its signature."""
-    return {name: arguments[name] for name in MEDIA_INPUTS}
 
 
 class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -47,9 +40,9 @@ class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
-    # Small, newly trained, or fed with raw media: also beside a bfloat16 backbone.
+    # Small, newly trained, or fed with raw media: float32 also with a bfloat16 backbone.
     _keep_in_fp32_modules_strict = ["encoders", "projectors"]
-    # Of the language model's linear layers, where we quantised them: one of `QUANTIZATIONS`.
+    # Of the language model's linear layers, if we quantised them: one of `QUANTIZATIONS`.
     quantization: str | None = None
 
     def __init__(
@@ -94,12 +87,12 @@ class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         Args:
             backbone: folder or hub name, read by ``AutoModelForCausalLM.from_pretrained``; of a Qwen2.5-VL checkpoint
-                the language model alone is read.
+                only the language model is read.
             modalities: see ``MokaModelConfig``.
-            name: what to record as the backbone's name, where it differs from its folder.
-            pretrained: load published encoders' weights (False: their configuration alone).
+            name: what to record as the backbone's name, if it differs from its folder.
+            pretrained: load published encoders' weights (False: only their configuration).
             quantization: "nf4" or "int8": quantise the language model's linear layers as they are read (needs ``dtype``).
-            device: where a quantised model lies; default: this process's GPU if there is one. Others lie on the CPU.
+            device: of a quantised model; default: this process's GPU if there is one. Others are built on the CPU.
             kwargs: for ``AutoModelForCausalLM.from_pretrained`` (dtype, quantization_config, ...).
         """
         if quantization is None:
@@ -120,6 +113,15 @@ class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
             hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
             model._fingerprint = fingerprint(load_language_model(backbone, dtype="auto", **hub))
         return model
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load as `PreTrainedModel.from_pretrained`, which makes new parameters; frozen encoders are frozen again."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if kwargs.get("output_loading_info") else loaded
+        for encoder in model.encoders.values():
+            encoder.freeze()
+        return loaded
 
     def initialize_weights(self) -> None:
         # Parts that come with their weights must keep them.
@@ -145,7 +147,7 @@ class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return self.language_model
 
     def derive_type_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """``mm_token_type_ids`` [batch, seq] from the placeholder ids, which lie beyond the vocabulary."""
+        """Return ``mm_token_type_ids`` [batch, seq] from the placeholder ids, which follow the vocabulary."""
         return (input_ids - (self.config.vocab_size - 1)).clamp(min=0)
 
     def encode_media(self, name: str, values: torch.Tensor) -> torch.Tensor:
@@ -159,24 +161,23 @@ class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self,
         input_ids: torch.Tensor,
         mm_token_type_ids: torch.Tensor | None,
-        host_ids: HostIds | None = None,
         **media: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Token embeddings with media features in their placeholders' positions: [batch, seq, hidden].
+        """Embed the tokens and put media features at their placeholders' positions: [batch, seq, hidden].
 
-        Of each modality ``media`` holds either what its encoder takes, or the encoder's features. Without ``host_ids`` the
-        type ids (None: those of the placeholder ids) are read back from the device.
+        Of each modality ``media`` has either the inputs of its encoder, or the encoder's features. Type ids (None: those
+        of the placeholder ids) that are not in host memory are read back.
 
         Raises:
             MokaError: more or fewer placeholders than the given media fill.
         """
-        types = self._types_on_host(input_ids, mm_token_type_ids, host_ids or HostIds())
+        types = self.derive_type_ids(input_ids) if mm_token_type_ids is None else mm_token_type_ids
         known = {name: media.get(features_name(encoder)) for name, encoder in self.encoders.items()}
         values = {n: media.get(self.encoders[n].input_name) if known[n] is None else known[n] for n in known}
         given = {n: (0 if v is None else v.shape[0], self.projectors[n].num_tokens) for n, v in values.items()}
-        every, places = uploaded_places(types, self.config.type_ids, given, input_ids.device)
-        # Placeholder ids lie beyond the vocabulary.
-        text = input_ids.flatten().index_fill(0, every, 0).view_as(input_ids) if len(every) else input_ids
+        positions = media_positions(types, self.config.type_ids, given, input_ids.device)
+        # The ids of placeholders follow the vocabulary, and have no embedding.
+        text = input_ids.masked_fill(types.to(input_ids.device, non_blocking=True) > 0, 0)
         embeds = self.get_input_embeddings()(text)  # [batch, seq, hidden]
         for name, value in values.items():
             encoder, projector = self.encoders[name], self.projectors[name]
@@ -184,20 +185,13 @@ class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 value = value.to(embeds.device)
                 # [items, tokens, hidden]
                 features = self.encode_media(name, value) if known[name] is None else projector(value)
-                flat = embeds.flatten(0, 1).index_copy(0, places[name], features.flatten(0, 1).to(embeds.dtype))
+                flat = embeds.flatten(0, 1).index_copy(0, positions[name], features.flatten(0, 1).to(embeds.dtype))
                 embeds = flat.view_as(embeds)
             elif (self.training and torch.is_grad_enabled()) or has_parts(encoder) or has_parts(projector):
-                # Every rank touches every encoder and projector in every step, or DDP and ZeRO-3 wait for ever.
+                # Every rank touches every encoder and projector in every step, or DDP and ZeRO-3 never end their wait.
                 dummy = torch.zeros_like(encoder.dummy_input(), device=embeds.device)
                 embeds = embeds + 0.0 * self.encode_media(name, dummy).sum().to(embeds.dtype)
         return embeds
-
-    def _types_on_host(self, input_ids: torch.Tensor, types: torch.Tensor | None, known: HostIds) -> torch.Tensor:
-        """``mm_token_type_ids`` [batch, seq] in host memory."""
-        name, ids = ("input_ids", input_ids) if types is None else ("mm_token_type_ids", types)
-        held = known.read({name: ids})[name]
-        assert held is not None
-        return self.derive_type_ids(held) if types is None else held
 
     def forward(
         self,
@@ -218,55 +212,60 @@ class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         audio_features: torch.Tensor | None = None,
         prompt_embeds: torch.FloatTensor | None = None,
         loss_only: bool = False,
-        host_ids: HostIds | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits, and the loss with ``labels``.
+        """Compute logits, and the loss with ``labels``.
 
         Args:
-            input_ids: [batch, seq]; placeholders have ids beyond the vocabulary, or any id where
-                ``mm_token_type_ids`` is not 0.
+            input_ids: [batch, seq]; placeholders have ids that follow the vocabulary, or any id if
+                their ``mm_token_type_ids`` are given.
             mm_token_type_ids: [batch, seq] 0 text, 1 image, 2 video, 3 audio.
             interaction_ids, question_mask: [batch, seq], for a MokA adapter; without one they have no effect.
-            pixel_values: [pictures and frames, ...] of the whole batch, in order of appearance.
+            pixel_values: [pictures and frames, ...] of all rows, in order of appearance.
             input_features: [sounds, ...] likewise.
-            image_features, audio_features: [items, tokens, width] what the encoder of pictures or sound makes of them, in
-                the place of ``pixel_values`` or ``input_features``.
-            position_ids: [batch, seq]; where they begin anew at 0 within a row, it holds several samples, of which none
-                attends to another (``moka.data.packing``).
-            prompt_embeds: [batch, prompt, hidden] the merged embeddings of the whole prompt (``generate`` makes them).
-            host_ids: copies of the ids in host memory, so that nothing is read back from the device (``Collator`` gives them).
+            image_features, audio_features: [items, tokens, width] the features of pictures or sound that an encoder made,
+                instead of ``pixel_values`` or ``input_features``.
+            position_ids: [batch, seq]; a row in which they restart at 0 has several samples, of which none attends to
+                another (``moka.data.packing``).
+            prompt_embeds: [batch, prompt, hidden] the merged embeddings of the full prompt (``generate`` makes them).
             loss_only: give the loss without logits, and compute them for no position that has no label.
 
-        With labels in training the logits are those of the supervised positions alone, row after row: [1, positions,
+        With labels in training the logits are only those of the supervised positions, row after row: [1, positions,
         vocabulary]; in evaluation of all positions.
         """
-        media, types, known = media_inputs(locals()), mm_token_type_ids, host_ids or HostIds()
-        wanted = {"labels": labels} if self.training or loss_only else {}
-        if inputs_embeds is None and prompt_embeds is None:
-            wanted |= {"input_ids": input_ids} if types is None else {"mm_token_type_ids": types}
-        packable = position_ids if past_key_values is None else None
-        begins = _read_once(known, wanted, packable, attention_mask)  # [batch, seq] in host memory
-        if inputs_embeds is None:
-            if input_ids is None:
-                raise MokaError("forward: pass input_ids or inputs_embeds.")
-            if prompt_embeds is not None:
-                inputs_embeds = self._continue_prompt(input_ids, prompt_embeds, past_key_values)
-            else:
-                inputs_embeds = self.merge_embeddings(input_ids, types, known, **media)
-        if types is None and input_ids is not None and self.config.uses_grid_positions:
+        types, merges = mm_token_type_ids, inputs_embeds is None and prompt_embeds is None
+        if inputs_embeds is None and input_ids is None:
+            raise MokaError("forward: pass input_ids or inputs_embeds.")
+        if types is None and input_ids is not None and (merges or self.config.uses_grid_positions):
             types = self.derive_type_ids(input_ids)
+        at_labels = (self.training or loss_only) and isinstance(logits_to_keep, int) and logits_to_keep == 0
+        types_on_host, supervised, begins = _read_back(
+            types if merges else None,
+            labels if at_labels else None,
+            position_ids if past_key_values is None else None,
+            attention_mask,
+        )
+        if merges:
+            inputs_embeds = self.merge_embeddings(
+                input_ids,
+                types_on_host,
+                pixel_values=pixel_values,
+                input_features=input_features,
+                image_features=image_features,
+                audio_features=audio_features,
+            )
+        elif inputs_embeds is None:
+            inputs_embeds = self._continue_prompt(input_ids, prompt_embeds, past_key_values)
         placed = self._placed(inputs_embeds, types, begins, position_ids, attention_mask, past_key_values)
-        targets, places = None, None
+        targets = None
         if labels is not None:
             targets = shifted(labels)  # [batch, seq] what each position predicts
             if use_cache is None and past_key_values is None:
-                use_cache = False  # the language model's own default would copy all keys and values, for nobody
-            if (self.training or loss_only) and isinstance(logits_to_keep, int) and logits_to_keep == 0:
-                places = places_of(labels, known)
-                targets = targets.flatten().index_select(0, places)  # [positions]
+                use_cache = False  # the language model's own default would copy all keys and values, which are not used
+            if supervised is not None:
+                targets = targets.flatten().index_select(0, supervised)  # [positions]
         num_items = kwargs.pop("num_items_in_batch", None)
-        with self._head_cut.at(self.get_output_embeddings(), places, inputs_embeds):
+        with self._head_cut.at(self.get_output_embeddings(), supervised, inputs_embeds):
             outputs = self.language_model(
                 inputs_embeds=inputs_embeds,
                 past_key_values=past_key_values,
@@ -274,12 +273,12 @@ class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 **{**kwargs, "use_cache": use_cache, **placed, "return_dict": True},
             )
         if self.config.uses_grid_positions and outputs.past_key_values is not None:
-            # A picture takes fewer positions than it has tokens, so the length of the cache does not tell the next one.
+            # A picture takes fewer positions than it has tokens, so the next one does not follow from the length of the cache.
             positions = placed["position_ids"]
             rows = positions if positions.dim() == 2 else positions[-3:].amax(0)  # [batch, seq]
             outputs.past_key_values.next_position = rows.amax(-1) + 1  # [batch]
-        if places is not None:
-            outputs["logits"] = logits_at(outputs.logits, places, inputs_embeds)  # [1, positions, vocabulary]
+        if supervised is not None:
+            outputs["logits"] = logits_at(outputs.logits, supervised, inputs_embeds)  # [1, positions, vocabulary]
         if targets is not None:
             outputs["loss"] = self.loss_function(
                 logits=outputs.logits,
@@ -299,7 +298,7 @@ class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         mask: Any,
         cache: Any,
     ) -> dict[str, Any]:
-        """Arguments of the language model that tell where each token of ``embeds`` [batch, seq, hidden] stands.
+        """Return the arguments of the language model for the positions of the tokens of ``embeds`` [batch, seq, hidden].
 
         ``begins`` [batch, seq] in host memory, or None: where the samples of a packed row begin.
         """
@@ -311,8 +310,8 @@ class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
             return {"position_ids": position_ids, "attention_mask": mask}
         flash = "flash" in str(self.language_model.config._attn_implementation)
         lengths = flash_lengths(begins, embeds.device) if flash else {}
-        begins = on_device(begins, embeds.device)
-        # transformers keeps the samples apart by these positions, where it gets no mask of padding and no cache.
+        begins = begins.to(embeds.device, non_blocking=True)
+        # transformers keeps the samples apart by these positions, if it gets no mask of padding and no cache.
         position_ids = position_ids.masked_fill(begins, 0)
         if self.config.uses_grid_positions:
             grids = self._grid_positions(embeds, types, mask, None)
@@ -322,15 +321,15 @@ class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def _grid_positions(
         self, tokens: torch.Tensor, types: torch.Tensor | None, mask: torch.Tensor | None, cache: Any
     ) -> torch.Tensor:
-        """Positions [3, batch, seq] of ``tokens`` [batch, seq, ...], which follow those in the cache."""
+        """Return positions [3, batch, seq] of ``tokens`` [batch, seq, ...], which follow those in the cache."""
         (batch, seq), past = tokens.shape[:2], int(cache.get_seq_length()) if cache is not None else 0
         valid = torch.ones(batch, seq, dtype=torch.long, device=tokens.device)
         counted = torch.full((batch,), past, device=tokens.device)
         if isinstance(mask, torch.Tensor) and mask.dim() == 2:
-            whole = mask.shape[1] >= past + seq  # or these tokens' own alone
-            valid = mask[:, past : past + seq] if whole else mask[:, -seq:]
-            counted = mask[:, :past].sum(-1) if whole else counted
-        types = torch.zeros_like(valid) if types is None else on_device(types, tokens.device)[:, -seq:]
+            is_full = mask.shape[1] >= past + seq  # or of these tokens only
+            valid = mask[:, past : past + seq] if is_full else mask[:, -seq:]
+            counted = mask[:, :past].sum(-1) if is_full else counted
+        types = torch.zeros_like(valid) if types is None else types.to(tokens.device)[:, -seq:]
         grids = []
         for name, spec in self.config.modalities.items():
             grid = getattr(self.encoders[name], "grid", None)
@@ -341,15 +340,15 @@ class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return grid_positions(types, valid, grids) + start[:, None]
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: torch.Tensor, model_kwargs: dict) -> torch.Tensor:
-        """As in ``GenerationMixin``, which asks before the first step; later steps count on from the last position."""
+        """Override: the first step of ``GenerationMixin`` asks here, and knows no grid; later steps count from its last."""
         if not self.config.uses_grid_positions:
             return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
         types, mask, cache = (model_kwargs.get(n) for n in ("mm_token_type_ids", "attention_mask", "past_key_values"))
-        whole = mask is None or mask.shape[1] == inputs_tensor.shape[1]
-        return self._grid_positions(inputs_tensor, types, mask, None if whole else cache)
+        has_all = mask is None or mask.shape[1] == inputs_tensor.shape[1]
+        return self._grid_positions(inputs_tensor, types, mask, None if has_all else cache)
 
     def _continue_prompt(self, input_ids: torch.Tensor, prompt_embeds: torch.Tensor, cache: Any) -> torch.Tensor:
-        """Embeddings of the tokens of one generation step: of the prompt where it reaches, of the ids beyond it."""
+        """Return embeddings of the tokens of one generation step: those of the prompt, then those of the decoded ids."""
         start = int(cache.get_seq_length()) if cache is not None else 0
         if start >= prompt_embeds.shape[1]:
             return self.get_input_embeddings()(input_ids).to(prompt_embeds.dtype)
@@ -363,25 +362,23 @@ class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         inputs: torch.Tensor | None = None,
         *,
         mm_token_type_ids: torch.Tensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        input_features: torch.Tensor | None = None,
-        image_features: torch.Tensor | None = None,
-        audio_features: torch.Tensor | None = None,
-        host_ids: HostIds | None = None,
         **kwargs: Any,
     ):
-        """As ``GenerationMixin.generate``. Media are encoded once; beams, chunked prefill and caches share the result."""
-        media = media_inputs(locals())
+        """Generate as ``GenerationMixin.generate`` does, also from the media inputs of ``forward``.
+
+        Media are encoded once; beams, chunked prefill and caches share the result.
+        """
+        media = {name: kwargs.pop(name, None) for name in MEDIA_INPUTS}
         input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
-        kwargs.pop("labels", None)  # of a whole batch of the processor; there is no loss here
+        kwargs.pop("labels", None)  # of a batch of the processor; there is no loss here
         if input_ids is None:
             raise MokaError("generate: pass input_ids, as MokaProcessor makes them.")
-        embeds = self.merge_embeddings(input_ids, mm_token_type_ids, host_ids, **media)
+        embeds = self.merge_embeddings(input_ids, mm_token_type_ids, **media)
         types = mm_token_type_ids if mm_token_type_ids is not None else self.derive_type_ids(input_ids)
-        types = on_device(types, input_ids.device)
+        types = types.to(input_ids.device)
         cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
         if cache is not None and mask is not None and mask.shape[1] > input_ids.shape[1]:
-            # These are the tokens of a new turn alone; positions count from the start of the chat.
+            # These are only the tokens of a new turn; positions count from the start of the chat.
             embeds = nn.functional.pad(embeds, (0, 0, int(cache.get_seq_length()), 0))
         return super().generate(
             input_ids=input_ids.masked_fill(types > 0, self.config.fill_token_id),
@@ -391,9 +388,9 @@ class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )
 
     def backbone_fingerprint(self) -> str:
-        """A short hash of the language model's shape and a sample of its weights, to recognise it again.
+        """Return a short hash of the language model's shape and a sample of its weights, to recognise it again.
 
-        Of partitioned weights (ZeRO-3, FSDP) every process has to ask first; later one alone may. ``quantization`` does not
+        Of partitioned weights (ZeRO-3, FSDP) every process has to ask first; later a single one may. ``quantization`` does not
         change it: it is that of the weights before.
         """
         if self.quantization is None and not has_parts(self.language_model):
@@ -404,7 +401,7 @@ class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
 
 def fingerprint(model: nn.Module) -> str:
-    """sha256 (16 hex digits) over parameter names, shapes, and a few values of each, adapters left out."""
+    """Return sha256 (16 hex digits) over parameter names, shapes, and a few values of each, adapters left out."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if ".moka_" in name or ".lora_" in name:
@@ -417,17 +414,26 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-@torch.compiler.disable  # whether rows are packed depends on the data, and is settled outside of any graph
-def _read_once(
-    known: HostIds, wanted: dict[str, torch.Tensor | None], position_ids: torch.Tensor | None, mask: Any
-) -> torch.Tensor | None:
-    """Have ``known`` hold all that a forward asks of the device; `samples_begin` [batch, seq] in host memory."""
+@torch.compiler.disable  # the results depend on the data: found outside of any graph
+def _read_back(
+    types: torch.Tensor | None, labels: torch.Tensor | None, position_ids: torch.Tensor | None, mask: Any
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Read from the device all values that a forward depends on, before it queues work there: the host waits for each.
+
+    Args:
+        types, labels: [batch, seq]; None: not asked for.
+        position_ids: [batch, seq], or of another shape, in which rows are not packed.
+        mask: [batch, seq], 0 at padding, or another kind of mask.
+    Returns:
+        types in host memory; `supervised_places` of the labels, on their device; `samples_begin` in host memory. Each may
+        be None.
+    """
+    types = None if types is None else types.cpu()
+    places = None if labels is None else supervised_places(labels.cpu()).to(labels.device, non_blocking=True)
     if position_ids is None or position_ids.dim() != 2:
-        known.read(wanted)
-        return None
-    is_2d = isinstance(mask, torch.Tensor) and mask.dim() == 2
-    held = known.read({**wanted, "position_ids": position_ids, "attention_mask": mask if is_2d else None})
-    return samples_begin(held["position_ids"], held["attention_mask"] if is_2d else mask)
+        return types, places, None
+    is_padding = isinstance(mask, torch.Tensor) and mask.shape == position_ids.shape
+    return types, places, samples_begin(position_ids.cpu(), mask.cpu() if is_padding else mask)
 
 
 def _is_mask(mask: Any, embeds: torch.Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Positions of tokens: where pictures lie on a grid, and where a row holds several samples.
+"""Positions of tokens: of pictures on a grid, and of several samples in one row.
 
 The multimodal rotary embedding (M-RoPE) of Qwen2-VL and Qwen2.5-VL:
 
@@ -9,7 +9,7 @@ The multimodal rotary embedding (M-RoPE) of Qwen2-VL and Qwen2.5-VL:
 Source: Bai et al., Qwen2.5-VL Technical Report (2025); `get_rope_index` of `transformers`, which needs text between two
 pictures and loops over the tokens in Python.
 
-In a packed row positions begin anew at 0 with each sample: 0 1 2 0 1 0 1 2 3.
+In a packed row positions restart at 0 with each sample: 0 1 2 0 1 0 1 2 3.
 """
 
 from __future__ import annotations
@@ -19,26 +19,24 @@ from typing import Any
 
 import torch
 
-from moka.host import on_device
-
 
 def grid_positions(
     type_ids: torch.Tensor, valid: torch.Tensor, grids: Iterable[tuple[list[int], tuple[int, int]]]
 ) -> torch.Tensor:
-    """Temporal, vertical and horizontal position of each token, from 0 in every row: [3, batch, seq].
+    """Return the temporal, vertical and horizontal position of each token, from 0 in every row: [3, batch, seq].
 
     Args:
         type_ids: [batch, seq] ``mm_token_type_ids``.
-        valid: [batch, seq], 0 or False at padding, which gets position 0 and takes no room.
-        grids: for each modality whose items lie on a grid, its type ids and (rows, columns); every item has
+        valid: [batch, seq], 0 or False at padding, which gets position 0 and moves no other token.
+        grids: for each modality whose items form a grid, its type ids and (rows, columns); every item has
             rows x columns tokens, row by row, and the items of a row may follow each other without text between them.
             All other tokens, of sound for example, count on as text does.
     """
     valid = valid.bool()
-    advance = valid.long()  # [batch, seq] by how much the position grows behind each token
+    advance = valid.long()  # [batch, seq] by how much the position grows after each token
     row, column = torch.zeros_like(advance), torch.zeros_like(advance)
     for ids, (rows, columns) in grids:
-        # Compared one by one: a tensor of them would have to be copied to the device, for which the host waits.
+        # Compared one by one: a tensor of them would have to be copied to the device.
         here = torch.stack([type_ids == i for i in ids]).any(0) & valid
         cell = (here.long().cumsum(-1) - 1) % (rows * columns)  # [batch, seq], of its own picture
         row, column = torch.where(here, cell // columns, row), torch.where(here, cell % columns, column)
@@ -49,7 +47,7 @@ def grid_positions(
 
 
 def samples_begin(position_ids: torch.Tensor | None, mask: Any = None) -> torch.Tensor | None:
-    """[batch, seq] bool: where a sample begins in rows that hold several, and every token of padding; None: no such row.
+    """Find the first token of each sample in packed rows, and all padding: bool [batch, seq]; None: no row is packed.
 
     Args:
         position_ids: [batch, seq].
@@ -72,21 +70,21 @@ def samples_begin(position_ids: torch.Tensor | None, mask: Any = None) -> torch.
 
 
 def restarted(positions: torch.Tensor, begins: torch.Tensor) -> torch.Tensor:
-    """Grid positions [3, batch, seq] of whole rows, counted anew from where each sample begins (`samples_begin`)."""
+    """Count grid positions [3, batch, seq] of rows again from the first token of each sample (`samples_begin`)."""
     place = torch.arange(begins.shape[1], device=begins.device).expand_as(begins)
-    first = place.where(begins, 0).cummax(-1).values  # [batch, seq] where its sample begins
+    first = place.where(begins, 0).cummax(-1).values  # [batch, seq] column of the first token of its sample
     return positions - positions[0].gather(1, first)
 
 
 def flash_lengths(begins: torch.Tensor, device: torch.device | None = None) -> dict[str, Any]:
-    """Flash attention's arguments for packed rows: by itself it sees restarts in a batch of one row alone.
+    """Return flash attention's arguments for packed rows: by itself it sees restarts only in a batch of one row.
 
     Args:
-        begins: [batch, seq] of `samples_begin`, in host memory where the host is not to wait for the device.
-        device: where the language model lies; None: where ``begins`` does.
+        begins: [batch, seq] of `samples_begin`; the host waits if it is not in host memory.
+        device: of the language model; None: that of ``begins``.
     """
     starts = begins.flatten().nonzero().flatten()
     ends = torch.cat([starts, starts.new_tensor([begins.numel()])]).int()  # [samples + 1]
     longest = int(ends.diff().max())
-    ends = ends if device is None else on_device(ends, device)
+    ends = ends if device is None else ends.to(device, non_blocking=True)
     return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}

@@ -19,6 +19,7 @@ from .configuration import MEDIA_TYPE_IDS, MokaModelConfig
 from .encoders import ENCODERS, features_name
 from .frontends import build_front_end, front_end_from_dict
 from .media import Features
+from .placeholders import check_token_ids, token_beyond_vocabulary
 
 CONFIG_NAME = "moka_processor.json"
 IGNORE = -100
@@ -37,7 +38,7 @@ class MokaProcessor:
         modalities: name -> {"encoder": its configuration, "type_ids": [...], "tokens": placeholders per item}, and
             "front_end": its settings where they are known (else they are those of the encoder). Where an encoder names
             marks that the tokenizer has (Qwen2.5-VL's own), they stand around each of its items.
-        vocab_size: of the backbone; placeholder ids start there.
+        vocab_size: of the backbone; placeholder ids start there, so no token of the tokenizer may have an id beyond.
         chat_template: "chatml", "bare", "plain", Jinja text, or None for the tokenizer's own.
         interaction: "own_turn": a medium interacts with the question of its own user turn (default);
             "first_turn": with the first question of the chat. For one sample a turn see ``split_turns``.
@@ -79,6 +80,8 @@ class MokaProcessor:
             raise MokaError("The tokenizer has no eos_token, so no answer could end; set tokenizer.eos_token.")
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
+        self._type_ids = {name: spec["type_ids"] for name, spec in modalities.items()}
+        check_token_ids(tokenizer, vocab_size, self._type_ids)
 
     @classmethod
     def from_model(cls, model, tokenizer: Any, **kwargs: Any) -> MokaProcessor:
@@ -97,7 +100,17 @@ class MokaProcessor:
         return processor
 
     def teach_end(self, model) -> None:
-        """Make ``model.generate`` stop at the token that ends an answer here: a base model's own may be another."""
+        """Make ``model.generate`` stop at the token that ends an answer here: a base model's own may be another.
+
+        Raises:
+            MokaError: the model's vocabulary has another size, and so its placeholders have other ids.
+        """
+        if model.config.vocab_size != self.vocab_size:
+            raise MokaError(
+                f"vocab_size: the processor was made for {self.vocab_size} tokens, the model's language model has "
+                f"{model.config.vocab_size}, so placeholders of media would have other ids. Use the processor saved with "
+                "this model, or make one with MokaProcessor.from_model."
+            )
         stops = model.generation_config.eos_token_id
         stops = [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
         if self.end_token_id not in stops:
@@ -286,7 +299,12 @@ class MokaProcessor:
             run["ids"] = [self.vocab_size + type_id - 1] * (self.modalities[name]["tokens"] * len(frames))
         elif segment.role == "template":
             if segment.text not in self._scaffold_ids:
-                self._scaffold_ids[segment.text] = self.tokenizer(segment.text, add_special_tokens=False)["input_ids"]
+                ids = self.tokenizer(segment.text, add_special_tokens=False)["input_ids"]
+                beyond = next((index for index in ids if index >= self.vocab_size), None)
+                if beyond is not None:
+                    token = self.tokenizer.convert_ids_to_tokens(beyond)
+                    raise token_beyond_vocabulary("chat_template", token, beyond, self.vocab_size, self._type_ids)
+                self._scaffold_ids[segment.text] = ids
             run["ids"] = list(self._scaffold_ids[segment.text])
         else:
             # What people write is text, also where it looks like a special token.

@@ -18,7 +18,7 @@ from moka.data import resolve_backbone
 from moka.errors import MokaError
 from moka.modeling import MokaForConditionalGeneration, MokaProcessor
 from moka.modeling.configuration import MokaModelConfig
-from moka.modeling.encoders import build_encoder
+from moka.modeling.encoders import Encoder, build_encoder
 from moka.modeling.partitioned import not_partitioned
 from moka.modeling.quantization import logical_numel
 
@@ -110,6 +110,9 @@ def attach_adapter(model: MokaForConditionalGeneration, section: AdapterSection)
     except ValueError as error:  # peft's own, and ours
         raise MokaError(f"adapter: {' '.join(str(error).split())}") from error
     adapted.peft_config["default"].base_model_name_or_path = model.config.backbone
+    for module in adapted.modules():
+        if isinstance(module, Encoder) and module.is_trained:
+            module.freeze_unused()  # peft made every parameter of its copy trainable
     return adapted
 
 

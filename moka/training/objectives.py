@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_outputs import ModelOutput
 
-from moka.host import HostIds, upload
 from moka.modeling import MokaForConditionalGeneration
-from moka.modeling.composed import media_inputs
+from moka.modeling.composed import MEDIA_INPUTS
 
 from .processes import everyones
 
@@ -40,26 +39,23 @@ class EmbeddingAlignment(nn.Module):
         input_ids: torch.Tensor,
         labels: torch.Tensor,
         mm_token_type_ids: torch.Tensor,
-        pixel_values: torch.Tensor | None = None,
-        input_features: torch.Tensor | None = None,
-        image_features: torch.Tensor | None = None,
-        audio_features: torch.Tensor | None = None,
         captions: torch.Tensor | None = None,
         media_tokens: int | None = None,
         media_places: torch.Tensor | None = None,
         wanted: torch.Tensor | None = None,
-        host_ids: HostIds | None = None,
-        **unused: Any,
+        **batch: Any,
     ) -> ModelOutput:
-        """The loss. What `caption_targets` gives, for the whole optimizer step, comes from ``share_captions``; without it
-        this batch stands for itself.
+        """Return the loss. ``share_captions`` passes the targets of the whole optimizer step (`caption_targets`); without
+        them the loss is that of this batch only. ``batch`` has the media, and fields that are not used here.
         """
-        media, host_ids = media_inputs(locals()), host_ids or HostIds()
+        types_on_host = mm_token_type_ids.cpu()
         if captions is None or media_tokens is None or media_places is None or wanted is None:
-            held = _on_host(labels, mm_token_type_ids, host_ids)
-            captions, media_places, wanted = caption_targets(*held, set(caption_ids(held[0])), labels.device)
+            on_host = labels.cpu()
+            every = set(caption_ids(on_host))
+            captions, media_places, wanted = caption_targets(on_host, types_on_host, every, labels.device)
             media_tokens = len(media_places)
-        embeds = self.model.merge_embeddings(input_ids, mm_token_type_ids, host_ids, **media).float()
+        media = {name: batch.get(name) for name in MEDIA_INPUTS}
+        embeds = self.model.merge_embeddings(input_ids, types_on_host, **media).float()
         tokens = embeds.flatten(0, 1).index_select(0, media_places)  # [media tokens, hidden]
         targets = self._embed(captions)  # [captions, hidden]
         distance = (tokens - targets.index_select(0, wanted)).pow(2).sum() / targets.pow(2).sum(-1).mean()
@@ -89,7 +85,7 @@ def table(captions: set[tuple[int, ...]]) -> torch.Tensor:
 def caption_targets(
     labels: torch.Tensor, types: torch.Tensor, captions: set[tuple[int, ...]], device: torch.device
 ) -> list[torch.Tensor]:
-    """What the media tokens of a batch are drawn to, found in host memory and brought to ``device``.
+    """Find the targets of a batch's media tokens in host memory, and copy them to ``device``.
 
     Args:
         labels, types: [batch, seq], in host memory.
@@ -100,7 +96,7 @@ def caption_targets(
     place = {caption: index for index, caption in enumerate(sorted(captions))}
     places = (types > 0).flatten().nonzero().squeeze(1)
     wanted = torch.tensor([place[caption] for caption in caption_ids(labels)])[places // labels.shape[1]]
-    return upload([one.numpy() for one in (table(captions), places, wanted)], device)
+    return [one.to(device, non_blocking=True) for one in (table(captions), places, wanted)]
 
 
 def share_captions(batches: list[dict[str, Any]]) -> None:
@@ -108,17 +104,10 @@ def share_captions(batches: list[dict[str, Any]]) -> None:
 
     Over all batches and processes, so that the loss is that of one big batch, however it is cut up.
     """
-    held = [_on_host(b["labels"], b["mm_token_type_ids"], b.get("host_ids") or HostIds()) for b in batches]
-    own = {caption for labels, _ in held for caption in caption_ids(labels)}
-    captions, counts = zip(*everyones((own, sum(int((types > 0).sum()) for _, types in held))), strict=True)
-    for batch, (labels, types) in zip(batches, held, strict=True):
+    on_host = [(batch["labels"].cpu(), batch["mm_token_type_ids"].cpu()) for batch in batches]
+    own = {caption for labels, _ in on_host for caption in caption_ids(labels)}
+    captions, counts = zip(*everyones((own, sum(int((types > 0).sum()) for _, types in on_host))), strict=True)
+    for batch, (labels, types) in zip(batches, on_host, strict=True):
         found = caption_targets(labels, types, set().union(*captions), batch["labels"].device)
         batch["captions"], batch["media_places"], batch["wanted"] = found
         batch["media_tokens"] = sum(counts)
-
-
-def _on_host(labels: torch.Tensor, types: torch.Tensor, known: HostIds) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both [batch, seq] in host memory; read back where ``known`` does not hold them."""
-    held = known.read({"labels": labels, "mm_token_type_ids": types}).values()
-    first, second = (ids for ids in held if ids is not None)
-    return first, second

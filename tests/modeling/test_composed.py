@@ -665,6 +665,26 @@ def test_training_moves_the_saved_parts_and_not_the_backbone(backbones, tmp_path
     assert moved == {n for n, p in adapted.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.parametrize("modalities", [CONV, TOWERS], ids=["conv", "towers"])
+def test_a_frozen_encoder_in_modules_to_save_is_trained_and_its_original_is_not(backbones, modalities):
+    modalities = copy.deepcopy(modalities)
+    modalities["visual"]["encoder"]["trainable"] = False
+    adapted = adapt(build(backbones["llama"], modalities))
+    processor = MokaProcessor.from_model(adapted, AutoTokenizer.from_pretrained(backbones["llama"]))
+    chats = [[{"role": "user", "content": [{"type": "image", "image": image(0)}, {"type": "text", "text": "which"}]}]]
+    batch = processor([[*one, {"role": "assistant", "content": "seven"}] for one in chats], add_generation_prompt=False)
+    wrapper = adapted.base_model.model.encoders["visual"]
+    saved, original = wrapper.modules_to_save["default"], wrapper.original_module
+    adapted.train().eval()
+    adapted.train()
+    assert saved.training
+    assert not original.training
+    assert all(p.requires_grad for p in saved.parameters())
+    assert not any(p.requires_grad for p in original.parameters())
+    adapted(**batch).loss.backward()
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in saved.parameters())
+
+
 # --- dtypes and towers
 
 

@@ -1,5 +1,6 @@
 """Encoders and front ends: tiny random configurations, drawn pictures, synthesised sound."""
 
+import copy
 import json
 import warnings
 
@@ -11,13 +12,14 @@ from transformers import (
     CLIPConfig,
     CLIPModel,
     CLIPVisionModel,
-    PretrainedConfig,
-    PreTrainedModel,
+    LlamaConfig,
     WhisperConfig,
     WhisperForConditionalGeneration,
 )
 
+from moka import MokaForConditionalGeneration
 from moka.errors import MokaError
+from moka.modeling.configuration import MokaModelConfig
 from moka.modeling.encoders import ENCODERS, TowerEncoder, build_encoder, tiny_encoder
 from moka.modeling.frontends import build_front_end, front_end_from_dict
 from moka.modeling.media import AudioFeatures, Waveform
@@ -182,27 +184,36 @@ def test_a_frozen_encoder_stays_frozen_and_in_evaluation_mode():
         assert not encoder(random_items(encoder).requires_grad_()).requires_grad
 
 
-class Composed(PreTrainedModel):
-    """The least model around an encoder that `transformers` saves and loads."""
-
-    config_class = PretrainedConfig
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.encoder = build_encoder(config.encoder, pretrained=False)
-        self.post_init()
+def test_a_mode_switch_never_changes_which_parameters_are_trained(encoder):
+    """peft copies a frozen encoder that `modules_to_save` names, and makes all parameters of the copy trainable."""
+    encoder = copy.deepcopy(encoder).requires_grad_(True)
+    for mode in (True, False, True):
+        encoder.train(mode)
+        assert encoder.training is mode
+        assert all(parameter.requires_grad for parameter in encoder.parameters())
+    assert encoder(random_items(encoder)).requires_grad
+    encoder.requires_grad_(False).train()
+    assert not any(module.training for module in encoder.modules())
+    assert not encoder(random_items(encoder)).requires_grad
 
 
 @pytest.mark.parametrize("trainable", [True, False])
 def test_an_encoder_survives_from_pretrained_of_the_model_around_it(encoder, trainable, tmp_path):
-    config = PretrainedConfig(encoder={**encoder.to_dict(), "trainable": trainable})
-    model = Composed(config).eval()
+    spec = {"encoder": {**encoder.to_dict(), "trainable": trainable}, "projector": {"type": "linear"}, "type_ids": [1]}
+    text = LlamaConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, head_dim=8
+    )
+    model = MokaForConditionalGeneration(MokaModelConfig(text, {"medium": spec})).eval()
+    trained = {name for name, parameter in model.encoders.named_parameters() if parameter.requires_grad}
     model.save_pretrained(tmp_path)
-    again = Composed.from_pretrained(tmp_path)
+    again, _ = MokaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
     values = random_items(encoder)
-    torch.testing.assert_close(again.encoder(values), model.encoder(values))
-    assert any(parameter.requires_grad for parameter in again.encoder.parameters()) is trainable
-    assert again.train().encoder.training is trainable
+    torch.testing.assert_close(again.encoders["medium"](values), model.encoders["medium"](values))
+    found = {name for name, parameter in again.encoders.named_parameters() if parameter.requires_grad}
+    # transformers freezes this one only in a model that it does not load.
+    assert found - {"medium.model.embed_positions.weight"} == trained
+    assert bool(trained) is trainable
+    assert again.train().encoders["medium"].training is trainable
 
 
 def test_published_encoders_are_frozen_and_the_small_ones_trained_by_default(encoder):

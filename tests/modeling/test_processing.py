@@ -1,5 +1,6 @@
 """The processor: which tokens are taught, which belong to which medium and question, under every kind of template."""
 
+import copy
 import json
 import shutil
 from itertools import groupby
@@ -11,7 +12,7 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerFast
 
-from moka import MokaError, MokaProcessor
+from moka import MokaError, MokaForConditionalGeneration, MokaProcessor
 from moka.modeling import TooLongError, build_encoder
 from moka.modeling.frontends import build_front_end
 from moka.modeling.media import AudioFeatures, Waveform
@@ -135,6 +136,65 @@ def build(tokenizer, modalities=None, **kwargs):
 @pytest.fixture(scope="module")
 def processor(tiny_tokenizer):
     return build(tiny_tokenizer, chat_template="chatml")
+
+
+def with_tokens(tokenizer, *tokens, **names):
+    """A copy of ``tokenizer`` with more tokens; ``names``: ``pad_token`` and the like."""
+    wider = copy.deepcopy(tokenizer)
+    wider.add_tokens(list(tokens))
+    for name, token in names.items():
+        setattr(wider, name, token)
+    return wider
+
+
+PAD, IMAGE_TOKEN, WORD = AddedToken("<pad>", special=True), AddedToken("<img>", special=True), AddedToken("word")
+OTHER = {"type_ids": [7], "encoder": AUDIO["encoder"], "tokens": 3}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "names", "modalities", "named"),
+    [
+        ([PAD], {"pad_token": "<pad>"}, {}, ["pad_token", "'<pad>'", "image"]),
+        ([IMAGE_TOKEN, PAD], {"pad_token": "<pad>"}, {}, ["pad_token", "'<pad>'", "video"]),
+        ([PAD], {"eos_token": "<pad>"}, {}, ["eos_token", "'<pad>'", "image"]),
+        ([WORD], {}, {}, ["'word'", "image"]),
+        ([PAD], {"pad_token": "<pad>"}, {"modalities": {"other": OTHER}}, ["pad_token", "'<pad>'"]),
+    ],
+)
+def test_a_token_beyond_the_vocabulary_of_the_model_is_refused(tiny_tokenizer, tokens, names, modalities, named):
+    """Its id would be that of a medium's placeholder, or no row of the embedding table."""
+    tokenizer = with_tokens(tiny_tokenizer, *tokens, **names)
+    settings = {"modalities": {"visual": VISUAL, "audio": AUDIO}, **modalities}
+    size = len(tiny_tokenizer)
+    with pytest.raises(MokaError) as error:
+        MokaProcessor(tokenizer, vocab_size=size, **settings)
+    for word in (*named, str(len(tokenizer) - 1), str(size), "resize_token_embeddings"):
+        assert word in str(error.value)
+    MokaProcessor(tokenizer, vocab_size=len(tokenizer), **settings)
+
+
+def test_a_special_token_beyond_the_vocabulary_that_no_text_becomes_is_allowed(tiny_tokenizer):
+    """The text-only Gemma 3 has such a tokenizer: its mark of a picture has the first id after the vocabulary."""
+    tokenizer = with_tokens(tiny_tokenizer, IMAGE_TOKEN)
+    size = len(tiny_tokenizer)
+    processor = MokaProcessor(tokenizer, {"visual": VISUAL}, size)
+    encoded = processor.encode([user("is <img> a word?", image()), answer("no")])
+    beyond = [t for i, t in zip(encoded["input_ids"], encoded["mm_token_type_ids"], strict=True) if i >= size]
+    assert beyond == [1, 1]
+    template = "{% for m in messages %}{{ '<img>' + m['content'] }}{% endfor %}"
+    processor = MokaProcessor(tokenizer, {"visual": VISUAL}, size, chat_template=template)
+    with pytest.raises(MokaError, match=f"chat_template.*'<img>'.*{size}"):
+        processor.encode(SINGLE)
+
+
+def test_a_processor_and_a_model_of_other_vocabularies_are_refused(tiny_tokenizer, backbones):
+    modalities = {"visual": {"encoder": VISUAL["encoder"], "projector": {"type": "linear"}}}
+    model = MokaForConditionalGeneration.from_backbone(backbones["llama"], modalities)
+    size = model.config.vocab_size
+    MokaProcessor(tiny_tokenizer, {"visual": VISUAL}, size).teach_end(model)
+    other = MokaProcessor(tiny_tokenizer, {"visual": VISUAL}, size + 8)
+    with pytest.raises(MokaError, match=rf"vocab_size.*{size + 8}.*{size}"):
+        other.teach_end(model)
 
 
 def runs(processor, encoded):

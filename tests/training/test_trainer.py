@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moka.errors import MokaError
+from moka.modeling.encoders import ENCODERS
 from moka.training import config_from_dict, run_training
 from moka.training.build import attach_adapter, build_model
 from moka.training.folder import RunFolder, check_trained
@@ -78,6 +79,21 @@ def test_checkpoints_hold_what_is_trained_and_no_backbone(trained_run, backbones
     trained = sum(t.numel() for t in load_file(two / "adapter_model.safetensors").values())
     state = torch.load(two / "optimizer.pt")["state"]
     assert sum(s["exp_avg"].numel() for s in state.values()) == trained
+
+
+def test_every_trained_parameter_of_a_tower_in_the_adapted_model_can_get_a_gradient(tiny_config, tmp_path):
+    """DDP waits for one of each; peft makes all of its copy trainable, also the layers after the one that is read."""
+    raw = tiny_config(tmp_path / "x")
+    tower = {"type": "clip", "trainable": True, "layer": -2, "model_config": ENCODERS["clip"].tiny_model}
+    raw["model"]["modalities"]["visual"]["encoder"] = tower
+    config = config_from_dict(raw)
+    adapted = attach_adapter(build_model(config.model)[0], config.adapter).train()
+    encoder = adapted.base_model.model.encoders["visual"].modules_to_save["default"]
+    trained = {name for name, parameter in encoder.named_parameters() if parameter.requires_grad}
+    (encoder(torch.randn(encoder.dummy_input(2).shape)) ** 3).sum().backward()
+    assert trained == {name for name, parameter in encoder.named_parameters() if parameter.grad is not None}
+    assert any("layers.0" in name for name in trained)
+    assert not any("layers.1" in name for name in trained)
 
 
 def test_each_part_gets_its_learning_rate(tiny_config, tmp_path):

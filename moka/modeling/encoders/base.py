@@ -1,4 +1,4 @@
-"""What every encoder is: checked values in, features out, frozen where it is to be."""
+"""Base of all encoders: checked values in, features out, frozen if the configuration says so."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def same_weights() -> Iterator[None]:
 
 
 def features_name(encoder: Any) -> str:
-    """What the model calls the features of an encoder (or of its class), given to it in the place of its values."""
+    """Return the name of the model's input for features of an encoder (or of its class), given instead of its values."""
     return f"{encoder.kind}_features"
 
 
@@ -54,13 +54,14 @@ class Encoder(nn.Module):
     input_shape: tuple[int, ...]  # of one item
     width: int  # of one feature vector
     num_tokens: int  # feature vectors per item
-    marks: ClassVar[tuple[str, ...]] = ()  # special tokens before and after an item, where its language model knows any
-    length_in_seconds: float | None = None  # the longest sound it takes whole; None: no limit, or no sound
+    marks: ClassVar[tuple[str, ...]] = ()  # special tokens before and after an item, if its language model knows any
+    length_in_seconds: float | None = None  # the longest sound that is not cut; None: no limit, or no sound
 
     def __init__(self, config: Any, pretrained: bool = True):
         super().__init__()
         self.config = config
         self.build(pretrained)
+        self.freeze()
         self.train()
 
     def build(self, pretrained: bool) -> None:
@@ -93,20 +94,29 @@ class Encoder(nn.Module):
         dtype = next(self.parameters()).dtype
         if not len(values):  # a batch without this modality; not every tower takes it
             return values.new_zeros(0, self.num_tokens, self.width, dtype=dtype)
-        # The trainer's autocast would lower the precision behind the back of "float32 by default".
-        grad = self.config.trainable and torch.is_grad_enabled()
+        # Autocast of the trainer would compute in a lower precision than float32.
+        grad = self.is_trained and torch.is_grad_enabled()
         with torch.set_grad_enabled(grad), torch.autocast(values.device.type, enabled=False):
             return self.encode(values.to(dtype))
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether any parameter requires a gradient; `modules_to_save` of peft trains copies of frozen encoders."""
+        return any(parameter.requires_grad for parameter in self.parameters())
+
     def train(self, mode: bool = True) -> Encoder:
-        """As `nn.Module.train`, but a frozen encoder stays in evaluation mode and frozen."""
-        # Here and not only at the start: `PreTrainedModel.from_pretrained` makes weights anew, which require gradients,
-        # and ends in `eval()`.
-        if not self.config.trainable:
-            self.requires_grad_(False)
-        else:
+        """Switch the mode as `nn.Module.train` does; an encoder of which nothing is trained stays in evaluation mode."""
+        return super().train(mode and self.is_trained)
+
+    def freeze(self) -> None:
+        """Freeze every parameter if the configuration says so, else those that can never have a gradient.
+
+        Call it again after something else made new parameters, which all require gradients (`from_pretrained`).
+        """
+        if self.config.trainable:
             self.freeze_unused()
-        return super().train(mode and self.config.trainable)
+        else:
+            self.requires_grad_(False)
 
     def freeze_unused(self) -> None:
         """Freeze what can never have a gradient: DDP waits for one of every parameter that requires it."""
