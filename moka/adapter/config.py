@@ -10,14 +10,13 @@ from peft.config import PeftConfig
 from peft.utils import PeftType
 
 from moka.errors import MokaError, nearest
+from moka.type_checks import check_types
 
 # Raised by one when older code can no longer read a saved adapter. 2: names end in `.weight`, `moka_A.<adapter>.weight`.
 FORMAT_VERSION = 2
 
 TEXT = "text"
-INTERACTIONS = ("question", "none", "reversed", "mean")
-SCALE_POSITIONS = ("output", "input")
-BIASES = ("none", "all", "moka_only")
+MARKERS = ("user", "assistant", "end")  # and longer forms, such as "user_first"
 # transformers' convention for `mm_token_type_ids`: 0 text, 1 image, 2 video, 3 audio.
 DEFAULT_MODALITIES = {TEXT: [0], "visual": [1, 2], "audio": [3]}
 # The linear projections of a decoder block that the paper adapts (arXiv 2506.05191, appendix I).
@@ -80,7 +79,7 @@ class MokaConfig(PeftConfig):
         default=None,
         metadata={
             "help": "Ids of text tokens around and inside media (begin and end marks, row breaks), which are never part "
-            "of a question. Default: the model's own."
+            "of a question, beside those that the model's configuration names."
         },
     )
     turn_markers: dict[str, list[int]] | None = field(
@@ -160,7 +159,7 @@ class MokaConfig(PeftConfig):
 
     @classmethod
     def from_processor(cls, processor, **fields) -> MokaConfig:
-        """Return a configuration that knows a processor's turn markers, placeholders and structure tokens.
+        """Return a configuration that knows a processor's turn markers and structure tokens.
 
         Args:
             processor: a transformers processor or tokenizer with a chat template.
@@ -168,17 +167,14 @@ class MokaConfig(PeftConfig):
         Raises:
             MokaError: no chat template; a template whose turns cannot be told apart.
         """
-        from .targets import placeholder_ids, structure_ids
+        from .targets import structure_ids
         from .turns import turn_markers
 
         config = cls(**fields)
         if config.turn_markers is None:
             config.turn_markers = turn_markers(processor)
-        if config.modality_token_ids is None:
-            # None lets the model's own configuration decide.
-            config.modality_token_ids = placeholder_ids(processor, config) or None
         if config.structure_token_ids is None:
-            config.structure_token_ids = structure_ids(processor) or None
+            config.structure_token_ids = structure_ids(processor)
         return config
 
     @classmethod
@@ -238,26 +234,23 @@ model = PeftModel.from_pretrained(backbone, "path/to/this/folder")
 def _write_usage(folder: Path) -> None:
     """Add to the README that peft wrote beside the configuration how to load the adapter, once."""
     readme = folder / "README.md"
-    text = readme.read_text(encoding="utf-8") if readme.is_file() else "# MokA adapter\n"
-    if "import moka" not in text:
+    if readme.is_file() and "import moka" not in (text := readme.read_text(encoding="utf-8")):
         readme.write_text(text.rstrip() + "\n" + _USAGE, encoding="utf-8")
 
 
 def _check(config: MokaConfig) -> None:
+    check_types(MokaConfig, {"format_version": config.format_version}, "MokaConfig")
     if config.format_version > FORMAT_VERSION:
         raise MokaError(
             f"format_version: this adapter was saved in format {config.format_version}, and this moka reads up to "
             f"{FORMAT_VERSION}. Upgrade with `pip install -U moka-peft`."
         )
+    check_types(MokaConfig, vars(config), "MokaConfig")
     for name, rank in [("r", config.r), *((f"rank_pattern[{key!r}]", r) for key, r in config.rank_pattern.items())]:
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0:
+        if rank <= 0:
             raise MokaError(f"{name}: the rank must be a positive integer, got {rank!r}.")
     if not 0 <= config.dropout < 1:
         raise MokaError(f"dropout: must be in [0, 1), got {config.dropout!r}.")
-    for name, allowed in (("interaction", INTERACTIONS), ("scale_position", SCALE_POSITIONS), ("bias", BIASES)):
-        value = getattr(config, name)
-        if value not in allowed:
-            raise MokaError(f"{name}: {value!r} is not one of {', '.join(allowed)}.{nearest(str(value), allowed)}")
     if isinstance(config.target_modules, str) and config.layers_to_transform is not None:
         raise MokaError("layers_to_transform cannot be used when target_modules is a regex; put the indices into it.")
     if config.layers_pattern and config.layers_to_transform is None:
@@ -273,11 +266,7 @@ def _check_modalities(config: MokaConfig) -> None:
         raise MokaError(f"modalities: 'text' is missing; given: {names}. Add \"text\": [0].")
     owner: dict[int, str] = {}
     for name, ids in config.modalities.items():
-        if (
-            not isinstance(ids, (list, tuple))
-            or not ids
-            or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids)
-        ):
+        if not ids or any(i < 0 for i in ids):
             raise MokaError(f"modalities[{name!r}]: needs at least one id, each an integer >= 0; got {ids!r}.")
         for i in ids:
             if i in owner:
@@ -292,5 +281,8 @@ def _check_modalities(config: MokaConfig) -> None:
         for name in used:
             if name not in config.modalities:
                 raise MokaError(f"{field_name}: unknown modality {name!r}; known: {names}.{nearest(name, names)}")
+    for name in config.turn_markers or {}:
+        if name.partition("_")[0] not in MARKERS:
+            raise MokaError(f"turn_markers: {name!r} begins with none of {', '.join(MARKERS)}.{nearest(name, MARKERS)}")
     if config.adapt is not None and not config.adapt:
         raise MokaError(f"adapt: the list is empty; name at least one of {names}, or leave it out for all.")

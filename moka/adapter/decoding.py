@@ -16,12 +16,13 @@ if TYPE_CHECKING:
 def text_update(layer: MokaLinear, result: torch.Tensor, x: torch.Tensor, routing: Routing) -> torch.Tensor:
     """Return ``result`` [..., out] of the base layer plus the text path of all adapters in use, kept from step to step."""
     assert routing.text_steps is not None
-    factors = routing.text_steps.get(layer)
-    if factors is None:
-        factors = routing.text_steps[layer] = _factors(layer, x, routing)
-    if not factors:
+    state = layer._active_adapter, len(layer.merged_adapters)  # peft sets a new list when it switches
+    kept = routing.text_steps.get(layer)
+    if kept is None or kept[0] != state:
+        kept = routing.text_steps[layer] = state, _factors(layer, x, routing)
+    if not kept[1]:
         return result
-    A, B = factors  # [in, r], [r, out]
+    A, B = kept[1]  # [in, r], [r, out]
     z = x.reshape(-1, x.shape[-1]).to(A.dtype) @ A
     if result.dtype == A.dtype:
         return torch.addmm(result.view(-1, result.shape[-1]), z, B).view(result.shape)

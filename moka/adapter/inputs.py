@@ -151,8 +151,13 @@ def ids_of_call(arguments: Mapping[str, Any], outside: GivenIds | None, interact
     if offset and types is not None and groups is not None and types.shape == groups.shape == (shape[0], sum((offset, shape[1]))):
         return Span(GivenIds(types, groups, device=device), shape, offset)
     aligned = [
-        None if array is None else _align(name, array, shape, offset)
-        for name, array in zip((*ROUTING_ARGUMENTS, "attention_mask"), (types, groups, question, mask), strict=True)
+        None if array is None else _align(name, array, shape, offset, ends_before=not given)
+        for name, array, given in zip(
+            (*ROUTING_ARGUMENTS, "attention_mask"),
+            (types, groups, question, mask),
+            (own.types is not None, False, False, True),
+            strict=True,
+        )
     ]
     valid = None if aligned[3] is None else aligned[3] != 0
     found = GivenIds(*aligned[:3], valid=valid, tokens=ids, device=device)
@@ -201,6 +206,12 @@ def _is_prompt(
     return bool(same.all())
 
 
+def check_shape(name: str, ids: np.ndarray, shape: tuple[int, ...]) -> None:
+    """Refuse ids of another shape than the tokens."""
+    if ids.shape != shape:
+        raise MokaError(f"{name} is {list(ids.shape)}, but the tokens are {list(shape)}; the shapes must agree.")
+
+
 def check_length(name: str, length: int, given: int) -> None:
     """Refuse ids of a prompt of another length than the one that the language model was given."""
     if length != given:
@@ -210,8 +221,11 @@ def check_length(name: str, length: int, given: int) -> None:
         )
 
 
-def _align(name: str, ids: np.ndarray, shape: tuple[int, int], offset: int) -> np.ndarray:
-    """Cut [batch, *] ids to the tokens of this forward: they cover these, or these and the cached ones, or end before."""
+def _align(name: str, ids: np.ndarray, shape: tuple[int, int], offset: int, ends_before: bool) -> np.ndarray:
+    """Cut [batch, *] ids to the tokens of this forward: they cover these, or these and the cached ones.
+
+    ends_before: they may also end before these tokens, which are decoded text then.
+    """
     batch, seq = shape
     if ids.ndim == 2 and offset and len(ids) and batch % len(ids) == 0:
         ids = ids.repeat(batch // len(ids), axis=0)  # beams
@@ -221,7 +235,7 @@ def _align(name: str, ids: np.ndarray, shape: tuple[int, int], offset: int) -> n
         length, mask = ids.shape[1], name == "attention_mask"
         if length == offset + seq or (mask and length > offset + seq):
             return ids[:, offset : offset + seq]  # a static cache's mask may be longer than the sequence so far
-        if offset and length <= offset and not mask:
+        if offset and length <= offset and ends_before:
             return np.zeros(shape, np.int64)  # decoded tokens are text
     cached = f" or, with the {offset} cached tokens, [{batch}, {offset + seq}]" if offset else ""
     raise MokaError(f"{name} is {list(ids.shape)}, but the tokens are [{batch}, {seq}]{cached}; the shapes must agree.")
@@ -281,10 +295,7 @@ def _resolve(
     if ids.groups is not None:
         groups = ids.groups
     elif ids.question is not None:
-        if ids.question.shape != types.shape:
-            raise MokaError(
-                f"question_mask is {list(ids.question.shape)}, mm_token_type_ids {list(types.shape)}; they must agree."
-            )
+        check_shape("question_mask", ids.question, types.shape)
         groups = (((ids.question != 0) & is_text) | ~is_text).astype(np.int64)
     else:
         groups = _derived_groups(model, config, ids, is_text, valid, training)

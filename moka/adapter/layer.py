@@ -144,14 +144,15 @@ class MokaLinear(nn.Module, MokaLayer):
             return self.base_layer(x, *args, **kwargs)
         call = running_call(self.moka_model)
         routing = None if call is None else call.routing
-        if routing is None and not self.moka_tower:
-            routing = self.moka_model.routing_outside(self, call)
         result = self.base_layer(x, *args, **kwargs)
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
         if routing is not None and routing.text_steps is not None and not self.moka_tower:
             return text_update(self, result, x, routing)
-        for name in self.adapters_in_use():
+        names = self.adapters_in_use()
+        if routing is None and names and not self.moka_tower:
+            routing = self.moka_model.routing_outside(self, call)
+        for name in names:
             view = self.view(name, x, routing)
             z = self._rank_space(name, x, view, call)
             if z is not None:

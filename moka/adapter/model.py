@@ -12,7 +12,6 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features, onload_layer
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from moka.errors import MokaError
 
@@ -22,7 +21,7 @@ from .context import current
 from .input_groups import set_groups
 from .layer import MokaLayer, MokaLinear
 from .matching import Shapes, match_layers, match_names
-from .quantization import get_quantization_kwargs, resolve_quantization_backend
+from .quantization import get_quantization_kwargs
 from .targets import (
     check_supported,
     coverage,
@@ -34,6 +33,7 @@ from .targets import (
     structure_ids,
     tower_modality,
 )
+from .text_decoder import is_linear, named_modules
 from .wrapping import RoutedModel, prompt_ids
 
 
@@ -95,10 +95,12 @@ class MokaModel(BaseTuner):
         default_targets = config.target_modules is None
         prepare_config(config, model)
         self._scope, self._saved_layers = decoder_scope(model), None
+        self._given = config.target_modules
         self._check_plan(model, config)
         trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         further = any(isinstance(module, MokaLayer) for module in model.modules())
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config.target_modules = self._given  # peft shortens long lists, also to names that mean something else here
         if further:  # peft before 0.21 freezes what was trainable before
             for parameter, requires_grad in trainable:
                 parameter.requires_grad_(requires_grad)
@@ -123,16 +125,21 @@ class MokaModel(BaseTuner):
         layers = self._matched(model, config)
         if not layers and saved:
             # A pattern of full paths, saved under another version of transformers: the names in the file tell the layers.
-            candidates = [name for name, module in model.named_modules() if _is_linear(module)]
+            candidates = [name for name, module in named_modules(model) if is_linear(module)]
             self._saved_layers = match_layers(saved, candidates)
             layers = self._matched(model, config)
         if not layers:
             raise MokaError(no_match(config, model))
         for name, module in layers.items():
-            if not _is_linear(module):
+            if "experts" in name.split("."):
                 raise MokaError(
-                    f"target_modules: {name!r} is a {type(module).__name__}; MokA adapts nn.Linear, Conv1D and quantised linear "
-                    "layers. Name other modules, or leave target_modules out for the defaults."
+                    f"target_modules: {name!r} sees only the tokens that a router gives it, and MokA must know which they are. "
+                    "Name layers outside of the experts."
+                )
+            if not is_linear(module):
+                raise MokaError(
+                    f"target_modules: {name!r} is a {type(module).__name__}; MokA adapts nn.Linear, Conv1D and quantised "
+                    "linear layers. Name other modules, or leave target_modules out for the defaults."
                 )
         if saved:
             shapes = {name: _get_in_out_features(_base(module)) for name, module in layers.items()}
@@ -140,17 +147,12 @@ class MokaModel(BaseTuner):
             check_finite(read_tensors(pending.weights), str(pending.weights))
 
     def _matched(self, model: nn.Module, config: MokaConfig) -> dict[str, nn.Module]:
-        names = model.named_modules(remove_duplicate=False)
-        inside = (".base_layer", ".moka_A", ".moka_B")  # of layers that another adapter wraps
-        return {
-            name: module
-            for name, module in names
-            if not any(part in name for part in inside) and self._check_target_module_exists(config, name)
-        }
+        found = named_modules(model)
+        return {name: module for name, module in found if self._check_target_module_exists(config, name)}
 
     # An instance method where peft has a static one: names mean the decoder, which the model tells.
     def _check_target_module_exists(self, config: MokaConfig, key: str):  # type: ignore[override]
-        return key in self._saved_layers if self._saved_layers else matches(config, key, self._scope)
+        return key in self._saved_layers if self._saved_layers else matches(config, key, self._scope, self._given)
 
     def _create_and_replace(
         self, moka_config, adapter_name, target, target_name, parent, current_key, **optional_kwargs
@@ -201,11 +203,7 @@ class MokaModel(BaseTuner):
             MokaError: quantised weights without ``requantize``.
         """
         self._check_merge_allowed()
-        layers = [module for module in self.model.modules() if isinstance(module, MokaLayer)]
-        for layer in layers:
-            for name in adapter_names or layer.active_adapters:
-                if name in layer.moka_A and name not in layer.merged_adapters:
-                    layer.check_merge(name, safe_merge, requantize)
+        layers = self._check_merge(adapter_names, safe_merge, requantize)
         shared = _shared_weights(self.model)
         errors = []
         for layer in layers:
@@ -223,10 +221,20 @@ class MokaModel(BaseTuner):
                 stacklevel=3,
             )
 
+    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool, requantize: bool) -> list[MokaLayer]:
+        """Refuse, before any weight changes, what cannot be merged; return the layers."""
+        layers = [module for module in self.model.modules() if isinstance(module, MokaLayer)]
+        for layer in layers:
+            for name in adapter_names or layer.active_adapters:
+                if name in layer.moka_A and name not in layer.merged_adapters:
+                    layer.check_merge(name, safe_merge, requantize)
+        return layers
+
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names=None, requantize: bool = False
     ) -> nn.Module:
         """Return the bare backbone with the text path merged in, and warn of what media tokens had beyond that."""
+        self._check_merge(adapter_names, safe_merge, requantize)
         for name in adapter_names or self.active_adapters:
             lost = [m for m in self.peft_config[name].adapted if m != TEXT]
             if lost:
@@ -282,12 +290,6 @@ def _base(module: nn.Module) -> nn.Module:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
-def _is_linear(module: nn.Module) -> bool:
-    base = _base(module)
-    backend = resolve_quantization_backend(base)
-    return isinstance(base, (nn.Linear, Conv1D)) or getattr(backend, "layer_type", None) == "linear"
-
-
 def prepare_config(config: MokaConfig, model: nn.Module) -> None:
     """Fill in what the model tells, and refuse what cannot work with it.
 
@@ -296,8 +298,9 @@ def prepare_config(config: MokaConfig, model: nn.Module) -> None:
     """
     if config.modality_token_ids is None:
         config.modality_token_ids = placeholder_ids(model, config)
-    if config.structure_token_ids is None:
-        config.structure_token_ids = structure_ids(model)
+    placeholders = {i for ids in config.modality_token_ids.values() for i in ids}
+    structure = {*(config.structure_token_ids or ()), *structure_ids(model, placeholders)}
+    config.structure_token_ids = sorted(structure - placeholders)
     check_supported(model, config)
     fill_targets(config, model)
     if config.bias != "none" and not hasattr(BaseTuner, "_remap_adapter_state_dict_for_load"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -78,27 +78,36 @@ _MEDIA_WORDS = {"image", "img", "vision", "visual", "video", "frame", "tile", "s
 _MEDIA_WORDS |= {"boi", "eoi", "bov", "eov", "boa", "eoa"}
 
 
-def matches(config: MokaConfig, key: str, scope: set[str] | None) -> bool | re.Match[str] | None:
-    """Return peft's ``check_target_module_exists``, except that a bare name finds nothing outside of ``scope``."""
+def matches(
+    config: MokaConfig, key: str, scope: set[str] | None, given: Iterable[str] | None = None
+) -> bool | re.Match[str] | None:
+    """Return peft's ``check_target_module_exists``, except that a bare name finds nothing outside of ``scope``.
+
+    Args:
+        given: ``target_modules`` before peft's injection, which shortens 20 paths and more, also to bare names.
+    """
     found = check_target_module_exists(config, key)
     if not found or scope is None or key in scope or getattr(config, "adapt_towers", False):
         return found
     if isinstance(config.target_modules, str):
         return found
-    return any("." in name and f".{key}".endswith(f".{name}") for name in config.target_modules)
+    return any("." in name and f".{key}".endswith(f".{name}") for name in given or config.target_modules)
 
 
 def fill_targets(config: MokaConfig, model: nn.Module) -> None:
     """Replace ``target_modules`` None or "all-linear" by the bare names of such layers in the decoder's blocks.
 
-    "all-linear" on a model that is not of transformers is left to peft.
+    "all-linear" on a model that is not of transformers means all of its linear layers, by full name.
 
     Raises:
         MokaError: the model has no such layers.
     """
     targets, scope = config.target_modules, decoder_scope(model)
     everything = isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
-    if targets is not None and (not everything or scope is None):
+    if targets is not None and not everything:
+        return
+    if everything and scope is None:
+        config.target_modules = {name for name, module in named_modules(model) if is_linear(module)}
         return
     prefix, blocks = ("", model) if scope is None else decoder_blocks(model)
     taken: set[str] = set()
@@ -111,8 +120,8 @@ def fill_targets(config: MokaConfig, model: nn.Module) -> None:
             taken.add(name if leaf.isdigit() else leaf)
     if not taken:
         raise MokaError(
-            f"target_modules: {targets!r} finds no layer in {type(model).__name__}, which has none of the known names "
-            f"({', '.join(FAMILY_TARGETS)}); name the linear layers to adapt, such as {linear_names(model)[:5]}."
+            f"target_modules: {type(model).__name__} has none of the default layers ({', '.join(FAMILY_TARGETS)}); "
+            f"name the linear layers to adapt, such as {linear_names(model)[:5]}."
         )
     config.target_modules = taken
 
@@ -131,36 +140,39 @@ def placeholder_ids(model: nn.Module, config: MokaConfig) -> dict[str, list[int]
     return found
 
 
-def structure_ids(source: Any) -> list[int]:
+def structure_ids(source: Any, placeholders: Iterable[int] | None = None) -> list[int]:
     """Return the ids of tokens around and inside media that are text, but no part of a question.
 
-    Begin and end marks, row breaks, tile and frame marks; placeholders are left out.
+    Begin and end marks, row breaks, tile and frame marks.
 
     Args:
         source: a model, its configuration, a processor or a tokenizer.
+        placeholders: ids to leave out; default: those that ``source`` names. Of a processor give the model's: some
+            processors (Gemma 3, Llama 4) call the token of the prompt ``image_token``, which is not what they expand it to.
     """
     tokenizer = getattr(source, "tokenizer", source)
-    if not hasattr(tokenizer, "convert_tokens_to_ids"):
-        configs = list(_configs(getattr(source, "config", source)))
-        named = [(key, value) for c in configs for key, value in vars(c).items() if "_token_i" in key]
-    else:
+    if hasattr(tokenizer, "convert_tokens_to_ids"):
+        holders, endings = [tokenizer, source], ("_token", "_tag", "_token_id", "_token_ids")
         # The public `special_tokens_map` leaves the tokens out that only this model has.
-        own = {**vars(source), **getattr(tokenizer, "_special_tokens_map", {})}
-        named = [
-            (key, value) for key, value in own.items() if key.endswith(("_token", "_tag", "_token_id", "_token_ids"))
-        ]
+        named = [*getattr(tokenizer, "_special_tokens_map", {}).items(), *vars(source).items()]
         # Idefics and LFM2-VL mark a picture's tiles with tokens that no attribute names.
-        named += [("tile", t) for t in tokenizer.get_added_vocab() if "row_" in t and "col_" in t]
-        configs = [source, tokenizer]
-    placeholders = {i for c in configs for fields in _PLACEHOLDER_FIELDS.values() for i in _own_ids(c, fields)}
-    if hasattr(tokenizer, "convert_tokens_to_ids") and not placeholders:
-        named = [(key, value) for key, value in named if key not in ("image_token", "video_token", "audio_token")]
-    values = [value for key, value in named if _MEDIA_WORDS.intersection(key.split("_"))]
-    flat = [v for value in values for v in (value if isinstance(value, (list, tuple)) else [value])]
-    flat = [v if isinstance(v, int) or v is None else tokenizer.convert_tokens_to_ids(str(v)) for v in flat]
-    unknown = getattr(tokenizer, "unk_token_id", None)
-    ids = {v for v in flat if isinstance(v, int) and not isinstance(v, bool) and v >= 0 and v != unknown}
-    return sorted(ids - placeholders)
+        named += [("tile_token", t) for t in tokenizer.get_added_vocab() if "row_" in t and "col_" in t]
+    else:
+        holders, endings = (
+            list(_configs(getattr(source, "config", source))),
+            ("_token_id", "_token_index", "_token_ids"),
+        )
+        named = [item for c in holders for item in vars(c).items()]
+    ids: set[int] = set()
+    for key, value in named:
+        if key.endswith(endings) and _MEDIA_WORDS.intersection(key.split("_")):
+            values = value if isinstance(value, (list, tuple)) else [value]
+            ids |= {i for v in values if (i := _token_id(v, tokenizer)) is not None}
+    if placeholders is None:
+        found = ([_own_ids(c, fields) for c in holders] for fields in _PLACEHOLDER_FIELDS.values())
+        of_type = [next(filter(None, each), set()) if tokenizer in holders else set().union(*each) for each in found]
+        placeholders = set().union(*of_type)
+    return sorted(ids - set(placeholders))
 
 
 def check_supported(model: nn.Module, config: MokaConfig) -> None:
@@ -226,10 +238,10 @@ def no_match(config: MokaConfig, model: nn.Module) -> str:
     # A name that exists may still match nothing if another field narrows the choice.
     narrowing = {name: getattr(config, name, None) for name in ("layers_to_transform", "exclude_modules")}
     also = "".join(f" {name} is {v}{blocks.get(name, '')}." for name, v in narrowing.items() if v not in (None, []))
-    outside = [n for n, m in named_modules(model) if scope is not None and n not in scope and is_linear(m)]
-    far = [name for name in outside if name.rpartition(".")[2] in leaves]
-    if far:
-        also += f" A bare name means the decoder: give a path, such as {far[0]!r}, or adapt_towers=True."
+    linear = [name for name, m in named_modules(model) if scope is not None and is_linear(m)]
+    named = [name for name in linear if name.rpartition(".")[2] in wanted]
+    if named and not scope.intersection(named):
+        also += f" A bare name means the decoder: give a path, such as {named[0]!r}, or adapt_towers=True."
     return (
         f"target_modules: {wanted} matches no layer of {type(model).__name__}. Linear layers there: "
         f"{', '.join(dict.fromkeys(close or known[:8])) or 'none'}.{also}"
@@ -246,6 +258,14 @@ def _configs(config: Any) -> Iterator[PreTrainedConfig]:
 
 def _named_ids(config: Any, fields: tuple[str, ...]) -> set[int]:
     return next((ids for c in _configs(config) if (ids := _own_ids(c, fields))), set())
+
+
+def _token_id(token: Any, tokenizer: Any) -> int | None:
+    """Return the id of a token (its text or id) that the tokenizer knows, else None."""
+    if token is None or isinstance(token, (bool, int)):
+        return token if type(token) is int and token >= 0 else None
+    found = tokenizer.convert_tokens_to_ids(str(token))
+    return None if found == tokenizer.unk_token_id else found
 
 
 def _own_ids(source: Any, fields: tuple[str, ...]) -> set[int]:

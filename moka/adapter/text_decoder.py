@@ -9,11 +9,12 @@ import math
 from collections.abc import Iterable, Iterator
 
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import resolve_quantization_backend
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+from .quantization import resolve_quantization_backend
 
 # Within a module's name. The keys and values of cross-attention are tokens of another sequence.
 CROSS_ATTENTION = ("cross_attn", "cross_attention", "encoder_attn", "encdec_attention")
@@ -115,6 +116,7 @@ def _reading_text(module: nn.Module, name: str, towers: set[int], blocks: nn.Mod
 
 
 def is_linear(module: nn.Module) -> bool:
+    """Return whether MokA can adapt ``module``: a linear map, also a quantised one or one that an adapter wraps."""
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     if isinstance(base, (nn.Linear, Conv1D)):
         return True
@@ -122,6 +124,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def linear_names(model: nn.Module) -> list[str]:
+    """Return the last parts of the names of the model's linear layers."""
     return list(dict.fromkeys(name.rpartition(".")[2] for name, m in named_modules(model) if is_linear(m)))
 
 
@@ -139,4 +142,5 @@ def count_weights(module: nn.Module) -> int:
 
 
 def contains_any(name: str, words: tuple[str, ...]) -> bool:
+    """Return whether one of ``words`` is in ``name``, in upper or lower case, underscores ignored."""
     return any(word.replace("_", "") in name.lower().replace("_", "") for word in words)

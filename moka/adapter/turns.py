@@ -3,16 +3,14 @@
     tokens   <s> SYSTEM   USER: img img what is it  ASSISTANT: a cat </s>   USER: img and this  ASSISTANT: a dog </s>
     groups    0       0      0   1   1    1  1  1           0  0   0    0      0   2    2    2           0  0   0    0
 
-Media of a group are queries, text of a group are their keys. An answer or a later question is never in the group of an
-earlier medium, because both lie ahead of it: attending to them would leak what the model is trained to predict.
-Tokens are numpy arrays in host memory, [batch, seq] unless noted; ``segments`` numbers the samples of a packed row.
+Media of a group are queries, its text are their keys; an answer or a later question never is a key of an earlier medium.
+Arrays are numpy's, [batch, seq] unless noted; ``segments`` numbers the samples of a packed row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import product
-from os.path import commonprefix  # takes lists of ids as well
+from itertools import product, takewhile
 from typing import Any
 
 import numpy as np
@@ -49,7 +47,9 @@ def turn_markers(processor: Any) -> dict[str, Ids]:
     tokenizer, name = getattr(processor, "tokenizer", processor), type(processor).__name__
     render = _renderer(processor, tokenizer)
     markers = _derive(render, tokenizer, _PLAIN)
-    for key, marker in _derive(render, tokenizer, _PLAIN + _MERGING).items():
+    # A medium beside the template's text divides it otherwise: "\n\n" before a word may be two tokens, else one.
+    medium = getattr(processor, "image_token", None) or tokenizer.pad_token or tokenizer.unk_token or ""
+    for key, marker in _derive(render, tokenizer, [*_PLAIN, *_MERGING, f"{medium}ash{medium}"]).items():
         # If a token of its own ends the user's turn, no other form of what follows it is needed.
         if marker not in markers.values() and key not in (["end", "assistant"] if "end" in markers else []):
             markers[f"{key}_merged"] = marker
@@ -108,8 +108,8 @@ def _derive(render: Callable[..., Ids], tokenizer: Any, variants: list[str]) -> 
         base, edges = render(texts, prompt), [0]
         for i in range(len(texts)):
             others = [render([*texts[:i], v, *texts[i + 1 :]], prompt) for v in variants]
-            edges.append(len(commonprefix([base, *others])))
-            edges.append(len(base) - len(commonprefix([ids[::-1] for ids in [base, *others]])))
+            edges.append(len(_common(base, *others)))
+            edges.append(len(base) - len(_common(*(ids[::-1] for ids in [base, *others]))))
         return [base[start:stop] for start, stop in zip(edges[::2], [*edges[1::2], len(base)], strict=True)]
 
     before, to_answer, to_user, to_last, _ = around(_BASE, False)
@@ -125,8 +125,8 @@ def _derive(render: Callable[..., Ids], tokenizer: Any, variants: list[str]) -> 
         return run[words[0] :] if words else []
 
     # Qwen3 adds <think> to the last answer. A template may ignore the request for a prompt: nothing but an end is there.
-    assistant = commonprefix([to_answer, to_last, *([prompt] if opening(prompt) else [])])
-    stable = opening(commonprefix([before[::-1], to_user[::-1]])[::-1])
+    assistant = _common(to_answer, to_last, *([prompt] if opening(prompt) else []))
+    stable = opening(_common(before[::-1], to_user[::-1])[::-1])
     markers = {"user": opening(to_user), "assistant": assistant, "end": end}
     if markers["user"] != stable:  # the first turn's opening is tokenised differently: find its text before the first
         word = _squashed(tokenizer, markers["user"])
@@ -134,6 +134,11 @@ def _derive(render: Callable[..., Ids], tokenizer: Any, variants: list[str]) -> 
         first = next((tail for tail in tails if _squashed(tokenizer, tail).endswith(word)), None)
         markers |= {"user_first": first} if first else {"user": stable}
     return {key: marker for key, marker in markers.items() if marker}
+
+
+def _common(*runs: Ids) -> Ids:
+    """Return the ids that all runs begin with."""
+    return [ids[0] for ids in takewhile(lambda ids: len(set(ids)) == 1, zip(*runs, strict=False))]
 
 
 def _squashed(tokenizer: Any, ids: Any) -> str:
@@ -157,7 +162,7 @@ def segments(
         ends = np.asarray(cu_seq_lens).ravel()
         if shape[0] != 1 or not ends.size or ends[-1] > shape[1]:
             raise MokaError(
-                f"cu_seq_lens: {ends.tolist()} does not fit ids of shape {tuple(shape)}; give one row of them."
+                f"cu_seq_lens: {ends.tolist()} does not fit ids of shape {tuple(shape)}; give one row of ids."
             )
         return np.where(valid, np.searchsorted(ends[1:], np.arange(shape[1]), side="right"), -1)
     if position_ids is None:
@@ -188,11 +193,11 @@ def question_groups(
     """
     seq = ids.shape[1]
     starts = {kind: np.zeros(ids.shape, bool) for kind in ("user", "assistant", "end")}
-    taken = np.zeros(ids.shape, bool)
+    taken = segments < 0  # [batch, seq] padding, and tokens of a marker
     # Longest first: "[INST]" may also be found in "[/INST]", and the short form of a marker in its long form.
     for key, marker in sorted(markers.items(), key=lambda item: -len(item[1])):
         count = max(0, seq - len(marker) + 1) if marker else 0  # of positions at which it could begin
-        match = (segments[:, :count] == segments[:, seq - count :]) & (segments[:, :count] >= 0) & ~taken[:, :count]
+        match = (segments[:, :count] == segments[:, seq - count :]) & ~taken[:, :count]
         for offset, token in enumerate(marker):
             match &= ids[:, offset : offset + count] == token
         starts[key.split("_")[0]][:, :count] |= match

@@ -35,6 +35,7 @@ from .inputs import (
     cache_length,
     cache_of,
     check_length,
+    check_shape,
     given_ids,
     ids_of_call,
     read,
@@ -60,6 +61,7 @@ class RoutedModel:
         self.warned: set[str] = set()
         self.has_routed = False  # some forward was routed: a recomputation without routing has lost it
         self.unchecked: set[str] = set()  # adapters that came through a loader of which we see nothing
+        self.generating: list[int] = []  # depths of the modules with hooks that can generate
         self._handles: list = []
 
     @classmethod
@@ -74,6 +76,7 @@ class RoutedModel:
     def attach(self) -> None:
         """Put the hooks on the root and on the models inside that contain adapted layers of the decoder."""
         self.detach()
+        self.generating = []
         self.layers = [module for module in self.root.modules() if isinstance(module, MokaLayer)]
         decoder = {id(layer) for layer in self.layers if not layer.moka_tower}
         depth, embeds = 0, None
@@ -83,6 +86,7 @@ class RoutedModel:
                 hook = CallHook(self, module, depth)
                 self._handles.append(module.register_forward_pre_hook(hook.before, with_kwargs=True))
                 self._handles.append(module.register_forward_hook(hook.after, always_call=True))
+                self.generating += [depth] if hasattr(type(module), "generate") else []
                 depth += 1
                 embeds = embeds or (_embeddings(module) if inner else None)
         if embeds is not None:
@@ -258,7 +262,7 @@ class CallHook:
             return False
         if outside.start is not None or tuple(tokens.shape) == outside.types.shape or cache_length(cache_of(arguments)):
             return False
-        return any(hook.depth > self.depth for hook in _hooks(self.model))
+        return _holds_model(self.model, self.depth)
 
     def _prebuilt(self, args: tuple, kwargs: dict) -> Routing | None:
         """Return the routing that the enclosing block built, if it is that of this forward for sure."""
@@ -276,11 +280,12 @@ class CallHook:
         return block.routing if known else None
 
 
-def _hooks(model: RoutedModel) -> Iterator[CallHook]:
-    for module in model.root.modules():
-        for hook in module._forward_pre_hooks.values():
-            if isinstance(owner := getattr(hook, "__self__", None), CallHook) and owner.model is model:
-                yield owner
+def _holds_model(model: RoutedModel, depth: int = 0) -> bool:
+    """Return whether the module with hooks at ``depth`` contains a language model of its own, which generates.
+
+    Such a module may expand media before it calls the language model.
+    """
+    return any(inner > depth for inner in model.generating)
 
 
 def _embeddings(module: PreTrainedModel) -> nn.Module | None:
@@ -350,11 +355,16 @@ def _ids_of_prompt(model: RoutedModel, arguments: dict) -> GivenIds | None:
     if own.types is None and outside is not None:
         # The ids of a block may be those of the expanded prompt, which a model makes of these tokens only later.
         same = tokens is not None and outside.types is not None and outside.types.shape == tuple(tokens.shape[:2])
+        if not same and tokens is not None and outside.types is not None and not _holds_model(model):
+            check_shape("mm_token_type_ids", outside.types, tuple(tokens.shape[:2]))
+        groups = outside.groups if own.groups is None else own.groups
+        if same and groups is not None:
+            check_shape("interaction_ids", groups, outside.types.shape)  # type: ignore[union-attr]
         ids = arguments.get("input_ids")
         fits = valid is not None and outside.types is not None and valid.shape == outside.types.shape
         return GivenIds(
             outside.types,
-            outside.groups if own.groups is None else own.groups,
+            groups,
             outside.question if own.question is None else own.question,
             outside.valid if not fits else valid,
             read(ids) if same else None,
@@ -384,8 +394,8 @@ def _new_tokens(own: GivenIds, tokens: torch.Tensor, start: int) -> tuple[int, G
         array = getattr(own, name)
         if array is not None and array.shape == (batch, start + seq):
             array = array[:, start:]
-        if array is not None and array.shape != (batch, seq):
-            raise MokaError(f"{argument} is {list(array.shape)}, but the tokens are [{batch}, {seq}]; the shapes must agree.")
+        if array is not None:
+            check_shape(argument, array, (batch, seq))
         cut[name] = array
     return start, GivenIds(**cut)
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import moka
 from moka.adapter import MokaLayer
-from moka.adapter.routing import build_routing
+from moka.adapter.routing import build_view, modality_rows
 
 ROUTED = ("input_ids", "mm_token_type_ids", "interaction_ids", "attention_mask")
 
