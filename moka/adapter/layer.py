@@ -62,7 +62,7 @@ class MokaLayer(BaseTunerLayer):
     without sharing. All modalities are stacked in one tensor, so each gets a gradient at every step on every rank."""
 
     adapter_layer_names = ("moka_A", "moka_B")
-    other_param_names = ("moka_r", "moka_alpha", "moka_scaling", "moka_config", "moka_tower")
+    other_param_names = ("moka_r", "moka_alpha", "moka_scaling", "moka_dropout", "moka_config", "moka_tower")
 
     def __init__(self, base_layer: nn.Module, model, **kwargs) -> None:
         self.base_layer = base_layer
@@ -72,6 +72,7 @@ class MokaLayer(BaseTunerLayer):
         self.moka_group: tuple[MokaLinear, ...] = ()  # layers that read the same input
         self.moka_A = nn.ModuleDict({})
         self.moka_B = nn.ModuleDict({})
+        self.moka_dropout = nn.ModuleDict({})  # trainers look for modules to set their rate to 0
         self.moka_r: dict[str, int] = {}
         self.moka_alpha: dict[str, float] = {}
         self.moka_scaling: dict[str, float] = {}
@@ -97,13 +98,14 @@ class MokaLayer(BaseTunerLayer):
         self.moka_config[adapter_name] = config
         if tower is not None:
             self.moka_tower[adapter_name] = tower
+        self.moka_dropout[adapter_name] = nn.Dropout(config.dropout)
         shape = (self.out_features, r) if config.share_b else (modalities, self.out_features, r)
         self.moka_A[adapter_name] = StackedWeight(modalities, r, self.in_features)
         self.moka_B[adapter_name] = StackedWeight(*shape)
+        for part in (self.moka_dropout, self.moka_A, self.moka_B):
+            part[adapter_name].train(self.base_layer.training)
         self.reset_moka_parameters(adapter_name, config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.moka_A[adapter_name].train(self.base_layer.training)
-        self.moka_B[adapter_name].train(self.base_layer.training)
         self.set_adapter(self.active_adapters)
 
     def reset_moka_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
@@ -170,8 +172,9 @@ class MokaLinear(nn.Module, MokaLayer):
 
     def dropout_rate(self, name: str) -> float:
         """Return the probability with which an element of the input is dropped in this call."""
-        config = self.moka_config[name]
-        return config.dropout if self.training and not self.merged and not config.text_merged else 0.0
+        dropout = self.moka_dropout[name]
+        drops = dropout.training and not self.merged and not self.moka_config[name].text_merged
+        return dropout.p if drops else 0.0
 
     def view(self, name: str, x: torch.Tensor, routing: Routing | None) -> View:
         """Return the tokens of ``x`` as the adapter ``name`` sees them.
