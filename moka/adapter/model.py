@@ -57,6 +57,15 @@ class MokaModel(BaseTuner):
     tuner_layer_cls = MokaLayer
     target_module_mapping: dict[str, list[str]] = {}
 
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        # Here, as peft would add the configuration to those of the wrapped model before it injects.
+        if any(isinstance(module, (PeftModel, BaseTuner)) for module in (model, *model.children())):
+            raise MokaError(
+                "model: it is a PeftModel already. Use model.load_adapter(folder, adapter_name) or model.add_adapter, or give "
+                "model.get_base_model()."
+            )
+        super().__init__(model, *args, **kwargs)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model itself: peft before 0.21 calls ``self.model.forward``, which runs no hooks."""
         if torch.compiler.is_compiling():
@@ -87,11 +96,6 @@ class MokaModel(BaseTuner):
             MokaError: before anything is changed, if the adapter does not fit the model.
         """
         config = self.peft_config[adapter_name]
-        if isinstance(model, PeftModel) or any(isinstance(module, PeftModel) for module in model.children()):
-            raise MokaError(
-                "model: it is a PeftModel already. Use model.load_adapter(folder, adapter_name) or model.add_adapter, or give "
-                "model.get_base_model()."
-            )
         default_targets = config.target_modules is None
         prepare_config(config, model)
         self._scope, self._saved_layers = decoder_scope(model), None
