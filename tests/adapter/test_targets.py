@@ -294,7 +294,7 @@ def test_a_network_that_is_not_of_transformers_is_left_to_peft():
     assert set(hits(network)) == {"encoder.q_proj", "fc1"}
     made = config(target_modules="all-linear")
     fill_targets(made, network)
-    assert made.target_modules == "all-linear"
+    assert made.target_modules == {"encoder.q_proj", "fc1"}
     parents = {name.rpartition(".")[0].partition(".layers")[0] for name in hits(Wrapper())}
     assert parents == {"language_model.model"}
 
