@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,7 @@ from .config import TEXT, MokaConfig
 from .context import current
 from .input_groups import set_groups
 from .layer import MokaLayer, MokaLinear
-from .matching import Shapes, match_layers, match_names
+from .matching import PREFIX, Shapes, match_layers, match_names
 from .quantization import get_quantization_kwargs
 from .targets import (
     check_supported,
@@ -148,6 +148,8 @@ class MokaModel(BaseTuner):
         if saved:
             shapes = {name: _get_in_out_features(_base(module)) for name, module in layers.items()}
             match_names(planned_tensors(shapes, config), saved)
+            modules = {name: shape for name, shape in pending.shapes.items() if name not in saved}
+            match_names(_own_shapes(model, config, modules), modules)
             check_finite(read_tensors(pending.weights), str(pending.weights))
 
     def _matched(self, model: nn.Module, config: MokaConfig) -> dict[str, nn.Module]:
@@ -284,6 +286,17 @@ class MokaModel(BaseTuner):
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
         return check_adapter_tensors(model, adapter_name, remapped)
+
+
+def _own_shapes(model: nn.Module, config: MokaConfig, saved: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes that tensors of ``modules_to_save`` have in ``model``, of those called as in ``saved``."""
+    own, modules = dict(model.named_parameters()), config.modules_to_save or ()
+    found = {}
+    for name in saved:
+        parameter = own.get(name.removeprefix(PREFIX))
+        if parameter is not None and any(f".{module}." in f".{name}" for module in modules):
+            found[name] = tuple(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 empties the parameter
+    return found
 
 
 def _of_adapter(shapes: Shapes, adapter: str) -> dict[str, tuple[int, ...]]:

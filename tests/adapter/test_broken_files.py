@@ -178,6 +178,7 @@ TENSORS = {
     "extra": (changed(lambda t, key: t.update({key.replace("s.0", "s.5"): t[key].clone()})), r"1 tensors.*layers.5"),
     "empty": (changed(lambda t, key: t.update({key: torch.empty(0)})), r"1 empty.*layers.0.*ZeRO-3, FSDP"),
     "shape": (changed(lambda t, key: t.update({key: torch.zeros(3, 8, 96)})), r"\[3, 8, 96\].*\[3, 4, 96\].*rank"),
+    "shape of a module": (changed(lambda t, key: t.update({PREFIX + "lm_head.weight": torch.ones(2, 64)})), r"lm_head"),
     "integers": (changed(lambda t, key: t.update({key: t[key].int()})), r"torch.int32.*layers.0.*moka_A"),
     "nan": (changed(lambda t, key: t[key].view(-1)[3].fill_(NAN)), r"not finite.*layers.0.*moka_A"),
     "inf": (changed(lambda t, key: t[key].view(-1)[0].fill_(INF)), r"not finite.*layers.0.*moka_A"),
