@@ -108,8 +108,8 @@ def test_foreign_model_with_a_decoding_loop_of_its_own(tiny):
         tokens, logits = model.generate(input_ids=prompt)
     words = network.language_model.get_input_embeddings()(tokens)
     ids = {name: nn.functional.pad(value, (0, 2)) for name, value in EXPANDED.items()}
-    whole = network.language_model(inputs_embeds=torch.cat([network.embed(prompt), words], 1), **ids).logits
-    torch.testing.assert_close(logits[:, -1], whole[:, -1], atol=1e-4, rtol=1e-4)
+    expected = network.language_model(inputs_embeds=torch.cat([network.embed(prompt), words], 1), **ids).logits
+    torch.testing.assert_close(logits[:, -1], expected[:, -1], atol=1e-4, rtol=1e-4)
     with pytest.raises(moka.MokaError, match=r"\b4\b.*\b6\b.*moka\.routing"):
         model.base_model.generate(input_ids=prompt)
 

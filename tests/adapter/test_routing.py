@@ -152,13 +152,13 @@ def test_keys_are_derived_from_the_labels(model, tiny):
 
 def test_without_labels_or_ids_the_whole_text_is_the_question(model, tiny):
     batch = tiny.rows(["i i q q", "q a a q"])
-    whole = model(**batch.kwargs(*ROUTED)).logits
-    assert torch.equal(model(**batch.kwargs("input_ids", "attention_mask")).logits, whole)
+    given = model(**batch.kwargs(*ROUTED)).logits
+    assert torch.equal(model(**batch.kwargs("input_ids", "attention_mask")).logits, given)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_is_text_that_takes_no_part(model, tiny, side):
-    """In the first layer's q_proj, where a padding token has no context yet; also if its ids say something else."""
+    """In the first layer's q_proj, where a padding token has no context yet; also if its ids are others."""
     batch, seen = tiny.rows(side=side), {}
     padding = batch.attention_mask == 0
     assert padding.sum() == 10
