@@ -188,7 +188,9 @@ def planned_tensors(layers: Mapping[str, tuple[int, int]], config: MokaConfig) -
     for name, (in_features, out_features) in layers.items():
         r = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.r)
         planned[f"{PREFIX}{name}.moka_A.weight"] = (modalities, r, in_features)
-        planned[f"{PREFIX}{name}.moka_B.weight"] = (out_features, r) if config.share_b else (modalities, out_features, r)
+        planned[f"{PREFIX}{name}.moka_B.weight"] = (
+            (out_features, r) if config.share_b else (modalities, out_features, r)
+        )
     return planned
 
 

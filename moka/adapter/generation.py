@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
 
 from .context import Block, current, entered, ids_block
 from .inputs import (
@@ -22,25 +25,56 @@ from .inputs import (
 from .wrapping import RoutedModel, embedded_ids, expands_inside
 
 
-@contextmanager
-def prompt_ids(model: RoutedModel, arguments: dict) -> Iterator[dict]:
-    """Keep the ids of a prompt in force for all steps of ``generate``; yield the arguments that the model takes.
+class RoutedGenerate:
+    """A module's ``generate``, with the ids of the prompt in force for all of its steps.
 
-    Args:
-        model: with adapters.
-        arguments: those of ``generate`` by name.
+    An instance attribute, as transformers offers no hook around ``generate``; one that was there before is called.
     """
-    foreign = set(ROUTING_ARGUMENTS) - set(inspect.signature(type(model.root).forward).parameters)
-    passed = {name: value for name, value in arguments.items() if name not in foreign}
-    ids = _ids_of_prompt(model, arguments) if model.configs() else None
-    if ids is None:
-        yield passed
-        return
-    with entered(Block(model, current.block, ids)):
-        yield passed
+
+    def __init__(self, model: RoutedModel, module: nn.Module) -> None:
+        self.model, self.module = model, module
+        self.wrapped = module.__dict__.get("generate")
+        self.depth = model.modules.index(module)
+
+    @property
+    def own(self) -> Callable:
+        """Return what is wrapped, bound to the module."""
+        return self.wrapped or type(self.module).generate.__get__(self.module)  # type: ignore[attr-defined]
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.own)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if args and kwargs.get("input_ids") is None and isinstance(args[0], torch.Tensor):
+            kwargs, args = {**kwargs, "input_ids": args[0]}, args[1:]
+        known = inspect.signature(type(self.module).forward).parameters
+        passed = {name: value for name, value in kwargs.items() if name in known or name not in ROUTING_ARGUMENTS}
+        ids = _ids_of_prompt(self.model, self.depth, kwargs) if self.model.configs() else None
+        if ids is None:
+            return self.own(*args, **passed)
+        with entered(Block(self.model, current.block, ids)):
+            return self.own(*args, **passed)
 
 
-def _ids_of_prompt(model: RoutedModel, arguments: dict) -> GivenIds | None:
+def wrap_generate(model: RoutedModel) -> None:
+    """Wrap ``generate`` of every module with hooks that has one and is not wrapped yet."""
+    for module in model.modules:
+        if hasattr(type(module), "generate") and not isinstance(module.__dict__.get("generate"), RoutedGenerate):
+            object.__setattr__(module, "generate", RoutedGenerate(model, module))
+
+
+def unwrap_generate(model: RoutedModel) -> None:
+    """Put back what was there before; what others wrapped around since stays."""
+    for module in model.modules:
+        own = module.__dict__.get("generate")
+        if isinstance(own, RoutedGenerate):
+            del module.__dict__["generate"]
+            if own.wrapped is not None:
+                object.__setattr__(module, "generate", own.wrapped)
+
+
+def _ids_of_prompt(model: RoutedModel, depth: int, arguments: dict) -> GivenIds | None:
     """Return the ids of the prompt, as far as the call or an enclosing block gives them; None: nothing to keep."""
     block, tokens, mask = ids_block(model), tokens_of(arguments), arguments.get("attention_mask")
     outside = GivenIds() if block is None or block.ids is None else block.ids
@@ -56,7 +90,11 @@ def _ids_of_prompt(model: RoutedModel, arguments: dict) -> GivenIds | None:
     valid = None if valid is None else valid != 0
     ids = arguments.get("input_ids")
     ids = read(embedded_ids(model, tokens) if ids is None else ids)
-    if own.types is None and outside.types is not None and (outside.types.shape == shape or expands_inside(model)):
+    if (
+        own.types is None
+        and outside.types is not None
+        and (outside.types.shape == shape or expands_inside(model, depth))
+    ):
         # The ids of a block may be those of the expanded prompt, which a model makes of these tokens only later.
         valid = valid if valid is not None and valid.shape == outside.types.shape else outside.valid
         groups = outside.groups if own.groups is None else own.groups

@@ -177,7 +177,7 @@ class MokaLinear(nn.Module, BaseTunerLayer):
         if view.uniform:
             return view
         batch, seq = routing.shape
-        if x.dim() == 3 and x.shape[0] == batch and x.shape[1] < seq:
+        if x.dim() == 3 and x.shape[0] == batch and x.shape[1] < seq and self.moka_model.knows_layers:
             # The output head, or layers whose keys and values others share, see only the last tokens, or those named.
             n = x.shape[1]
             kept = routing.kept

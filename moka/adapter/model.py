@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,10 +18,10 @@ from moka.errors import MokaError
 from .checks import TASK_HEADS, check_adapter_tensors, check_finite, planned_tensors, read_tensors
 from .config import TEXT, MokaConfig
 from .context import current
-from .generation import prompt_ids
+from .generation import unwrap_generate, wrap_generate
 from .input_groups import set_groups
 from .layer import MokaLinear
-from .matching import Shapes, match_layers, match_names
+from .matching import PREFIX, Shapes, match_layers, match_names
 from .quantization import get_quantization_kwargs
 from .targets import (
     check_supported,
@@ -58,6 +58,15 @@ class MokaModel(BaseTuner):
     tuner_layer_cls = MokaLinear
     target_module_mapping: dict[str, list[str]] = {}
 
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        # Here, as peft would add the configuration to those of the wrapped model before it injects.
+        if any(isinstance(module, (PeftModel, BaseTuner)) for module in (model, *model.children())):
+            raise MokaError(
+                "model: it is a PeftModel already. Use model.load_adapter(folder, adapter_name) or model.add_adapter, or give "
+                "model.get_base_model()."
+            )
+        super().__init__(model, *args, **kwargs)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model itself: peft before 0.21 calls ``self.model.forward``, which runs no hooks."""
         if torch.compiler.is_compiling():
@@ -67,13 +76,6 @@ class MokaModel(BaseTuner):
             return self.model(*args, **kwargs)
         finally:
             current.call = before  # a keyboard interrupt runs no hook
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model's ``generate``, with the ids of the prompt in force for all of its steps."""
-        if args and kwargs.get("input_ids") is None and isinstance(args[0], torch.Tensor):
-            kwargs, args = {**kwargs, "input_ids": args[0]}, args[1:]
-        with prompt_ids(RoutedModel.of(self.model), kwargs) as passed:
-            return self.model.generate(*args, **passed)
 
     def coverage(self, adapter_name: str | None = None) -> float:
         """Return the share of the decoder's block weights that an adapter's layers hold, 0 to 1."""
@@ -88,11 +90,6 @@ class MokaModel(BaseTuner):
             MokaError: before anything is changed, if the adapter does not fit the model.
         """
         config: Any = self.peft_config[adapter_name]
-        if isinstance(model, PeftModel) or any(isinstance(module, PeftModel) for module in model.children()):
-            raise MokaError(
-                "model: it is a PeftModel already. Use model.load_adapter(folder, adapter_name) or model.add_adapter, or give "
-                "model.get_base_model()."
-            )
         default_targets = config.target_modules is None
         prepare_config(config, model)
         self._scope = decoder_scope(model)
@@ -109,6 +106,7 @@ class MokaModel(BaseTuner):
         set_groups(model, MokaLinear)
         routed = RoutedModel.of(model)
         routed.attach()
+        wrap_generate(routed)
         if config.__dict__.pop("pending", None) is None:
             routed.unchecked.add(adapter_name)
         layers = [n for n, m in model.named_modules() if isinstance(m, MokaLinear) and adapter_name in m.moka_A]
@@ -149,6 +147,8 @@ class MokaModel(BaseTuner):
         if saved and pending is not None:
             sizes: Any = {name: _get_in_out_features(_base(module)) for name, module in layers.items()}
             match_names(planned_tensors(sizes, config), saved)
+            modules = {name: shape for name, shape in shapes.items() if name not in saved}
+            match_names(_own_shapes(model, config, modules), modules)
             check_finite(read_tensors(pending.weights), str(pending.weights))
 
     def _matched(self, model: nn.Module, config: MokaConfig) -> dict[str, nn.Module]:
@@ -266,7 +266,9 @@ class MokaModel(BaseTuner):
         super()._replace_module(parent, child_name, new_module, child)
 
     def _unload_and_optionally_merge(self, *args, **kwargs):
-        RoutedModel.of(self.model).forget()
+        routed = RoutedModel.of(self.model)
+        unwrap_generate(routed)
+        routed.forget()
         return super()._unload_and_optionally_merge(*args, **kwargs)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
@@ -294,6 +296,17 @@ class MokaModel(BaseTuner):
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
         return check_adapter_tensors(model, adapter_name, remapped)
+
+
+def _own_shapes(model: nn.Module, config: MokaConfig, saved: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes that tensors of ``modules_to_save`` have in ``model``, of those called as in ``saved``."""
+    own, modules = dict(model.named_parameters()), config.modules_to_save or ()
+    found = {}
+    for name in saved:
+        parameter = own.get(name.removeprefix(PREFIX))
+        if parameter is not None and any(f".{module}." in f".{name}" for module in modules):
+            found[name] = tuple(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 empties the parameter
+    return found
 
 
 def _of_adapter(shapes: Shapes, adapter: str) -> dict[str, tuple[int, ...]]:

@@ -59,7 +59,8 @@ class RoutedModel:
         self.warned: set[str] = set()
         self.has_routed = False  # some forward was routed: a recomputation without routing has lost it
         self.unchecked: set[str] = set()  # adapters that came through a loader of which we see nothing
-        self.generating: list[int] = []  # depths of the modules with hooks that can generate
+        self.modules: list[nn.Module] = []  # with hooks, each inside of the one before
+        self.knows_layers = False  # a transformers model: fewer tokens in a layer are the last ones, or those named
         self._handles: list = []
 
     @classmethod
@@ -74,19 +75,17 @@ class RoutedModel:
     def attach(self) -> None:
         """Put the hooks on the root and on the models inside that contain adapted layers of the decoder."""
         self.detach()
-        self.generating = []
         self.layers = [module for module in self.root.modules() if isinstance(module, MokaLinear)]
         decoder = {id(layer) for layer in self.layers if not layer.moka_tower}
-        depth = 0
         embeds: nn.Module | None = None
         for module in self.root.modules():
             inner = isinstance(module, PreTrainedModel) and any(id(m) in decoder for m in module.modules())
             if inner or module is self.root:
-                hook = CallHook(self, module, depth)
+                hook = CallHook(self, module, len(self.modules))
                 self._handles.append(module.register_forward_pre_hook(hook.before, with_kwargs=True))
                 self._handles.append(module.register_forward_hook(hook.after, always_call=True))
-                self.generating += [depth] if hasattr(type(module), "generate") else []
-                depth += 1
+                self.modules.append(module)
+                self.knows_layers = self.knows_layers or inner
                 if inner and embeds is None:
                     with suppress(NotImplementedError, AttributeError):
                         embeds = module.get_input_embeddings()  # type: ignore[operator]
@@ -95,6 +94,7 @@ class RoutedModel:
 
     def detach(self) -> None:
         """Remove the hooks."""
+        self.modules = []
         while self._handles:
             self._handles.pop().remove()
 
@@ -272,12 +272,12 @@ class CallHook:
         return block.routing if known else None
 
 
-def expands_inside(model: RoutedModel, depth: int = 0) -> bool:
+def expands_inside(model: RoutedModel, depth: int) -> bool:
     """Return whether the module with hooks at ``depth`` contains a language model of its own, which generates.
 
     Such a module may expand media before it calls the language model.
     """
-    return any(inner > depth for inner in model.generating)
+    return any(hasattr(type(module), "generate") for module in model.modules[depth + 1 :])
 
 
 def embedded_ids(model: RoutedModel, embeds: torch.Tensor) -> torch.Tensor | None:

@@ -294,7 +294,7 @@ def test_a_network_that_is_not_of_transformers_is_left_to_peft():
     assert set(hits(network)) == {"encoder.q_proj", "fc1"}
     made = config(target_modules="all-linear")
     fill_targets(made, network)
-    assert made.target_modules == "all-linear"
+    assert made.target_modules == {"encoder.q_proj", "fc1"}
     parents = {name.rpartition(".")[0].partition(".layers")[0] for name in hits(Wrapper())}
     assert parents == {"language_model.model"}
 
@@ -526,3 +526,27 @@ def test_clippable_layers_of_gemma_4s_tower_are_not_adapted():
     clippable = {name for name, m in named_modules(model) if type(m).__name__ == "Gemma4ClippableLinear"}
     assert leaves(clippable) & SEVEN
     assert not clippable & {*hits(model), *hits(model, "all-linear")}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("WhisperForConditionalGeneration", {}, r"WhisperForConditionalGeneration.*encoder-decoder"),
+        ("MllamaForConditionalGeneration", {}, r"MllamaForConditionalGeneration.*cross-attention"),
+        ("GitForCausalLM", {}, r"modality_token_ids.*GitForCausalLM.*visual"),
+        (
+            LLAVA,
+            {"target_modules": ["linear_1"]},
+            r"target_modules.*'model.multi_modal_projector.linear_1'.*adapt_towers",
+        ),
+        (LLAVA, {"target_modules": ["layers.0.self_attn"]}, r"target_modules.*layers.0.self_attn.*Attention"),
+        ("JambaForCausalLM", {"target_modules": r".*experts\.0\.up_proj"}, r"target_modules.*experts"),
+    ],
+)
+def test_a_model_that_is_refused_is_as_it_was(name, settings, message):
+    model = build(name)
+    before = [(key, type(module)) for key, module in model.named_modules()]
+    with pytest.raises(moka.MokaError, match=message):
+        get_peft_model(model, config(**settings))
+    assert [(key, type(module)) for key, module in model.named_modules()] == before
+    assert not hasattr(model, "peft_config")
