@@ -152,16 +152,15 @@ def structure_ids(source: Any, placeholders: Iterable[int] | None = None) -> lis
     """
     tokenizer = getattr(source, "tokenizer", source)
     if hasattr(tokenizer, "convert_tokens_to_ids"):
-        holders, endings = [tokenizer, source], ("_token", "_tag", "_token_id", "_token_ids")
+        holders: list[Any] = [tokenizer, source]
+        endings: tuple[str, ...] = ("_token", "_tag", "_token_id", "_token_ids")
         # The public `special_tokens_map` leaves the tokens out that only this model has.
         named = [*getattr(tokenizer, "_special_tokens_map", {}).items(), *vars(source).items()]
         # Idefics and LFM2-VL mark a picture's tiles with tokens that no attribute names.
         named += [("tile_token", t) for t in tokenizer.get_added_vocab() if "row_" in t and "col_" in t]
     else:
-        holders, endings = (
-            list(_configs(getattr(source, "config", source))),
-            ("_token_id", "_token_index", "_token_ids"),
-        )
+        holders = list(_configs(getattr(source, "config", source)))
+        endings = ("_token_id", "_token_index", "_token_ids")
         named = [item for c in holders for item in vars(c).items()]
     ids: set[int] = set()
     for key, value in named:

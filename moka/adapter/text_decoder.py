@@ -36,8 +36,8 @@ def language_decoder(model: nn.Module) -> nn.Module:
         return found
     # A wrapper around the language model. Of several, a speaking model's is called `thinker`.
     generating = [m for m in model.modules() if m is not model and isinstance(m, GenerationMixin)]
-    inner: Any = getattr(model, "thinker", None) or (generating[0] if len(generating) == 1 else None)
-    return model if inner is None else language_decoder(inner)
+    inside: Any = getattr(model, "thinker", None) or (generating[0] if len(generating) == 1 else None)
+    return model if inside is None else language_decoder(inside)
 
 
 def decoder_scope(model: nn.Module) -> set[str] | None:
