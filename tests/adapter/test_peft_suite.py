@@ -1,4 +1,4 @@
-"""What peft's own suite asks of every tuner, asked of MokA: custom networks first, tiny decoders where they matter."""
+"""The behaviours that peft's own suite tests for every tuner, here for MokA: custom networks, and tiny decoders."""
 
 import copy
 import io
@@ -50,7 +50,7 @@ class Net(nn.Module):
 
 
 class Deep(nn.Module):
-    """Blocks under a name of one's own."""
+    """Blocks under a name that no transformers model uses."""
 
     def __init__(self):
         super().__init__()
@@ -136,7 +136,7 @@ def test_config_survives_dict_json_and_folder(tmp_path):
     assert pickle.loads(pickle.dumps(given)) == given
 
 
-def test_config_of_a_later_moka_loses_what_is_unknown_and_says_so(tmp_path):
+def test_unknown_fields_of_a_config_are_left_out_with_a_warning(tmp_path):
     config().save_pretrained(tmp_path)
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "of_the_future": 3}))
@@ -164,7 +164,7 @@ def test_settings_that_cannot_work_leave_the_network_as_it_was(settings, message
     with pytest.raises(MokaError, match=message):
         get_peft_model(base, config(**settings))
     assert not any(isinstance(m, MokaLayer) for m in base.modules())
-    assert "forward" not in vars(base)
+    assert not any(m._forward_pre_hooks for m in base.modules())
     get_peft_model(base, config())
 
 
@@ -275,7 +275,7 @@ def test_lean_and_meta_construction(tiny):
     assert torch.equal(out(empty.eval()), out(wrap(tiny)))
 
 
-def test_hotswap_and_rescaling_say_that_they_are_for_lora(tiny, tmp_path):
+def test_verbs_for_lora_only_are_refused(tiny, tmp_path):
     model = wrap(tiny)
     model.save_pretrained(tmp_path)
     before = out(model)
@@ -285,7 +285,8 @@ def test_hotswap_and_rescaling_say_that_they_are_for_lora(tiny, tmp_path):
         pass
     with pytest.raises(ValueError, match="MOKA"):
         get_peft_model(net(), config(), mixed=True)
-    assert not hasattr(model, "add_weighted_adapter")
+    with pytest.raises(MokaError, match="add_weighted_adapter"):
+        model.add_weighted_adapter(["default"], [1.0], "sum")
     assert not model.supports_lora_conversion()
     assert torch.equal(out(model), before)
 
@@ -303,7 +304,7 @@ def test_deleting_adapters(tiny):
     only_c = out(model)
     model.delete_adapter("b")
     assert torch.equal(out(model), only_c)
-    assert not any(name.endswith(".b") for name in model.state_dict())
+    assert not any(".b." in name for name in model.state_dict())
     with pytest.raises(ValueError, match="b does not exist"):
         model.delete_adapter("b")
     with pytest.raises(ValueError, match="not found"):
@@ -312,13 +313,14 @@ def test_deleting_adapters(tiny):
         model.delete_adapter("c")
     assert model.active_adapters == ["default"]
     assert (out(model) - only_c).abs().max() > 1e-3
-    assert not torch.equal(out(model), default)  # strong_ drew it anew
+    assert not torch.equal(out(model), default)  # strong_ drew other values
     model.delete_adapter("default")
-    assert torch.equal(
-        out(model.base_model.model), out(net())
-    )  # peft's own wrapper asks for the active one, as for LoRA
+    # peft's own wrapper asks for the active adapter, as for LoRA.
+    assert torch.equal(out(model.base_model.model), out(net()))
     model.add_adapter("default", config())
-    assert "default" in model.base_model.model.moka_router.configs
+    model.set_adapter("default")
+    tiny.strong_(model)
+    assert torch.equal(out(model), default)
 
 
 def test_a_second_adapter_that_fails_changes_nothing(tiny):
@@ -329,7 +331,7 @@ def test_a_second_adapter_that_fails_changes_nothing(tiny):
             model.add_adapter("bad", bad)
         assert set(model.peft_config) == {"default"}
     assert set(model.state_dict()) == names
-    assert model.base_model.model.moka_router.configs.keys() == {"default"}
+    assert all(set(m.moka_A) == {"default"} for m in model.modules() if isinstance(m, MokaLayer))
     assert torch.equal(out(model), before)
     model.add_adapter("good", config())
 
@@ -371,10 +373,10 @@ def test_merge_unmerge_unload_after_training(tiny, kind, safe):
     model.unmerge_adapter()
     for name, tensor in model.state_dict().items():
         close(tensor, before[name], 1e-5)
-    folded = copy.deepcopy(model).merge_and_unload(safe_merge=safe)
-    assert isinstance(folded, Net)
-    assert set(folded.state_dict()) == set(net(kind).state_dict())
-    close(out(folded, kind), expected)
+    merged = copy.deepcopy(model).merge_and_unload(safe_merge=safe)
+    assert isinstance(merged, Net)
+    assert set(merged.state_dict()) == set(net(kind).state_dict())
+    close(out(merged, kind), expected)
     bare = model.unload()
     close(out(bare, kind), out(net(kind), kind), 1e-5)
     assert not any(isinstance(m, MokaLayer) for m in bare.modules())
@@ -383,7 +385,7 @@ def test_merge_unmerge_unload_after_training(tiny, kind, safe):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("verb", ["merge_adapter", "merge_and_unload"])
 def test_safe_merge_of_a_broken_adapter_leaves_every_weight(tiny, verb, value):
-    """The last layer is the broken one: the first must not be folded either."""
+    """The last layer is the broken one: the first must not be merged either."""
     model = wrap(tiny)
     with torch.no_grad():
         model.base_model.model.lin1.moka_A["default"].weight[0, 0, 0] = value
@@ -416,8 +418,8 @@ def test_merging_several_adapters_and_some_of_them(tiny):
     for names in (["default", "b"], ["c"], ["b", "c"]):
         model.base_model.set_adapter(names)
         expected = out(model)
-        folded = copy.deepcopy(model).merge_and_unload(adapter_names=names)
-        close(out(folded), expected)
+        merged = copy.deepcopy(model).merge_and_unload(adapter_names=names)
+        close(out(merged), expected)
     model.merge_adapter(["b", "c"])
     assert sorted(model.get_model_status().merged_adapters) == ["b", "c"]
     with pytest.raises(ValueError, match="merged"):
@@ -458,7 +460,7 @@ def test_only_the_adapter_moves(tiny, kind, frozen):
     step(model, kind)
     moved = changed(before, model.state_dict())
     assert moved == trainable
-    assert {name.split(".")[-2] for name in moved} == {"moka_A", "moka_B", "default"}
+    assert {name.split(".")[-3] for name in moved} == {"moka_A", "moka_B", "modules_to_save"}
 
 
 def test_trainability_follows_the_verbs(tiny, tmp_path):
@@ -466,7 +468,7 @@ def test_trainability_follows_the_verbs(tiny, tmp_path):
     model.save_pretrained(tmp_path)
 
     def trained():
-        return {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad}
+        return {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad}
 
     model.load_adapter(tmp_path, "frozen")
     assert trained() == {"default"}
@@ -603,7 +605,7 @@ def test_a_layer_of_the_network_called_like_ours(tmp_path):
         again = PeftModel.from_pretrained(Namesake(name), tmp_path / name)
         again.merge_and_unload()
         names = {name for name, p in model.named_parameters() if p.requires_grad}
-        return {name.replace("lora_", "moka_").replace(".default.weight", ".default") for name in names}
+        return {name.replace("lora_", "moka_") for name in names}
 
     ours = trained(config(target_modules=["lin0"]), "moka_A")
     assert ours == trained(LoraConfig(target_modules=["lin0"]), "lora_A")
