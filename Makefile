@@ -1,6 +1,8 @@
 # make quickstart   environment, data, training, evaluation, table
 # make test         the tests
 # make test-all     these, and the slow ones: processes under each launcher, killed and resumed
+# make test-oldest  the adapter's tests with the oldest peft and transformers that it supports, in an environment of their own
+# make test-newest  the same with the newest that are published
 # make lint         ruff and mypy
 # make bench        what the adapter is held to in time and memory; BENCH=LEVEL another level, ARGS="--help" its options
 # make docs         the documentation as a site, in site/
@@ -12,11 +14,16 @@ RUN ?= runs/quickstart
 BENCH ?= bars
 CONFIG ?= configs/quickstart/audio_visual_text.yaml
 
+# The lower ends of the ranges in pyproject.toml.
+OLDEST ?= peft==0.19.0 transformers==5.0.0
+# Packages that peft and transformers choose for themselves; everything else is as in constraints.txt.
+OWN_CHOICE := peft|transformers|accelerate|huggingface_hub|tokenizers|safetensors|typer
+
 # Threads that spin briefly and then sleep: endless spinning is an order of magnitude slower on a busy machine, and sleeping at
 # once a third slower on an idle one (a step of the quickstart: 1.7 s against 1.1 s on 2 cores).
 export GOMP_SPINCOUNT ?= 2000
 
-.PHONY: quickstart test test-all lint format bench docs clean
+.PHONY: quickstart test test-all test-oldest test-newest lint format bench docs clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.demo
@@ -28,6 +35,14 @@ test: $(VENV)/.dev
 
 test-all: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q
+
+test-oldest: $(VENV)-oldest/.versions
+	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n 2 --dist loadfile -q -m "not slow" tests/adapter
+
+# Upgrades first, every time: what is newest changes.
+test-newest: $(VENV)-newest/.versions
+	$(VENV)-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade -c $(VENV)-newest/constraints.txt peft transformers accelerate
+	OMP_NUM_THREADS=1 $(VENV)-newest/bin/python -m pytest -n 2 --dist loadfile -q -m "not slow" tests/adapter
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check moka tests recipes scripts
@@ -67,3 +82,12 @@ $(VENV)/.docs: $(VENV)/.demo
 $(VENV)/.dev: $(VENV)/.demo
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $@
+
+$(VENV)-oldest/.versions: WANTED := $(OLDEST)
+$(VENV)-newest/.versions: WANTED := peft transformers
+$(VENV)-oldest/.versions $(VENV)-newest/.versions: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(@D)
+	grep -vE '^($(OWN_CHOICE))==' constraints.txt > $(@D)/constraints.txt
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c $(@D)/constraints.txt torch
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c $(@D)/constraints.txt -e . pytest pytest-xdist $(WANTED)
+	$(@D)/bin/python -m pip freeze --exclude-editable > $@

@@ -183,12 +183,12 @@ def planned_tensors(layers: Mapping[str, tuple[int, int]], config: MokaConfig) -
     Args:
         layers: full name in the backbone -> (in_features, out_features) of the layers to adapt.
     """
-    modalities, planned = len(config.modalities), {}
+    modalities = len(config.modalities)
+    planned: dict[str, tuple[int, ...]] = {}
     for name, (in_features, out_features) in layers.items():
         r = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.r)
         planned[f"{PREFIX}{name}.moka_A.weight"] = (modalities, r, in_features)
-        b_shape = (out_features, r) if config.share_b else (modalities, out_features, r)
-        planned[f"{PREFIX}{name}.moka_B.weight"] = b_shape
+        planned[f"{PREFIX}{name}.moka_B.weight"] = (out_features, r) if config.share_b else (modalities, out_features, r)
     return planned
 
 

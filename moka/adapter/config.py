@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from peft.config import PeftConfig
 from peft.utils import PeftType
@@ -48,7 +48,7 @@ class MokaConfig(PeftConfig):
     r: int = field(default=4, metadata={"help": "Rank: width of the low-rank space, shared by all modalities."})
     alpha: float = field(default=16, metadata={"help": "Scale numerator: the update is multiplied by alpha / r."})
     dropout: float = field(default=0.05, metadata={"help": "Dropout on the input of A, as in LoRA (0 <= p < 1)."})
-    target_modules: list[str] | str | None = field(
+    target_modules: set[str] | list[str] | str | None = field(
         default=None,
         metadata={
             "help": "Names of the linear layers to adapt, or 'all-linear'. They mean layers of the language model's "
@@ -58,7 +58,7 @@ class MokaConfig(PeftConfig):
     adapt_towers: bool = field(
         default=False, metadata={"help": "Let names in target_modules mean layers of encoders and projectors too."}
     )
-    exclude_modules: list[str] | str | None = field(
+    exclude_modules: set[str] | list[str] | str | None = field(
         default=None, metadata={"help": "Names (or one regex) of layers to leave out."}
     )
     modalities: dict[str, list[int]] = field(
@@ -100,9 +100,7 @@ class MokaConfig(PeftConfig):
         default="output",
         metadata={"help": "Where alpha / r sits: after B ('output'), or on z before the interaction ('input')."},
     )
-    share_b: bool = field(
-        default=True, metadata={"help": "One B for all modalities (MokA), or one for each (False)."}
-    )
+    share_b: bool = field(default=True, metadata={"help": "One B for all modalities (MokA), or one for each (False)."})
     adapt: list[str] | None = field(
         default=None, metadata={"help": "Modalities whose tokens go through the adapter. Default: all of them."}
     )
@@ -138,7 +136,7 @@ class MokaConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.MOKA
+        self.peft_type = PeftType["MOKA"]
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
@@ -153,7 +151,7 @@ class MokaConfig(PeftConfig):
         """Return a published variant by name: ``paper``, ``official-avt`` or ``official-vt``; ``overrides`` win."""
         if name not in PRESETS:
             raise MokaError(f"Unknown preset {name!r}; known: {', '.join(PRESETS)}.{nearest(name, PRESETS)}")
-        values = {"r": 4, "alpha": 16, "dropout": 0.05, **PRESETS[name]}
+        values: dict[str, Any] = {"r": 4, "alpha": 16, "dropout": 0.05, **PRESETS[name]}
         values["modalities"] = {key: list(ids) for key, ids in values["modalities"].items()}
         return cls(**{**values, **overrides})
 

@@ -18,7 +18,7 @@ from moka.errors import MokaError, nearest
 
 from .config import MokaConfig
 from .context import Block, current, entered, running_call
-from .layer import MokaLayer
+from .layer import MokaLinear
 from .ops import interact, mean_weights
 from .routing import Attention, View
 from .wrapping import routed_models
@@ -118,7 +118,7 @@ def modality_norms(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, dict
         if (mask := batch.get("attention_mask")) is not None and mask.shape == rows.shape:
             adapted &= mask.to(z.device).bool()
         module = layers[layer]
-        B = module.moka_B[module.active_adapters[0]].weight.float()
+        B: torch.Tensor = module.moka_B[module.active_adapters[0]].weight.float()
         after = scaling if config.scale_position == "output" else 1.0
         found[layer] = {}
         for row, name in enumerate(config.modalities):
@@ -176,13 +176,14 @@ def _forward(model: nn.Module, batch: Mapping[str, Any], record: Record) -> None
             if adapter in layer.moka_A and not layer.moka_tower:
                 handle = layer.register_forward_pre_hook(partial(_record, name, adapter, record))
                 hooks.callback(handle.remove)
-        hooks.callback(lambda: [setattr(module, "training", mode) for module, mode in training.items()])
+        for module, mode in training.items():
+            hooks.callback(setattr, module, "training", mode)
         model.eval()
         with torch.no_grad():
             model(**batch)
 
 
-def _record(name: str, adapter: str, record: Record, layer: MokaLayer, args: tuple) -> None:
+def _record(name: str, adapter: str, record: Record, layer: MokaLinear, args: tuple) -> None:
     call = running_call(layer.moka_model)
     if call is None or call.routing is None:
         return
@@ -215,8 +216,8 @@ def _attention_weights(z: torch.Tensor, attention: Attention, config: MokaConfig
     return logits.masked_fill(~attention.mask, torch.finfo(torch.float32).min).softmax(-1) * attention.mask
 
 
-def _layers(model: nn.Module) -> list[tuple[str, MokaLayer]]:
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, MokaLayer)]
+def _layers(model: nn.Module) -> list[tuple[str, MokaLinear]]:
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, MokaLinear)]
     if not layers:
         raise MokaError(f"{type(model).__name__} holds no MokA adapter; attach one with get_peft_model.")
     return layers

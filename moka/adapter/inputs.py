@@ -122,14 +122,14 @@ def ids_of_call(arguments: Mapping[str, Any], outside: GivenIds | None, interact
     own = given_ids(arguments)
     tokens = tokens_of(arguments)
     offset = cache_length(cache_of(arguments))
-    ids, mask = (_two_dimensional(arguments.get(name)) for name in ("input_ids", "attention_mask"))
+    ids, mask = (two_dimensional(arguments.get(name)) for name in ("input_ids", "attention_mask"))
     if tokens is not None:
         shape = tokens.shape[0], tokens.shape[1]
         if outside is not None and outside.start is not None and _is_prompt(outside, ids, shape, offset, arguments):
             length = outside.length
             if outside.valid is None and mask is not None and mask.shape[1] >= length and not shape[0] % len(mask):
                 outside = replace(outside, valid=mask[:: shape[0] // len(mask), :length] != 0)
-            return Span(outside, shape, offset - outside.start)
+            return Span(outside, shape, offset - (outside.start or 0))
     block = outside if outside is not None and outside.start is None else GivenIds()
     types, groups, question = (
         b if a is None else a
@@ -148,7 +148,12 @@ def ids_of_call(arguments: Mapping[str, Any], outside: GivenIds | None, interact
             )
         return None
     device = own.device if tokens is None else tokens.device
-    if offset and types is not None and groups is not None and types.shape == groups.shape == (shape[0], sum((offset, shape[1]))):
+    if (
+        offset
+        and types is not None
+        and groups is not None
+        and types.shape == groups.shape == (shape[0], sum((offset, shape[1])))
+    ):
         return Span(GivenIds(types, groups, device=device), shape, offset)
     aligned = [
         None if array is None else _align(name, array, shape, offset, ends_before=not given)
@@ -160,7 +165,7 @@ def ids_of_call(arguments: Mapping[str, Any], outside: GivenIds | None, interact
         )
     ]
     valid = None if aligned[3] is None else aligned[3] != 0
-    found = GivenIds(*aligned[:3], valid=valid, tokens=ids, device=device)
+    found = GivenIds(aligned[0], aligned[1], aligned[2], valid, ids, device=device)
     if interacts and groups is None and question is None:
         names = () if offset else ("position_ids", "cu_seq_lens_q")
         packed = segments(shape, _all(valid, shape), *(read(arguments.get(name)) for name in names))
@@ -168,7 +173,8 @@ def ids_of_call(arguments: Mapping[str, Any], outside: GivenIds | None, interact
     return Span(found, shape)
 
 
-def _two_dimensional(ids: Any) -> np.ndarray | None:
+def two_dimensional(ids: Any) -> np.ndarray | None:
+    """Return ``ids`` in host memory if they are a tensor [batch, seq]."""
     return read(ids) if isinstance(ids, torch.Tensor) and ids.dim() == 2 else None
 
 
@@ -257,9 +263,7 @@ def _labels(arguments: Mapping[str, Any], shape: tuple[int, int]) -> np.ndarray 
     )
 
 
-def resolve(
-    model: RoutedModel, config: MokaConfig, span: Span, training: bool
-) -> tuple[np.ndarray, np.ndarray | None]:
+def resolve(model: RoutedModel, config: MokaConfig, span: Span, training: bool) -> tuple[np.ndarray, np.ndarray | None]:
     """Return each token's row of ``moka_A`` and its interaction id, for one adapter: [batch, seq] each.
 
     Args:

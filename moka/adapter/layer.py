@@ -19,7 +19,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
@@ -35,6 +35,10 @@ from .input_groups import partners
 from .ops import add_update, compute_dtype, interact, project
 from .quantization import quantization_extra_repr, resolve_quantization_backend
 from .routing import Routing, View, uniform_view
+
+if TYPE_CHECKING:
+    from .context import Call
+    from .wrapping import RoutedModel
 
 
 class StackedWeight(nn.Module):
@@ -57,34 +61,45 @@ class StackedWeight(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-class MokaLayer(BaseTunerLayer):
-    """Adapter state of one linear map. ``moka_A``: name -> [M, r, in]; ``moka_B``: name -> [out, r], or [M, out, r]
-    without sharing. All modalities are stacked in one tensor, so each gets a gradient at every step on every rank."""
+class MokaLinear(nn.Module, BaseTunerLayer):
+    """A linear map (``nn.Linear``, ``Conv1D``, or a quantised linear) with MokA adapters.
+
+    ``moka_A``: name -> [M, r, in]; ``moka_B``: name -> [out, r], or [M, out, r] without sharing. All modalities are stacked in
+    one tensor, so each gets a gradient at every step on every rank.
+
+    Args:
+        base_layer: the frozen layer, or a layer of another adapter around it.
+        model: the `RoutedModel` that it becomes a part of.
+        kwargs: settings of peft's quantisation backend.
+    """
 
     adapter_layer_names = ("moka_A", "moka_B")
-    other_param_names = ("moka_r", "moka_alpha", "moka_scaling", "moka_config", "moka_tower")
+    other_param_names = ("moka_r", "moka_alpha", "moka_scaling", "moka_dropout", "moka_config", "moka_tower")
 
-    def __init__(self, base_layer: nn.Module, model, **kwargs) -> None:
+    def __init__(self, base_layer: nn.Module, model: RoutedModel, **kwargs: Any) -> None:
+        super().__init__()
         self.base_layer = base_layer
-        self.moka_model = model  # the `RoutedModel` that it is a part of
-        # Outside of the decoder: by adapter, the one modality of all of its tokens.
-        self.moka_tower: dict[str, str] = {}
+        self.moka_model = model
         self.moka_group: tuple[MokaLinear, ...] = ()  # layers that read the same input
-        self.moka_A = nn.ModuleDict({})
-        self.moka_B = nn.ModuleDict({})
+        self.moka_A: Any = nn.ModuleDict({})  # name -> StackedWeight
+        self.moka_B: Any = nn.ModuleDict({})
+        self.moka_dropout: Any = nn.ModuleDict({})  # trainers look for modules to set their rate to 0
         self.moka_r: dict[str, int] = {}
         self.moka_alpha: dict[str, float] = {}
         self.moka_scaling: dict[str, float] = {}
         self.moka_config: dict[str, MokaConfig] = {}
-        self._disable_adapters = False
-        self.merged_adapters: list[str] = []
+        # Outside of the decoder: by adapter, the one modality of all of its tokens.
+        self.moka_tower: dict[str, str] = {}
         # Quantised and tied weights as they were before an adapter was merged.
-        self.moka_unmerged: dict[str, tuple[nn.Parameter, dict]] = {}
-        self.quantization_backend = resolve_quantization_backend(
-            self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
-        )
+        self.moka_unmerged: dict[str, tuple[Any, dict]] = {}
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        base: Any = self.get_base_layer()
+        self.quantization_backend = resolve_quantization_backend(base, **kwargs)
         self.kwargs = kwargs
-        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        sizes: Any = _get_in_out_features(base)
+        self.in_features, self.out_features = sizes
+        self.train(base_layer.training)
 
     def update_layer(
         self, adapter_name: str, r: int, alpha: float, config: MokaConfig, tower: str | None = None
@@ -98,43 +113,18 @@ class MokaLayer(BaseTunerLayer):
         if tower is not None:
             self.moka_tower[adapter_name] = tower
         shape = (self.out_features, r) if config.share_b else (modalities, self.out_features, r)
-        self.moka_A[adapter_name] = StackedWeight(modalities, r, self.in_features)
-        self.moka_B[adapter_name] = StackedWeight(*shape)
-        self.reset_moka_parameters(adapter_name, config.init_weights)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.moka_A[adapter_name].train(self.base_layer.training)
-        self.moka_B[adapter_name].train(self.base_layer.training)
-        self.set_adapter(self.active_adapters)
-
-    def reset_moka_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
-        """Set A to Kaiming-uniform (a = sqrt(5)) for each modality, and B to zeros, so that the update starts at zero."""
-        for modality in self.moka_A[adapter_name].weight:
+        self.moka_A[adapter_name] = A = StackedWeight(modalities, r, self.in_features)
+        self.moka_B[adapter_name] = B = StackedWeight(*shape)
+        self.moka_dropout[adapter_name] = nn.Dropout(config.dropout)
+        for modality in A.weight:
             nn.init.kaiming_uniform_(modality, a=math.sqrt(5))
-        if init_weights:
-            nn.init.zeros_(self.moka_B[adapter_name].weight)
+        if config.init_weights:
+            nn.init.zeros_(B.weight)
         else:
-            nn.init.normal_(self.moka_B[adapter_name].weight, std=0.02)
-
-
-class MokaLinear(nn.Module, MokaLayer):
-    """A linear map (``nn.Linear``, ``Conv1D``, or a quantised linear) with MokA adapters."""
-
-    def __init__(
-        self,
-        base_layer,
-        adapter_name: str,
-        model,
-        r: int,
-        alpha: float,
-        config: MokaConfig,
-        tower: str | None = None,
-        **kwargs,
-    ) -> None:
-        super().__init__()
-        MokaLayer.__init__(self, base_layer, model, **kwargs)
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, r, alpha, config, tower=tower)
-        self.train(base_layer.training)
+            nn.init.normal_(B.weight, std=0.02)
+        self.train(self.base_layer.training)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """x: [batch, seq, in] (or [batch * seq, in]) -> [..., out], in the dtype of the base layer's result."""
@@ -170,8 +160,9 @@ class MokaLinear(nn.Module, MokaLayer):
 
     def dropout_rate(self, name: str) -> float:
         """Return the probability with which an element of the input is dropped in this call."""
-        config = self.moka_config[name]
-        return config.dropout if self.training and not self.merged and not config.text_merged else 0.0
+        dropout = self.moka_dropout[name]
+        drops = dropout.training and not self.merged and not self.moka_config[name].text_merged
+        return dropout.p if drops else 0.0
 
     def view(self, name: str, x: torch.Tensor, routing: Routing | None) -> View:
         """Return the tokens of ``x`` as the adapter ``name`` sees them.
@@ -200,7 +191,7 @@ class MokaLinear(nn.Module, MokaLayer):
             )
         return view
 
-    def _rank_space(self, name: str, x: torch.Tensor, view: View, call) -> torch.Tensor | None:
+    def _rank_space(self, name: str, x: torch.Tensor, view: View, call: Call | None) -> torch.Tensor | None:
         """Return z~ [tokens, width] of one adapter, less what the base weight contains of it; None: nothing to add."""
         merged = self.is_merged(name)
         text_only = view.rows is None and view.row == self.moka_config[name].text_row
@@ -208,13 +199,14 @@ class MokaLinear(nn.Module, MokaLayer):
             return self._zero(name, x)
         if merged and text_only and not view.disabled:
             return None
-        together = call is not None and not torch.compiler.is_compiling()
-        z = call.shared.pop(self, name, x, view) if together else None
+        # A compiler finds by itself what can be computed together.
+        shared = None if call is None or torch.compiler.is_compiling() else call.shared
+        z = None if shared is None else shared.pop(self, name, x, view)
         if z is None:
-            layers = partners(self, name) if together else [self]
+            layers = [self] if shared is None else partners(self, name)
             z, *others = rank_space(layers, name, x, view)
-            if others:
-                call.shared.put(layers[1:], name, x, view, others)
+            if shared is not None and others:
+                shared.put(layers[1:], name, x, view, others)
         return z
 
     def _zero(self, name: str, x: torch.Tensor) -> torch.Tensor | None:
@@ -243,7 +235,7 @@ class MokaLinear(nn.Module, MokaLayer):
         delta = (B.float() @ A[text].float()) * self.moka_scaling[adapter]
         return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
 
-    def merge(
+    def merge(  # type: ignore[override]
         self,
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
@@ -290,13 +282,16 @@ class MokaLinear(nn.Module, MokaLayer):
         config = self.moka_config[name]
         return TEXT in config.adapted and not config.text_merged
 
+    def _base(self) -> Any:
+        return self.get_base_layer()
+
     def _base_weight(self) -> torch.Tensor:
         """Return the base weight, dequantised."""
-        base, backend = self.get_base_layer(), self.quantization_backend
+        base, backend = self._base(), self.quantization_backend
         return base.weight.data if backend is None else backend.get_base_weight(base)
 
     def _merge_weight(self, name: str, tied: bool) -> list[tuple[float, float]]:
-        base, delta = self.get_base_layer(), self.get_delta_weight(name).detach()
+        base, delta = self._base(), self.get_delta_weight(name).detach()
         if self.quantization_backend is None:
             weight = base.weight.data
             merged = (weight + delta.to(weight.device)).to(weight.dtype)
@@ -320,7 +315,7 @@ class MokaLinear(nn.Module, MokaLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        base = self.get_base_layer()
+        base = self._base()
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             if name in self.moka_unmerged:
@@ -354,56 +349,45 @@ def rank_space(layers: list[MokaLinear], name: str, x: torch.Tensor, view: View)
     With ``share_b=False`` each token's z~ is in its modality's slot, [tokens, M * r]. If the text path is merged, z~ lacks
     what the base weight contains: A_text x.
     """
-    layer = layers[0]
-    config, r, n = layer.moka_config[name], layer.moka_r[name], len(layers)
-    x = x.to(compute_dtype(x))
-    text = config.text_row
-    merged = layer.is_merged(name)
-    rows = slice(None) if view.rows is not None or merged else slice(view.row, view.row + 1)
-    A = [own.moka_A[name]()[rows] for own in layers]  # [M, r, in] each, or [1, r, in]
-    A = (A[0] if n == 1 else torch.cat(A, dim=1)).to(x.dtype)  # [M, n * r, in]
-    z_all = project(x, A.flatten(0, 1), layer.dropout_rate(name))  # [tokens, M * n * r]
-    tokens = len(z_all)
-    z = z_all
-    if view.rows is not None:
-        z = z_all.view(-1, n * r).index_select(0, view.index)  # [tokens, n * r]
-    elif merged:
-        z = z_all.view(tokens, -1, n * r)[:, view.row]
+    layer, n = layers[0], len(layers)
+    config, r, merged = layer.moka_config[name], layer.moka_r[name], layer.is_merged(name)
     factor = layer.moka_scaling[name] if config.scale_position == "input" else 1.0
-    z = z if factor == 1 else z * factor
+    x = x.to(compute_dtype(x))
+    several = view.rows is not None or merged  # rows of moka_A are needed
+    rows = slice(None) if several else slice(view.row, view.row + 1)
+    stacked = [own.moka_A[name]()[rows] for own in layers]  # [M, r, in] each
+    A = stacked[0] if n == 1 else torch.cat(stacked, dim=1)
+    z_all = project(x, A.flatten(0, 1).to(x.dtype), layer.dropout_rate(name))  # [tokens, M * n * r]
+    z_all = (z_all * factor if factor != 1 else z_all).view(len(z_all), -1, n * r)
+    z = z_all[:, view.row if several else 0]
+    if view.index is not None:
+        z = z_all.flatten(0, 1).index_select(0, view.index)  # [tokens, n * r]
     if view.disabled:
         z = torch.zeros_like(z)
     elif view.adapter_mask is not None:
         z = z * view.adapter_mask
     if view.attention is not None:
         z = interact(z, view.attention, n, config.interaction == "mean")
-    z_text = z_all.view(tokens, -1, n * r)[:, text] * factor if merged else None
-    if not config.share_b and (view.rows is not None or merged):
-        return [_slots(own, view, config, None if part is None else part) for own, part in _split(z, z_text, n, r)]
-    z = z if z_text is None else z - z_text
-    return [z] if n == 1 else list(z.view(tokens, n, r).unbind(1))
+    z_text = z_all[:, config.text_row] if merged else None
+    if several and not config.share_b:
+        z = _slots(z, z_text, view, config, n)
+    elif z_text is not None:
+        z = z - z_text
+    return [z] if n == 1 else list(z.view(len(z), n, -1).unbind(1))
 
 
-def _split(z: torch.Tensor, z_text: torch.Tensor | None, n: int, r: int):
-    """[tokens, n * r] each -> n pairs of [tokens, r]."""
-    own = z.view(-1, n, r).unbind(1)
-    text = [None] * n if z_text is None else z_text.reshape(-1, n, r).unbind(1)
-    return zip(own, text, strict=True)
-
-
-def _slots(z: torch.Tensor, view: View, config: MokaConfig, z_text: torch.Tensor | None) -> torch.Tensor:
-    """[tokens, r] -> [tokens, M * r]: each token's z in its modality's slot, and minus ``z_text`` in that of text."""
-    modalities, r = len(config.modalities), z.shape[1]
-    if view.rows is None:
-        index = torch.arange(len(z), device=z.device) * modalities + view.row
-    else:
-        index = view.index
-    slots = z.new_zeros(len(z) * modalities, r).index_copy(0, index, z).view(len(z), modalities, r)
+def _slots(z: torch.Tensor, z_text: torch.Tensor | None, view: View, config: MokaConfig, n: int) -> torch.Tensor:
+    """[tokens, n * r] -> [tokens, n * M * r]: each token's z in its modality's slot, and minus ``z_text`` in that of text."""
+    tokens, modalities, width = len(z), len(config.modalities), z.shape[1]
+    index = view.index
+    if index is None:
+        index = torch.arange(tokens, device=z.device) * modalities + view.row
+    slots = z.new_zeros(tokens * modalities, width).index_copy(0, index, z).view(tokens, modalities, width)
     if z_text is not None:
         text = torch.zeros(modalities, 1, dtype=z.dtype, device=z.device)
         text[config.text_row] = 1
         slots = slots - text * z_text[:, None]
-    return slots.flatten(1)
+    return slots.view(tokens, modalities, n, -1).transpose(1, 2).flatten(1)
 
 
 def _merge_refused(backend) -> str:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features, onload_layer
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
@@ -18,8 +18,9 @@ from moka.errors import MokaError
 from .checks import TASK_HEADS, check_adapter_tensors, check_finite, planned_tensors, read_tensors
 from .config import TEXT, MokaConfig
 from .context import current
+from .generation import prompt_ids
 from .input_groups import set_groups
-from .layer import MokaLayer, MokaLinear
+from .layer import MokaLinear
 from .matching import Shapes, match_layers, match_names
 from .quantization import get_quantization_kwargs
 from .targets import (
@@ -34,7 +35,7 @@ from .targets import (
     tower_modality,
 )
 from .text_decoder import is_linear, named_modules
-from .wrapping import RoutedModel, prompt_ids
+from .wrapping import RoutedModel
 
 
 class MokaModel(BaseTuner):
@@ -54,7 +55,7 @@ class MokaModel(BaseTuner):
     """
 
     prefix = "moka_"
-    tuner_layer_cls = MokaLayer
+    tuner_layer_cls = MokaLinear
     target_module_mapping: dict[str, list[str]] = {}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -77,7 +78,7 @@ class MokaModel(BaseTuner):
     def coverage(self, adapter_name: str | None = None) -> float:
         """Return the share of the decoder's block weights that an adapter's layers hold, 0 to 1."""
         name = adapter_name or self.active_adapters[0]
-        layers = [n for n, m in self.model.named_modules() if isinstance(m, MokaLayer) and name in m.moka_A]
+        layers = [n for n, m in self.model.named_modules() if isinstance(m, MokaLinear) and name in m.moka_A]
         return coverage(self.model, layers)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -86,7 +87,7 @@ class MokaModel(BaseTuner):
         Raises:
             MokaError: before anything is changed, if the adapter does not fit the model.
         """
-        config = self.peft_config[adapter_name]
+        config: Any = self.peft_config[adapter_name]
         if isinstance(model, PeftModel) or any(isinstance(module, PeftModel) for module in model.children()):
             raise MokaError(
                 "model: it is a PeftModel already. Use model.load_adapter(folder, adapter_name) or model.add_adapter, or give "
@@ -94,11 +95,12 @@ class MokaModel(BaseTuner):
             )
         default_targets = config.target_modules is None
         prepare_config(config, model)
-        self._scope, self._saved_layers = decoder_scope(model), None
+        self._scope = decoder_scope(model)
+        self._saved_layers: set[str] = set()  # of an adapter whose targets are paths that moved
         self._given = config.target_modules
         self._check_plan(model, config)
         trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        further = any(isinstance(module, MokaLayer) for module in model.modules())
+        further = any(isinstance(module, MokaLinear) for module in model.modules())
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config.target_modules = self._given  # peft shortens long lists, also to names that mean something else here
         if further:  # peft before 0.21 freezes what was trainable before
@@ -109,9 +111,11 @@ class MokaModel(BaseTuner):
         routed.attach()
         if config.__dict__.pop("pending", None) is None:
             routed.unchecked.add(adapter_name)
-        layers = [n for n, m in model.named_modules() if isinstance(m, MokaLayer) and adapter_name in m.moka_A]
+        layers = [n for n, m in model.named_modules() if isinstance(m, MokaLinear) and adapter_name in m.moka_A]
         if self._scope is not None and (share := coverage(model, layers)) < 0.5:
-            remedy = "Name more layers" if default_targets else "Leave target_modules out for all projections of a block"
+            remedy = (
+                "Name more layers" if default_targets else "Leave target_modules out for all projections of a block"
+            )
             warnings.warn(
                 f"target_modules: the adapter {adapter_name!r} covers {share:.0%} of the decoder's block weights. {remedy}, if "
                 "more was intended; weights of experts that are one parameter are left as they are.",
@@ -121,12 +125,13 @@ class MokaModel(BaseTuner):
     def _check_plan(self, model: nn.Module, config: MokaConfig) -> None:
         """Refuse, before anything is changed, targets and saved tensors that the model has no place for."""
         pending = config.__dict__.get("pending")
-        saved = {} if pending is None else {name: shape for name, shape in pending.shapes.items() if ".moka_" in name}
+        shapes = {} if pending is None else pending.shapes
+        saved = {name: shape for name, shape in shapes.items() if ".moka_" in name}
         layers = self._matched(model, config)
         if not layers and saved:
             # A pattern of full paths, saved under another version of transformers: the names in the file tell the layers.
             candidates = [name for name, module in named_modules(model) if is_linear(module)]
-            self._saved_layers = match_layers(saved, candidates)
+            self._saved_layers = match_layers(saved, candidates) or set()
             layers = self._matched(model, config)
         if not layers:
             raise MokaError(no_match(config, model))
@@ -141,9 +146,9 @@ class MokaModel(BaseTuner):
                     f"target_modules: {name!r} is a {type(module).__name__}; MokA adapts nn.Linear, Conv1D and quantised "
                     "linear layers. Name other modules, or leave target_modules out for the defaults."
                 )
-        if saved:
-            shapes = {name: _get_in_out_features(_base(module)) for name, module in layers.items()}
-            match_names(planned_tensors(shapes, config), saved)
+        if saved and pending is not None:
+            sizes: Any = {name: _get_in_out_features(_base(module)) for name, module in layers.items()}
+            match_names(planned_tensors(sizes, config), saved)
             check_finite(read_tensors(pending.weights), str(pending.weights))
 
     def _matched(self, model: nn.Module, config: MokaConfig) -> dict[str, nn.Module]:
@@ -154,7 +159,7 @@ class MokaModel(BaseTuner):
     def _check_target_module_exists(self, config: MokaConfig, key: str):  # type: ignore[override]
         return key in self._saved_layers if self._saved_layers else matches(config, key, self._scope, self._given)
 
-    def _create_and_replace(
+    def _create_and_replace(  # type: ignore[override]
         self, moka_config, adapter_name, target, target_name, parent, current_key, **optional_kwargs
     ) -> None:
         rank_key = get_pattern_key(moka_config.rank_pattern.keys(), current_key)
@@ -163,13 +168,13 @@ class MokaModel(BaseTuner):
         alpha = moka_config.alpha_pattern.get(alpha_key, moka_config.alpha)
         outside = self._scope is not None and current_key not in self._scope
         tower = tower_modality(self.model, current_key, moka_config) if outside else None
-        if isinstance(target, MokaLayer):
+        if isinstance(target, MokaLinear):
             target.update_layer(adapter_name, r, alpha, moka_config, tower)
             return
         routed = RoutedModel.of(self.model)
-        layer = MokaLinear(
-            target, adapter_name, routed, r, alpha, moka_config, tower=tower, **get_quantization_kwargs(self)
-        )
+        layer = MokaLinear(target, routed, **get_quantization_kwargs(self))
+        layer.set_adapter(adapter_name)
+        layer.update_layer(adapter_name, r, alpha, moka_config, tower)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # an additional adapter is not trainable until it is made active
         self._replace_module(parent, target_name, layer, target)
@@ -178,7 +183,9 @@ class MokaModel(BaseTuner):
     def _enable_peft_forward_hooks(self, *args, adapter_names: list[str] | None = None, **kwargs) -> Iterator[None]:
         # peft would drop the argument silently and run every row through the active adapter.
         if adapter_names is not None:
-            raise MokaError("adapter_names: a batch of several adapters is for LoRA; run each adapter's rows separately.")
+            raise MokaError(
+                "adapter_names: a batch of several adapters is for LoRA; run each adapter's rows separately."
+            )
         yield
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
@@ -186,8 +193,10 @@ class MokaModel(BaseTuner):
         raise MokaError("add_weighted_adapter: not for MokA. Activate several adapters: base_model.set_adapter([...]).")
 
     def delete_adapter(self, adapter_name: str) -> None:
-        if any(adapter_name in m.merged_adapters for m in self.model.modules() if isinstance(m, MokaLayer)):
-            raise MokaError(f"delete_adapter: {adapter_name!r} is merged into the weights; call unmerge_adapter() first.")
+        if any(adapter_name in m.merged_adapters for m in self.model.modules() if isinstance(m, MokaLinear)):
+            raise MokaError(
+                f"delete_adapter: {adapter_name!r} is merged into the weights; call unmerge_adapter() first."
+            )
         super().delete_adapter(adapter_name)
 
     def merge_adapter(
@@ -221,9 +230,9 @@ class MokaModel(BaseTuner):
                 stacklevel=3,
             )
 
-    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool, requantize: bool) -> list[MokaLayer]:
+    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool, requantize: bool) -> list[MokaLinear]:
         """Refuse, before any weight changes, what cannot be merged; return the layers."""
-        layers = [module for module in self.model.modules() if isinstance(module, MokaLayer)]
+        layers = [module for module in self.model.modules() if isinstance(module, MokaLinear)]
         for layer in layers:
             for name in adapter_names or layer.active_adapters:
                 if name in layer.moka_A and name not in layer.merged_adapters:
@@ -236,7 +245,8 @@ class MokaModel(BaseTuner):
         """Return the bare backbone with the text path merged in, and warn of what media tokens had beyond that."""
         self._check_merge(adapter_names, safe_merge, requantize)
         for name in adapter_names or self.active_adapters:
-            lost = [m for m in self.peft_config[name].adapted if m != TEXT]
+            config: Any = self.peft_config[name]
+            lost = [m for m in config.adapted if m != TEXT]
             if lost:
                 warnings.warn(
                     f"merge_and_unload keeps only the text path of adapter {name!r}. Lost: the {', '.join(lost)} "
@@ -266,7 +276,11 @@ class MokaModel(BaseTuner):
         given = {key: tuple(tensor.shape) for key, tensor in state_dict.items() if ".moka_" in key}
         if given.keys() - own.keys():
             for adapter in self.peft_config:
-                names = match_names(_of_adapter(own, adapter), _of_adapter(given, adapter)) if _of_adapter(given, adapter) else {}
+                names = (
+                    match_names(_of_adapter(own, adapter), _of_adapter(given, adapter))
+                    if _of_adapter(given, adapter)
+                    else {}
+                )
                 for key, name in names.items():
                     state_dict[name] = state_dict.pop(key)
         check_finite({key: state_dict[key] for key in own if key in state_dict})
@@ -274,7 +288,7 @@ class MokaModel(BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: MokaConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         # The one place where peft (0.21 and newer) tells which adapter is about to be loaded: all of it must be there.
         remapped = super()._remap_adapter_state_dict_for_load(
@@ -305,7 +319,9 @@ def prepare_config(config: MokaConfig, model: nn.Module) -> None:
     check_supported(model, config)
     fill_targets(config, model)
     if config.bias != "none" and not hasattr(BaseTuner, "_remap_adapter_state_dict_for_load"):
-        raise MokaError(f"bias: {config.bias!r} needs peft 0.21 or newer, which saves trained biases; here only 'none'.")
+        raise MokaError(
+            f"bias: {config.bias!r} needs peft 0.21 or newer, which saves trained biases; here only 'none'."
+        )
     names = [name for name, _ in model.named_modules(remove_duplicate=False)]
     wanted = set(config.modules_to_save or ()) - set(TASK_HEADS)
     unknown = sorted(m for m in wanted if not any(name.endswith(m) for name in names))

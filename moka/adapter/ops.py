@@ -118,7 +118,9 @@ def interact(z: torch.Tensor, attention: Attention, projections: int, mean: bool
     of queries and keys is not kept, and is never as large as seq by seq. ``mean``: read the mean of the keys instead.
     """
     batch, width = len(attention.query), z.shape[1]
-    k = z.index_select(0, attention.flat_key).view(batch, -1, projections, width // projections).transpose(1, 2)  # [batch, n, keys, r]
+    k = (
+        z.index_select(0, attention.flat_key).view(batch, -1, projections, width // projections).transpose(1, 2)
+    )  # [batch, n, keys, r]
     if mean:
         read = mean_weights(attention).to(z.dtype)[:, None] @ k
     else:
@@ -133,7 +135,9 @@ def mean_weights(attention: Attention) -> torch.Tensor:
     mask = attention.mask
     if mask is None:
         batch, queries = attention.query.shape
-        return torch.full((batch, queries, attention.key.shape[1]), 1 / attention.key.shape[1], device=attention.key.device)
+        return torch.full(
+            (batch, queries, attention.key.shape[1]), 1 / attention.key.shape[1], device=attention.key.device
+        )
     return mask / mask.sum(-1, keepdim=True).clamp(min=1)
 
 

@@ -28,7 +28,7 @@ except ImportError:  # peft 0.19
 
             return dequantize_module_weight(base)
 
-    def resolve_quantization_backend(base_layer: nn.Module, **kwargs: Any) -> _ForwardOnly | None:
+    def resolve_quantization_backend(base_layer: nn.Module, **kwargs: Any) -> Any:  # type: ignore[misc]
         """Return a backend for the linear layers of bitsandbytes, else None."""
         quantized = type(base_layer).__module__.startswith("bitsandbytes.") and isinstance(base_layer, nn.Linear)
         return _ForwardOnly(base_layer) if quantized else None
@@ -37,7 +37,7 @@ except ImportError:  # peft 0.19
         """Return nothing: peft 0.19 has no settings of a backend."""
         return {}
 
-    def quantization_extra_repr(layer: nn.Module) -> str:
+    def quantization_extra_repr(module: nn.Module) -> str:
         """Return nothing."""
         return ""
 

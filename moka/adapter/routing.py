@@ -12,6 +12,7 @@ masks that a layer uses. The ids are read and compared in host memory; only the 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,12 +67,14 @@ class View:
 
     def to(self, device: torch.device) -> View:
         """Return the view on another device, for models that are spread over several."""
-        attention = self.attention
-        if attention is not None:
-            moved = {name: t if t is None else t.to(device) for name, t in vars(attention).items()}
-            attention = Attention(**moved)
-        tensors = {name: getattr(self, name) for name in ("rows", "index", "adapter_mask")}
-        return replace(self, **{n: t if t is None else t.to(device) for n, t in tensors.items()}, attention=attention)
+
+        def moved(value: Any) -> Any:
+            return value.to(device) if isinstance(value, torch.Tensor) else value
+
+        attention = None
+        if self.attention is not None:
+            attention = Attention(**{name: moved(value) for name, value in vars(self.attention).items()})
+        return View(**{**{name: moved(value) for name, value in vars(self).items()}, "attention": attention})
 
     def at(self, positions: torch.Tensor, modalities: int) -> View:
         """Return the view of the tokens at ``positions`` [n] of every row; those outside are neither queries nor keys."""

@@ -91,7 +91,7 @@ def matches(
         return found
     if isinstance(config.target_modules, str):
         return found
-    return any("." in name and f".{key}".endswith(f".{name}") for name in given or config.target_modules)
+    return any("." in name and f".{key}".endswith(f".{name}") for name in given or config.target_modules or ())
 
 
 def fill_targets(config: MokaConfig, model: nn.Module) -> None:
@@ -128,7 +128,7 @@ def fill_targets(config: MokaConfig, model: nn.Module) -> None:
 
 def placeholder_ids(model: nn.Module, config: MokaConfig) -> dict[str, list[int]]:
     """Return the placeholder token ids by modality that the model's configuration, or one inside it, names."""
-    own = getattr(model, "config", None)
+    own: Any = getattr(model, "config", None)
     found: dict[str, list[int]] = {}
     for name, type_ids in config.modalities.items():
         if hasattr(own, "placeholder_id"):  # moka's composed model has one for every type
@@ -240,7 +240,7 @@ def no_match(config: MokaConfig, model: nn.Module) -> str:
     also = "".join(f" {name} is {v}{blocks.get(name, '')}." for name, v in narrowing.items() if v not in (None, []))
     linear = [name for name, m in named_modules(model) if scope is not None and is_linear(m)]
     named = [name for name in linear if name.rpartition(".")[2] in wanted]
-    if named and not scope.intersection(named):
+    if named and scope is not None and not scope.intersection(named):
         also += f" A bare name means the decoder: give a path, such as {named[0]!r}, or adapt_towers=True."
     return (
         f"target_modules: {wanted} matches no layer of {type(model).__name__}. Linear layers there: "

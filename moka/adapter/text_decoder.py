@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -25,7 +26,7 @@ _LEFT_OUT = ("experts", "pooler", "indexer")
 
 def language_decoder(model: nn.Module) -> nn.Module:
     """Return the stack of blocks that reads the text: the end of ``get_decoder``; ``model`` itself if there is none."""
-    found = model
+    found: Any = model
     while hasattr(found, "get_decoder"):
         inner = found.get_decoder()
         if inner is None or inner is found:
@@ -35,7 +36,7 @@ def language_decoder(model: nn.Module) -> nn.Module:
         return found
     # A wrapper around the language model. Of several, a speaking model's is called `thinker`.
     generating = [m for m in model.modules() if m is not model and isinstance(m, GenerationMixin)]
-    inner = getattr(model, "thinker", None) or (generating[0] if len(generating) == 1 else None)
+    inner: Any = getattr(model, "thinker", None) or (generating[0] if len(generating) == 1 else None)
     return model if inner is None else language_decoder(inner)
 
 
@@ -80,7 +81,7 @@ def owners_of(model: nn.Module) -> list[PreTrainedModel]:
     ]
 
 
-def _towers(decoder: nn.Module) -> list[nn.Module]:
+def _towers(decoder: Any) -> list[nn.Module]:
     """Return whole models within the decoder that do not embed its text, such as encoders on its embeddings."""
     try:
         words = decoder.get_input_embeddings()
@@ -135,7 +136,8 @@ def count_weights(module: nn.Module) -> int:
     if isinstance(module, AuxiliaryTrainingWrapper):
         return count_weights(module.original_module)
     if is_linear(module) and hasattr(module, "in_features"):  # a quantised weight is packed
-        return module.in_features * module.out_features
+        layer: Any = module
+        return layer.in_features * layer.out_features
     shapes = [getattr(p, "ds_shape", p.shape) for p in module.parameters(recurse=False)]  # ZeRO-3 empties the parameter
     own = sum(math.prod(shape) for shape in shapes if len(shape) > 1)
     return own + sum(count_weights(child) for child in module.children())

@@ -15,7 +15,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -34,15 +34,13 @@ from .inputs import (
     Span,
     cache_length,
     cache_of,
-    check_length,
-    check_shape,
     given_ids,
     ids_of_call,
     read,
     resolve,
     tokens_of,
 )
-from .layer import MokaLayer
+from .layer import MokaLinear
 from .routing import Routing, View, build_view, uniform_view, view_key
 
 _NO_ROUTING = (
@@ -57,7 +55,7 @@ class RoutedModel:
 
     def __init__(self, root: nn.Module) -> None:
         self.root = root
-        self.layers: list[MokaLayer] = []
+        self.layers: list[MokaLinear] = []
         self.warned: set[str] = set()
         self.has_routed = False  # some forward was routed: a recomputation without routing has lost it
         self.unchecked: set[str] = set()  # adapters that came through a loader of which we see nothing
@@ -77,18 +75,21 @@ class RoutedModel:
         """Put the hooks on the root and on the models inside that contain adapted layers of the decoder."""
         self.detach()
         self.generating = []
-        self.layers = [module for module in self.root.modules() if isinstance(module, MokaLayer)]
+        self.layers = [module for module in self.root.modules() if isinstance(module, MokaLinear)]
         decoder = {id(layer) for layer in self.layers if not layer.moka_tower}
-        depth, embeds = 0, None
+        depth = 0
+        embeds: nn.Module | None = None
         for module in self.root.modules():
-            inner = isinstance(module, PreTrainedModel)
-            if module is self.root or (inner and any(id(m) in decoder for m in module.modules())):
+            inner = isinstance(module, PreTrainedModel) and any(id(m) in decoder for m in module.modules())
+            if inner or module is self.root:
                 hook = CallHook(self, module, depth)
                 self._handles.append(module.register_forward_pre_hook(hook.before, with_kwargs=True))
                 self._handles.append(module.register_forward_hook(hook.after, always_call=True))
                 self.generating += [depth] if hasattr(type(module), "generate") else []
                 depth += 1
-                embeds = embeds or (_embeddings(module) if inner else None)
+                if inner and embeds is None:
+                    with suppress(NotImplementedError, AttributeError):
+                        embeds = module.get_input_embeddings()  # type: ignore[operator]
         if embeds is not None:
             self._handles.append(embeds.register_forward_hook(self.remember_embedded))
 
@@ -131,18 +132,9 @@ class RoutedModel:
             self.unchecked.discard(name)
             check_finite(adapter_tensors(self.root, name), f"Adapter {name!r}")
 
-    def device(self, span: Span) -> torch.device:
-        """Return where the layers' inputs will be: where the tokens are, or else the layers."""
-        if span.ids.device is not None and span.ids.device.type != "cpu":
-            return span.ids.device
-        weights = (part.weight for layer in self.layers for part in layer.moka_A.values())
-        weight = next(weights, None)
-        # Weights that are offloaded tell nothing.
-        return torch.device("cpu") if weight is None or weight.is_meta else weight.device
-
     def build(self, configs: dict[str, MokaConfig], span: Span, training: bool, kept: Any = None) -> Routing:
         """Build the routing of a forward for ``configs``."""
-        only, device = active_only(self), self.device(span)
+        only, device = active_only(self), span.ids.device or torch.device("cpu")  # layers elsewhere move it, once
         made: dict[tuple, View] = {}
         with torch.inference_mode(False):  # it may outlive an inference
             for config in configs.values():
@@ -153,7 +145,7 @@ class RoutedModel:
         kept = kept if isinstance(kept, torch.Tensor) and kept.dim() == 1 else None
         return Routing(span.shape, {name: made[view_key(c)] for name, c in configs.items()}, device, kept, only)
 
-    def routing_outside(self, layer: MokaLayer, call: Call | None) -> Routing | None:
+    def routing_outside(self, layer: MokaLinear, call: Call | None) -> Routing | None:
         """Return the routing of a layer that runs in no forward, or in one that knows nothing of its tokens.
 
         None: all is text.
@@ -248,7 +240,7 @@ class CallHook:
         if self._is_left_to_inner(arguments, outside):
             return None
         if tokens is not None and arguments.get("input_ids") is None:
-            arguments["input_ids"] = _embedded_ids(model, tokens)
+            arguments["input_ids"] = embedded_ids(model, tokens)
         span = ids_of_call(arguments, outside, any(config.interacts for config in configs.values()))
         if span is None:
             return None
@@ -262,7 +254,7 @@ class CallHook:
             return False
         if outside.start is not None or tuple(tokens.shape) == outside.types.shape or cache_length(cache_of(arguments)):
             return False
-        return _holds_model(self.model, self.depth)
+        return expands_inside(self.model, self.depth)
 
     def _prebuilt(self, args: tuple, kwargs: dict) -> Routing | None:
         """Return the routing that the enclosing block built, if it is that of this forward for sure."""
@@ -280,7 +272,7 @@ class CallHook:
         return block.routing if known else None
 
 
-def _holds_model(model: RoutedModel, depth: int = 0) -> bool:
+def expands_inside(model: RoutedModel, depth: int = 0) -> bool:
     """Return whether the module with hooks at ``depth`` contains a language model of its own, which generates.
 
     Such a module may expand media before it calls the language model.
@@ -288,14 +280,7 @@ def _holds_model(model: RoutedModel, depth: int = 0) -> bool:
     return any(inner > depth for inner in model.generating)
 
 
-def _embeddings(module: PreTrainedModel) -> nn.Module | None:
-    try:
-        return module.get_input_embeddings()
-    except (NotImplementedError, AttributeError):
-        return None
-
-
-def _embedded_ids(model: RoutedModel, embeds: torch.Tensor) -> torch.Tensor | None:
+def embedded_ids(model: RoutedModel, embeds: torch.Tensor) -> torch.Tensor | None:
     """Return the ids of ``embeds`` if they were embedded just before this forward, as frameworks do in a hook."""
     found, current.embedded = current.embedded, None
     if found is None or found[0] is not model or found[1].shape != embeds.shape[:2]:
@@ -319,85 +304,6 @@ def _decodes(block: Block, cache: Any) -> bool:
 def _in_backward() -> bool:
     graph_task = getattr(torch._C, "_current_graph_task_id", None)
     return graph_task is not None and graph_task() != -1
-
-
-@contextmanager
-def prompt_ids(model: RoutedModel, arguments: dict) -> Iterator[dict]:
-    """Keep the ids of a prompt in force for all steps of ``generate``; yield the arguments that the model takes.
-
-    Args:
-        model: with adapters.
-        arguments: those of ``generate`` by name.
-    """
-    foreign = set(ROUTING_ARGUMENTS) - set(inspect.signature(type(model.root).forward).parameters)
-    passed = {name: value for name, value in arguments.items() if name not in foreign}
-    ids = _ids_of_prompt(model, arguments) if model.configs() else None
-    if ids is None:
-        yield passed
-        return
-    with entered(Block(model, current.block, ids)):
-        yield passed
-
-
-def _ids_of_prompt(model: RoutedModel, arguments: dict) -> GivenIds | None:
-    block, tokens, mask = ids_block(model), tokens_of(arguments), arguments.get("attention_mask")
-    outside = None if block is None else block.ids
-    if outside is not None and outside.start is not None:  # generate inside generate: the outer one knows the prompt
-        if tokens is not None:
-            check_length("mm_token_type_ids", outside.length, tokens.shape[1])
-        return None
-    own = given_ids(arguments)
-    cached = cache_length(cache_of(arguments))
-    # As transformers tells them apart: a mask longer than the tokens means that these are only the new ones.
-    new_only = cached > 0 and mask is not None and tokens is not None and mask.shape[1] != tokens.shape[1]
-    start = mask.shape[1] - tokens.shape[1] if new_only else 0
-    valid = None if mask is None or mask.dim() != 2 else read(mask) != 0
-    if own.types is None and outside is not None:
-        # The ids of a block may be those of the expanded prompt, which a model makes of these tokens only later.
-        same = tokens is not None and outside.types is not None and outside.types.shape == tuple(tokens.shape[:2])
-        if not same and tokens is not None and outside.types is not None and not _holds_model(model):
-            check_shape("mm_token_type_ids", outside.types, tuple(tokens.shape[:2]))
-        groups = outside.groups if own.groups is None else own.groups
-        if same and groups is not None:
-            check_shape("interaction_ids", groups, outside.types.shape)  # type: ignore[union-attr]
-        ids = arguments.get("input_ids")
-        fits = valid is not None and outside.types is not None and valid.shape == outside.types.shape
-        return GivenIds(
-            outside.types,
-            groups,
-            outside.question if own.question is None else own.question,
-            outside.valid if not fits else valid,
-            read(ids) if same else None,
-            start=0,
-            device=outside.device,
-        )
-    ids = arguments.get("input_ids")
-    if ids is None and tokens is not None:
-        ids = _embedded_ids(model, tokens)
-    if own.types is None and ids is None:
-        return None
-    if tokens is not None:
-        start, own = _new_tokens(own, tokens, start)
-    length = own.types.shape[1] if own.types is not None else tokens.shape[1]
-    valid = None if valid is None else valid[:, start : start + length]
-    return GivenIds(
-        own.types, own.groups, own.question, valid, None if ids is None else read(ids), start=start,
-        cached=0 if new_only else cached, device=None if tokens is None else tokens.device,
-    )
-
-
-def _new_tokens(own: GivenIds, tokens: torch.Tensor, start: int) -> tuple[int, GivenIds]:
-    """Cut ids of the whole chat to its new tokens, and refuse those of another length."""
-    batch, seq = tokens.shape[:2]
-    cut = {}
-    for name, argument in zip(("types", "groups", "question"), ROUTING_ARGUMENTS, strict=True):
-        array = getattr(own, name)
-        if array is not None and array.shape == (batch, start + seq):
-            array = array[:, start:]
-        if array is not None:
-            check_shape(argument, array, (batch, seq))
-        cut[name] = array
-    return start, GivenIds(**cut)
 
 
 @contextmanager
@@ -451,7 +357,7 @@ def _complete_routing(model: RoutedModel, block: Block, ids: GivenIds) -> Routin
 
 def routed_models(model: nn.Module, caller: str) -> list[RoutedModel]:
     """Return the models with adapters in ``model``; ``caller`` is named if there is none."""
-    found = {id(m.moka_model): m.moka_model for m in model.modules() if isinstance(m, MokaLayer)}
+    found = {id(m.moka_model): m.moka_model for m in model.modules() if isinstance(m, MokaLinear)}
     if not found:
         raise MokaError(f"{caller}: {type(model).__name__} has no MokA adapter; attach one with get_peft_model.")
     return list(found.values())

@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from moka.adapter import MokaConfig
 from moka.adapter.config import TEXT
-from moka.adapter.layer import MokaLayer
+from moka.adapter import MokaLinear
 from moka.data import resolve_backbone
 from moka.errors import MokaError, nearest
 from moka.inference import LoadedModel
@@ -166,7 +166,7 @@ class Source:
                 continue  # lost with the encoders
             name, layer = path.removeprefix(INSIDE), module  # type: Any, Any
             transposed = isinstance(layer.get_base_layer(), Conv1D)
-            if isinstance(layer, MokaLayer):
+            if isinstance(layer, MokaLinear):
                 row = list(self.config.modalities).index(self.modality)
                 A = layer.moka_A["default"].weight[row]
                 B = layer.moka_B["default"].weight if self.config.share_b else layer.moka_B["default"].weight[row]

@@ -107,7 +107,7 @@ def test_forward_without_routing_is_recomputed_without(tiny, reentrant):
     def run(model):
         model.train()
         model(**batch.kwargs(*ROUTED), labels=batch.input_ids, use_cache=False)
-        embeds = model.get_input_embeddings().weight[batch.input_ids]
+        embeds = model.get_input_embeddings().weight[batch.input_ids].detach().requires_grad_()
         with pytest.warns(UserWarning, match="A MokA layer ran without routing"):
             loss = model(inputs_embeds=embeds, labels=batch.input_ids, use_cache=False).loss
         loss.backward()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from transformers import Trainer, TrainingArguments
 
 import moka
 
@@ -80,3 +81,83 @@ def test_blocks_compiled_one_by_one(tiny, batch):
         for block in model.base_model.model.model.layers:
             block.compile(backend="eager", fullgraph=True)
         torch.testing.assert_close(model(**batch.kwargs(*ROUTED), use_cache=False).logits, expected)
+
+
+class Breaks(torch.nn.Module):
+    """A layer that no compiler can trace."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args, **kwargs):
+        torch._dynamo.graph_break()
+        return self.inner(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("place", "way"),
+    [("norm", "torch.compile"), ("mlp", "torch.compile"), ("lm_head", "model.compile"), ("mlp", "base.compile")],
+)
+def test_graph_breaks_inside_the_model(tiny, batch, place, way):
+    model = tiny.adapted()
+    base = model.get_base_model()
+    if place == "mlp":
+        base.model.layers[1].mlp = Breaks(base.model.layers[1].mlp)
+    else:
+        owner = base if place == "lm_head" else base.model
+        setattr(owner, place, Breaks(getattr(owner, place)))
+    with torch.no_grad():
+        expected = model(**batch.kwargs(*ROUTED), use_cache=False).logits
+        run = torch.compile(model, backend="eager") if way == "torch.compile" else model
+        if way != "torch.compile":
+            (model if way == "model.compile" else base).compile(backend="eager")
+        torch.testing.assert_close(run(**batch.kwargs(*ROUTED), use_cache=False).logits, expected)
+
+
+def test_decoding_compiles_no_further_graphs(tiny):
+    """Each call of generate, and each of its steps after the first two, finds the graphs of those before."""
+    model = tiny.adapted()
+    counter = CompileCounter()
+    for block in model.get_base_model().model.layers:
+        block.compile(backend=counter, dynamic=True)
+    prompt = tiny.rows(["t i i q q t"]).kwargs(*ROUTED)
+    plain = tiny.adapted().generate(**prompt, max_new_tokens=6, do_sample=False)
+    counts = []
+    for new in (3, 6, 6, 9):
+        tokens = model.generate(**prompt, max_new_tokens=new, do_sample=False)
+        assert torch.equal(tokens[:, : min(new, 6)], plain[:, : min(new, 6)])
+        counts.append(counter.frame_count)
+    assert counts[0] == counts[-1], counts
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not"])
+def test_checkpointing_inside_a_compiled_model(tiny, batch, reentrant):
+    def gradients(compiled):
+        model = tiny.adapted().train()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        run = torch.compile(model, backend="aot_eager") if compiled else model
+        run(**batch.kwargs(*ROUTED), labels=batch.input_ids, use_cache=False).loss.backward()
+        return tiny.gradients(model)
+
+    expected, got = gradients(False), gradients(True)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(got[name], gradient, msg=name)
+
+
+def test_trainer_with_torch_compile(tiny, batch, tmp_path):
+    rows = [{name: tensor[i] for name, tensor in batch.kwargs(*ROUTED).items()} for i in range(4)]
+    rows = [{**row, "labels": row["input_ids"]} for row in rows]
+
+    def losses(compiled):
+        arguments = TrainingArguments(
+            str(tmp_path),
+            **{"max_steps": 3, "per_device_train_batch_size": 2, "report_to": [], "save_strategy": "no"},
+            **{"learning_rate": 1e-2, "logging_steps": 1, "remove_unused_columns": False, "use_cpu": True},
+            **({"torch_compile": True, "torch_compile_backend": "aot_eager"} if compiled else {}),
+        )
+        trainer = Trainer(tiny.adapted(), arguments, train_dataset=rows)
+        trainer.train()
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    assert losses(True) == pytest.approx(losses(False), rel=1e-4)
