@@ -36,7 +36,8 @@ def prompt_ids(model: RoutedModel, arguments: dict) -> Iterator[dict]:
     if ids is None:
         yield passed
         return
-    with entered(Block(model, current.block, ids)):
+    cache = cache_of(arguments)
+    with entered(Block(model, current.block, ids, caches=[] if cache is None else [cache])):
         yield passed
 
 
