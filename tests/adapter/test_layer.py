@@ -190,8 +190,8 @@ def test_flattened_tokens_equal_batched_ones():
 
 
 def test_new_adapter_starts_at_zero_and_kaiming():
-    model, proj, _ = layer(init_weights=True)
-    proj.reset_moka_parameters("default")
+    model, proj, config = layer(init_weights=True)
+    proj.update_layer("default", RANK, ALPHA, config)  # draws the weights that the helper replaced
     x = torch.randn(1, 4, IN)
     with moka.routing(model, mm_token_type_ids=torch.tensor([[0, 1, 3, 0]]), question_mask=torch.ones(1, 4).bool()):
         assert torch.equal(model(x), proj.base_layer(x))

@@ -579,7 +579,7 @@ def test_generating_with_the_speaking_model_equals_its_thinker(tiny):
     )
     # For text, its generate asks for no more of the talker and the speaker than this.
     base.talker, base.speaker_map = SimpleNamespace(codec_pad_token=0), {"Chelsie": {}}
-    model, batch = adapted(None, tiny, base.eval(), task_type=None), prompt(CASES["qwen2_5_omni"])
+    model, batch = adapted(None, tiny, base.eval()), prompt(CASES["qwen2_5_omni"])
     with moka.routing(model, mm_token_type_ids=batch.mm_token_type_ids):
         expected = generate(model.get_base_model().thinker, batch.tokens)[1]
     settings = {"max_new_tokens": 4, "do_sample": False, "suppress_tokens": list(SPECIAL)}
