@@ -148,32 +148,32 @@ TWO_TURNS = ["i1 i1 q1 q1 t", "a1 a1 a1 q1 t"], ["a2 i2 q2 q2 t t", "i2 t q2 q2 
 def two_turns(tiny):
     first, second = tiny.rows(TWO_TURNS[0]), tiny.rows(TWO_TURNS[1], seed=4)
     names = ("input_ids", "mm_token_type_ids", "interaction_ids", "attention_mask")
-    whole = tiny.Rows(*(torch.cat([getattr(first, name), getattr(second, name)], 1) for name in names))
-    return first, second, whole
+    both = tiny.Rows(*(torch.cat([getattr(first, name), getattr(second, name)], 1) for name in names))
+    return first, second, both
 
 
 def test_second_turn_on_the_cache_equals_one_full_forward(pair, tiny):
-    first, second, whole = two_turns(tiny)
+    first, second, both = two_turns(tiny)
     with torch.no_grad():
-        expected = pair(**whole.kwargs()).logits[:, 5:]
-        for given in (second, whole):  # the new tokens' ids, or everyone's
+        expected = pair(**both.kwargs()).logits[:, 5:]
+        for given in (second, both):  # the new tokens' ids, or everyone's
             cache = pair(**first.kwargs(), use_cache=True).past_key_values
-            ids = {**given.kwargs(*ROUTED), "attention_mask": whole.attention_mask}
+            ids = {**given.kwargs(*ROUTED), "attention_mask": both.attention_mask}
             same(pair(input_ids=second.input_ids, past_key_values=cache, **ids).logits, expected)
 
 
-@pytest.mark.parametrize(("tokens", "ids"), [("whole", "whole"), ("new", "whole"), ("new", "new")])
+@pytest.mark.parametrize(("tokens", "ids"), [("both", "both"), ("new", "both"), ("new", "new")])
 def test_second_turn_of_generate_on_the_cache(pair, tiny, tokens, ids):
-    first, second, whole = two_turns(tiny)
-    expected = generate(pair, whole)[1]
+    first, second, both = two_turns(tiny)
+    expected = generate(pair, both)[1]
     cache = DynamicCache()
     with torch.no_grad():
         pair(**first.kwargs(), past_key_values=cache)
     out = pair.generate(
-        input_ids={"whole": whole, "new": second}[tokens].input_ids,
-        attention_mask=whole.attention_mask,
+        input_ids={"both": both, "new": second}[tokens].input_ids,
+        attention_mask=both.attention_mask,
         past_key_values=cache,
-        **{"whole": whole, "new": second}[ids].kwargs(*ROUTED),
+        **{"both": both, "new": second}[ids].kwargs(*ROUTED),
         max_new_tokens=NEW,
         do_sample=False,
         output_logits=True,
@@ -184,19 +184,19 @@ def test_second_turn_of_generate_on_the_cache(pair, tiny, tokens, ids):
 
 def test_derived_keys_of_a_second_turn_are_its_own_text(pair, tiny):
     """Without turn markers: media in the cache had the first turn's text, the new ones get the new text."""
-    first, second, whole = two_turns(tiny)
-    whole.interaction_ids = torch.cat([torch.ones_like(first.input_ids), torch.full_like(second.input_ids, 2)], 1)
-    expected = generate(pair, whole)[1]
+    first, second, both = two_turns(tiny)
+    both.interaction_ids = torch.cat([torch.ones_like(first.input_ids), torch.full_like(second.input_ids, 2)], 1)
+    expected = generate(pair, both)[1]
     cache = DynamicCache()
     with torch.no_grad():
         pair(**first.kwargs("input_ids", "attention_mask"), past_key_values=cache)
-    same(generate(pair, whole, (), past_key_values=cache)[1], expected)
+    same(generate(pair, both, (), past_key_values=cache)[1], expected)
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_manual_decoding_equals_generate(pair, tiny, way):
     batch = tiny.rows(ONE_QUESTION)
-    # Outside of generate a decoded placeholder cannot be told from a given one.
+    # Outside of generate a decoded placeholder cannot be distinguished from a given one.
     tokens, logits = generate(pair, batch, suppress_tokens=[tiny.IMAGE, tiny.AUDIO])
     routed = moka.routing(pair, **batch.kwargs(*ROUTED)) if way == "routing" else contextlib.nullcontext()
     ids = batch.kwargs(*ROUTED) if way == "kwargs" else {}

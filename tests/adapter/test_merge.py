@@ -208,7 +208,7 @@ def test_a_merged_adapter_that_is_not_active_keeps_its_residual(model, tiny, bat
 def test_safe_merge_refuses_values_that_are_not_finite(model):
     layer = model.base_model.model.model.layers[0].mlp.up_proj
     layer.moka_B["default"].weight.data[0, 0] = float("nan")
-    with pytest.raises(moka.MokaError, match="'default'.*not finite"):
+    with pytest.raises(moka.MokaError, match=r"'default'.*not finite"):
         model.merge_adapter(safe_merge=True)
     assert layer.merged_adapters == []
 

@@ -465,8 +465,8 @@ def test_left_padded_batch_equals_singles(case, model):
     tokens, logits = generate(model, both.everything)
     full = logits_of(model, both)
     for i, single in enumerate(singles(case, both)):
-        alone, steps = generate(model, single.everything)
-        assert torch.equal(tokens[i], alone[0])
+        single_tokens, steps = generate(model, single.everything)
+        assert torch.equal(tokens[i], single_tokens[0])
         same(logits[:, i], steps[:, 0])
         real = both.attention_mask[i].bool()
         same(full[i, real], logits_of(model, single)[0])
@@ -666,5 +666,5 @@ def test_placeholder_ids_of_nested_configurations():
     model = nn.Module()
     model.config = config
     assert placeholder_ids(model, moka.MokaConfig()) == {"visual": [IMAGE], "audio": [AUDIO]}
-    config.image_token_id = VIDEO  # what is named further out holds
+    config.image_token_id = VIDEO  # the outer name wins
     assert placeholder_ids(model, moka.MokaConfig())["visual"] == [VIDEO]

@@ -94,8 +94,8 @@ def test_several_adapters(model, tiny, batch, tmp_path):
     torch.testing.assert_close(logits(model, batch), first)
     model.set_adapter("second")
     second = logits(model, batch)
-    alone = tiny.config(r=2, target_modules=["o_proj"], interaction="mean", adapt=["audio", "text"])
-    other = get_peft_model(tiny.backbone(), alone)
+    own = tiny.config(r=2, target_modules=["o_proj"], interaction="mean", adapt=["audio", "text"])
+    other = get_peft_model(tiny.backbone(), own)
     state = {k.replace(".second.", ".default."): v for k, v in model.state_dict().items() if ".second." in k}
     other.load_state_dict(state, strict=False)
     torch.testing.assert_close(logits(other.eval(), batch), second)
@@ -230,7 +230,7 @@ def test_transformers_own_adapter_verbs(model, tiny, batch, tmp_path):
 
 
 class Seeing(nn.Module):
-    """A network with a part that is trained whole and has no weight of its own."""
+    """A network with a part that is trained in full and has no weight of its own."""
 
     def __init__(self):
         super().__init__()

@@ -121,7 +121,7 @@ def test_sequence_classification_routes_as_the_decoder_does(tiny, batch):
     has_media = batch.mm_token_type_ids.any(1)
     assert (routed - text)[has_media].abs().amax(-1).min() > 1e-3
     torch.testing.assert_close(routed[~has_media], text[~has_media])
-    # Labels of a whole row say nothing about where the question ends; text without media asks nothing.
+    # Labels of a row do not show where its question ends; text without media needs no question.
     text_only = batch.row(3)
     assert torch.isfinite(model.train()(text_only.input_ids, labels=torch.tensor([1])).loss)
     with pytest.raises(moka.MokaError, match="interaction_ids"):
