@@ -45,7 +45,8 @@ class Block:
     mask: torch.Tensor | None = None  # the attention mask that it was built with
     outside: dict = field(default_factory=dict)  # routings of layers that run outside of any forward
     text_steps: dict = field(default_factory=dict)  # per layer: its text path, while generate decodes
-    decoding: Any = None  # a cache that holds the whole prompt of this generate
+    caches: list = field(default_factory=list)  # those that the prompt of this generate was put into
+    decoding: Any = None  # a cache that contains the complete prompt of this generate
 
 
 class _Current(threading.local):

@@ -53,7 +53,8 @@ class RoutedGenerate:
         ids = _ids_of_prompt(self.model, self.depth, kwargs) if self.model.configs() else None
         if ids is None:
             return self.own(*args, **passed)
-        with entered(Block(self.model, current.block, ids)):
+        cache = cache_of(kwargs)
+        with entered(Block(self.model, current.block, ids, caches=[] if cache is None else [cache])):
             return self.own(*args, **passed)
 
 

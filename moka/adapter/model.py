@@ -256,7 +256,8 @@ class MokaModel(BaseTuner):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="All adapters are already merged|Already following adapters")
             self.merge_adapter(adapter_names, safe_merge, requantize)
-        return self._unload_and_optionally_merge(merge=False, progressbar=progressbar)
+            # All is merged; with merge=True peft also sets tie_word_embeddings to False if the head has its own weight now.
+            return self._unload_and_optionally_merge(merge=True, progressbar=progressbar, adapter_names=adapter_names)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(child, AuxiliaryTrainingWrapper) and not hasattr(new_module, "weight"):

@@ -241,9 +241,14 @@ class CallHook:
             return None
         if tokens is not None and arguments.get("input_ids") is None:
             arguments["input_ids"] = embedded_ids(model, tokens)
+        cache = cache_of(arguments)
+        if block is not None and tokens is not None and not _may_be_prompt(block, cache, tokens.shape[1]):
+            outside = None
         span = ids_of_call(arguments, outside, any(config.interacts for config in configs.values()))
         if span is None:
             return None
+        if block is not None and span.begin is not None and cache is not None:
+            block.caches.append(cache)
         training = root.training and torch.is_grad_enabled()
         return model.build(configs, span, training, arguments.get("logits_to_keep"))
 
@@ -299,6 +304,19 @@ def _decodes(block: Block, cache: Any) -> bool:
     # Of a static cache only the device knows the length. It is read once: in one generate it does not get shorter.
     block.decoding = cache
     return True
+
+
+def _may_be_prompt(block: Block, cache: Any, seq: int) -> bool:
+    """Return whether ``seq`` tokens after those of ``cache`` may be of the prompt of generate.
+
+    They may be of another sequence, such as the unconditional branch of guidance, which begins with a part of the prompt
+    and has a cache of its own.
+    """
+    if block.ids is None or block.ids.start is None:
+        return True
+    if cache is None:
+        return seq >= block.ids.length  # without a cache every step gets the complete prompt
+    return any(cache is known for known in block.caches) or cache_length(cache) <= block.ids.start
 
 
 def _in_backward() -> bool:

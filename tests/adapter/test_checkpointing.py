@@ -56,7 +56,7 @@ def test_gradients_equal_no_checkpointing(tiny, kind, reentrant, count, when):
     if when == "before":
         checkpointed(backbone, reentrant)
     model = tiny.adapted(kind, backbone=backbone)
-    if when == "between":  # enabled anew after a forward: the functions are new ones
+    if when == "between":  # enabled again after a forward: the functions are new ones
         checkpointed(model, not reentrant)
         train(model, batches, tiny)
         model.zero_grad()
@@ -66,7 +66,7 @@ def test_gradients_equal_no_checkpointing(tiny, kind, reentrant, count, when):
 
 
 def test_the_two_routings_differ_in_their_gradients(tiny):
-    """What makes the test above able to fail."""
+    """Without this difference the test above could not fail."""
     first, second = forwards(tiny)
     right = train(tiny.adapted(), [first], tiny)
     first.mm_token_type_ids, first.interaction_ids = second.mm_token_type_ids, second.interaction_ids
@@ -158,7 +158,7 @@ def test_custom_network_may_checkpoint_through_the_attribute(tiny, reentrant):
 
 
 def test_torchs_wrapper_around_a_block_gives_the_gradients_of_no_checkpointing(tiny):
-    """What accelerate's FSDP checkpoints with."""
+    """accelerate's FSDP checkpoints with this wrapper."""
     batches = forwards(tiny)
     expected = train(tiny.adapted("llama"), batches, tiny)
     model = tiny.adapted("llama")

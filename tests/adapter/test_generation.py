@@ -1,4 +1,4 @@
-"""Prefill, cache, beams, chunks, turns and padding: every way to the same token gives the same logits."""
+"""Prefill, cache, beams, chunks, turns, padding, drafts: every way to the same token gives the same logits."""
 
 import contextlib
 
@@ -31,15 +31,15 @@ def same(a, b):
 
 
 def test_adapter_and_interaction_reach_the_generated_logits(pair, batch, tiny):
-    """What all equalities below rest on: neither of the two is negligible."""
+    """Neither of the two is negligible: all equalities below rest on it."""
     _, logits = generate(pair, batch)
     with pair.disable_adapter():
         _, bare = generate(pair, batch)
     batch.interaction_ids = torch.zeros_like(batch.interaction_ids)
-    _, alone = generate(pair, batch)
+    _, apart = generate(pair, batch)
     assert (logits[0] - bare[0]).abs().amax(-1).min() > 0.05
-    assert (logits[0] - alone[0]).abs().amax(-1)[:3].min() > 0.01
-    same(logits[0][3], alone[0][3])  # the text-only row has nothing to interact
+    assert (logits[0] - apart[0]).abs().amax(-1)[:3].min() > 0.01
+    same(logits[0][3], apart[0][3])  # the text-only row has nothing to interact
 
 
 def test_cache_equals_recompute(pair, batch):
@@ -121,7 +121,7 @@ def test_inputs_embeds_equal_input_ids(pair, batch):
     same(torch.stack(out.logits), expected)
 
 
-def test_chunked_prefill_equals_one_go_when_groups_lie_in_one_chunk(pair, tiny):
+def test_chunked_prefill_equals_one_prefill_if_no_group_is_split(pair, tiny):
     turns = tiny.rows(["i1 q1 i1 q1 a2 q2 q2 a2 t t", "q1 i1 t t t i2 a2 q2 t t"])
     tokens, logits = generate(pair, turns)
     again, chunked = generate(pair, turns, prefill_chunk_size=4)
@@ -133,7 +133,7 @@ def test_chunked_prefill_with_the_question_in_another_chunk_is_an_error(pair, ti
     later, earlier = tiny.rows(["i i i i q q t t"]), tiny.rows(["q q t t i i i i"])
     for split in (later, earlier):
         for ids in (ROUTED, ()):
-            with pytest.raises(moka.MokaError, match=r"another chunk.*prefill_chunk_size to at least 8"):
+            with pytest.raises(moka.MokaError, match=r"another chunk.*prefill_chunk_size.* 8"):
                 generate(pair, split, ids, prefill_chunk_size=4)
 
 
@@ -148,32 +148,32 @@ TWO_TURNS = ["i1 i1 q1 q1 t", "a1 a1 a1 q1 t"], ["a2 i2 q2 q2 t t", "i2 t q2 q2 
 def two_turns(tiny):
     first, second = tiny.rows(TWO_TURNS[0]), tiny.rows(TWO_TURNS[1], seed=4)
     names = ("input_ids", "mm_token_type_ids", "interaction_ids", "attention_mask")
-    whole = tiny.Rows(*(torch.cat([getattr(first, name), getattr(second, name)], 1) for name in names))
-    return first, second, whole
+    both = tiny.Rows(*(torch.cat([getattr(first, name), getattr(second, name)], 1) for name in names))
+    return first, second, both
 
 
 def test_second_turn_on_the_cache_equals_one_full_forward(pair, tiny):
-    first, second, whole = two_turns(tiny)
+    first, second, both = two_turns(tiny)
     with torch.no_grad():
-        expected = pair(**whole.kwargs()).logits[:, 5:]
-        for given in (second, whole):  # the new tokens' ids, or everyone's
+        expected = pair(**both.kwargs()).logits[:, 5:]
+        for given in (second, both):  # the new tokens' ids, or everyone's
             cache = pair(**first.kwargs(), use_cache=True).past_key_values
-            ids = {**given.kwargs(*ROUTED), "attention_mask": whole.attention_mask}
+            ids = {**given.kwargs(*ROUTED), "attention_mask": both.attention_mask}
             same(pair(input_ids=second.input_ids, past_key_values=cache, **ids).logits, expected)
 
 
-@pytest.mark.parametrize(("tokens", "ids"), [("whole", "whole"), ("new", "whole"), ("new", "new")])
+@pytest.mark.parametrize(("tokens", "ids"), [("both", "both"), ("new", "both"), ("new", "new")])
 def test_second_turn_of_generate_on_the_cache(pair, tiny, tokens, ids):
-    first, second, whole = two_turns(tiny)
-    expected = generate(pair, whole)[1]
+    first, second, both = two_turns(tiny)
+    expected = generate(pair, both)[1]
     cache = DynamicCache()
     with torch.no_grad():
         pair(**first.kwargs(), past_key_values=cache)
     out = pair.generate(
-        input_ids={"whole": whole, "new": second}[tokens].input_ids,
-        attention_mask=whole.attention_mask,
+        input_ids={"both": both, "new": second}[tokens].input_ids,
+        attention_mask=both.attention_mask,
         past_key_values=cache,
-        **{"whole": whole, "new": second}[ids].kwargs(*ROUTED),
+        **{"both": both, "new": second}[ids].kwargs(*ROUTED),
         max_new_tokens=NEW,
         do_sample=False,
         output_logits=True,
@@ -183,20 +183,20 @@ def test_second_turn_of_generate_on_the_cache(pair, tiny, tokens, ids):
 
 
 def test_derived_keys_of_a_second_turn_are_its_own_text(pair, tiny):
-    """Derived ids know no turns: media in the cache had the first turn's text, the new ones get the new text."""
-    first, second, whole = two_turns(tiny)
-    whole.interaction_ids = torch.cat([torch.ones_like(first.input_ids), torch.full_like(second.input_ids, 2)], 1)
-    expected = generate(pair, whole)[1]
+    """Without turn markers: media in the cache had the first turn's text, the new ones get the new text."""
+    first, second, both = two_turns(tiny)
+    both.interaction_ids = torch.cat([torch.ones_like(first.input_ids), torch.full_like(second.input_ids, 2)], 1)
+    expected = generate(pair, both)[1]
     cache = DynamicCache()
     with torch.no_grad():
         pair(**first.kwargs("input_ids", "attention_mask"), past_key_values=cache)
-    same(generate(pair, whole, (), past_key_values=cache)[1], expected)
+    same(generate(pair, both, (), past_key_values=cache)[1], expected)
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_manual_decoding_equals_generate(pair, tiny, way):
     batch = tiny.rows(ONE_QUESTION)
-    # A loop of one's own cannot tell a decoded placeholder from a given one.
+    # Outside of generate a decoded placeholder cannot be distinguished from a given one.
     tokens, logits = generate(pair, batch, suppress_tokens=[tiny.IMAGE, tiny.AUDIO])
     routed = moka.routing(pair, **batch.kwargs(*ROUTED)) if way == "routing" else contextlib.nullcontext()
     ids = batch.kwargs(*ROUTED) if way == "kwargs" else {}
@@ -206,12 +206,12 @@ def test_manual_decoding_equals_generate(pair, tiny, way):
             position = (mask.cumsum(1) - 1).clamp(min=0)[:, -step.shape[1] :]
             out = pair(input_ids=step, attention_mask=mask, position_ids=position, past_key_values=cache, **ids)
             same(out.logits[:, -1], logits[n])
-            step, ids = tokens[:, n : n + 1], {}  # decoded tokens are text; nothing has to be said about them
+            step, ids = tokens[:, n : n + 1], {}  # decoded tokens are text and need no ids
             mask = torch.cat([mask, torch.ones_like(step)], 1)
 
 
 def test_decoded_tokens_that_look_like_placeholders_are_text(model, tiny):
-    """Position decides: a decoded token is text even where its id is that of a placeholder."""
+    """Position decides: a decoded token is text even if its id is that of a placeholder."""
     prompt = tiny.rows(["i i q q t"])
     head = model.get_output_embeddings()
     head.bias = torch.nn.Parameter(torch.zeros(128))
@@ -225,3 +225,97 @@ def test_text_modality_may_have_another_id_than_zero(tiny, batch):
     model = tiny.adapted(modalities={"visual": [1], "audio": [3], "text": [7]})
     batch.mm_token_type_ids[batch.mm_token_type_ids == 0] = 7
     same(generate(model, batch)[1], generate(model, batch, use_cache=False)[1])
+
+
+# --- decoding with drafts, guidance, an adapted head
+
+
+def repeating(tiny):
+    """A prompt whose end occurs earlier, so that prompt lookup finds candidates in the first step."""
+    row = tiny.rows(["i i a q q q t t q q t t"])
+    row.input_ids[0, 8:12] = row.input_ids[0, 4:8]
+    return row
+
+
+def assistant(tiny, how):
+    """Another backbone, one with an adapter of its own, or the bare backbone of the same seed."""
+    if how == "adapted":
+        return tiny.strong_(tiny.adapted(), seed=7).get_base_model()
+    return tiny.backbone(seed=0 if how == "same" else 5)
+
+
+@pytest.mark.parametrize("way", ["kwargs", "routing"])
+@pytest.mark.parametrize("draft", ["lookup", "other", "same", "adapted"])
+def test_speculative_decoding_equals_plain(model, tiny, draft, way):
+    row = repeating(tiny)
+    ids = ROUTED if way == "kwargs" else ()
+    settings = {"max_new_tokens": 12}
+    with moka.routing(model, **row.kwargs(*ROUTED)) if way == "routing" else contextlib.nullcontext():
+        tokens, logits = generate(model, row, ids, **settings)
+        drafts = {"prompt_lookup_num_tokens": 3} if draft == "lookup" else {"assistant_model": assistant(tiny, draft)}
+        forwards = []
+        handle = model.get_base_model().register_forward_pre_hook(lambda *_: forwards.append(1))
+        again, speculative = generate(model, row, ids, **settings, **drafts)
+        handle.remove()
+    assert torch.equal(tokens, again)
+    same(logits, speculative)
+    assert len(forwards) <= 12
+
+
+def test_speculative_decoding_accepts_drafts(tiny):
+    """With the model itself as its assistant, so that every draft is right: fewer forwards than tokens."""
+    model, row = tiny.adapted(), repeating(tiny)
+    twin = tiny.adapted()
+    forwards = []
+    model.get_base_model().register_forward_pre_hook(lambda *_: forwards.append(1))
+    with moka.routing(twin, **row.kwargs(*ROUTED)):
+        tokens, _ = generate(model, row, max_new_tokens=12, assistant_model=twin.get_base_model())
+    assert len(forwards) < 8
+    assert torch.equal(tokens, generate(model, row, max_new_tokens=12)[0])
+
+
+@pytest.mark.parametrize("cache", [True, False], ids=["cache", "no cache"])
+@pytest.mark.parametrize("negative", [False, True], ids=["last token", "negative prompt"])
+@pytest.mark.parametrize("layout", ["t i i a q q q t", "i i q q"])
+def test_guidance_equals_its_two_branches_by_hand(pair, tiny, cache, negative, layout):
+    """The unconditional branch is text of another length; its tokens must not be taken for the prompt's."""
+    row, scale = tiny.rows([layout]), 1.5
+    other = tiny.rows(["q t q t t"], seed=8).input_ids if negative else row.input_ids[:, -1:]
+    extra = {"negative_prompt_ids": other} if negative else {}
+    out = pair.generate(
+        **row.kwargs(),
+        **{"max_new_tokens": NEW, "do_sample": False, "use_cache": cache, "guidance_scale": scale, **extra},
+        suppress_tokens=[tiny.IMAGE, tiny.AUDIO],
+        output_scores=True,
+        return_dict_in_generate=True,
+    )
+    new = out.sequences[:, row.input_ids.shape[1] :]
+    with torch.no_grad():
+        for n, scores in enumerate(out.scores):
+            ids = {name: torch.nn.functional.pad(getattr(row, name), (0, n)) for name in ROUTED}
+            given = pair(input_ids=torch.cat([row.input_ids, new[:, :n]], 1), **ids).logits[:, -1]
+            text = torch.cat([other, new[:, :n]], 1)
+            free = pair(input_ids=text, mm_token_type_ids=torch.zeros_like(text)).logits[:, -1]
+            given, free = given.log_softmax(-1), free.log_softmax(-1)
+            finite = torch.isfinite(scores)
+            same(scores[finite], (free + scale * (given - free))[finite])
+
+
+@pytest.mark.parametrize("modality", ["text", "media"])
+def test_an_adapted_head_equals_a_full_forward_at_the_last_position(tiny, batch, modality):
+    """The head sees only the last position in a prefill, of a token of its modality."""
+    model = tiny.adapted(target_modules=["q_proj", "v_proj", "down_proj", "lm_head"])
+    if modality == "media":
+        batch = tiny.rows(["t q q i i", "q t a"])
+        batch.interaction_ids = torch.zeros_like(batch.interaction_ids)
+    tokens, logits = generate(model, batch)
+    again, recomputed = generate(model, batch, use_cache=False)
+    assert torch.equal(tokens, again)
+    same(logits, recomputed)
+    with torch.no_grad():
+        full = model(**batch.kwargs()).logits
+        ends = torch.tensor([0, batch.input_ids.shape[1] - 1])
+        same(logits[0], full[:, -1])
+        same(model(**batch.kwargs(), logits_to_keep=ends).logits, full[:, ends])
+        model.get_base_model().lm_head.enable_adapters(False)
+        assert (model(**batch.kwargs()).logits - full)[:, -1].abs().amax(-1).min() > 0.01

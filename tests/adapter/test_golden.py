@@ -42,9 +42,7 @@ def test_preset_reproduces_authors_code(variant, names):
     real = g["modality"] >= 0  # padding is text here, and was not adapted there: not compared
     type_ids = torch.tensor([0, 1, 3])[g["modality"].clamp(min=0)]
     x = g["x"].clone().requires_grad_()
-    with moka.routing(
-        model, mm_token_type_ids=type_ids, question_mask=g["question"], attention_mask=real
-    ):
+    with moka.routing(model, mm_token_type_ids=type_ids, question_mask=g["question"], attention_mask=real):
         y = model(x)
     y.backward(g["grad_y"] * real[..., None])
 

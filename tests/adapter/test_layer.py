@@ -49,7 +49,12 @@ def reference(x, weight, bias, A, B, config, modality, groups, real):
             keys = [
                 j
                 for j in z
-                if real[j] and real[t] and groups[j] == groups[t] and groups[j] > 0 and (modality[j] == "text") == asks_text and is_query
+                if real[j]
+                and real[t]
+                and groups[j] == groups[t]
+                and groups[j] > 0
+                and (modality[j] == "text") == asks_text
+                and is_query
             ]
             if keys and config.interaction == "mean":
                 added = sum(z[j] for j in keys) / len(keys)
@@ -103,7 +108,9 @@ def test_layer_equals_reference(interaction, share_b, position):
         def run(f, x=x, direction=direction, proj=proj):
             leaf = x.clone().requires_grad_()
             y = f(leaf)
-            return y, torch.autograd.grad(y, (leaf, proj.moka_A["default"].weight, proj.moka_B["default"].weight), direction)
+            return y, torch.autograd.grad(
+                y, (leaf, proj.moka_A["default"].weight, proj.moka_B["default"].weight), direction
+            )
 
         def ours(leaf, model=model):
             with moka.routing(model, mm_token_type_ids=types, interaction_ids=groups, attention_mask=real):
@@ -145,7 +152,7 @@ def model_without_question(model, x, common):
         return model(x)
 
 
-def test_text_alone_is_lora_with_the_text_matrix():
+def test_text_without_media_is_lora_with_the_text_matrix():
     model, proj, _ = layer()
     x = torch.randn(2, 4, IN)
     with moka.routing(model, mm_token_type_ids=torch.zeros(2, 4, dtype=torch.long)):
@@ -190,8 +197,8 @@ def test_flattened_tokens_equal_batched_ones():
 
 
 def test_new_adapter_starts_at_zero_and_kaiming():
-    model, proj, _ = layer(init_weights=True)
-    proj.reset_moka_parameters("default")
+    model, proj, config = layer(init_weights=True)
+    proj.update_layer("default", RANK, ALPHA, config)  # draws the weights that the helper replaced
     x = torch.randn(1, 4, IN)
     with moka.routing(model, mm_token_type_ids=torch.tensor([[0, 1, 3, 0]]), question_mask=torch.ones(1, 4).bool()):
         assert torch.equal(model(x), proj.base_layer(x))
@@ -201,7 +208,7 @@ def test_new_adapter_starts_at_zero_and_kaiming():
     assert (largest > bound / 2).all()
 
 
-def test_dropout_applies_to_the_input_in_training_alone():
+def test_dropout_applies_to_the_input_and_only_in_training():
     model, proj, _ = layer(dropout=0.5)
     x = torch.randn(1, 200, IN)
     with moka.routing(model, mm_token_type_ids=torch.zeros(1, 200, dtype=torch.long)):

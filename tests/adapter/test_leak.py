@@ -30,7 +30,7 @@ def test_later_token_changes_no_logit_before_its_turn(pair, tiny, position):
 
 
 def test_the_question_does_reach_the_media_before_it(pair, tiny):
-    """What makes the tests of this file able to fail: the interaction looks forward."""
+    """The interaction looks forward: without that the tests of this file could not fail."""
     row = tiny.rows([CHAT])
     with torch.no_grad():
         plain = pair(**row.kwargs(*ROUTED)).logits[0]
@@ -74,7 +74,7 @@ def packed_mask(lengths):
 
 
 def test_packed_samples_interact_within_their_own(pair, tiny):
-    """Two samples in one row equal the two alone, whichever comes first."""
+    """Two samples in one row equal the two on their own."""
     one, two = tiny.rows(["i i a q q t"]), tiny.rows(["q i i t t"], seed=9)
     names = ("input_ids", "mm_token_type_ids")
     ids = torch.cat([one.interaction_ids, 2 * two.interaction_ids], 1)
@@ -86,8 +86,8 @@ def test_packed_samples_interact_within_their_own(pair, tiny):
             position_ids=positions,
             attention_mask=packed_mask([6, 5]),
         ).logits
-        alone = [pair(**sample.kwargs(*ROUTED)).logits for sample in (one, two)]
-    torch.testing.assert_close(packed, torch.cat(alone, 1), atol=1e-4, rtol=1e-4)
+        single = [pair(**sample.kwargs(*ROUTED)).logits for sample in (one, two)]
+    torch.testing.assert_close(packed, torch.cat(single, 1), atol=1e-4, rtol=1e-4)
 
 
 def test_packed_samples_under_one_id_do_interact(pair, tiny):
@@ -108,7 +108,9 @@ def test_training_on_media_without_a_question_is_an_error(model, tiny, embeds):
     with pytest.raises(moka.MokaError, match=r"Row 0.*turn_markers.*labels.*interaction_ids"):
         model(**inputs, mm_token_type_ids=row.mm_token_type_ids)
     text = tiny.rows(["t t q q"])
-    assert model(**text.kwargs("input_ids", "mm_token_type_ids")).logits.requires_grad  # text alone asks for nothing
+    assert model(
+        **text.kwargs("input_ids", "mm_token_type_ids")
+    ).logits.requires_grad  # without media no question is needed
 
 
 @pytest.mark.parametrize("settings", [{"interaction": "none"}, {"adapt": ["visual"]}, {"adapt": ["text"]}])

@@ -121,7 +121,7 @@ def test_sequence_classification_routes_as_the_decoder_does(tiny, batch):
     has_media = batch.mm_token_type_ids.any(1)
     assert (routed - text)[has_media].abs().amax(-1).min() > 1e-3
     torch.testing.assert_close(routed[~has_media], text[~has_media])
-    # Labels of a whole row say nothing about where the question ends; with text alone there is nothing to ask.
+    # Labels of a row do not show where its question ends; text without media needs no question.
     text_only = batch.row(3)
     assert torch.isfinite(model.train()(text_only.input_ids, labels=torch.tensor([1])).loss)
     with pytest.raises(moka.MokaError, match="interaction_ids"):
@@ -142,9 +142,9 @@ def test_merge_and_unload_keeps_the_trained_head(tiny, batch):
         model.base_model.model.score.modules_to_save["default"].weight.add_(0.5)
     text = batch_text(batch)
     expected = result(model, text)
-    folded = model.merge_and_unload()
-    assert isinstance(folded.score, torch.nn.Linear)
-    torch.testing.assert_close(result(folded, text), expected, atol=1e-4, rtol=1e-4)
+    merged = model.merge_and_unload()
+    assert isinstance(merged.score, torch.nn.Linear)
+    torch.testing.assert_close(result(merged, text), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_auto_class_loads_backbone_and_adapter(tiny, batch, tmp_path):
@@ -168,7 +168,7 @@ def test_feature_extraction(tiny, batch, tmp_path, model_class):
     assert (features - result(backbone(tiny, model_class), batch_text(batch))).abs().max() > 0.05
     model.save_pretrained(tmp_path)
     assert torch.equal(result(PeftModel.from_pretrained(backbone(tiny, model_class), tmp_path), batch), features)
-    # `inputs_embeds` in place of ids, with the types given.
+    # `inputs_embeds` instead of ids, with the types given.
     embeds = model.get_input_embeddings()(batch.input_ids)
     same = model(inputs_embeds=embeds, **batch.kwargs(*ROUTED[1:])).last_hidden_state
     torch.testing.assert_close(same, features)
@@ -191,9 +191,9 @@ def test_tied_embeddings_that_no_adapter_touches_stay_tied(tiny, batch, tmp_path
     model.merge_adapter()
     torch.testing.assert_close(result(model, batch), expected, atol=1e-4, rtol=1e-4)
     with pytest.warns(UserWarning, match="merge_and_unload keeps"):
-        folded = model.merge_and_unload()
-    assert folded.lm_head.weight is folded.get_input_embeddings().weight
-    assert folded.config.tie_word_embeddings
+        merged = model.merge_and_unload()
+    assert merged.lm_head.weight is merged.get_input_embeddings().weight
+    assert merged.config.tie_word_embeddings
 
 
 def test_merging_into_a_tied_head_leaves_the_embedding_alone(tiny, batch, tmp_path):
@@ -210,11 +210,12 @@ def test_merging_into_a_tied_head_leaves_the_embedding_alone(tiny, batch, tmp_pa
     assert torch.equal(result(model, batch), expected)
     text = tiny.rows(["t t q q"])
     expected = result(model, text)
-    with pytest.warns(UserWarning, match="no longer tied after merging"):
-        folded = model.merge_and_unload()
-    folded.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="tie_word_embeddings"):
+        merged = model.merge_and_unload()
+    assert not merged.config.tie_word_embeddings
+    merged.save_pretrained(tmp_path)
     again = LlamaForCausalLM.from_pretrained(tmp_path).eval()
-    for bare in (folded, again):
+    for bare in (merged, again):
         torch.testing.assert_close(bare(text.input_ids).logits, expected, atol=1e-4, rtol=1e-4)
 
 
