@@ -91,21 +91,21 @@ def _ids_of_prompt(model: RoutedModel, depth: int, arguments: dict) -> GivenIds 
     valid = None if valid is None else valid != 0
     ids = arguments.get("input_ids")
     ids = read(embedded_ids(model, tokens) if ids is None else ids)
-    if (
-        own.types is None
-        and outside.types is not None
-        and (outside.types.shape == shape or expands_inside(model, depth))
+    cached = cache_length(cache_of(arguments))
+    block_types = outside.types if own.types is None else None
+    if block_types is not None and (
+        block_types.shape == shape or expands_inside(model, depth) or (cached and block_types.shape[1] < seq)
     ):
-        # The ids of a block may be those of the expanded prompt, which a model makes of these tokens only later.
-        valid = valid if valid is not None and valid.shape == outside.types.shape else outside.valid
+        # The ids of a block may be those of the expanded prompt, which a model makes of these tokens only later, or of the
+        # first tokens in the cache, if what was decoded after them is given again (to an assistant model).
+        valid = valid if valid is not None and valid.shape == block_types.shape else outside.valid
         groups = outside.groups if own.groups is None else own.groups
         question = outside.question if own.question is None else own.question
-        if outside.types.shape == shape:
-            check_shape("interaction_ids", groups if groups is not None else outside.types, shape)
+        if block_types.shape == shape:
+            check_shape("interaction_ids", groups if groups is not None else block_types, shape)
         else:
             ids = None
-        return GivenIds(outside.types, groups, question, valid, ids, start=0, device=outside.device)
-    cached = cache_length(cache_of(arguments))
+        return GivenIds(block_types, groups, question, valid, ids, start=0, device=outside.device)
     # As transformers tells them apart: a mask longer than the tokens means that these are only the new ones.
     start = valid.shape[1] - seq if cached and valid is not None else 0
     arrays = {}

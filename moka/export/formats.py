@@ -25,9 +25,8 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from moka.adapter import MokaConfig
+from moka.adapter import MokaConfig, MokaLinear
 from moka.adapter.config import TEXT
-from moka.adapter import MokaLinear
 from moka.data import resolve_backbone
 from moka.errors import MokaError, nearest
 from moka.inference import LoadedModel

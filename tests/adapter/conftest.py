@@ -132,7 +132,9 @@ def _plain_forward(layer, x, *args, **kwargs):
             seq = view.rows.shape[1]
             for b, (queries, keys) in enumerate(zip(view.attention.query, view.attention.key)):
                 for i, q in enumerate(queries):
-                    allowed = [k for j, k in enumerate(keys) if view.attention.mask is None or view.attention.mask[b, i, j]]
+                    allowed = [
+                        k for j, k in enumerate(keys) if view.attention.mask is None or view.attention.mask[b, i, j]
+                    ]
                     weight = view.attention.weight[b, i].item()
                     if not allowed or not weight:
                         continue
