@@ -130,7 +130,7 @@ def _plain_forward(layer, x, *args, **kwargs):
         mixed = z
         if view.attention is not None:
             seq = view.rows.shape[1]
-            for b, (queries, keys) in enumerate(zip(view.attention.query, view.attention.key)):
+            for b, (queries, keys) in enumerate(zip(view.attention.query, view.attention.key, strict=True)):
                 for i, q in enumerate(queries):
                     allowed = [
                         k for j, k in enumerate(keys) if view.attention.mask is None or view.attention.mask[b, i, j]
