@@ -71,8 +71,12 @@ class MokaModel(BaseTuner):
         """Call the model's ``generate``, with the ids of the prompt in force for all of its steps."""
         if args and kwargs.get("input_ids") is None and isinstance(args[0], torch.Tensor):
             kwargs, args = {**kwargs, "input_ids": args[0]}, args[1:]
-        with prompt_ids(RoutedModel.of(self.model), kwargs) as passed:
-            return self.model.generate(*args, **passed)
+        before = current.call
+        try:
+            with prompt_ids(RoutedModel.of(self.model), kwargs) as passed:
+                return self.model.generate(*args, **passed)
+        finally:
+            current.call = before
 
     def coverage(self, adapter_name: str | None = None) -> float:
         """Return the share of the decoder's block weights that an adapter's layers hold, 0 to 1."""
