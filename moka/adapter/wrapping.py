@@ -12,6 +12,7 @@ the hooks too: a trainer may call the decoder and never the outer model. The out
 
 from __future__ import annotations
 
+import copy
 import inspect
 import warnings
 from collections.abc import Iterator, Mapping
@@ -63,6 +64,14 @@ class RoutedModel:
         self.unchecked: set[str] = set()  # adapters that came through a loader of which we see nothing
         self.generating: list[int] = []  # depths of the modules with hooks that can generate
         self._handles: list = []
+
+    def __deepcopy__(self, memo: dict) -> RoutedModel:
+        """Copy it with its model only: the copy of a part, such as embeddings trained as a copy, belongs to this model."""
+        if id(self.root) not in memo:
+            return self
+        copied = memo[id(self)] = object.__new__(type(self))
+        copied.__dict__ |= {name: copy.deepcopy(value, memo) for name, value in vars(self).items()}
+        return copied
 
     @classmethod
     def of(cls, root: nn.Module) -> RoutedModel:
