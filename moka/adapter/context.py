@@ -7,6 +7,7 @@ graph of the layer that reads it.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -51,7 +52,8 @@ class Block:
 class _Current(threading.local):
     call: Call | None = None
     block: Block | None = None
-    embedded: tuple[RoutedModel, torch.Tensor] | None = None  # ids that were embedded outside of any forward
+    # Ids that were embedded outside of any forward, until the next forward; by a weak reference, as that may never come.
+    embedded: tuple[weakref.ref[RoutedModel], torch.Tensor] | None = None
 
 
 current = _Current()

@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -117,7 +118,7 @@ class RoutedModel:
         if torch.compiler.is_compiling() or not args or running_call(self) is not None:
             return
         if isinstance(args[0], torch.Tensor) and args[0].dim() == 2 and not args[0].is_floating_point():
-            current.embedded = self, args[0]
+            current.embedded = weakref.ref(self), args[0]
 
     def configs(self) -> dict[str, MokaConfig]:
         """Return the configurations of the adapters that some layer uses now."""
@@ -258,6 +259,7 @@ class CallHook:
             return None
         if tokens is not None and arguments.get("input_ids") is None:
             arguments["input_ids"] = _embedded_ids(model, tokens)
+        current.embedded = None  # it is not of a later forward
         span = ids_of_call(arguments, outside, any(config.interacts for config in configs.values()))
         if span is None:
             return None
@@ -307,7 +309,7 @@ def _embeddings(module: PreTrainedModel) -> nn.Module | None:
 def _embedded_ids(model: RoutedModel, embeds: torch.Tensor) -> torch.Tensor | None:
     """Return the ids of ``embeds`` if they were embedded just before this forward, as frameworks do in a hook."""
     found, current.embedded = current.embedded, None
-    if found is None or found[0] is not model or found[1].shape != embeds.shape[:2]:
+    if found is None or found[0]() is not model or found[1].shape != embeds.shape[:2]:
         return None
     return found[1]
 
