@@ -31,6 +31,7 @@ class Call:
     hook: Any  # the hook that began it
     routing: Routing | None  # None: nothing is known of its tokens; a module inside may know more
     parent: Call | None  # the forward that it runs in
+    tokens: torch.Tensor | None = None  # its input_ids
     shared: SharedInput = field(default_factory=SharedInput)  # z of the projections that read the same input
 
 

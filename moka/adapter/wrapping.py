@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -216,6 +217,7 @@ class CallHook:
         """Put the routing of this call in force, if no call around it has."""
         call = running_call(self.model)
         inside = call is not None and call.routing is not None and call.hook.depth < self.depth
+        inside = inside and (torch.compiler.is_compiling() or self._has_tokens_of(call, args, kwargs))
         if not inside and not (torch.compiler.is_compiling() and self._prebuilt(args, kwargs) is not None):
             self._begin(module, args, kwargs)
         if any(name in kwargs for name in self.foreign):
@@ -235,9 +237,30 @@ class CallHook:
         routing = self._prebuilt(args, kwargs)
         if routing is None:
             routing = self._routing({**dict(zip(self.positional, args, strict=False)), **kwargs})
-        current.call = Call(self.model, self, routing, parent)
+        current.call = Call(self.model, self, routing, parent, self._input_ids(args, kwargs))
         if self.model.root.training:
             route_checkpoints(self.model.root)
+
+    def _input_ids(self, args: tuple, kwargs: dict) -> torch.Tensor | None:
+        at = self.positional.index("input_ids") if "input_ids" in self.positional else len(args)
+        ids = args[at] if at < len(args) else kwargs.get("input_ids")
+        return ids if isinstance(ids, torch.Tensor) and ids.dim() == 2 and not ids.is_floating_point() else None
+
+    def _has_tokens_of(self, call: Call, args: tuple, kwargs: dict) -> bool:
+        """Return whether this call inside another has its tokens, and is no forward of others: from a hook, of a pair.
+
+        Almost always it has the very same tensor, or embeddings, of which nothing is known.
+        """
+        ids, outer = self._input_ids(args, kwargs), call.tokens
+        if ids is None or outer is None or ids is outer:
+            return True
+        if ids.shape != outer.shape:
+            return False
+        differs = (ids != outer.to(ids.device)).cpu().numpy()
+        # The tokens of media may be replaced by others before the language model sees them.
+        rows = [(view.rows, view.row) for view in call.routing.views.values()]  # type: ignore[union-attr]
+        text = [np.ones(ids.shape, bool) if own is None else read(own) == row for own, row in rows]
+        return not (differs & np.logical_and.reduce(text)).any()
 
     def _routing(self, arguments: dict) -> Routing | None:
         model, root = self.model, self.model.root
