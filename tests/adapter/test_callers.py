@@ -176,6 +176,23 @@ def test_a_forward_replaced_after_attaching_trains_as_before(setup, tiny, replac
     assert_same_step(step(model, tiny, labels, lambda: model(**inputs).logits), expected)
 
 
+def test_the_fused_head_of_trl_trains_as_the_models_own_loss(setup, tiny):
+    utils = pytest.importorskip("trl.trainer.utils")
+    if not hasattr(utils, "add_fused_lm_head"):
+        pytest.skip("a trl without add_fused_lm_head")
+    model, inputs, labels = setup
+    loss = model(**inputs, labels=labels).loss
+    loss.backward()
+    expected = tiny.gradients(model)
+    model.zero_grad()
+    utils.add_fused_lm_head(model.get_base_model(), outputs=("log_probs",))
+    fused = model(**inputs, labels=labels, fused_lm_head=True).loss
+    fused.backward()
+    assert fused.item() == pytest.approx(loss.item(), abs=1e-5)
+    for name, gradient in tiny.gradients(model).items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-6, rtol=1e-4, msg=name)
+
+
 def embedding_hook(base):
     """A pre-hook that embeds ids and media, and leaves the model neither."""
 

@@ -1,4 +1,4 @@
-"""The question without ``interaction_ids``: from turn markers, labels or the prompt, alike in training and generation."""
+"""The question without ``interaction_ids``: from turn markers, labels or the prompt, the same in training and generation."""
 
 import pytest
 import torch
@@ -139,7 +139,7 @@ def test_labels_of_another_length_without_markers_are_refused(tiny):
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["training", "evaluation"])
-def test_labels_of_the_answers_alone_tell_the_question_also_in_evaluation(tiny, train):
+def test_labels_of_the_answers_only_give_the_question_also_in_evaluation(tiny, train):
     """The text before the answer, that of the template included."""
     model, (ids, _, labels) = adapted(tiny, marked=False), chat(*ROWS["one turn"])
     groups = (torch.arange(ids.shape[1]) < 10).long().expand_as(ids)
@@ -178,21 +178,21 @@ def test_an_image_in_the_system_turn_sees_the_first_question_only(tiny):
 
 
 @pytest.mark.parametrize("marked", [True, False], ids=["markers", "labels"])
-@pytest.mark.parametrize("told_by", ["position_ids", "cu_seq_lens_q"])
-def test_packed_samples_equal_single_ones(tiny, told_by, marked):
+@pytest.mark.parametrize("given_by", ["position_ids", "cu_seq_lens_q"])
+def test_packed_samples_equal_single_ones(tiny, given_by, marked):
     model = adapted(tiny, marked)
     layouts = ["t u i i q q e s a a e", "u q e s a e", "i i t u q i q q q e s a e"]
     samples = [chat(layout, seed=i) for i, layout in enumerate(layouts)]
     ids, labels = (torch.cat([sample[k] for sample in samples], dim=1) for k in (0, 2))
     lengths = [sample[0].shape[1] for sample in samples]
     ends = torch.tensor([0, *lengths]).cumsum(0)
-    if told_by == "position_ids":
+    if given_by == "position_ids":
         packing = {"position_ids": torch.cat([torch.arange(n) for n in lengths])[None]}
     else:
-        # Positions count on; only this mask keeps the samples apart, and only the lengths tell the question.
+        # Positions count on; only this mask keeps the samples apart, and only the lengths give the question.
         mask = torch.block_diag(*(torch.ones(n, n).tril() for n in lengths))[None, None].bool()
         packing = {"cu_seq_lens_q": ends.int(), "attention_mask": mask}
     packed = logits(model, ids, train=True, labels=labels, **packing)
     for i, (own, _, own_labels) in enumerate(samples):
-        alone = logits(model, own, train=True, labels=own_labels)
-        torch.testing.assert_close(packed[:, ends[i] : ends[i + 1]], alone, atol=1e-4, rtol=1e-4)
+        single = logits(model, own, train=True, labels=own_labels)
+        torch.testing.assert_close(packed[:, ends[i] : ends[i + 1]], single, atol=1e-4, rtol=1e-4)

@@ -16,7 +16,7 @@ def test_a_forward_of_the_same_model_inside_a_forward(model, tiny, batch, layout
     inner, base = tiny.rows(layouts, seed=9), model.get_base_model()
     target = {"model": model, "base": base, "decoder": base.model}[reach]
     with torch.no_grad():
-        expected, alone = model(**batch.kwargs()).logits, target(**inner.kwargs())[0]
+        expected, separate = model(**batch.kwargs()).logits, target(**inner.kwargs())[0]
         found = []
 
         def hook(*_):
@@ -26,19 +26,19 @@ def test_a_forward_of_the_same_model_inside_a_forward(model, tiny, batch, layout
 
         base.model.layers[0].register_forward_hook(hook)
         assert torch.equal(model(**batch.kwargs()).logits, expected)
-    assert torch.equal(found[0], alone)
+    assert torch.equal(found[0], separate)
 
 
 def test_a_forward_of_another_adapted_model_inside_a_forward(model, tiny, batch):
     other, inner = tiny.adapted("qwen2"), tiny.rows(["i q q", "t i q"], seed=9)
     with torch.no_grad():
-        expected, alone = model(**batch.kwargs()).logits, other(**inner.kwargs()).logits
+        expected, separate = model(**batch.kwargs()).logits, other(**inner.kwargs()).logits
         found = []
         for layer in model.get_base_model().model.layers:
             layer.register_forward_hook(lambda *_: found.append(other(**inner.kwargs()).logits))
         assert torch.equal(model(**batch.kwargs()).logits, expected)
     assert len(found) == 2
-    assert all(torch.equal(logits, alone) for logits in found)
+    assert all(torch.equal(logits, separate) for logits in found)
 
 
 def test_a_forward_that_calls_the_decoder_twice_with_other_tokens(model, tiny, batch):

@@ -129,7 +129,7 @@ def test_verbs_that_mean_nothing_here_are_refused_by_name(tiny, tmp_path):
     assert "KeyError: 'MOKA'" in readme
 
 
-# Projections that read one input are computed together; what one of them is told counts for it.
+# Projections that read one input are computed together; what is changed in one of them counts for it.
 
 
 def scaled(layer):

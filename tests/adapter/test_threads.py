@@ -126,3 +126,28 @@ def test_training_with_checkpointing_while_another_thread_generates(tiny, batche
     tasks = [train, lambda: decode(model, batches[3], use_cache=False)]
     expected = [task() for task in tasks]
     assert_all_equal(at_once(*tasks), expected)
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not"])
+def test_a_backward_in_another_thread_than_its_forward(tiny, batches, reentrant):
+    """Where the engine recomputes for a GPU, too: in a thread of its own, which has seen no forward."""
+
+    def gradients(thread):
+        model = tiny.adapted()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        model.train()
+        losses = [model(**batch.kwargs(), labels=batch.input_ids, use_cache=False).loss for batch in batches[:2]]
+        backward = sum((i + 1) * loss for i, loss in enumerate(losses)).backward
+        if thread:
+            worker = threading.Thread(target=backward)
+            worker.start()
+            worker.join(60)
+        else:
+            backward()
+        return tiny.gradients(model)
+
+    expected, found = gradients(False), gradients(True)
+    assert found.keys() == expected.keys()
+    assert len(found) == 28
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, msg=name)
