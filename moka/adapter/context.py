@@ -7,6 +7,7 @@ graph of the layer that reads it.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -30,6 +31,7 @@ class Call:
     hook: Any  # the hook that began it
     routing: Routing | None  # None: nothing is known of its tokens; a module inside may know more
     parent: Call | None  # the forward that it runs in
+    tokens: torch.Tensor | None = None  # its input_ids
     shared: SharedInput = field(default_factory=SharedInput)  # z of the projections that read the same input
 
 
@@ -52,7 +54,8 @@ class Block:
 class _Current(threading.local):
     call: Call | None = None
     block: Block | None = None
-    embedded: tuple[RoutedModel, torch.Tensor] | None = None  # ids that were embedded outside of any forward
+    # Ids that were embedded outside of any forward, until the next forward; by a weak reference, as that may never come.
+    embedded: tuple[weakref.ref[RoutedModel], torch.Tensor] | None = None
 
 
 current = _Current()

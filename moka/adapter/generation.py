@@ -51,11 +51,13 @@ class RoutedGenerate:
         known = inspect.signature(type(self.module).forward).parameters
         passed = {name: value for name, value in kwargs.items() if name in known or name not in ROUTING_ARGUMENTS}
         ids = _ids_of_prompt(self.model, self.depth, kwargs) if self.model.configs() else None
-        if ids is None:
-            return self.own(*args, **passed)
-        cache = cache_of(kwargs)
-        with entered(Block(self.model, current.block, ids, caches=[] if cache is None else [cache])):
-            return self.own(*args, **passed)
+        cache, before = cache_of(kwargs), current.call
+        block = Block(self.model, current.block, ids, caches=[] if cache is None else [cache])
+        try:
+            with entered(block):
+                return self.own(*args, **passed)
+        finally:
+            current.call = before  # a keyboard interrupt runs no hook
 
 
 def wrap_generate(model: RoutedModel) -> None:

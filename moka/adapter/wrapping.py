@@ -12,8 +12,10 @@ the hooks too: a trainer may call the decoder and never the outer model. The out
 
 from __future__ import annotations
 
+import copy
 import inspect
 import warnings
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
@@ -63,6 +65,14 @@ class RoutedModel:
         self.knows_layers = False  # a transformers model: fewer tokens in a layer are the last ones, or those named
         self._handles: list = []
 
+    def __deepcopy__(self, memo: dict) -> RoutedModel:
+        """Copy it with its model only: the copy of a part, such as embeddings trained as a copy, belongs to this model."""
+        if id(self.root) not in memo:
+            return self
+        copied = memo[id(self)] = object.__new__(type(self))
+        copied.__dict__ |= {name: copy.deepcopy(value, memo) for name, value in vars(self).items()}
+        return copied
+
     @classmethod
     def of(cls, root: nn.Module) -> RoutedModel:
         """Return that of ``root``, made on first use."""
@@ -109,7 +119,7 @@ class RoutedModel:
         if torch.compiler.is_compiling() or not args or running_call(self) is not None:
             return
         if isinstance(args[0], torch.Tensor) and args[0].dim() == 2 and not args[0].is_floating_point():
-            current.embedded = self, args[0]
+            current.embedded = weakref.ref(self), args[0]
 
     def configs(self) -> dict[str, MokaConfig]:
         """Return the configurations of the adapters that some layer uses now."""
@@ -197,8 +207,13 @@ class CallHook:
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Put the routing of this call in force, if no call around it has."""
         call = running_call(self.model)
+        compiling = torch.compiler.is_compiling()
         inside = call is not None and call.routing is not None and call.hook.depth < self.depth
-        if not inside and not (torch.compiler.is_compiling() and self._prebuilt(args, kwargs) is not None):
+        if compiling:
+            inside = inside or self._prebuilt(args, kwargs) is not None
+        elif inside and call is not None and call.routing is not None:
+            inside = self._has_tokens_of(call, call.routing, args, kwargs)
+        if not inside:
             self._begin(module, args, kwargs)
         if any(name in kwargs for name in self.foreign):
             kwargs = {name: value for name, value in kwargs.items() if name not in self.foreign}
@@ -217,9 +232,31 @@ class CallHook:
         routing = self._prebuilt(args, kwargs)
         if routing is None:
             routing = self._routing({**dict(zip(self.positional, args, strict=False)), **kwargs})
-        current.call = Call(self.model, self, routing, parent)
+        current.call = Call(self.model, self, routing, parent, self._input_ids(args, kwargs))
         if self.model.root.training:
             route_checkpoints(self.model.root)
+
+    def _input_ids(self, args: tuple, kwargs: dict) -> torch.Tensor | None:
+        at = self.positional.index("input_ids") if "input_ids" in self.positional else len(args)
+        ids = args[at] if at < len(args) else kwargs.get("input_ids")
+        return ids if isinstance(ids, torch.Tensor) and ids.dim() == 2 and not ids.is_floating_point() else None
+
+    def _has_tokens_of(self, call: Call, routing: Routing, args: tuple, kwargs: dict) -> bool:
+        """Return whether this call inside another has its tokens, and is no forward of others: from a hook, of a pair.
+
+        Almost always it has the very same tensor, or embeddings, of which nothing is known.
+        """
+        ids, outer = self._input_ids(args, kwargs), call.tokens
+        if ids is None or outer is None or ids is outer:
+            return True
+        if ids.shape != outer.shape:
+            return False
+        differs = (ids != outer.to(ids.device)).cpu().numpy()
+        # The tokens of media may be replaced by others before the language model sees them.
+        for view in routing.views.values():
+            if view.rows is not None:
+                differs = differs & (view.rows == view.row).cpu().numpy()
+        return not differs.any()
 
     def _routing(self, arguments: dict) -> Routing | None:
         model, root = self.model, self.model.root
@@ -241,6 +278,7 @@ class CallHook:
             return None
         if tokens is not None and arguments.get("input_ids") is None:
             arguments["input_ids"] = embedded_ids(model, tokens)
+        current.embedded = None  # it is not of a later forward
         cache = cache_of(arguments)
         if block is not None and tokens is not None and not _may_be_prompt(block, cache, tokens.shape[1]):
             outside = None
@@ -288,7 +326,7 @@ def expands_inside(model: RoutedModel, depth: int) -> bool:
 def embedded_ids(model: RoutedModel, embeds: torch.Tensor) -> torch.Tensor | None:
     """Return the ids of ``embeds`` if they were embedded just before this forward, as frameworks do in a hook."""
     found, current.embedded = current.embedded, None
-    if found is None or found[0] is not model or found[1].shape != embeds.shape[:2]:
+    if found is None or found[0]() is not model or found[1].shape != embeds.shape[:2]:
         return None
     return found[1]
 
