@@ -19,7 +19,7 @@ def test_ids_that_are_remembered_keep_no_model_alive(tiny, batch):
 
 
 @pytest.mark.parametrize("name", ["forward", "generate"])
-def test_a_method_of_the_instance_stays_through_attach_and_unload(tiny, batch, name):
+def test_a_method_of_the_instance_is_called_and_stays_after_unload(tiny, batch, name):
     base = tiny.backbone()
     calls = []
 
@@ -30,7 +30,6 @@ def test_a_method_of_the_instance_stays_through_attach_and_unload(tiny, batch, n
     method = types.MethodType(own, base)
     setattr(base, name, method)
     model = tiny.adapted(backbone=base)
-    assert vars(base)[name] is method
     run = model if name == "forward" else model.generate
     with torch.no_grad():
         run(**batch.kwargs())
