@@ -107,10 +107,12 @@ class MokaModel(BaseTuner):
         set_groups(model, MokaLinear)
         routed = RoutedModel.of(model)
         routed.attach()
-        if config.__dict__.pop("pending", None) is None:
+        pending = config.__dict__.pop("pending", None)
+        if pending is None:
             routed.unchecked.add(adapter_name)
         layers = [n for n, m in model.named_modules() if isinstance(m, MokaLayer) and adapter_name in m.moka_A]
-        if self._scope is not None and (share := coverage(model, layers)) < 0.5:
+        is_new = pending is None and not config.inference_mode
+        if is_new and self._scope is not None and (share := coverage(model, layers)) < 0.5:
             remedy = "Name more layers" if default_targets else "Leave target_modules out for all projections of a block"
             warnings.warn(
                 f"target_modules: the adapter {adapter_name!r} covers {share:.0%} of the decoder's block weights. {remedy}, if "
