@@ -198,6 +198,22 @@ def test_healthy_variants_pass(tiny_config, tmp_path, watch, changes):
     assert reached({**seen.norms[1], ups[1]: None}, adapted, {"text", "visual"}) == [ups[1]]
 
 
+def test_an_adapter_on_the_head_trains(tiny_config, tmp_path, watch, capsys):
+    """Media positions give the head no gradient, and the interaction changes them only."""
+    seen = watch(Seen())
+    changes = {"adapter__target_modules": ["q_proj", "lm_head"], "training__per_device_train_batch_size": 2}
+    run = train(tiny_config(tmp_path / "run", **{**SHORT, **changes}))
+    (head,) = [name for name in seen.norms[3] if "lm_head.moka_A" in name]
+    text, *media = seen.norms[3][head]
+    assert text > 0 == max(media)
+    told = [line for line in capsys.readouterr().out.splitlines() if "of the decoder's block weights" in line]
+    assert len(told) == 1
+    share = json.loads((run / "summary.json").read_text())["adapter covers"].partition(" ")[0]
+    assert f" {share} " in told[0]
+    # q_proj [64, 64] of k and v [32, 64] each, o [64, 64], gate, up and down [96, 64] each
+    assert share == f"{64 / (64 + 2 * 32 + 64 + 3 * 96):.0%}"
+
+
 def test_change_of_logits_is_the_adapters_alone(tiny_config, tmp_path):
     config = config_from_dict(tiny_config(tmp_path / "x"))
     model, processor = build_model(config.model)
