@@ -135,7 +135,7 @@ class RoutedModel:
         """Return where the layers' inputs will be: where the tokens are, or else the layers."""
         if span.ids.device is not None and span.ids.device.type != "cpu":
             return span.ids.device
-        weights = (part.weight for layer in self.layers for part in layer.moka_A.values())
+        weights = (part.local() for layer in self.layers for part in layer.moka_A.values())
         weight = next(weights, None)
         # Weights that are offloaded tell nothing.
         return torch.device("cpu") if weight is None or weight.is_meta else weight.device
