@@ -263,7 +263,12 @@ class MokaModel(BaseTuner):
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         # peft before 0.21 loads an adapter without asking the tuner; names that moved would be passed over.
-        own = {f"{prefix}{name}": tuple(p.shape) for name, p in self.named_parameters() if ".moka_" in name}
+        # Wrappers of torch's checkpointing are not in the names of a state dict.
+        own = {
+            f"{prefix}{name.replace('._checkpoint_wrapped_module', '')}": tuple(p.shape)
+            for name, p in self.named_parameters()
+            if ".moka_" in name
+        }
         given = {key: tuple(tensor.shape) for key, tensor in state_dict.items() if ".moka_" in key}
         if given.keys() - own.keys():
             for adapter in self.peft_config:
