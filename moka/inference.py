@@ -12,7 +12,9 @@ from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 
+from moka.adapter import MokaConfig
 from moka.adapter.checks import check_adapter_folder, check_finite
+from moka.adapter.matching import match_names
 from moka.data import check_sample, decode_sample
 from moka.data.media import AudioWindows, BadMediaError
 from moka.data.wheels import sha256_of
@@ -275,7 +277,7 @@ def load(
     folder = find_adapter(run)
     device = _device(device)
     read_json(folder / "adapter_config.json")
-    check_adapter_folder(str(folder))
+    saved = check_adapter_folder(str(folder))
     _check_complete_folder(folder)
     processor = MokaProcessor.from_pretrained(folder)
     base = load_base(
@@ -293,8 +295,10 @@ def load(
             "trained on."
         ) from error
     check_finite(expected, str(folder))
-    missing = sorted(expected.keys() - _tensor_names(folder))
-    if missing:
+    if isinstance(model.peft_config["default"], MokaConfig):
+        # Files of format 1 and paths that moved between versions of transformers have other names than this model.
+        match_names({name: tuple(t.shape) for name, t in expected.items()}, {} if saved is None else saved.shapes)
+    elif missing := sorted(expected.keys() - _tensor_names(folder)):
         raise MokaError(
             f"{folder}: the weights lack {len(missing)} tensors ({missing[0]}, ...). Copy or save it again."
         )

@@ -66,6 +66,17 @@ def test_loaded_tensors_are_the_saved_ones(adapter):
         assert torch.equal(state[name], tensor), key
 
 
+@pytest.mark.parametrize("change", [(".weight", ""), ("language_model.model.layers.", "language_model.layers.")])
+def test_files_of_format_1_and_of_other_paths_load(trained_run, tmp_path, change):
+    shutil.copytree(trained_run / "adapter", tmp_path / "adapter")
+    saved = load_file(tmp_path / "adapter" / WEIGHTS)
+    renamed = {key.replace(*change) if ".moka_" in key else key: tensor for key, tensor in saved.items()}
+    assert renamed.keys() != saved.keys()
+    save_file(renamed, tmp_path / "adapter" / WEIGHTS)
+    now, before = moka.load(tmp_path / "adapter"), moka.load(trained_run)
+    assert torch.equal(logits(now.model, now.processor), logits(before.model, before.processor))
+
+
 def test_every_missing_tensor_is_noticed(adapter):
     saved = load_file(adapter / WEIGHTS)
     groups = ("projectors.visual", "encoders.audio", "moka_A", "moka_B", "lora_A", "lora_B")

@@ -24,5 +24,4 @@ __all__ = [
 ]
 
 
-MokaLayer = MokaLinear
 register_classes(MokaConfig, MokaModel)

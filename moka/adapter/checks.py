@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -208,10 +208,19 @@ def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, torch.Tens
         for group in groups:
             entry, path = getattr(module, group, {}), f"{name}.{group}.{adapter_name}"
             if adapter_name in entry and isinstance(entry[adapter_name], nn.Module):
-                found |= {f"{path}.{key}": part for key, part in entry[adapter_name].state_dict().items()}
+                found |= {f"{path}.{key}": part for key, part in _saved_tensors(entry[adapter_name])}
             elif adapter_name in entry:
                 found[path] = entry[adapter_name]
     return found
+
+
+def _saved_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield what ``state_dict`` has, without calling it: under FSDP2 that shards the parameters again, within a forward."""
+    for name, part in module.named_modules(remove_duplicate=False):
+        buffers = {key: b for key, b in part._buffers.items() if key not in part._non_persistent_buffers_set}
+        for key, tensor in {**part._parameters, **buffers}.items():
+            if tensor is not None:
+                yield f"{name}.{key}" if name else key, tensor
 
 
 def expected_tensors(model: nn.Module, adapter_name: str) -> dict[str, tuple[int, ...]]:

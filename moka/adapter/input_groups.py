@@ -84,7 +84,7 @@ def partners(layer: MokaLinear, name: str) -> list[MokaLinear]:
 def _group_key(layer: MokaLinear, name: str) -> tuple | None:
     if name not in layer.moka_A or layer._disable_adapters or name not in layer.adapters_in_use():
         return None
-    A: torch.Tensor = layer.moka_A[name].weight
+    A = layer.moka_A[name].local()
     if is_sharded(A) or layer._forward_pre_hooks or layer._forward_hooks:
         return None
     return A.shape, A.dtype, A.device, layer.moka_scaling[name], layer.dropout_rate(name), layer.is_merged(name)

@@ -54,6 +54,13 @@ class StackedWeight(nn.Module):
     def forward(self) -> torch.Tensor:
         return self.weight
 
+    def local(self) -> nn.Parameter:
+        """Return the parameter as it is on this process, perhaps a part of it, for its dtype, device and marks.
+
+        Not by its name: DeepSpeed takes a read outside of this module's call for a use, and then gathers it there only.
+        """
+        return next(self.parameters())
+
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         # torch's own place for older layouts: in format 1 the tensor had the name of this module.
         if prefix[:-1] in state_dict:
@@ -211,11 +218,11 @@ class MokaLinear(nn.Module, BaseTunerLayer):
 
     def _zero(self, name: str, x: torch.Tensor) -> torch.Tensor | None:
         """Return zeros that depend on A and B: they get a gradient in every training step on every process."""
-        A = self.moka_A[name].weight
-        if not (torch.is_grad_enabled() and A.requires_grad):
+        A = self.moka_A[name]() if torch.is_grad_enabled() else None
+        if A is None or not A.requires_grad:
             return None
         width = self.moka_r[name] * (1 if self.moka_config[name].share_b else len(A))
-        zero = (self.moka_A[name]().sum() * 0).to(compute_dtype(x))
+        zero = (A.sum() * 0).to(compute_dtype(x))
         return zero.expand(x.shape[:-1].numel(), width)
 
     def _up(self, name: str, z: torch.Tensor, view: View) -> tuple[torch.Tensor, float]:

@@ -64,8 +64,13 @@ def match_layers(saved: Iterable[str], candidates: Iterable[str]) -> set[str] | 
 def _by_file_name(names: Iterable[str]) -> dict[str, str]:
     """Return name in a file of format 2, without peft's prefix -> the name as given."""
     found: dict[str, str] = {}
-    for name in names:
-        short = _TRAINED_COPY.sub("", _PARAMETER.sub(r".\1.weight", name.removeprefix(PREFIX)))
+    for name in sorted(names, key=lambda name: _TRAINED_COPY.search(name) is not None):
+        full = _PARAMETER.sub(r".\1.weight", name.removeprefix(PREFIX))
+        short = _TRAINED_COPY.sub("", full)
+        if short in found and short != full:
+            short = (
+                full  # with bias="all" peft writes the biases of a trained copy a second time, under the model's names
+            )
         if short in found:
             raise MokaError(
                 f"{found[short]} and {name} name the same tensor of an adapter. Give the tensors of one adapter, in one format."

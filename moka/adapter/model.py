@@ -107,10 +107,12 @@ class MokaModel(BaseTuner):
         routed = RoutedModel.of(model)
         routed.attach()
         wrap_generate(routed)
-        if config.__dict__.pop("pending", None) is None:
+        pending = config.__dict__.pop("pending", None)
+        if pending is None:
             routed.unchecked.add(adapter_name)
         layers = [n for n, m in model.named_modules() if isinstance(m, MokaLinear) and adapter_name in m.moka_A]
-        if self._scope is not None and (share := coverage(model, layers)) < 0.5:
+        is_new = pending is None and not config.inference_mode
+        if is_new and self._scope is not None and (share := coverage(model, layers)) < 0.5:
             remedy = (
                 "Name more layers" if default_targets else "Leave target_modules out for all projections of a block"
             )
@@ -274,7 +276,12 @@ class MokaModel(BaseTuner):
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         # peft before 0.21 loads an adapter without asking the tuner; names that moved would be passed over.
-        own = {f"{prefix}{name}": tuple(p.shape) for name, p in self.named_parameters() if ".moka_" in name}
+        # Wrappers of torch's checkpointing are not in the names of a state dict.
+        own = {
+            f"{prefix}{name.replace('._checkpoint_wrapped_module', '')}": tuple(p.shape)
+            for name, p in self.named_parameters()
+            if ".moka_" in name
+        }
         given = {key: tuple(tensor.shape) for key, tensor in state_dict.items() if ".moka_" in key}
         if given.keys() - own.keys():
             for adapter in self.peft_config:

@@ -57,7 +57,7 @@ def write(arguments: argparse.Namespace, format: str, modality: str | None = Non
     print(_table(report))
 
 
-_BACKBONE = "its own weights, not the {} ones of training, which a fold would round again"
+_BACKBONE = "its own weights, not the {} ones of training, which a merge would round again"
 
 
 def _table(report: ExportReport) -> str:

@@ -1,4 +1,4 @@
-"""Fold the text path of a trained run into its backbone: the same answers, and no adapter work for text.
+"""Merge the text path of a trained run into its backbone: the same answers, and no adapter work for text.
 
   moka merge runs/mine --output merged
   moka generate merged "Your question?"
@@ -14,7 +14,7 @@ from moka.export.formats import TEXT_MERGED
 
 from .export import add_common_arguments, write
 
-HELP = "fold the text path of a run into its backbone"
+HELP = "merge the text path of a run into its backbone"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,11 +1,11 @@
 """The three formats that a trained run can leave moka in, and the folders they are.
 
-    text-merged   OUT/backbone  the language model, text path folded in      nothing is lost; `moka.load(OUT)`
+    text-merged   OUT/backbone  the language model, text path merged in      nothing is lost; `moka.load(OUT)`
                   OUT/adapter   what media tokens have beyond the text path
-    hf-backbone   OUT           the language model, text path folded in      text alone; transformers
+    hf-backbone   OUT           the language model, text path merged in      text alone; transformers
     lora          OUT           one modality's path as a LoRA                one path for all tokens; peft
 
-For text tokens MokA is a constant update ``s B A_text`` of each weight, which a fold or a LoRA holds exactly. Media tokens
+For text tokens MokA is a constant update ``s B A_text`` of each weight, which a merged weight or a LoRA contains exactly. Media tokens
 also attend to the question, which no constant matrix does.
 """
 
@@ -140,7 +140,7 @@ class Source:
         elif self.format == TEXT_MERGED:
             raise MokaError(
                 f"{folder} holds a plain LoRA, which has one path for all tokens: there is nothing to keep apart. Use `moka "
-                f"export --format {HF_BACKBONE}`, which folds all of it, or --format {LORA}."
+                f"export --format {HF_BACKBONE}`, which merges all of it, or --format {LORA}."
             )
         elif modality not in (None, TEXT):
             raise MokaError(f"modality: {modality!r} is not in a plain LoRA, which has one path for all; leave it out.")
@@ -187,17 +187,25 @@ class Source:
         tied = [u.name for u in self.updates if uses[id(model.get_submodule(u.name).get_base_layer().weight)] > 1]
         if tied:
             raise MokaError(
-                f"{', '.join(tied)}: this weight is tied to another (tie_word_embeddings), which a fold would change as well. "
+                f"{', '.join(tied)}: this weight is tied to another (tie_word_embeddings), which a merge would change as well. "
                 f"Use --format {LORA}, or train without it in adapter.target_modules."
             )
 
 
-def fold(language_model: nn.Module) -> Any:
-    """A copy of an adapted language model with the text path (of a LoRA: all of it) in its weights, and no adapter.
+def merged_copy(language_model: nn.Module) -> Any:
+    """Return a copy of an adapted language model with the text path (of a LoRA: all of it) in its weights, and no adapter.
 
-    peft's ``merge_and_unload`` (0.21) fails where a whole encoder is in ``modules_to_save``.
+    peft's ``merge_and_unload`` (0.21) fails if a whole encoder is in ``modules_to_save``.
     """
-    copied: Any = copy.deepcopy(language_model)
+    routed = {id(m.moka_model): m.moka_model for m in language_model.modules() if isinstance(m, MokaLinear)}
+    for one in routed.values():
+        one.detach()  # the copy has no routing, so it gets no hooks
+    try:
+        # Given as copied already: each refers to the whole composed model, with its encoders.
+        copied: Any = copy.deepcopy(language_model, dict(routed))
+    finally:
+        for one in routed.values():
+            one.attach()
     for name, module in list(copied.named_modules()):
         if isinstance(module, BaseTunerLayer):
             module.merge(safe_merge=True)
@@ -231,8 +239,8 @@ def _write_hf_backbone(source: Source, folder: Path) -> None:
 
 
 def _write_backbone(source: Source, folder: Path) -> str:
-    """The folded language model with tokenizer, chat template and generation config; returns its fingerprint."""
-    model = fold(source.base.language_model)
+    """Write the merged language model with tokenizer, chat template and generation config; return its fingerprint."""
+    model = merged_copy(source.base.language_model)
     # The token that ends an answer may be another than the backbone's own.
     model.generation_config = _saveable(source.base.generation_config)
     model.save_pretrained(str(folder))

@@ -22,8 +22,9 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors.torch import save_file
 
 from moka.adapter import MokaConfig
-from moka.adapter.checks import PREFIX, read_tensors
+from moka.adapter.checks import read_tensors
 from moka.adapter.config import PRESETS
+from moka.adapter.matching import PREFIX
 from moka.errors import MokaError, nearest
 from moka.modeling.projectors import import_official
 from moka.training.files import read_json, whole, write_json
@@ -160,8 +161,8 @@ def _to_moka(source: Path, output: Path, settings: dict[str, Any], backbone: str
         name = _our_module(module)
         if name in names:
             raise MokaError(f"{weights} holds {name} with and without the prefix {PREFIX!r}; one adapter is allowed.")
-        adapter[f"{name}.moka_A"] = torch.stack([tensors[keys[part]] for part in layout.a])  # [M, r, in]
-        adapter[f"{name}.moka_B"] = tensors[keys[layout.b]]  # [out, r]
+        adapter[f"{name}.moka_A.weight"] = torch.stack([tensors[keys[part]] for part in layout.a])  # [M, r, in]
+        adapter[f"{name}.moka_B.weight"] = tensors[keys[layout.b]]  # [out, r]
         names[name] = keys
 
     others = _file(source, OTHERS)
@@ -398,7 +399,7 @@ def _to_official(source: Path, output: Path, layout: Layout, backbone: str | Non
     others: Tensors = {}
     modules = set()
     for key, tensor in tensors.items():
-        module, _, part = key.rpartition(".")
+        module, _, part = key.removesuffix(".weight").rpartition(".")  # format 1 has no .weight
         if part not in ("moka_A", "moka_B"):
             others[key] = tensor
             continue

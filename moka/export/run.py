@@ -66,7 +66,7 @@ def export(
         overwrite: replace an export that is there.
         backbone: where the language model lies here, if not at the recorded name.
         dtype: of the written weights: float32, bfloat16 or auto. A backbone that is quantised on disk is turned into it.
-            One that was quantised for training (``model.quantization``) is read as it is on disk: folding into
+            One that was quantised for training (``model.quantization``) is read as it is on disk: merging into
             quantised weights would round them again.
     Raises:
         MokaError: nothing to export, a place that is taken, or a verification that failed.
@@ -86,7 +86,7 @@ def export(
     probes = make_probes(live, own)
     with whole(out) as part:
         formats.write(source, part)
-        # Compared in float32, also for bfloat16 weights: the noise of computing in bfloat16 would hide a wrong fold.
+        # Compared in float32, also for bfloat16 weights: the noise of computing in bfloat16 would hide a wrong merge.
         live.model.float()
         expected = verify.live_logits(live, probes)
         try:

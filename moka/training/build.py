@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Collection
 from typing import Any
 
 import torch
 from accelerate.utils import parse_flag_from_env
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoConfig, AutoTokenizer, TrainingArguments
 
 from moka.adapter import MokaConfig
 from moka.adapter.config import DEFAULT_MODALITIES, DEFAULT_TARGETS, TEXT
+from moka.adapter.text_decoder import coverage
 from moka.data import resolve_backbone
 from moka.errors import MokaError
 from moka.modeling import MokaForConditionalGeneration, MokaProcessor
@@ -106,7 +109,11 @@ def adapter_modalities(model: MokaForConditionalGeneration) -> dict[str, list[in
 def attach_adapter(model: MokaForConditionalGeneration, section: AdapterSection) -> PeftModel:
     """Freeze the model, add the adapter of ``section.method``, keep projectors and trainable encoders training."""
     try:
-        adapted = get_peft_model(model, _adapter_config(model, section))
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", message=r"target_modules: the adapter .* covers"
+            )  # `moka train` prints it
+            adapted = get_peft_model(model, _adapter_config(model, section))
     except ValueError as error:  # peft's own, and ours
         raise MokaError(f"adapter: {' '.join(str(error).split())}") from error
     adapted.peft_config["default"].base_model_name_or_path = model.config.backbone
@@ -147,6 +154,12 @@ def _adapter_config(model: MokaForConditionalGeneration, section: AdapterSection
         task_type="CAUSAL_LM",
         **optional,
     )
+
+
+def adapter_coverage(adapted: PeftModel) -> float:
+    """Return the share (0 to 1) of the weights in the decoder's blocks that the layers of a MokA or LoRA adapter hold."""
+    base = adapted.get_base_model()
+    return coverage(base, [name for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)])
 
 
 def adapter_parameters(model: MokaForConditionalGeneration, section: AdapterSection) -> int:

@@ -197,11 +197,11 @@ def reached(norms: dict[str, list[float] | None], adapted: list[str], seen: set[
 def down_reached(
     norms: dict[str, list[float] | None], rows: list[str], adapted: list[str], seen: set[str]
 ) -> list[str]:
-    """A matrices without a gradient once B is no longer zero."""
+    """Return the A matrices of the decoder that have no gradient once B is no longer zero."""
     last = _last_block(norms)
     failed = []
     for name, values in norms.items():
-        if not is_down(name) or values is None:
+        if not is_down(name) or values is None or media_part(name) is not None:
             continue
         if ".lora_A." in name:
             failed += [] if any(values) else [name]
@@ -211,14 +211,17 @@ def down_reached(
 
 
 def _due(name: str, last: int, adapted: list[str], seen: set[str]) -> list[str]:
-    """Modalities whose tokens must give this adapter matrix a gradient. In the last block the queries, outputs and MLP of
-    media positions reach no answer, so there only text counts.
+    """Return the modalities whose tokens must give this adapter matrix a gradient.
+
+    The queries, outputs and MLP of media positions in the last block, and the head at those positions, reach no answer: of
+    these layers only the A of text must have one.
     """
-    return [row for row in adapted if row in seen and (row == "text" or _block(name) < last)]
+    before_last = 0 <= _block(name) < last  # the head is in no block
+    return [row for row in adapted if row in seen and (row == "text" or before_last)]
 
 
 def _last_block(norms: dict[str, list[float] | None]) -> int:
-    return max((_block(name) for name in norms if is_down(name)), default=0)
+    return max((_block(name) for name in norms if is_down(name) and media_part(name) is None), default=0)
 
 
 def _block(name: str) -> int:

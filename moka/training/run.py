@@ -19,7 +19,7 @@ from moka.modeling.partitioned import has_parts
 
 from .arguments import SECTIONS, RunConfig
 from .batches import data_seed, put_together
-from .build import attach_adapter, build_for_stage_two, count_parameters
+from .build import adapter_coverage, attach_adapter, build_for_stage_two, count_parameters
 from .callbacks import MetricsWriter
 from .checkpoints import last_checkpoint, say_changes
 from .connector import load_connector, save_connector, take_connector, trained_parts
@@ -184,9 +184,17 @@ def train_adapter(run: Run) -> PeftModel:
     # Again: a resumed run, which has not gone through stage 1, draws the same adapter.
     draw_seed(run.config)
     adapted = attach_adapter(run.model, run.config.adapter)
+    _say_coverage(adapted)
     state = _train(run, 2, adapted)
     on_main(lambda: save_result(adapted, run.processor, run.folder / ADAPTER, state, run.logits_change))
     return adapted
+
+
+def _say_coverage(adapted: PeftModel) -> None:
+    """Print which share of the decoder the adapter covers, and how to cover more if it is less than one half."""
+    share = adapter_coverage(adapted)
+    remedy = "; leave adapter.target_modules out, or name more layers, if more was intended" if share < 0.5 else ""
+    say(f"stage 2: the adapter covers {share:.0%} of the decoder's block weights{remedy}")
 
 
 def _say_replaced(run: Run, stage: int) -> None:
@@ -226,6 +234,7 @@ def _write_artefacts(run: Run, result: PeftModel | None, seconds: float) -> None
         counts = count_parameters(result)
         summary |= {f"trainable parameters, {part}": f"{n:,}" for part, n in counts.items() if part != "total"}
         summary["all parameters"] = f"{counts['total']:,}"
+        summary["adapter covers"] = f"{adapter_coverage(result):.0%} of the decoder's block weights"
     for name in run.datasets:
         path = bad_media_report(folder.path, name)
         if path.exists():

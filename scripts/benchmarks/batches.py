@@ -68,12 +68,10 @@ def make_batch(arguments: Namespace, vocabulary: int, answer: bool = True) -> Ba
     if arguments.padding:
         mask = torch.ones_like(types)
         mask[1::2, : round(arguments.padding * arguments.seq)] = 0
-        types, groups = types * mask, groups * mask
+        types, groups = types * mask, groups * mask  # padding is text that takes no part in the interaction
     keep = torch.arange(arguments.seq - length - 1, arguments.seq - 1)
-    real = [torch.isin(types, torch.tensor(own)) for own in modalities(arguments.modalities).values()]
-    if mask is not None:
-        real = [one & mask.bool() for one in real]
-    masks = Masks([one.to(arguments.device) for one in real], (real[0] & (groups > 0)).to(arguments.device))
+    of_each = [torch.isin(types, torch.tensor(own)) for own in modalities(arguments.modalities).values()]
+    masks = Masks([one.to(arguments.device) for one in of_each], (of_each[0] & (groups > 0)).to(arguments.device))
     given = (ids, types, groups, mask, keep, ids[:, keep + 1])
     return Batch(*(None if one is None else one.to(arguments.device) for one in given), masks)
 

@@ -70,20 +70,18 @@ class Grouping:
 
 
 def mark_layers(model: nn.Module) -> None:
-    """Have every adapted layer's forward in a range of the profile."""
+    """Have every adapted layer's forward in a range of the profile, without hooks: MokA computes a layer with hooks apart."""
     for layer in model.modules():
         if isinstance(layer, (BaseTunerLayer, ReferenceLinear)):
-            running: list[Any] = []
+            layer.forward = _marked(layer.forward)
 
-            def enter(*_: Any, running: list[Any] = running) -> None:
-                running.append(torch.profiler.record_function(ADAPTED))
-                running[-1].__enter__()
 
-            def leave(*_: Any, running: list[Any] = running) -> None:
-                running.pop().__exit__(None, None, None)
+def _marked(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def marked(*args: Any, **kwargs: Any) -> torch.Tensor:
+        with torch.profiler.record_function(ADAPTED):
+            return forward(*args, **kwargs)
 
-            layer.register_forward_pre_hook(enter)
-            layer.register_forward_hook(leave)
+    return marked
 
 
 def profiles(arguments: Namespace) -> dict[str, Profile]:

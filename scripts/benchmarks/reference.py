@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from moka.adapter import MokaLayer
+from moka.adapter import MokaLinear
 
 
 @dataclass
@@ -83,7 +83,7 @@ def put_reference(backbone: nn.Module, adapted: nn.Module, shared: dict[str, Mas
     """Adapt ``backbone`` in place with the weights of ``adapted``, a PeftModel with MokA on the same backbone."""
     inner = adapted.base_model.model
     for name, layer in inner.named_modules():
-        if isinstance(layer, MokaLayer):
+        if isinstance(layer, MokaLinear):
             config, A, B = layer.moka_config["default"], layer.moka_A["default"].weight, layer.moka_B["default"].weight
             base = backbone.get_submodule(name)
             scaling = config.alpha / config.r

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from moka import MokaConfig, MokaError
-from moka.adapter import MokaLayer
+from moka.adapter import MokaLinear
 from moka.adapter.config import DEFAULT_TARGETS
 
 from .batches import Batch, modalities
@@ -81,7 +81,7 @@ def duplicate(model: nn.Module) -> nn.Module:
 def unshare(model: nn.Module) -> None:
     """Give the adapted layers weights of their own, before they are merged into."""
     for layer in model.modules():
-        if isinstance(layer, MokaLayer):
+        if isinstance(layer, MokaLinear):
             base = layer.get_base_layer()
             base.weight = copy.deepcopy(base.weight)
 
@@ -146,7 +146,7 @@ def _size(tensor: torch.Tensor) -> float:
 
 def _adapter_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     found = {}
-    layers = [module for module in model.modules() if isinstance(module, (MokaLayer, ReferenceLinear))]
+    layers = [module for module in model.modules() if isinstance(module, (MokaLinear, ReferenceLinear))]
     for number, layer in enumerate(layers):
         if isinstance(layer, ReferenceLinear):
             pair = stacked_gradients(layer)

@@ -95,6 +95,19 @@ def test_modules_to_save_and_trained_biases_move_too():
     assert match_names(expected, given) == {**dict(zip(given, expected, strict=False)), embedding: embedding}
 
 
+def test_biases_that_peft_writes_twice_are_one_tensor():
+    """With bias="all" peft also writes the biases of a trained copy under their names in the model."""
+    tower = PREFIX + "tower."
+    copied = tower + "modules_to_save.default.fc.bias"
+    given = {**shapes("model.layers.0.q"), copied: (4,), tower + "fc.bias": (4,), tower + "fc.weight": (4, 8)}
+    expected = {name: shape for name, shape in given.items() if "tower" not in name}
+    expected |= {copied: (4,), tower + "modules_to_save.default.fc.weight": (4, 8)}
+    for names in (given, dict(reversed(given.items()))):
+        matched = match_names(expected, names)
+        assert matched[tower + "fc.bias"] == copied
+        assert set(matched.values()) == set(expected)
+
+
 Q0, Q1 = "model.layers.0.q_proj", "model.layers.1.q_proj"
 WRONG = {
     "lost": (shapes(Q0, Q1), {**shapes(Q0), PREFIX + Q1 + ".moka_A": A}, r"lacks 1 of 4 .*layers.1.q_proj.moka_B"),

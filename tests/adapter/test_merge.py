@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 import moka
-from moka.adapter import MokaLayer
+from moka.adapter import MokaLinear
 from moka.adapter.config import DEFAULT_TARGETS
 
 ROUTED = ("input_ids", "mm_token_type_ids", "interaction_ids", "attention_mask")
@@ -142,7 +142,7 @@ def test_merge_and_unload_keeps_the_text_path_and_names_what_is_lost(model, tiny
 
 
 def assert_bare(backbone):
-    assert not any(isinstance(module, MokaLayer) for module in backbone.modules())
+    assert not any(isinstance(module, MokaLinear) for module in backbone.modules())
     for module in backbone.modules():
         assert not any(name.startswith("moka") or name in ("forward", "generate") for name in vars(module))
         assert not module._forward_pre_hooks
@@ -200,7 +200,7 @@ def test_a_merged_adapter_that_is_not_active_keeps_its_residual(model, tiny, bat
     assert layer.merged_adapters == ["other"]
     # down_proj runs only "other", the rest runs "default": turn that off to compare.
     for module in model.modules():
-        if isinstance(module, MokaLayer) and not module.merged:
+        if isinstance(module, MokaLinear) and not module.merged:
             module.set_adapter([])
     torch.testing.assert_close(logits(model, batch), expected, atol=1e-4, rtol=1e-4)
 
@@ -272,7 +272,7 @@ def test_conv1d(gpt2, tiny, batch, share_b):
     for name, weight in gpt2.named_parameters():
         head, _, leaf = name.rpartition(".")
         module = model.base_model.model.get_submodule(head)
-        ours = module.get_base_layer() if isinstance(module, MokaLayer) else module
+        ours = module.get_base_layer() if isinstance(module, MokaLinear) else module
         torch.testing.assert_close(getattr(ours, leaf), weight)
 
 
@@ -281,7 +281,7 @@ def lora_twin(tiny, model):
     twin = get_peft_model(tiny.backbone(), LoraConfig(r=4, lora_alpha=8, target_modules=sorted(DEFAULT_TARGETS)))
     state = {}
     for name, layer in model.base_model.model.named_modules():
-        if isinstance(layer, MokaLayer):
+        if isinstance(layer, MokaLinear):
             state[f"base_model.model.{name}.lora_A.default.weight"] = layer.moka_A["default"].weight[0].detach()
             state[f"base_model.model.{name}.lora_B.default.weight"] = layer.moka_B["default"].weight.detach()
     assert not twin.load_state_dict(state, strict=False).unexpected_keys

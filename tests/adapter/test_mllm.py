@@ -18,7 +18,7 @@ from torch import nn
 from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as qwen2_5_omni_modeling
 
 import moka
-from moka.adapter import MokaLayer
+from moka.adapter import MokaLinear
 from moka.adapter.config import DEFAULT_TARGETS
 from moka.adapter.targets import placeholder_ids
 
@@ -351,7 +351,7 @@ def logits_of(model, batch, **more):
 
 
 def test_only_the_language_models_projections_are_adapted(case, model):
-    layers = {name for name, module in model.get_base_model().named_modules() if isinstance(module, MokaLayer)}
+    layers = {name for name, module in model.get_base_model().named_modules() if isinstance(module, MokaLinear)}
     inside = f"{case.language_model}.layers"
     parents = dict.fromkeys(DEFAULT_TARGETS[:4], "self_attn") | dict.fromkeys(DEFAULT_TARGETS[4:], "mlp")
     assert layers == {f"{inside}.{i}.{parent}.{leaf}" for i in range(2) for leaf, parent in parents.items()}
@@ -556,7 +556,7 @@ def chosen(model, **settings):
     settings = {"task_type": None, "modality_token_ids": None, **settings}
     config = moka.MokaConfig(r=2, dropout=0.0, **settings)
     adapted = get_peft_model(model, config, low_cpu_mem_usage=True).get_base_model()
-    names = [name for name, module in adapted.named_modules() if isinstance(module, MokaLayer)]
+    names = [name for name, module in adapted.named_modules() if isinstance(module, MokaLinear)]
     assert len(names) == len(set(names))
     return {name.rpartition(".")[0] for name in names}, len(names), config
 
@@ -640,7 +640,7 @@ def test_cross_attention_is_refused_and_the_model_is_left_as_it_was():
     model = tf.MllamaForConditionalGeneration(config)
     with pytest.raises(moka.MokaError, match=r"MllamaForConditionalGeneration.*layers\.1\.cross_attn"):
         chosen(model)
-    assert not any(isinstance(m, MokaLayer) or m._forward_pre_hooks for m in model.modules())
+    assert not any(isinstance(m, MokaLinear) or m._forward_pre_hooks for m in model.modules())
 
 
 class Embedded(tf.LlamaModel):

@@ -82,7 +82,7 @@ def test_an_adapter_of_a_language_model_loads_into_a_network_around_it(tiny, bat
     model.save_pretrained(tmp_path)
     network = Nested(tiny.backbone())
     loaded = PeftModel.from_pretrained(network, tmp_path).eval()
-    layers = [name for name, module in loaded.named_modules() if isinstance(module, moka.adapter.MokaLayer)]
+    layers = [name for name, module in loaded.named_modules() if isinstance(module, moka.adapter.MokaLinear)]
     assert layers
     assert all("language_model.model.layers" in name for name in layers)
     with torch.no_grad():

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import moka
-from moka.adapter import MokaLayer
+from moka.adapter import MokaLinear
 
 ROUTED = ("input_ids", "mm_token_type_ids", "interaction_ids", "attention_mask")
 LAYERS = 14
@@ -176,7 +176,7 @@ def test_biases_are_trained_and_saved_when_asked(tiny, batch, tmp_path):
 )
 def test_choice_of_layers(tiny, settings, layers):
     model = tiny.adapted(**settings)
-    assert sum(isinstance(module, MokaLayer) for module in model.modules()) == layers
+    assert sum(isinstance(module, MokaLinear) for module in model.modules()) == layers
 
 
 def test_rank_and_alpha_patterns(tiny, batch, tmp_path):

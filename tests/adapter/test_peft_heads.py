@@ -17,7 +17,7 @@ from transformers import (
 )
 
 import moka
-from moka.adapter import MokaLayer
+from moka.adapter import MokaLinear
 
 ROUTED = ("input_ids", "mm_token_type_ids", "interaction_ids", "attention_mask")
 HEADS = {
@@ -131,8 +131,8 @@ def test_sequence_classification_routes_as_the_decoder_does(tiny, batch):
 def test_all_linear_leaves_the_classification_head(tiny):
     settings = tiny.config(task_type="SEQ_CLS", target_modules="all-linear")
     model = get_peft_model(backbone(tiny, LlamaForSequenceClassification), settings)
-    assert sum(isinstance(m, MokaLayer) for m in model.modules()) == 14
-    assert not any(isinstance(m, MokaLayer) for m in model.base_model.model.score.modules())
+    assert sum(isinstance(m, MokaLinear) for m in model.modules()) == 14
+    assert not any(isinstance(m, MokaLinear) for m in model.base_model.model.score.modules())
 
 
 def test_merge_and_unload_keeps_the_trained_head(tiny, batch):
@@ -162,7 +162,7 @@ def test_auto_class_loads_backbone_and_adapter(tiny, batch, tmp_path):
 def test_feature_extraction(tiny, batch, tmp_path, model_class):
     settings = tiny.config(task_type="FEATURE_EXTRACTION")
     model = tiny.strong_(get_peft_model(backbone(tiny, model_class), settings))
-    assert sum(isinstance(m, MokaLayer) for m in model.modules()) == 14
+    assert sum(isinstance(m, MokaLinear) for m in model.modules()) == 14
     features = result(model, batch)
     assert features.shape == (*batch.input_ids.shape, 64)
     assert (features - result(backbone(tiny, model_class), batch_text(batch))).abs().max() > 0.05

@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from moka.adapter import MokaLayer
+from moka.adapter import MokaLinear
 from moka.errors import MokaError
 
 ROUTED = ("input_ids", "mm_token_type_ids", "interaction_ids", "attention_mask")
@@ -65,7 +65,7 @@ def test_moka_then_a_saved_lora(tiny, batch, tmp_path, quiet, ending):
     if ending == "delete and unload":
         model.delete_adapter("default")
     backbone = model.merge_and_unload() if ending == "merge_and_unload" else model.unload()
-    assert not any(isinstance(m, MokaLayer) for m in backbone.modules())
+    assert not any(isinstance(m, MokaLinear) for m in backbone.modules())
     assert "forward" not in vars(backbone)
     bare = bare_logits(backbone, batch)
     loaded = PeftModel.from_pretrained(backbone, tmp_path)
@@ -84,7 +84,7 @@ def test_one_peft_model_holds_one_kind(tiny, batch, model):
     other = lora_model(tiny)
     with pytest.raises(ValueError, match="Cannot combine"):
         other.add_adapter("moka", tiny.config())
-    assert not any(isinstance(m, MokaLayer) for m in other.modules())
+    assert not any(isinstance(m, MokaLinear) for m in other.modules())
 
 
 LAST = {"target_modules": ["layers.1.mlp.down_proj"]}

@@ -26,7 +26,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import moka
-from moka.adapter import MokaLayer
+from moka.adapter import MokaLinear
 from moka.errors import MokaError
 
 ROUTED = ("input_ids", "mm_token_type_ids", "interaction_ids", "attention_mask")
@@ -198,7 +198,7 @@ def test_settings_that_cannot_work_leave_the_network_as_it_was(settings, message
     base = net("embedding")
     with pytest.raises(MokaError, match=message):
         get_peft_model(base, config(**settings))
-    assert not any(isinstance(m, MokaLayer) for m in base.modules())
+    assert not any(isinstance(m, MokaLinear) for m in base.modules())
     assert not any(m._forward_pre_hooks for m in base.modules())
     get_peft_model(base, config())
 
@@ -279,7 +279,7 @@ def test_inject_by_state_dict(tiny):
     plain = net()
     with pytest.warns(RuntimeWarning, match="lin1"):
         inject_adapter_in_model(config(), plain, state_dict=own)
-    assert [name for name, m in plain.named_modules() if isinstance(m, MokaLayer)] == ["lin0"]
+    assert [name for name, m in plain.named_modules() if isinstance(m, MokaLinear)] == ["lin0"]
     set_peft_model_state_dict(plain, own)
     assert torch.equal(out(plain), out(model))
 
@@ -367,7 +367,7 @@ def test_a_second_adapter_that_fails_changes_nothing(tiny):
             model.add_adapter("bad", bad)
         assert set(model.peft_config) == {"default"}
     assert set(model.state_dict()) == names
-    assert all(set(m.moka_A) == {"default"} for m in model.modules() if isinstance(m, MokaLayer))
+    assert all(set(m.moka_A) == {"default"} for m in model.modules() if isinstance(m, MokaLinear))
     assert torch.equal(out(model), before)
     model.add_adapter("good", config())
 
@@ -404,7 +404,7 @@ def test_merge_unmerge_unload_after_training(tiny, kind, safe):
     step(model, kind)
     expected, before = out(model, kind), weights(model)
     model.merge_adapter(safe_merge=safe)
-    adapted = {name for name, module in model.named_modules() if isinstance(module, MokaLayer)}
+    adapted = {name for name, module in model.named_modules() if isinstance(module, MokaLinear)}
     assert len(adapted) == LAYERS.get(kind, 2 if kind not in TRANSFORMERS else 14)
     assert changed(before, model.state_dict()) == {f"{name}.base_layer.weight" for name in adapted}
     close(out(model, kind), expected)
@@ -420,7 +420,7 @@ def test_merge_unmerge_unload_after_training(tiny, kind, safe):
     if kind in ("classes", "token classes"):  # unload keeps the trained head, which peft adds to modules_to_save
         fresh.score.load_state_dict(bare.score.state_dict())
     close(out(bare, kind), out(fresh, kind), 1e-5)
-    assert not any(isinstance(m, MokaLayer) for m in bare.modules())
+    assert not any(isinstance(m, MokaLinear) for m in bare.modules())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -604,7 +604,7 @@ def test_layer_indexing(settings, wanted):
             get_peft_model(Deep(), config(**settings))
         return
     model = get_peft_model(Deep(), config(**settings))
-    assert {int(n.split(".")[-2]) for n, m in model.named_modules() if isinstance(m, MokaLayer)} == wanted
+    assert {int(n.split(".")[-2]) for n, m in model.named_modules() if isinstance(m, MokaLinear)} == wanted
 
 
 def test_layer_index_out_of_range_is_named():

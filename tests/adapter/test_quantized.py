@@ -9,7 +9,7 @@ from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 import moka
-from moka.adapter import MokaLayer
+from moka.adapter import MokaLinear
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
@@ -65,7 +65,7 @@ def stored(model):
 
 def test_outputs_are_those_of_the_dequantised_backbone(tiny, backbones, batch):
     quantised = adapted(tiny, backbones())
-    layers = [m for m in quantised.modules() if isinstance(m, MokaLayer)]
+    layers = [m for m in quantised.modules() if isinstance(m, MokaLinear)]
     assert len(layers) == 14
     assert all(type(m.get_base_layer()).__module__.startswith("bitsandbytes") for m in layers)
     plain = adapted(tiny, backbones().dequantize().float())
@@ -117,7 +117,7 @@ def test_merging_by_name_warns_of_the_error_and_can_be_undone(tiny, backbones, b
     model = adapted(tiny, backbones())
     before, expected = stored(model), logits(model, batch)
     stored(model)  # unpacks what the forward packed, so that get_base_weight reads it right
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, MokaLayer)}
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, MokaLinear)}
     wanted = {name: m.get_base_weight().float() + m.get_delta_weight("default") for name, m in layers.items()}
     with pytest.warns(UserWarning, match=r"14 bnb \dbit weights.*weight: mean .* %") as warned:
         model.merge_adapter(requantize=True)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import moka
-from moka.adapter import MokaLayer
+from moka.adapter import MokaLinear
 from moka.adapter.context import current, running_call
 from moka.adapter.routing import build_view, modality_rows
 
@@ -113,7 +113,7 @@ def routings(model):
     """The routing that each layer's call runs under, as the calls come."""
     seen = []
     for module in model.modules():
-        if isinstance(module, MokaLayer):
+        if isinstance(module, MokaLinear):
             module.register_forward_hook(lambda layer, *_: seen.append(running_call(layer.moka_model).routing))
     return seen
 

@@ -99,7 +99,8 @@ def test_converted_layer_computes_what_the_authors_layer_does(tmp_path, backbone
     types = torch.tensor([0, 1, 3])[g["modality"].clamp(min=0)]
     with moka.routing(model, mm_token_type_ids=types, question_mask=g["question"], attention_mask=g["modality"] >= 0):
         y = model.base_model.model.model.layers[0].self_attn.q_proj(g["x"])
-    torch.testing.assert_close(y, g["y"], atol=1e-5 * g["y"].abs().max().item(), rtol=0)
+    valid = g["modality"] >= 0  # their code leaves padding without an adapter; here it is text
+    torch.testing.assert_close(y[valid], g["y"][valid], atol=1e-5 * g["y"].abs().max().item(), rtol=0)
 
     convert(tmp_path / "out", tmp_path / "back", to=f"official-{variant}")
     same(read_tensors(tmp_path / "back" / "adapter_model.bin"), tensors)

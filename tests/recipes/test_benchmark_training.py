@@ -40,6 +40,7 @@ def test_table_and_file_hold_each_variant(tmp_path):
 
 def test_steps_that_leave_nothing_to_measure_are_refused(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--tiny", "--steps", "2"])
+    monkeypatch.syspath_prepend(SCRIPT.parent)
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(SCRIPT), run_name="__main__")
     assert stop.value.code == 2

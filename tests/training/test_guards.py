@@ -154,9 +154,7 @@ def test_a_projector_cut_off_from_the_graph_is_named(tiny_config, tmp_path, monk
 
 
 def test_an_adapter_outside_the_forward_is_named(tiny_config, tmp_path, monkeypatch):
-    whole = MokaLinear._add
-    cut = lambda self, result, z, B, scale: whole(self, result, z.detach(), B.detach(), scale)  # noqa: E731
-    monkeypatch.setattr(MokaLinear, "_add", cut)
+    monkeypatch.setattr(MokaLinear, "forward", lambda self, x, *args, **kwargs: self.base_layer(x, *args, **kwargs))
     with pytest.raises(MokaError, match=r"Step 1: no gradient reaches .*layers\.0\.self_attn\.q_proj\.moka_A"):
         train(tiny_config(tmp_path / "run", **SHORT))
 
@@ -178,7 +176,7 @@ def test_the_a_of_one_modality_without_a_gradient_is_named(tiny_config, tmp_path
     monkeypatch.setattr(run_module, "attach_adapter", deaf)
     changes = {**SHORT, "training__warmup_steps": warmup, "training__max_steps": 8}
     with pytest.raises(
-        MokaError, match=rf"Step {step}: .*layers\.0\.self_attn\.v_proj\.moka_A\.default\[audio\]"
+        MokaError, match=rf"Step {step}: .*layers\.0\.self_attn\.v_proj\.moka_A\.default\.weight\[audio\]"
     ) as caught:
         train(tiny_config(tmp_path / "run", **changes))
     assert "[visual]" not in str(caught.value)
@@ -198,6 +196,22 @@ def test_healthy_variants_pass(tiny_config, tmp_path, watch, changes):
     ]
     assert reached({**seen.norms[1], ups[0]: [0.0]}, adapted, {"text", "visual"}) == [f"{ups[0]} (all zero)"]
     assert reached({**seen.norms[1], ups[1]: None}, adapted, {"text", "visual"}) == [ups[1]]
+
+
+def test_an_adapter_on_the_head_trains(tiny_config, tmp_path, watch, capsys):
+    """Media positions give the head no gradient, and the interaction changes them only."""
+    seen = watch(Seen())
+    changes = {"adapter__target_modules": ["q_proj", "lm_head"], "training__per_device_train_batch_size": 2}
+    run = train(tiny_config(tmp_path / "run", **{**SHORT, **changes}))
+    (head,) = [name for name in seen.norms[3] if "lm_head.moka_A" in name]
+    text, *media = seen.norms[3][head]
+    assert text > 0 == max(media)
+    told = [line for line in capsys.readouterr().out.splitlines() if "of the decoder's block weights" in line]
+    assert len(told) == 1
+    share = json.loads((run / "summary.json").read_text())["adapter covers"].partition(" ")[0]
+    assert f" {share} " in told[0]
+    # q_proj [64, 64] of k and v [32, 64] each, o [64, 64], gate, up and down [96, 64] each
+    assert share == f"{64 / (64 + 2 * 32 + 64 + 3 * 96):.0%}"
 
 
 def test_change_of_logits_is_the_adapters_alone(tiny_config, tmp_path):

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import moka
-from moka.adapter import MokaLayer
+from moka.adapter import MokaLinear
 from moka.cli.main import main
 from moka.data import Collator, EmbeddedTask, EncodedDataset
 from moka.errors import MokaError
@@ -190,7 +190,7 @@ def test_gradients_are_those_without_checkpointing(raw, batch, kind, reentrant):
     torch.manual_seed(0)
     model = attach_adapter(build_model(config.model)[0], config.adapter).train()
     for module in model.modules():
-        if isinstance(module, MokaLayer):
+        if isinstance(module, MokaLinear):
             nn.init.normal_(module.moka_B["default"].weight, std=0.1)
 
     def gradients():

@@ -156,11 +156,11 @@ def test_adapter_without_a_gradient_is_no_result(tiny_config, tmp_path):
 
 def test_trained_adapter_has_nonzero_b(trained_run, tmp_path):
     tensors = load_file(trained_run / "adapter/adapter_model.safetensors")
-    ups = [tensor for key, tensor in tensors.items() if key.endswith("moka_B")]
+    ups = [tensor for key, tensor in tensors.items() if ".moka_B" in key]
     assert len(ups) == 4  # q and v of two blocks
     assert all(tensor.any() for tensor in ups)
     check_trained(trained_run / "adapter")
-    zeroed = {key: torch.zeros_like(t) if key.endswith("moka_B") else t for key, t in tensors.items()}
+    zeroed = {key: torch.zeros_like(t) if ".moka_B" in key else t for key, t in tensors.items()}
     save_file(zeroed, tmp_path / "adapter_model.safetensors")
     with pytest.raises(MokaError, match="still zero"):
         check_trained(tmp_path)
