@@ -110,7 +110,8 @@ def attach_adapter(model: MokaForConditionalGeneration, section: AdapterSection)
     """Freeze the model, add the adapter of ``section.method``, keep projectors and trainable encoders training."""
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=r"target_modules: the adapter .* covers")  # `moka train` prints it
+            # `moka train` prints the coverage itself.
+            warnings.filterwarnings("ignore", message=r"target_modules: the adapter .* covers")
             adapted = get_peft_model(model, _adapter_config(model, section))
     except ValueError as error:  # peft's own, and ours
         raise MokaError(f"adapter: {' '.join(str(error).split())}") from error
