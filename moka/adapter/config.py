@@ -128,7 +128,7 @@ class MokaConfig(PeftConfig):
     text_merged: bool = field(
         default=False,
         metadata={
-            "help": "The backbone that this adapter belongs to has the text path folded into its weights already (written by "
+            "help": "The backbone that this adapter belongs to has the text path merged into its weights already (written by "
             "`moka merge`): the layers add what media tokens have beyond it. For inference."
         },
     )
