@@ -1,4 +1,4 @@
-"""The ids of a prompt, kept in force for all steps of ``generate``: position in the sequence decides."""
+"""The ids of a prompt, kept for all steps of ``generate``: position in the sequence decides."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .wrapping import RoutedModel, embedded_ids, expands_inside
 
 
 class RoutedGenerate:
-    """A module's ``generate``, with the ids of the prompt in force for all of its steps.
+    """A module's ``generate``, with the ids of the prompt kept for all of its steps.
 
     An instance attribute, as transformers offers no hook around ``generate``; one that was there before is called.
     """
@@ -108,7 +108,7 @@ def _ids_of_prompt(model: RoutedModel, depth: int, arguments: dict) -> GivenIds 
         else:
             ids = None
         return GivenIds(block_types, groups, question, valid, ids, start=0, device=outside.device)
-    # As transformers tells them apart: a mask longer than the tokens means that these are only the new ones.
+    # As transformers distinguishes them: a mask longer than the tokens means that these are only the new ones.
     start = valid.shape[1] - seq if cached and valid is not None else 0
     arrays = {}
     named = zip(ROUTING_ARGUMENTS, ("types", "groups", "question"), strict=True)

@@ -54,7 +54,7 @@ class SharedInput:
 
 
 def _state(x: torch.Tensor) -> tuple:
-    """Return what must not have changed, beside the tensor itself."""
+    """Return what must not have changed, in addition to the tensor itself."""
     version = None if x.is_inference() else x._version  # counts what is written to it
     return version, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
@@ -73,7 +73,7 @@ def set_groups(model: nn.Module, kind: type) -> None:
 def partners(layer: MokaLinear, name: str) -> list[MokaLinear]:
     """Return the layers to compute for when ``layer`` is called: itself, and those of its group with the same settings.
 
-    A layer that has hooks or holds a part of its weights (an FSDP unit of its own) has them complete only in its own call.
+    A layer that has hooks or has only a part of its weights (an FSDP unit of its own) has them complete only in its own call.
     """
     own = _group_key(layer, name)
     if own is None:

@@ -148,21 +148,15 @@ def ids_of_call(arguments: Mapping[str, Any], outside: GivenIds | None, interact
             )
         return None
     device = own.device if tokens is None else tokens.device
-    if (
-        offset
-        and types is not None
-        and groups is not None
-        and types.shape == groups.shape == (shape[0], sum((offset, shape[1])))
-    ):
-        return Span(GivenIds(types, groups, device=device), shape, offset)
+    if offset and types is not None and groups is not None:
+        if types.shape == groups.shape == (shape[0], offset + shape[1]):
+            return Span(GivenIds(types, groups, device=device), shape, offset)
+    if offset and types is not None and own.types is None and types.shape[1] <= offset:
+        # The ids of a block end before these tokens: decoded text, which takes no part.
+        return Span(GivenIds(tokens=np.full(shape, -1), device=device), shape)
     aligned = [
-        None if array is None else _align(name, array, shape, offset, ends_before=not given)
-        for name, array, given in zip(
-            (*ROUTING_ARGUMENTS, "attention_mask"),
-            (types, groups, question, mask),
-            (own.types is not None, False, False, True),
-            strict=True,
-        )
+        None if array is None else _align(name, array, shape, offset)
+        for name, array in zip((*ROUTING_ARGUMENTS, "attention_mask"), (types, groups, question, mask), strict=True)
     ]
     valid = None if aligned[3] is None else aligned[3] != 0
     found = GivenIds(aligned[0], aligned[1], aligned[2], valid, ids, device=device)
@@ -227,10 +221,10 @@ def check_length(name: str, length: int, given: int) -> None:
         )
 
 
-def _align(name: str, ids: np.ndarray, shape: tuple[int, int], offset: int, ends_before: bool) -> np.ndarray:
+def _align(name: str, ids: np.ndarray, shape: tuple[int, int], offset: int) -> np.ndarray:
     """Cut [batch, *] ids to the tokens of this forward: they cover these, or these and the cached ones.
 
-    ends_before: they may also end before these tokens, which are decoded text then.
+    Those of the question may also end before these tokens, which are decoded text then.
     """
     batch, seq = shape
     if ids.ndim == 2 and offset and len(ids) and batch % len(ids) == 0:
@@ -238,11 +232,11 @@ def _align(name: str, ids: np.ndarray, shape: tuple[int, int], offset: int, ends
     if ids.shape == shape:
         return ids
     if ids.ndim == 2 and len(ids) == batch:
-        length, mask = ids.shape[1], name == "attention_mask"
+        length, mask, question = ids.shape[1], name == "attention_mask", name in ROUTING_ARGUMENTS[1:]
         if length == offset + seq or (mask and length > offset + seq):
             return ids[:, offset : offset + seq]  # a static cache's mask may be longer than the sequence so far
-        if offset and length <= offset and ends_before:
-            return np.zeros(shape, np.int64)  # decoded tokens are text
+        if offset and length <= offset and question:
+            return np.zeros(shape, np.int64)
     cached = f" or, with the {offset} cached tokens, [{batch}, {offset + seq}]" if offset else ""
     raise MokaError(f"{name} is {list(ids.shape)}, but the tokens are [{batch}, {seq}]{cached}; the shapes must agree.")
 
@@ -354,7 +348,7 @@ def _no_question(reason: str, row: int) -> str:
 def _refuse_split_groups(config: MokaConfig, rows: np.ndarray, groups: np.ndarray, begin: int, seq: int) -> None:
     """Refuse a chunk of a prompt whose media have their question in another chunk: they would silently lose it.
 
-    rows, groups: [batch, length] of the whole prompt; the chunk is the ``seq`` positions from ``begin``.
+    rows, groups: [batch, length] of the complete prompt; the chunk is the ``seq`` positions from ``begin``.
     """
     length = rows.shape[1]
     if length <= seq or begin >= length:

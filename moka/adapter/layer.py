@@ -310,7 +310,7 @@ class MokaLinear(nn.Module, BaseTunerLayer):
             return []
         base.state_dict()  # bitsandbytes' inference on a CPU packs 4-bit weights in another order; this restores it
         wanted = self._base_weight().float() + delta.to(base.weight.device)
-        state = getattr(base, "state", None)  # bitsandbytes keeps the 8-bit scales beside the weight
+        state = getattr(base, "state", None)  # bitsandbytes keeps the 8-bit scales next to the weight
         self.moka_unmerged[name] = base.weight, {} if state is None else {"state": copy.copy(state)}
         dtype = getattr(base, "compute_dtype", None) or torch.float32
         self.quantization_backend.set_base_weight(self, wanted.to(dtype))

@@ -157,7 +157,7 @@ class MokaModel(BaseTuner):
         found = named_modules(model)
         return {name: module for name, module in found if self._check_target_module_exists(config, name)}
 
-    # An instance method where peft has a static one: names mean the decoder, which the model tells.
+    # An instance method where peft has a static one: names mean the decoder of this model.
     def _check_target_module_exists(self, config: MokaConfig, key: str):  # type: ignore[override]
         return key in self._saved_layers if self._saved_layers else matches(config, key, self._scope, self._given)
 
@@ -263,7 +263,7 @@ class MokaModel(BaseTuner):
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(child, AuxiliaryTrainingWrapper) and not hasattr(new_module, "weight"):
-            # peft would look for a weight in what modules_to_save unwraps, which a whole encoder does not have.
+            # peft would look for a weight in what modules_to_save unwraps, which a complete encoder does not have.
             setattr(parent, child_name, new_module)
             return
         super()._replace_module(parent, child_name, new_module, child)
@@ -299,7 +299,7 @@ class MokaModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        # The one place where peft (0.21 and newer) tells which adapter is about to be loaded: all of it must be there.
+        # The one place where peft (0.21 and newer) says which adapter is about to be loaded: all of it must be there.
         remapped = super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
@@ -326,7 +326,7 @@ def _base(module: nn.Module) -> nn.Module:
 
 
 def prepare_config(config: MokaConfig, model: nn.Module) -> None:
-    """Fill in what the model tells, and refuse what cannot work with it.
+    """Fill in what depends on the model, and refuse what cannot work with it.
 
     Raises:
         MokaError: names the field and the remedy.

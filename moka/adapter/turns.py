@@ -47,7 +47,7 @@ def turn_markers(processor: Any) -> dict[str, Ids]:
     tokenizer, name = getattr(processor, "tokenizer", processor), type(processor).__name__
     render = _renderer(processor, tokenizer)
     markers = _derive(render, tokenizer, _PLAIN)
-    # A medium beside the template's text divides it otherwise: "\n\n" before a word may be two tokens, else one.
+    # A medium next to the template's text divides it otherwise: "\n\n" before a word may be two tokens, else one.
     medium = getattr(processor, "image_token", None) or tokenizer.pad_token or tokenizer.unk_token or ""
     for key, marker in _derive(render, tokenizer, [*_PLAIN, *_MERGING, f"{medium}ash{medium}"]).items():
         # If a token of its own ends the user's turn, no other form of what follows it is needed.
@@ -104,7 +104,7 @@ def _derive(render: Callable[..., Ids], tokenizer: Any, variants: list[str]) -> 
     """Find the markers: the runs of ids that stay the same whichever of ``variants`` is the content of a turn."""
 
     def around(texts: list[str], prompt: bool) -> list[Ids]:
-        """Return the ids before the first content, between each two, and behind the last."""
+        """Return the ids before the first content, between each two, and after the last."""
         base, edges = render(texts, prompt), [0]
         for i in range(len(texts)):
             others = [render([*texts[:i], v, *texts[i + 1 :]], prompt) for v in variants]
@@ -120,7 +120,7 @@ def _derive(render: Callable[..., Ids], tokenizer: Any, variants: list[str]) -> 
     closing = {*end, tokenizer.eos_token_id, tokenizer.bos_token_id} - ({tokenizer.bos_token_id} & {*to_answer})
 
     def opening(run: Ids) -> Ids:
-        """Drop the end of the turn before, and white space behind it: a first turn has neither."""
+        """Drop the end of the turn before, and white space after it: a first turn has neither."""
         words = [i for i, token in enumerate(run) if token not in closing and tokenizer.decode([token]).strip()]
         return run[words[0] :] if words else []
 
@@ -155,7 +155,7 @@ def segments(
         shape: batch, seq.
         valid: bool, False at padding.
         position_ids: [batch or 1, seq], or M-RoPE's [3 or 4, batch or 1, seq], of which the first plane counts. A
-            sample begins where they restart at 0 behind another valid token.
+            sample begins where they restart at 0 after another valid token.
         cu_seq_lens: [samples + 1] cumulative lengths, from 0, of a batch of one row; goes before ``position_ids``.
     """
     if cu_seq_lens is not None:
@@ -222,7 +222,7 @@ def groups_from_labels(
     """Group tokens in training without markers: a turn ends with a supervised span; its keys are what is before it.
 
     Only unsupervised text separates spans: media and their structure tokens within an answer belong to its turn. Text
-    behind the last span takes no part. Returns int64 groups, and bool [batch]: rows with media in which some segment's
+    after the last span takes no part. Returns int64 groups, and bool [batch]: rows with media in which some segment's
     supervised text has no allowed text before it, because everything is supervised.
     """
     answer = (labels != -100) & ~media & (segments >= 0)
@@ -233,8 +233,8 @@ def groups_from_labels(
     question_next = (next_question >= 0) & ((next_answer < 0) | (next_question < next_answer))
     begins[:, 1:] |= answer[:, :-1] & question_next[:, 1:]
     turn = np.cumsum(begins, axis=1)
-    behind = (last_answer >= 0) & (next_answer < 0)
-    groups = np.where((media & (segments >= 0)) | (question & ~behind), turn, 0)
+    after = (last_answer >= 0) & (next_answer < 0)
+    groups = np.where((media & (segments >= 0)) | (question & ~after), turn, 0)
     last_medium, next_medium = _nearest(media & (segments >= 0), *bounds)
     unasked = answer & (last_question < 0) & ((last_medium >= 0) | (next_medium >= 0))
     return groups, unasked.any(axis=1)
@@ -255,7 +255,7 @@ def _bounds(segments: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _nearest(mask: np.ndarray, first: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the positions of the nearest True at or before, and at or behind each token; -1 if its segment has none."""
+    """Return the positions of the nearest True at or before, and at or after each token; -1 if its segment has none."""
     position = np.arange(mask.shape[1], dtype=np.int32)
     before = np.maximum.accumulate(np.where(mask, position, -1), axis=1)
     after = np.minimum.accumulate(np.where(mask, position, position.size)[:, ::-1], axis=1)[:, ::-1]
@@ -265,7 +265,7 @@ def _nearest(mask: np.ndarray, first: np.ndarray, last: np.ndarray) -> tuple[np.
 def no_marker_matched(ids: np.ndarray, markers: dict[str, Ids]) -> str:
     """Write the warning that no user turn was found in ``ids``."""
     row = np.asarray(ids)[0]
-    begin = max(0, int((row != row[0]).argmax()) - 1)  # behind padding on the left
+    begin = max(0, int((row != row[0]).argmax()) - 1)  # after padding on the left
     return (
         f"turn_markers: {markers} match nothing in the input ids, of which one row begins with "
         f"{row[begin : begin + 24].tolist()}: its media have no question to interact with. Derive the markers "
