@@ -148,9 +148,9 @@ def ids_of_call(arguments: Mapping[str, Any], outside: GivenIds | None, interact
             )
         return None
     device = own.device if tokens is None else tokens.device
-    if offset and types is not None and groups is not None:
-        if types.shape == groups.shape == (shape[0], offset + shape[1]):
-            return Span(GivenIds(types, groups, device=device), shape, offset)
+    everything = shape[0], offset + shape[1]  # with the cached tokens
+    if offset and types is not None and groups is not None and types.shape == groups.shape == everything:
+        return Span(GivenIds(types, groups, device=device), shape, offset)
     if offset and types is not None and own.types is None and types.shape[1] <= offset:
         # The ids of a block end before these tokens: decoded text, which takes no part.
         return Span(GivenIds(tokens=np.full(shape, -1), device=device), shape)
