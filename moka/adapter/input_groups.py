@@ -75,19 +75,20 @@ def partners(layer: MokaLinear, name: str) -> list[MokaLinear]:
 
     A layer that has hooks or has only a part of its weights (an FSDP unit of its own) has them complete only in its own call.
     """
-    own = _group_key(layer, name)
+    own = _group_key(layer, name) if layer.moka_group else None
     if own is None:
         return [layer]
     return [layer, *(o for o in layer.moka_group if o is not layer and _group_key(o, name) == own)]
 
 
 def _group_key(layer: MokaLinear, name: str) -> tuple | None:
-    if name not in layer.moka_A or layer._disable_adapters or name not in layer.adapters_in_use():
+    if name not in layer.moka_config or layer._forward_pre_hooks or layer._forward_hooks:
         return None
     A = layer.moka_A[name].local()
-    if is_sharded(A) or layer._forward_pre_hooks or layer._forward_hooks:
+    if is_sharded(A):
         return None
-    return A.shape, A.dtype, A.device, layer.moka_scaling[name], layer.dropout_rate(name), layer.is_merged(name)
+    state = layer._disable_adapters, layer.active_adapter, layer.merged_adapters
+    return *state, A.shape, A.dtype, A.device, layer.moka_scaling[name], layer.dropout_rate(name)
 
 
 def is_sharded(parameter: torch.Tensor) -> bool:

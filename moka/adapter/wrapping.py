@@ -260,20 +260,22 @@ class CallHook:
 
     def _routing(self, arguments: dict) -> Routing | None:
         model, root = self.model, self.model.root
+        block, tokens, only = ids_block(model), tokens_of(arguments), active_only(model)
+        outside = None if block is None else block.ids
+        decodes = block is not None and tokens is not None and _decodes(block, cache_of(arguments))
+        if decodes and block is not None and tokens is not None and not (torch.is_grad_enabled() or root.training):
+            # A layer needs no more: its text path of the adapters that it uses.
+            return Routing(
+                (tokens.shape[0], tokens.shape[1]), {}, tokens.device, only=only, text_steps=block.text_steps
+            )
         configs = model.configs()
         if not configs:
             return None
         if not root.training:
             model.check(configs)
-        block, tokens = ids_block(model), tokens_of(arguments)
-        outside = None if block is None else block.ids
-        if block is not None and tokens is not None and _decodes(block, cache_of(arguments)):
-            only = active_only(model)
+        if decodes and tokens is not None:
             views = {name: uniform_view(config, only=only) for name, config in configs.items()}
-            steps = None
-            if not (torch.is_grad_enabled() or root.training or torch.compiler.is_compiling()):
-                steps = block.text_steps
-            return Routing((tokens.shape[0], tokens.shape[1]), views, tokens.device, text_steps=steps)
+            return Routing((tokens.shape[0], tokens.shape[1]), views, tokens.device, only=only)
         if self._is_left_to_inner(arguments, outside):
             return None
         if tokens is not None and arguments.get("input_ids") is None:
