@@ -96,6 +96,10 @@ def given_ids(arguments: Mapping[str, Any]) -> GivenIds:
     for name in ROUTING_ARGUMENTS:
         check_kind(name, arguments.get(name))
     types, groups, question = (arguments.get(name) for name in ROUTING_ARGUMENTS)
+    if groups is not None and question is not None:
+        raise MokaError(
+            "interaction_ids and question_mask: both are given; question_mask is a shorthand, give one of them."
+        )
     device = next((ids.device for ids in (types, groups, question) if ids is not None), None)
     return GivenIds(read(types), read(groups), read(question), device=device)
 
@@ -310,18 +314,25 @@ def _derived_groups(
     if config.structure_token_ids and ids.tokens is not None:
         keys &= ~np.isin(ids.tokens, config.structure_token_ids)
     samples = ids.segments if ids.segments is not None else segments(is_text.shape, valid)
-    groups = np.zeros(is_text.shape, np.int64)
+    groups, open_rows = np.zeros(is_text.shape, np.int64), media.any(1)
     if config.turn_markers and ids.tokens is not None:
         groups, matched = question_groups(ids.tokens, media, keys, samples, config.turn_markers)
-        if not matched:
+        if not matched[open_rows].any():
             model.warn_once("markers", no_marker_matched(ids.tokens, config.turn_markers))
-    open_rows = (media & (groups == 0)).any(1)  # no turn was found for their media
+        if (media & (groups == 0))[matched].any():
+            model.warn_once("turnless", _NO_TURN)
+        open_rows &= ~matched
     if not open_rows.any():
         return groups
     if ids.labels is not None:
         others, supervised = groups_from_labels(ids.labels, media, keys, samples)
-        if training and (supervised & open_rows).any():
-            raise MokaError(_no_question("the labels supervise all of its text", int(np.flatnonzero(supervised)[0])))
+        if (supervised & open_rows).any():
+            reason = _no_question(
+                "the labels supervise all of its text", int(np.flatnonzero(supervised & open_rows)[0])
+            )
+            if training:
+                raise MokaError(reason)
+            model.warn_once("supervised", reason)
     elif training:
         raise MokaError(_no_question("there are no labels", int(np.flatnonzero(open_rows)[0])))
     else:
@@ -334,6 +345,12 @@ def _derived_groups(
 _ONE_QUESTION = (
     "turn_markers: not set, so that all text of a prompt counts as the question of its media. For chats with several user "
     "turns build the configuration with MokaConfig.from_processor(processor), or pass interaction_ids."
+)
+
+
+_NO_TURN = (
+    "turn_markers: some media are in no user's turn, such as an image that an answer follows before any question. They have no "
+    "question to interact with; pass interaction_ids to give them one."
 )
 
 

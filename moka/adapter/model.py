@@ -331,8 +331,23 @@ def prepare_config(config: MokaConfig, model: nn.Module) -> None:
     Raises:
         MokaError: names the field and the remedy.
     """
+    own = placeholder_ids(model, config)
+    # No field: a configuration that was completed for one model must not be taken for another that differs.
+    completed = config.__dict__.setdefault("completed", {})
     if config.modality_token_ids is None:
-        config.modality_token_ids = placeholder_ids(model, config)
+        config.modality_token_ids = completed["modality_token_ids"] = own
+    elif completed.get("modality_token_ids", own) != own:
+        raise MokaError(
+            f"modality_token_ids: this configuration was completed for another model ({completed['modality_token_ids']}), and "
+            f"those of {type(model).__name__} are {own}. Give each model a configuration of its own (copy.deepcopy before use)."
+        )
+    for name, ids in config.modality_token_ids.items():
+        if name in own and not set(ids) & set(own[name]):
+            warnings.warn(
+                f"modality_token_ids: {name!r} has {list(ids)}, and the placeholder tokens of {type(model).__name__} are "
+                f"{own[name]}: its media would be routed as text. Leave the field out for the model's own.",
+                stacklevel=2,
+            )
     placeholders = {i for ids in config.modality_token_ids.values() for i in ids}
     structure = {*(config.structure_token_ids or ()), *structure_ids(model, placeholders)}
     config.structure_token_ids = sorted(structure - placeholders)

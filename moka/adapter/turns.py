@@ -24,6 +24,7 @@ _PLAIN = ["742 of 9", "stone quay", "Où été"]
 _MERGING = ["\n\nlime\n\n", "\nfig\n", "  pine  ", '"oak?', " elm: "]
 _CHECKED = [  # user, assistant, user, assistant, user
     ["Who is here", "Nobody now", "Where then", "Far away", "Since when"],
+    ["Is it so? ", " Yes ", " Then why? ", " A guess. ", "Good. "],
     ["Time: 5:30 [or 6], yes?", "\n\nNone (x): 7.", "\nlist:\n- b\n\n- c\n", '"So," it said\n', "  d / e. "],
 ]
 _REMEDY = "Set processor.chat_template, pass turn_markers by hand, or give labels or interaction_ids with the inputs."
@@ -51,8 +52,14 @@ def turn_markers(processor: Any) -> dict[str, Ids]:
     medium = getattr(processor, "image_token", None) or tokenizer.pad_token or tokenizer.unk_token or ""
     for key, marker in _derive(render, tokenizer, [*_PLAIN, *_MERGING, f"{medium}ash{medium}"]).items():
         # If a token of its own ends the user's turn, no other form of what follows it is needed.
-        if marker not in markers.values() and key not in (["end", "assistant"] if "end" in markers else []):
+        needed = marker not in markers.values() and key not in (["end", "assistant"] if "end" in markers else [])
+        if needed and not (len(marker) == 1 and tokenizer.decode(marker).strip().isalnum()):  # a word of contents
             markers[f"{key}_merged"] = marker
+    if "end" not in markers:
+        # A space at the end of a question may merge with what follows it.
+        spaced = [[f"{text} " for text in texts] for texts in (_PLAIN, _BASE)]
+        markers["assistant_spaced"] = _derive(render, tokenizer, *spaced).get("assistant", [])
+        markers = {key: marker for key, marker in markers.items() if marker}
     for texts, system in product(_CHECKED, (None, "Be kind 2")):
         try:
             ids = np.array([render(texts, True, system)])
@@ -100,7 +107,9 @@ def _renderer(processor: Any, tokenizer: Any) -> Callable[..., Ids]:
     return render
 
 
-def _derive(render: Callable[..., Ids], tokenizer: Any, variants: list[str]) -> dict[str, Ids]:
+def _derive(
+    render: Callable[..., Ids], tokenizer: Any, variants: list[str], contents: list[str] = _BASE
+) -> dict[str, Ids]:
     """Find the markers: the runs of ids that stay the same whichever of ``variants`` is the content of a turn."""
 
     def around(texts: list[str], prompt: bool) -> list[Ids]:
@@ -112,8 +121,8 @@ def _derive(render: Callable[..., Ids], tokenizer: Any, variants: list[str]) -> 
             edges.append(len(base) - len(_common(*(ids[::-1] for ids in [base, *others]))))
         return [base[start:stop] for start, stop in zip(edges[::2], [*edges[1::2], len(base)], strict=True)]
 
-    before, to_answer, to_user, to_last, _ = around(_BASE, False)
-    _, prompt = around(_BASE[:1], True)
+    before, to_answer, to_user, to_last, _ = around(contents, False)
+    _, prompt = around(contents[:1], True)
     special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     end = to_answer[:1] if to_answer[:1] == to_user[:1] and special.issuperset(to_answer[:1]) else []
     # A bos token that is also in front of answers opens every turn, as <|im_start|> does.
@@ -178,11 +187,12 @@ def segments(
 
 def question_groups(
     ids: np.ndarray, media: np.ndarray, keys_allowed: np.ndarray, segments: np.ndarray, markers: dict[str, Ids]
-) -> tuple[np.ndarray, bool]:
-    """Group tokens by user turn, found by its markers. Returns int64 groups, and whether any user turn was found.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Group tokens by user turn, found by its markers. Returns int64 groups, and bool [batch]: rows with any marker.
 
-    A user turn reaches from a user marker to the next marker of any kind, or the end of its segment. Media outside of
-    user turns belong to the turn before them; those of a system turn, before any answer, to the first user turn.
+    A user turn reaches from a user marker to the next marker of any kind, or the end of its segment; user turns with no
+    answer between them are one. Media outside of user turns belong to the turn before them; those of a system turn,
+    before any answer, to the first user turn.
 
     Args:
         ids: int token ids.
@@ -203,17 +213,22 @@ def question_groups(
         starts[key.split("_")[0]][:, :count] |= match
         for offset in range(len(marker)):
             taken[:, offset : offset + count] |= match
-    _, *bounds = _bounds(segments)
+    begins, *bounds = _bounds(segments)
     opened, next_opened = _nearest(starts["user"], *bounds)
     answered, next_answered = _nearest(starts["assistant"], *bounds)
     ended, _ = _nearest(starts["end"], *bounds)
-    turn = np.cumsum(starts["user"], axis=1)
+    opened_before = np.where(begins, -1, np.roll(opened, 1, axis=1))
+    # Only if one end, that of the turn before, is between two user turns, no answer was: the opening of an answer may be
+    # hidden, if it merged with its text.
+    ends = np.cumsum(starts["end"], axis=1)
+    answers = (answered > opened_before) | (ends - np.take_along_axis(ends, opened_before.clip(0), 1) != 1)
+    turn = np.cumsum(starts["user"] & ((opened_before < 0) | answers), axis=1)
     # An answer before the first question must not depend on it.
     of_system = (next_opened >= 0) & (answered < 0) & ((next_answered < 0) | (next_answered > next_opened))
     of_medium = np.where(opened >= 0, turn, np.where(of_system, turn + 1, 0))
     is_key = keys_allowed & (opened > np.maximum(answered, ended)) & ~taken
     groups = np.where(media & (segments >= 0), of_medium, np.where(is_key, turn, 0))
-    return groups, bool(starts["user"].any())
+    return groups, np.logical_or.reduce(list(starts.values())).any(axis=1)
 
 
 def groups_from_labels(
