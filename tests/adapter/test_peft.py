@@ -217,20 +217,30 @@ def test_dtype_of_the_adapter_on_a_bfloat16_backbone(tiny, batch, tmp_path, cast
     assert torch.equal(logits(loaded, batch), logits(model, batch))
 
 
-@pytest.mark.skipif(
-    installed < Version(MIN_PEFT_VERSION), reason=f"transformers' own verbs need peft {MIN_PEFT_VERSION}"
-)
-def test_transformers_own_adapter_verbs(model, tiny, batch, tmp_path):
-    """``model.load_adapter(folder)`` and ``add_adapter`` of a plain transformers model, saved and loaded again."""
-    expected = logits(model, batch)
-    model.save_pretrained(tmp_path / "peft")
+def loaded_by_transformers(tiny, model, folder):
+    """A plain transformers model into which ``model``'s adapter was loaded."""
+    model.save_pretrained(folder)
     plain = tiny.backbone()
-    bare = plain(batch.input_ids, attention_mask=batch.attention_mask).logits
-    plain.load_adapter(str(tmp_path / "peft"), adapter_name="mine")
-    assert torch.equal(logits(plain, batch), expected)
+    plain.load_adapter(str(folder), adapter_name="mine")
+    return plain
+
+
+def test_transformers_own_load_adapter(model, tiny, batch, tmp_path):
+    plain = loaded_by_transformers(tiny, model, tmp_path)
+    assert torch.equal(logits(plain, batch), logits(model, batch))
     with moka.routing(plain, **batch.kwargs(*ROUTED[1:3])):  # its own generate does not know these arguments
         new = plain.generate(**batch.kwargs("input_ids", "attention_mask"), max_new_tokens=3)
     assert torch.equal(new, model.generate(**batch.kwargs(*ROUTED), max_new_tokens=3))
+
+
+@pytest.mark.skipif(
+    installed < Version(MIN_PEFT_VERSION), reason=f"transformers' other own verbs need peft {MIN_PEFT_VERSION}"
+)
+def test_transformers_own_adapter_verbs(model, tiny, batch, tmp_path):
+    """On a plain transformers model, which is saved and loaded again."""
+    bare = tiny.backbone()(batch.input_ids, attention_mask=batch.attention_mask).logits
+    plain = loaded_by_transformers(tiny, model, tmp_path / "peft")
+    expected = logits(plain, batch)
     plain.disable_adapters()
     assert torch.equal(logits(plain, batch), bare)
     plain.enable_adapters()
