@@ -251,10 +251,12 @@ def check_adapter_tensors(
 ) -> dict[str, torch.Tensor]:
     """Return ``tensors`` under the names that they have in ``model``, in which adapter ``adapter_name`` was injected.
 
+    Those of other adapters in a folder that peft 0.19 wrote are left out.
+
     Raises:
         MokaError: tensors missing, extra, of another shape, or not finite.
     """
     given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     names = match_names(expected_tensors(model, adapter_name), given)
     check_finite(tensors)
-    return {names[name]: tensor for name, tensor in tensors.items()}
+    return {names[name]: tensor for name, tensor in tensors.items() if name in names}

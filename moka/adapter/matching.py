@@ -12,9 +12,11 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 PREFIX = "base_model.model."  # peft's, before every name in an adapter file
 
-# A parameter in a file or a model, of format 1 (no .weight) or 2; and peft's path to a trained copy of a module.
+# A parameter in a file or a model, of format 1 (no .weight) or 2; peft's path to a trained copy of a module; what names
+# the adapters in a parameter's name.
 _PARAMETER = re.compile(r"\.(moka_[AB])(?:\.[^.]+)?(?:\.weight)?$")
 _TRAINED_COPY = re.compile(r"\.modules_to_save\.[^.]+(?=\.)")
+_ADAPTER_NAMES = re.compile(r"\.moka_[AB]((?:\.[^.]+)*?)(?:\.weight)?$")
 _OTHER_MODEL = "It was made for another backbone or other target_modules; use the model it was trained on."
 
 
@@ -23,12 +25,12 @@ def match_names(expected: Shapes, given: Shapes) -> dict[str, str]:
 
     Names may be those of a file or of a model, of format 1 or 2, with or without peft's prefix and an adapter's name. Where
     paths moved between versions of transformers, names are matched by their common ending. A name in ``given`` that has
-    no place and is none of MokA's, such as a resized embedding, keeps its name.
+    no place and is none of MokA's, such as a resized embedding, keeps its name. Those of other adapters are left out.
 
     Raises:
         MokaError: tensors missing, extra, of another shape, or with more than one possible place.
     """
-    places, names = _by_file_name(expected), _by_file_name(given)
+    places, names = _by_file_name(expected), _by_file_name(without_others(given))
     pairs = {name: name for name in names if name in places}
     pairs |= _match_moved(names.keys() - pairs.keys(), places.keys() - pairs.keys())
     missing = sorted(places[name] for name in places.keys() - set(pairs.values()))
@@ -54,11 +56,22 @@ def match_names(expected: Shapes, given: Shapes) -> dict[str, str]:
 
 def match_layers(saved: Iterable[str], candidates: Iterable[str]) -> set[str] | None:
     """Return the modules among ``candidates`` that the tensors ``saved`` belong to; None: not all of them have one."""
-    given = _by_file_name(name for name in saved if ".moka_A" in name)
+    given = _by_file_name(name for name in without_others(saved) if ".moka_A" in name)
     layers = {f"{name}.moka_A.weight": name for name in candidates}
     exact = {name: name for name in given if name in layers}
     pairs = exact | _match_moved(given.keys() - exact.keys(), layers.keys() - exact.keys())
     return {layers[place] for place in pairs.values()} if len(pairs) == len(given) else None
+
+
+def without_others(names: Iterable[str]) -> list[str]:
+    """Return ``names`` less those of other adapters, of which peft 0.19 writes the tensors into every adapter's folder.
+
+    There they keep their adapter's name, ``moka_A.other.weight`` beside ``moka_A.weight``, also when peft inserts another.
+    """
+    names = list(names)
+    depth = {name: len(found[1].split(".")) for name in names if (found := _ADAPTER_NAMES.search(name))}
+    own = min(depth.values(), default=0)
+    return [name for name in names if depth.get(name, own) == own]
 
 
 def _by_file_name(names: Iterable[str]) -> dict[str, str]:

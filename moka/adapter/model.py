@@ -21,7 +21,7 @@ from .context import current
 from .generation import unwrap_generate, wrap_generate
 from .input_groups import set_groups
 from .layer import MokaLinear
-from .matching import PREFIX, Shapes, match_layers, match_names
+from .matching import PREFIX, Shapes, match_layers, match_names, without_others
 from .quantization import get_quantization_kwargs
 from .targets import (
     check_supported,
@@ -283,6 +283,8 @@ class MokaModel(BaseTuner):
             if ".moka_" in name
         }
         given = {key: tuple(tensor.shape) for key, tensor in state_dict.items() if ".moka_" in key}
+        for key in given.keys() - set(without_others(given)):
+            del given[key], state_dict[key]
         if given.keys() - own.keys():
             for adapter in self.peft_config:
                 names = (
@@ -300,6 +302,8 @@ class MokaModel(BaseTuner):
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         # The one place where peft (0.21 and newer) says which adapter is about to be loaded: all of it must be there.
+        # It gives a name to tensors without one, after which those of others could not be distinguished.
+        state_dict = {name: state_dict[name] for name in without_others(state_dict)}
         remapped = super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )

@@ -1,16 +1,20 @@
 """The peft citizen: every verb that works for LoRA works for MokA."""
 
+import peft
 import pytest
 import torch
+from packaging.version import Version
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 import moka
 from moka.adapter import MokaLinear
 
 ROUTED = ("input_ids", "mm_token_type_ids", "interaction_ids", "attention_mask")
 LAYERS = 14
+installed = Version(peft.__version__)
 
 
 def logits(model, batch):
@@ -152,6 +156,7 @@ def test_modules_to_save(tiny, batch, tmp_path, name):
     assert torch.equal(logits(loaded, batch), logits(model, batch))
 
 
+@pytest.mark.skipif(installed < Version("0.21"), reason="peft before 0.21 does not save trained biases")
 def test_biases_are_trained_and_saved_when_asked(tiny, batch, tmp_path):
     model = tiny.adapted("qwen2", bias="moka_only")
     biases = {name for name, p in model.named_parameters() if p.requires_grad and "moka_" not in name}
@@ -162,6 +167,16 @@ def test_biases_are_trained_and_saved_when_asked(tiny, batch, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny.backbone("qwen2"), tmp_path)
     assert torch.equal(logits(loaded, batch), logits(model, batch))
+
+
+@pytest.mark.skipif(installed >= Version("0.21"), reason="peft 0.21 saves trained biases")
+@pytest.mark.parametrize("bias", ["moka_only", "all"])
+def test_biases_that_would_not_be_saved_are_refused(tiny, bias):
+    backbone = tiny.backbone("qwen2")
+    before = [(name, type(module)) for name, module in backbone.named_modules()]
+    with pytest.raises(moka.MokaError, match=f"bias.*{bias}.*0.21"):
+        get_peft_model(backbone, tiny.config(bias=bias))
+    assert [(name, type(module)) for name, module in backbone.named_modules()] == before
 
 
 @pytest.mark.parametrize(
@@ -202,17 +217,30 @@ def test_dtype_of_the_adapter_on_a_bfloat16_backbone(tiny, batch, tmp_path, cast
     assert torch.equal(logits(loaded, batch), logits(model, batch))
 
 
-def test_transformers_own_adapter_verbs(model, tiny, batch, tmp_path):
-    """``model.load_adapter(folder)`` and ``add_adapter`` of a plain transformers model, saved and loaded again."""
-    expected = logits(model, batch)
-    model.save_pretrained(tmp_path / "peft")
+def loaded_by_transformers(tiny, model, folder):
+    """A plain transformers model into which ``model``'s adapter was loaded."""
+    model.save_pretrained(folder)
     plain = tiny.backbone()
-    bare = plain(batch.input_ids, attention_mask=batch.attention_mask).logits
-    plain.load_adapter(str(tmp_path / "peft"), adapter_name="mine")
-    assert torch.equal(logits(plain, batch), expected)
+    plain.load_adapter(str(folder), adapter_name="mine")
+    return plain
+
+
+def test_transformers_own_load_adapter(model, tiny, batch, tmp_path):
+    plain = loaded_by_transformers(tiny, model, tmp_path)
+    assert torch.equal(logits(plain, batch), logits(model, batch))
     with moka.routing(plain, **batch.kwargs(*ROUTED[1:3])):  # its own generate does not know these arguments
         new = plain.generate(**batch.kwargs("input_ids", "attention_mask"), max_new_tokens=3)
     assert torch.equal(new, model.generate(**batch.kwargs(*ROUTED), max_new_tokens=3))
+
+
+@pytest.mark.skipif(
+    installed < Version(MIN_PEFT_VERSION), reason=f"transformers' other own verbs need peft {MIN_PEFT_VERSION}"
+)
+def test_transformers_own_adapter_verbs(model, tiny, batch, tmp_path):
+    """On a plain transformers model, which is saved and loaded again."""
+    bare = tiny.backbone()(batch.input_ids, attention_mask=batch.attention_mask).logits
+    plain = loaded_by_transformers(tiny, model, tmp_path / "peft")
+    expected = logits(plain, batch)
     plain.disable_adapters()
     assert torch.equal(logits(plain, batch), bare)
     plain.enable_adapters()

@@ -2,9 +2,12 @@
 
 import warnings
 
+import peft
 import pytest
 import torch
+from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from moka.adapter import MokaLinear
 from moka.errors import MokaError
@@ -87,6 +90,10 @@ def test_one_peft_model_holds_one_kind(tiny, batch, model):
     assert not any(isinstance(m, MokaLinear) for m in other.modules())
 
 
+own_verbs = pytest.mark.skipif(
+    Version(peft.__version__) < Version(MIN_PEFT_VERSION),
+    reason=f"transformers' own verbs need peft {MIN_PEFT_VERSION}",
+)
 LAST = {"target_modules": ["layers.1.mlp.down_proj"]}
 
 
@@ -100,6 +107,7 @@ def nested(tiny, order):
     return plain.eval()
 
 
+@own_verbs
 @pytest.mark.parametrize("order", [("lora", "moka"), ("moka", "lora")], ids="-".join)
 def test_nested_through_transformers(tiny, batch, order):
     plain = nested(tiny, order)
@@ -140,6 +148,7 @@ def test_nested_through_transformers(tiny, batch, order):
     close(logits(plain, batch), bare_logits(tiny.backbone(), batch))
 
 
+@own_verbs
 @pytest.mark.parametrize("order", [("lora", "moka"), ("moka", "lora")], ids="-".join)
 def test_nested_adapters_are_saved_one_by_one(tiny, batch, tmp_path, order):
     plain = nested(tiny, order)

@@ -26,8 +26,9 @@ def adapted_layers(model):
     return {name.removeprefix("base_model.model."): m for name, m in model.named_modules() if isinstance(m, MokaLinear)}
 
 
-DECODER_PATHS = [f"model.language_model.layers.{i}.self_attn.{n}_proj" for i in range(12) for n in "qv"]
-TOWER_PATHS = [f"model.vision_tower.encoder.layers.{i}.self_attn.{n}_proj" for i in range(2) for n in "qv"]
+PATHS = [name for name, _ in tiny_llava().named_modules() if name.endswith((".self_attn.q_proj", ".self_attn.v_proj"))]
+DECODER_PATHS = [name for name in PATHS if ".language_model." in name]
+TOWER_PATHS = [name for name in PATHS if ".vision_tower." in name]
 
 
 @pytest.mark.parametrize(
@@ -45,6 +46,7 @@ TOWER_PATHS = [f"model.vision_tower.encoder.layers.{i}.self_attn.{n}_proj" for i
 @pytest.mark.filterwarnings("ignore:target_modules. the adapter")
 def test_the_layers_that_get_peft_model_adapts(tmp_path, targets, towers, expected):
     """Also after saving and loading, and for a second adapter."""
+    assert (len(DECODER_PATHS), len(TOWER_PATHS)) == (24, 4)
     made = moka.MokaConfig(target_modules=targets, adapt_towers=towers, init_weights=False)
     model = get_peft_model(tiny_llava(), made)
     model.add_adapter("second", moka.MokaConfig(target_modules=targets, adapt_towers=towers))
@@ -62,7 +64,7 @@ def test_the_layers_that_get_peft_model_adapts(tmp_path, targets, towers, expect
 @pytest.mark.filterwarnings("ignore:target_modules. the adapter")
 def test_a_towers_layers_take_its_modality_for_all_of_their_tokens():
     model = get_peft_model(
-        tiny_llava(), moka.MokaConfig(target_modules=["q_proj"], adapt_towers=True, init_weights=False)
+        tiny_llava(), moka.MokaConfig(target_modules=["q_proj", "v_proj"], adapt_towers=True, init_weights=False)
     ).train()
     ids = torch.tensor([[1, 60, 60, 60, 60, 7, 8, 9]])
     labels = ids.where(torch.arange(8) == 7, -100)
