@@ -153,5 +153,6 @@ def _attend(q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor | None) -> torc
 def add_update(result: torch.Tensor, z: torch.Tensor, B: torch.Tensor, scale: float) -> torch.Tensor:
     """Return result + scale * z B^T in the dtype of ``result``. result: [..., out]; z: [tokens, r]; B: [out, r]."""
     if z.dtype == result.dtype:
-        return torch.addmm(result.reshape(-1, result.shape[-1]), z, B.t(), alpha=scale).view(result.shape)
+        # Contiguous: otherwise autograd computes B's gradient in an order that is 5 to 15 times slower on a CPU.
+        return torch.addmm(result.reshape(-1, result.shape[-1]), z, B.t().contiguous(), alpha=scale).view(result.shape)
     return result + (z @ B.t() * scale).view(result.shape).to(result.dtype)
