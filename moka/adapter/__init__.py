@@ -1,4 +1,4 @@
-"""The MokA adapter, on torch and peft alone. Importing it registers ``PeftType.MOKA``."""
+"""The MokA adapter, on torch and peft only. Importing it registers ``PeftType.MOKA``."""
 
 from ._register import register_classes, register_type  # isort: skip
 

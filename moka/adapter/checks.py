@@ -85,7 +85,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         if isinstance(error, pickle.UnpicklingError) and re.search(r"Unsupported|allowed global|GLOBAL", str(error)):
             named = re.search(r"(?:GLOBAL|class|global:?) ([\w.]+\.[\w.]+)", str(error))
             raise MokaError(
-                f"{path} holds code / objects other than tensors{f' ({named[1]})' if named else ''}; it was not executed. "
+                f"{path} has code or objects other than tensors{f' ({named[1]})' if named else ''}; it was not executed. "
                 "Allowed are named tensors only: use a file from a source you trust, best as safetensors."
             ) from error
         raise MokaError(_DAMAGED.format(path, reason[0][:120])) from error
@@ -131,12 +131,14 @@ def check_adapter_folder(folder: str | Path, subfolder: str | None = None) -> Sa
     if weights is None:
         if [file.name for file in path.iterdir()] == [CONFIG_NAME]:
             return None
-        raise MokaError(f"{path} has no {SAFETENSORS_WEIGHTS_NAME}; copy the whole adapter folder, or save it again.")
+        raise MokaError(
+            f"{path} has no {SAFETENSORS_WEIGHTS_NAME}; copy the complete adapter folder, or save it again."
+        )
     shapes = _read_shapes(weights)
     empty = [name for name, shape in shapes.items() if 0 in shape]
     if empty:
         raise MokaError(
-            f"{weights} holds {len(empty)} empty tensors ({some(empty)}): it was saved from a sharded model without "
+            f"{weights} has {len(empty)} empty tensors ({some(empty)}): it was saved from a sharded model without "
             "gathering (ZeRO-3, FSDP). Save through the trainer."
         )
     _check_layout(weights, sorted(shapes), fields["peft_type"])
@@ -239,7 +241,7 @@ def check_finite(tensors: Mapping[str, torch.Tensor], source: str = "The adapter
     damaged = [name for name, tensor in wide if not torch.isfinite(tensor).all()]
     if damaged:
         raise MokaError(
-            f"{source} holds values that are not finite ({some(damaged)}); it is damaged or its training diverged. Take "
+            f"{source} has values that are not finite ({some(damaged)}); it is damaged or its training diverged. Take "
             "an earlier checkpoint."
         )
 

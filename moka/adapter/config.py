@@ -79,7 +79,7 @@ class MokaConfig(PeftConfig):
         default=None,
         metadata={
             "help": "Ids of text tokens around and inside media (begin and end marks, row breaks), which are never part "
-            "of a question, beside those that the model's configuration names."
+            "of a question, in addition to those that the model's configuration names."
         },
     )
     turn_markers: dict[str, list[int]] | None = field(
@@ -128,7 +128,7 @@ class MokaConfig(PeftConfig):
     text_merged: bool = field(
         default=False,
         metadata={
-            "help": "The backbone that this adapter belongs to has the text path folded into its weights already (written by "
+            "help": "The backbone that this adapter belongs to has the text path merged into its weights already (written by "
             "`moka merge`): the layers add what media tokens have beyond it. For inference."
         },
     )
@@ -163,7 +163,7 @@ class MokaConfig(PeftConfig):
             processor: a transformers processor or tokenizer with a chat template.
             fields: other fields; they win.
         Raises:
-            MokaError: no chat template; a template whose turns cannot be told apart.
+            MokaError: no chat template; a template whose turns cannot be distinguished.
         """
         from .targets import structure_ids
         from .turns import turn_markers
@@ -230,7 +230,7 @@ model = PeftModel.from_pretrained(backbone, "path/to/this/folder")
 
 
 def _write_usage(folder: Path) -> None:
-    """Add to the README that peft wrote beside the configuration how to load the adapter, once."""
+    """Add to the README that peft wrote next to the configuration how to load the adapter, once."""
     readme = folder / "README.md"
     if readme.is_file() and "import moka" not in (text := readme.read_text(encoding="utf-8")):
         readme.write_text(text.rstrip() + "\n" + _USAGE, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The routing in force, kept per thread: two threads, or a forward inside another, never see each other's.
+"""The current routing, kept per thread: two threads, or a forward inside another, never see each other's.
 
 A ``threading.local`` and not a ``ContextVar``, which ``torch.compile`` cannot trace: each read of one would break the
 graph of the layer that reads it.
@@ -87,7 +87,7 @@ def active_only(model: RoutedModel) -> frozenset[str] | None:
 
 @contextmanager
 def entered(block: Block) -> Iterator[Block]:
-    """Put ``block`` in force."""
+    """Make ``block`` the innermost one."""
     before, current.block = current.block, block
     try:
         yield block

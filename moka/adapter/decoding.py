@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .ops import compute_dtype
+from .routing import uniform_view
 
 if TYPE_CHECKING:
     from .layer import MokaLinear
@@ -16,13 +17,14 @@ if TYPE_CHECKING:
 def text_update(layer: MokaLinear, result: torch.Tensor, x: torch.Tensor, routing: Routing) -> torch.Tensor:
     """Return ``result`` [..., out] of the base layer plus the text path of all adapters in use, kept from step to step."""
     assert routing.text_steps is not None
-    state = layer._active_adapter, len(layer.merged_adapters)  # peft sets a new list when it switches
     kept = routing.text_steps.get(layer)
-    if kept is None or kept[0] != state:
-        kept = routing.text_steps[layer] = state, _factors(layer, x, routing)
-    if not kept[1]:
+    # An adapter may be switched or merged between two steps; peft sets a new list when it switches.
+    if kept is None or kept[0] is not layer._active_adapter or kept[1] != len(layer.merged_adapters):
+        factors = _factors(layer, x, routing)
+        kept = routing.text_steps[layer] = layer._active_adapter, len(layer.merged_adapters), factors
+    if not kept[2]:
         return result
-    A, B = kept[1]  # [in, r], [r, out]
+    A, B = kept[2]  # [in, r], [r, out]
     z = x.reshape(-1, x.shape[-1]).to(A.dtype) @ A
     if result.dtype == A.dtype:
         return torch.addmm(result.view(-1, result.shape[-1]), z, B).view(result.shape)
@@ -33,9 +35,9 @@ def _factors(layer: MokaLinear, x: torch.Tensor, routing: Routing) -> tuple[torc
     """Return A^T [in, r] and B^T [r, out] of all adapters in use side by side; nothing if none has anything to add."""
     A, B = [], []
     for name in layer.adapters_in_use():
-        view = routing.views[name]
+        disabled = uniform_view(layer.moka_config[name], only=routing.only).disabled
         # s, 0, or -s: what a text token gets beyond what the base weight contains.
-        factor = ((not view.disabled) - layer.is_merged(name)) * layer.moka_scaling[name]
+        factor = ((not disabled) - layer.is_merged(name)) * layer.moka_scaling[name]
         if factor:
             row = layer.moka_config[name].text_row
             A.append(layer.moka_A[name]()[row].detach() * factor)  # [r, in]

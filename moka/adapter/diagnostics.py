@@ -1,6 +1,6 @@
 """A look inside the adapter: partial-modality inference, the maps of the interaction, and norms by modality.
 
-All run as context managers or single forwards of their own; no hook and no state stays behind.
+All run as context managers or single forwards of their own; no hook and no state remains.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from .wrapping import routed_models
 def active_modalities(model: nn.Module, modalities: Collection[str]) -> Iterator[None]:
     """Partial-modality inference (arXiv 2506.05191, figure 1): only these modalities' tokens go through the adapter.
 
-    The tokens of the others are computed by the backbone alone, and take no part in the interaction. An empty list is
+    The tokens of the others are computed only by the backbone, and take no part in the interaction. An empty list is
     the backbone.
 
     Args:
-        model: an adapted model, merged or not, or any module that holds one.
+        model: an adapted model, merged or not, or any module that contains one.
         modalities: names from ``MokaConfig.modalities``.
     Raises:
         MokaError: no adapter in ``model``; a name that no adapter knows.
@@ -52,7 +52,7 @@ def active_modalities(model: nn.Module, modalities: Collection[str]) -> Iterator
 
 @dataclass(frozen=True)
 class InteractionMap:
-    """What the non-text tokens of a batch read from the question in one layer (with ``reversed``, the text tokens)."""
+    """Attention of the non-text tokens of a batch: what they read from the question in one layer (with ``reversed``, the text tokens)."""
 
     weights: torch.Tensor  # [batch, queries, keys] softmax over the keys, float32; 0 where there is no pair
     query_index: torch.Tensor  # [batch, queries] positions in the row
@@ -219,5 +219,5 @@ def _attention_weights(z: torch.Tensor, attention: Attention, config: MokaConfig
 def _layers(model: nn.Module) -> list[tuple[str, MokaLinear]]:
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, MokaLinear)]
     if not layers:
-        raise MokaError(f"{type(model).__name__} holds no MokA adapter; attach one with get_peft_model.")
+        raise MokaError(f"{type(model).__name__} has no MokA adapter; attach one with get_peft_model.")
     return layers

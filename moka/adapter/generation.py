@@ -1,4 +1,4 @@
-"""The ids of a prompt, kept in force for all steps of ``generate``: position in the sequence decides."""
+"""The ids of a prompt, kept for all steps of ``generate``: position in the sequence decides."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ from .inputs import (
     tokens_of,
     two_dimensional,
 )
+from .routing import modality_rows
 from .wrapping import RoutedModel, embedded_ids, expands_inside
 
 
 class RoutedGenerate:
-    """A module's ``generate``, with the ids of the prompt in force for all of its steps.
+    """A module's ``generate``, with the ids of the prompt kept for all of its steps.
 
     An instance attribute, as transformers offers no hook around ``generate``; one that was there before is called.
     """
@@ -93,22 +94,22 @@ def _ids_of_prompt(model: RoutedModel, depth: int, arguments: dict) -> GivenIds 
     valid = None if valid is None else valid != 0
     ids = arguments.get("input_ids")
     ids = read(embedded_ids(model, tokens) if ids is None else ids)
+    if own.types is not None:
+        for config in model.configs().values():
+            modality_rows(config, own.types)  # before the model meets an id that is nobody's
     cached = cache_length(cache_of(arguments))
-    block_types = outside.types if own.types is None else None
-    if block_types is not None and (
-        block_types.shape == shape or expands_inside(model, depth) or (cached and block_types.shape[1] < seq)
-    ):
-        # The ids of a block may be those of the expanded prompt, which a model makes of these tokens only later, or of the
-        # first tokens in the cache, if what was decoded after them is given again (to an assistant model).
-        valid = valid if valid is not None and valid.shape == block_types.shape else outside.valid
-        groups = outside.groups if own.groups is None else own.groups
-        question = outside.question if own.question is None else own.question
-        if block_types.shape == shape:
-            check_shape("interaction_ids", groups if groups is not None else block_types, shape)
-        else:
-            ids = None
-        return GivenIds(block_types, groups, question, valid, ids, start=0, device=outside.device)
-    # As transformers tells them apart: a mask longer than the tokens means that these are only the new ones.
+    given = own if own.types is not None else outside
+    types = given.types
+    # An assistant model gets the ids of the prompt with the prompt and what was decoded after it.
+    drafts = getattr(arguments.get("generation_config"), "is_assistant", False) or (cached and given is outside)
+    expands = given is outside and expands_inside(model, depth)  # makes more tokens of these later
+    if types is not None and types.shape != shape and (expands or (drafts and types.shape[1] < seq)):
+        valid = outside.valid if expands or valid is None else valid[:, : types.shape[1]]
+        groups, question = (
+            b if a is None else a for a, b in ((own.groups, outside.groups), (own.question, outside.question))
+        )
+        return GivenIds(types, groups, question, valid, start=0, device=given.device)
+    # As transformers distinguishes them: a mask longer than the tokens means that these are only the new ones.
     start = valid.shape[1] - seq if cached and valid is not None else 0
     arrays = {}
     named = zip(ROUTING_ARGUMENTS, ("types", "groups", "question"), strict=True)
@@ -120,5 +121,5 @@ def _ids_of_prompt(model: RoutedModel, depth: int, arguments: dict) -> GivenIds 
         arrays[name] = array
     if arrays["types"] is None and ids is None:
         return None
-    valid = None if valid is None else valid[:, start : start + seq]
+    valid = outside.valid if valid is None else valid[:, start : start + seq]
     return GivenIds(**arrays, valid=valid, tokens=ids, start=start, cached=0 if start else cached, device=tokens.device)

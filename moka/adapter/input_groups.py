@@ -54,7 +54,7 @@ class SharedInput:
 
 
 def _state(x: torch.Tensor) -> tuple:
-    """Return what must not have changed, beside the tensor itself."""
+    """Return what must not have changed, in addition to the tensor itself."""
     version = None if x.is_inference() else x._version  # counts what is written to it
     return version, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
@@ -73,21 +73,22 @@ def set_groups(model: nn.Module, kind: type) -> None:
 def partners(layer: MokaLinear, name: str) -> list[MokaLinear]:
     """Return the layers to compute for when ``layer`` is called: itself, and those of its group with the same settings.
 
-    A layer that has hooks or holds a part of its weights (an FSDP unit of its own) has them complete only in its own call.
+    A layer that has hooks or has only a part of its weights (an FSDP unit of its own) has them complete only in its own call.
     """
-    own = _group_key(layer, name)
+    own = _group_key(layer, name) if layer.moka_group else None
     if own is None:
         return [layer]
     return [layer, *(o for o in layer.moka_group if o is not layer and _group_key(o, name) == own)]
 
 
 def _group_key(layer: MokaLinear, name: str) -> tuple | None:
-    if name not in layer.moka_A or layer._disable_adapters or name not in layer.adapters_in_use():
+    if name not in layer.moka_config or layer._forward_pre_hooks or layer._forward_hooks:
         return None
     A = layer.moka_A[name].local()
-    if is_sharded(A) or layer._forward_pre_hooks or layer._forward_hooks:
+    if is_sharded(A):
         return None
-    return A.shape, A.dtype, A.device, layer.moka_scaling[name], layer.dropout_rate(name), layer.is_merged(name)
+    state = layer._disable_adapters, layer.active_adapter, layer.merged_adapters
+    return *state, A.shape, A.dtype, A.device, layer.moka_scaling[name], layer.dropout_rate(name)
 
 
 def is_sharded(parameter: torch.Tensor) -> bool:

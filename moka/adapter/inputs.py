@@ -96,6 +96,10 @@ def given_ids(arguments: Mapping[str, Any]) -> GivenIds:
     for name in ROUTING_ARGUMENTS:
         check_kind(name, arguments.get(name))
     types, groups, question = (arguments.get(name) for name in ROUTING_ARGUMENTS)
+    if groups is not None and question is not None:
+        raise MokaError(
+            "interaction_ids and question_mask: both are given; question_mask is a shorthand, give one of them."
+        )
     device = next((ids.device for ids in (types, groups, question) if ids is not None), None)
     return GivenIds(read(types), read(groups), read(question), device=device)
 
@@ -148,21 +152,15 @@ def ids_of_call(arguments: Mapping[str, Any], outside: GivenIds | None, interact
             )
         return None
     device = own.device if tokens is None else tokens.device
-    if (
-        offset
-        and types is not None
-        and groups is not None
-        and types.shape == groups.shape == (shape[0], sum((offset, shape[1])))
-    ):
+    everything = shape[0], offset + shape[1]  # with the cached tokens
+    if offset and types is not None and groups is not None and types.shape == groups.shape == everything:
         return Span(GivenIds(types, groups, device=device), shape, offset)
+    if offset and types is not None and own.types is None and types.shape[1] <= offset:
+        # The ids of a block end before these tokens: decoded text, which takes no part.
+        return Span(GivenIds(tokens=np.full(shape, -1), device=device), shape)
     aligned = [
-        None if array is None else _align(name, array, shape, offset, ends_before=not given)
-        for name, array, given in zip(
-            (*ROUTING_ARGUMENTS, "attention_mask"),
-            (types, groups, question, mask),
-            (own.types is not None, False, False, True),
-            strict=True,
-        )
+        None if array is None else _align(name, array, shape, offset)
+        for name, array in zip((*ROUTING_ARGUMENTS, "attention_mask"), (types, groups, question, mask), strict=True)
     ]
     valid = None if aligned[3] is None else aligned[3] != 0
     found = GivenIds(aligned[0], aligned[1], aligned[2], valid, ids, device=device)
@@ -227,10 +225,10 @@ def check_length(name: str, length: int, given: int) -> None:
         )
 
 
-def _align(name: str, ids: np.ndarray, shape: tuple[int, int], offset: int, ends_before: bool) -> np.ndarray:
+def _align(name: str, ids: np.ndarray, shape: tuple[int, int], offset: int) -> np.ndarray:
     """Cut [batch, *] ids to the tokens of this forward: they cover these, or these and the cached ones.
 
-    ends_before: they may also end before these tokens, which are decoded text then.
+    Those of the question may also end before these tokens, which are decoded text then.
     """
     batch, seq = shape
     if ids.ndim == 2 and offset and len(ids) and batch % len(ids) == 0:
@@ -238,11 +236,11 @@ def _align(name: str, ids: np.ndarray, shape: tuple[int, int], offset: int, ends
     if ids.shape == shape:
         return ids
     if ids.ndim == 2 and len(ids) == batch:
-        length, mask = ids.shape[1], name == "attention_mask"
+        length, mask, question = ids.shape[1], name == "attention_mask", name in ROUTING_ARGUMENTS[1:]
         if length == offset + seq or (mask and length > offset + seq):
             return ids[:, offset : offset + seq]  # a static cache's mask may be longer than the sequence so far
-        if offset and length <= offset and ends_before:
-            return np.zeros(shape, np.int64)  # decoded tokens are text
+        if offset and length <= offset and question:
+            return np.zeros(shape, np.int64)
     cached = f" or, with the {offset} cached tokens, [{batch}, {offset + seq}]" if offset else ""
     raise MokaError(f"{name} is {list(ids.shape)}, but the tokens are [{batch}, {seq}]{cached}; the shapes must agree.")
 
@@ -316,18 +314,25 @@ def _derived_groups(
     if config.structure_token_ids and ids.tokens is not None:
         keys &= ~np.isin(ids.tokens, config.structure_token_ids)
     samples = ids.segments if ids.segments is not None else segments(is_text.shape, valid)
-    groups = np.zeros(is_text.shape, np.int64)
+    groups, open_rows = np.zeros(is_text.shape, np.int64), media.any(1)
     if config.turn_markers and ids.tokens is not None:
         groups, matched = question_groups(ids.tokens, media, keys, samples, config.turn_markers)
-        if not matched:
+        if not matched[open_rows].any():
             model.warn_once("markers", no_marker_matched(ids.tokens, config.turn_markers))
-    open_rows = (media & (groups == 0)).any(1)  # no turn was found for their media
+        if (media & (groups == 0))[matched].any():
+            model.warn_once("turnless", _NO_TURN)
+        open_rows &= ~matched
     if not open_rows.any():
         return groups
     if ids.labels is not None:
         others, supervised = groups_from_labels(ids.labels, media, keys, samples)
-        if training and (supervised & open_rows).any():
-            raise MokaError(_no_question("the labels supervise all of its text", int(np.flatnonzero(supervised)[0])))
+        if (supervised & open_rows).any():
+            reason = _no_question(
+                "the labels supervise all of its text", int(np.flatnonzero(supervised & open_rows)[0])
+            )
+            if training:
+                raise MokaError(reason)
+            model.warn_once("supervised", reason)
     elif training:
         raise MokaError(_no_question("there are no labels", int(np.flatnonzero(open_rows)[0])))
     else:
@@ -343,6 +348,12 @@ _ONE_QUESTION = (
 )
 
 
+_NO_TURN = (
+    "turn_markers: some media are in no user's turn, such as an image that an answer follows before any question. They have no "
+    "question to interact with; pass interaction_ids to give them one."
+)
+
+
 def _no_question(reason: str, row: int) -> str:
     return (
         f"Row {row} has media tokens whose question cannot be found: {reason}, and no turn markers match. Either build the "
@@ -354,7 +365,7 @@ def _no_question(reason: str, row: int) -> str:
 def _refuse_split_groups(config: MokaConfig, rows: np.ndarray, groups: np.ndarray, begin: int, seq: int) -> None:
     """Refuse a chunk of a prompt whose media have their question in another chunk: they would silently lose it.
 
-    rows, groups: [batch, length] of the whole prompt; the chunk is the ``seq`` positions from ``begin``.
+    rows, groups: [batch, length] of the complete prompt; the chunk is the ``seq`` positions from ``begin``.
     """
     length = rows.shape[1]
     if length <= seq or begin >= length:

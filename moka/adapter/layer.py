@@ -59,7 +59,7 @@ class StackedWeight(nn.Module):
 
         Not by its name: DeepSpeed takes a read outside of this module's call for a use, and then gathers it there only.
         """
-        return next(self.parameters())
+        return next(iter(self._parameters.values()))  # type: ignore[return-value]
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         # torch's own place for older layouts: in format 1 the tensor had the name of this module.
@@ -135,13 +135,13 @@ class MokaLinear(nn.Module, BaseTunerLayer):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """x: [batch, seq, in] (or [batch * seq, in]) -> [..., out], in the dtype of the base layer's result."""
-        if self._disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
         call = running_call(self.moka_model)
         routing = None if call is None else call.routing
+        if self._disable_adapters and self.merged:
+            self.unmerge()
         result = self.base_layer(x, *args, **kwargs)
+        if self._disable_adapters:
+            return result
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
         if routing is not None and routing.text_steps is not None and not self.moka_tower:
@@ -310,7 +310,7 @@ class MokaLinear(nn.Module, BaseTunerLayer):
             return []
         base.state_dict()  # bitsandbytes' inference on a CPU packs 4-bit weights in another order; this restores it
         wanted = self._base_weight().float() + delta.to(base.weight.device)
-        state = getattr(base, "state", None)  # bitsandbytes keeps the 8-bit scales beside the weight
+        state = getattr(base, "state", None)  # bitsandbytes keeps the 8-bit scales next to the weight
         self.moka_unmerged[name] = base.weight, {} if state is None else {"state": copy.copy(state)}
         dtype = getattr(base, "compute_dtype", None) or torch.float32
         self.quantization_backend.set_base_weight(self, wanted.to(dtype))

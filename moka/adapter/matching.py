@@ -42,7 +42,7 @@ def match_names(expected: Shapes, given: Shapes) -> dict[str, str]:
     extra = sorted(names[name] for name in names.keys() - pairs.keys() if ".moka_" in name)
     if extra:
         raise MokaError(
-            f"The adapter holds {len(extra)} tensors that this model has no place for ({some(extra)}). {_OTHER_MODEL}"
+            f"The adapter has {len(extra)} tensors that this model has no place for ({some(extra)}). {_OTHER_MODEL}"
         )
     matched = {names[name]: places[pairs[name]] if name in pairs else names[name] for name in names}
     for name, place in matched.items():

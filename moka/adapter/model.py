@@ -157,7 +157,7 @@ class MokaModel(BaseTuner):
         found = named_modules(model)
         return {name: module for name, module in found if self._check_target_module_exists(config, name)}
 
-    # An instance method where peft has a static one: names mean the decoder, which the model tells.
+    # An instance method where peft has a static one: names mean the decoder of this model.
     def _check_target_module_exists(self, config: MokaConfig, key: str):  # type: ignore[override]
         return key in self._saved_layers if self._saved_layers else matches(config, key, self._scope, self._given)
 
@@ -263,7 +263,7 @@ class MokaModel(BaseTuner):
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(child, AuxiliaryTrainingWrapper) and not hasattr(new_module, "weight"):
-            # peft would look for a weight in what modules_to_save unwraps, which a whole encoder does not have.
+            # peft would look for a weight in what modules_to_save unwraps, which a complete encoder does not have.
             setattr(parent, child_name, new_module)
             return
         super()._replace_module(parent, child_name, new_module, child)
@@ -301,8 +301,8 @@ class MokaModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        # The one place where peft (0.21 and newer) tells which adapter is about to be loaded: all of it must be there.
-        # It gives a name to tensors without one, after which those of others could not be told apart.
+        # The one place where peft (0.21 and newer) says which adapter is about to be loaded: all of it must be there.
+        # It gives a name to tensors without one, after which those of others could not be distinguished.
         state_dict = {name: state_dict[name] for name in without_others(state_dict)}
         remapped = super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
@@ -330,13 +330,28 @@ def _base(module: nn.Module) -> nn.Module:
 
 
 def prepare_config(config: MokaConfig, model: nn.Module) -> None:
-    """Fill in what the model tells, and refuse what cannot work with it.
+    """Fill in what depends on the model, and refuse what cannot work with it.
 
     Raises:
         MokaError: names the field and the remedy.
     """
+    own = placeholder_ids(model, config)
+    # No field: a configuration that was completed for one model must not be taken for another that differs.
+    completed = config.__dict__.setdefault("completed", {})
     if config.modality_token_ids is None:
-        config.modality_token_ids = placeholder_ids(model, config)
+        config.modality_token_ids = completed["modality_token_ids"] = own
+    elif completed.get("modality_token_ids", own) != own:
+        raise MokaError(
+            f"modality_token_ids: this configuration was completed for another model ({completed['modality_token_ids']}), and "
+            f"those of {type(model).__name__} are {own}. Give each model a configuration of its own (copy.deepcopy before use)."
+        )
+    for name, ids in config.modality_token_ids.items():
+        if name in own and not set(ids) & set(own[name]):
+            warnings.warn(
+                f"modality_token_ids: {name!r} has {list(ids)}, and the placeholder tokens of {type(model).__name__} are "
+                f"{own[name]}: its media would be routed as text. Leave the field out for the model's own.",
+                stacklevel=2,
+            )
     placeholders = {i for ids in config.modality_token_ids.values() for i in ids}
     structure = {*(config.structure_token_ids or ()), *structure_ids(model, placeholders)}
     config.structure_token_ids = sorted(structure - placeholders)

@@ -97,7 +97,7 @@ class View:
 
 @dataclass(frozen=True)
 class Routing:
-    """What the layers need to know about the tokens of one forward."""
+    """Modalities and interaction of the tokens of one forward, for all layers."""
 
     shape: tuple[int, int]  # batch, seq
     views: dict[str, View]  # by adapter name

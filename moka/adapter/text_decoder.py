@@ -60,8 +60,8 @@ def coverage(model: nn.Module, names: Iterable[str]) -> float:
     Base weights of two or more dimensions, experts included; only shapes are read.
     """
     blocks, wanted = decoder_blocks(model)[1], {id(model.get_submodule(name)) for name in names}
-    held = sum(count_weights(m) for _, m in named_modules(blocks) if id(m) in wanted)
-    return held / max(count_weights(blocks), 1)
+    adapted = sum(count_weights(m) for _, m in named_modules(blocks) if id(m) in wanted)
+    return adapted / max(count_weights(blocks), 1)
 
 
 def named_modules(root: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -82,7 +82,7 @@ def owners_of(model: nn.Module) -> list[PreTrainedModel]:
 
 
 def _towers(decoder: Any) -> list[nn.Module]:
-    """Return whole models within the decoder that do not embed its text, such as encoders on its embeddings."""
+    """Return complete models within the decoder that do not embed its text, such as encoders on its embeddings."""
     try:
         words = decoder.get_input_embeddings()
     except (NotImplementedError, AttributeError):

@@ -24,6 +24,7 @@ _PLAIN = ["742 of 9", "stone quay", "Où été"]
 _MERGING = ["\n\nlime\n\n", "\nfig\n", "  pine  ", '"oak?', " elm: "]
 _CHECKED = [  # user, assistant, user, assistant, user
     ["Who is here", "Nobody now", "Where then", "Far away", "Since when"],
+    ["Is it so? ", " Yes ", " Then why? ", " A guess. ", "Good. "],
     ["Time: 5:30 [or 6], yes?", "\n\nNone (x): 7.", "\nlist:\n- b\n\n- c\n", '"So," it said\n', "  d / e. "],
 ]
 _REMEDY = "Set processor.chat_template, pass turn_markers by hand, or give labels or interaction_ids with the inputs."
@@ -47,12 +48,18 @@ def turn_markers(processor: Any) -> dict[str, Ids]:
     tokenizer, name = getattr(processor, "tokenizer", processor), type(processor).__name__
     render = _renderer(processor, tokenizer)
     markers = _derive(render, tokenizer, _PLAIN)
-    # A medium beside the template's text divides it otherwise: "\n\n" before a word may be two tokens, else one.
+    # A medium next to the template's text divides it otherwise: "\n\n" before a word may be two tokens, else one.
     medium = getattr(processor, "image_token", None) or tokenizer.pad_token or tokenizer.unk_token or ""
     for key, marker in _derive(render, tokenizer, [*_PLAIN, *_MERGING, f"{medium}ash{medium}"]).items():
         # If a token of its own ends the user's turn, no other form of what follows it is needed.
-        if marker not in markers.values() and key not in (["end", "assistant"] if "end" in markers else []):
+        needed = marker not in markers.values() and key not in (["end", "assistant"] if "end" in markers else [])
+        if needed and not (len(marker) == 1 and tokenizer.decode(marker).strip().isalnum()):  # a word of contents
             markers[f"{key}_merged"] = marker
+    if "end" not in markers:
+        # A space at the end of a question may merge with what follows it.
+        spaced = [[f"{text} " for text in texts] for texts in (_PLAIN, _BASE)]
+        markers["assistant_spaced"] = _derive(render, tokenizer, *spaced).get("assistant", [])
+        markers = {key: marker for key, marker in markers.items() if marker}
     for texts, system in product(_CHECKED, (None, "Be kind 2")):
         try:
             ids = np.array([render(texts, True, system)])
@@ -100,11 +107,13 @@ def _renderer(processor: Any, tokenizer: Any) -> Callable[..., Ids]:
     return render
 
 
-def _derive(render: Callable[..., Ids], tokenizer: Any, variants: list[str]) -> dict[str, Ids]:
+def _derive(
+    render: Callable[..., Ids], tokenizer: Any, variants: list[str], contents: list[str] = _BASE
+) -> dict[str, Ids]:
     """Find the markers: the runs of ids that stay the same whichever of ``variants`` is the content of a turn."""
 
     def around(texts: list[str], prompt: bool) -> list[Ids]:
-        """Return the ids before the first content, between each two, and behind the last."""
+        """Return the ids before the first content, between each two, and after the last."""
         base, edges = render(texts, prompt), [0]
         for i in range(len(texts)):
             others = [render([*texts[:i], v, *texts[i + 1 :]], prompt) for v in variants]
@@ -112,15 +121,15 @@ def _derive(render: Callable[..., Ids], tokenizer: Any, variants: list[str]) -> 
             edges.append(len(base) - len(_common(*(ids[::-1] for ids in [base, *others]))))
         return [base[start:stop] for start, stop in zip(edges[::2], [*edges[1::2], len(base)], strict=True)]
 
-    before, to_answer, to_user, to_last, _ = around(_BASE, False)
-    _, prompt = around(_BASE[:1], True)
+    before, to_answer, to_user, to_last, _ = around(contents, False)
+    _, prompt = around(contents[:1], True)
     special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     end = to_answer[:1] if to_answer[:1] == to_user[:1] and special.issuperset(to_answer[:1]) else []
     # A bos token that is also in front of answers opens every turn, as <|im_start|> does.
     closing = {*end, tokenizer.eos_token_id, tokenizer.bos_token_id} - ({tokenizer.bos_token_id} & {*to_answer})
 
     def opening(run: Ids) -> Ids:
-        """Drop the end of the turn before, and white space behind it: a first turn has neither."""
+        """Drop the end of the turn before, and white space after it: a first turn has neither."""
         words = [i for i, token in enumerate(run) if token not in closing and tokenizer.decode([token]).strip()]
         return run[words[0] :] if words else []
 
@@ -155,7 +164,7 @@ def segments(
         shape: batch, seq.
         valid: bool, False at padding.
         position_ids: [batch or 1, seq], or M-RoPE's [3 or 4, batch or 1, seq], of which the first plane counts. A
-            sample begins where they restart at 0 behind another valid token.
+            sample begins where they restart at 0 after another valid token.
         cu_seq_lens: [samples + 1] cumulative lengths, from 0, of a batch of one row; goes before ``position_ids``.
     """
     if cu_seq_lens is not None:
@@ -178,11 +187,12 @@ def segments(
 
 def question_groups(
     ids: np.ndarray, media: np.ndarray, keys_allowed: np.ndarray, segments: np.ndarray, markers: dict[str, Ids]
-) -> tuple[np.ndarray, bool]:
-    """Group tokens by user turn, found by its markers. Returns int64 groups, and whether any user turn was found.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Group tokens by user turn, found by its markers. Returns int64 groups, and bool [batch]: rows with any marker.
 
-    A user turn reaches from a user marker to the next marker of any kind, or the end of its segment. Media outside of
-    user turns belong to the turn before them; those of a system turn, before any answer, to the first user turn.
+    A user turn reaches from a user marker to the next marker of any kind, or the end of its segment; user turns with no
+    answer between them are one. Media outside of user turns belong to the turn before them; those of a system turn,
+    before any answer, to the first user turn.
 
     Args:
         ids: int token ids.
@@ -203,17 +213,22 @@ def question_groups(
         starts[key.split("_")[0]][:, :count] |= match
         for offset in range(len(marker)):
             taken[:, offset : offset + count] |= match
-    _, *bounds = _bounds(segments)
+    begins, *bounds = _bounds(segments)
     opened, next_opened = _nearest(starts["user"], *bounds)
     answered, next_answered = _nearest(starts["assistant"], *bounds)
     ended, _ = _nearest(starts["end"], *bounds)
-    turn = np.cumsum(starts["user"], axis=1)
+    opened_before = np.where(begins, -1, np.roll(opened, 1, axis=1))
+    # Only if one end, that of the turn before, is between two user turns, no answer was: the opening of an answer may be
+    # hidden, if it merged with its text.
+    ends = np.cumsum(starts["end"], axis=1)
+    answers = (answered > opened_before) | (ends - np.take_along_axis(ends, opened_before.clip(0), 1) != 1)
+    turn = np.cumsum(starts["user"] & ((opened_before < 0) | answers), axis=1)
     # An answer before the first question must not depend on it.
     of_system = (next_opened >= 0) & (answered < 0) & ((next_answered < 0) | (next_answered > next_opened))
     of_medium = np.where(opened >= 0, turn, np.where(of_system, turn + 1, 0))
     is_key = keys_allowed & (opened > np.maximum(answered, ended)) & ~taken
     groups = np.where(media & (segments >= 0), of_medium, np.where(is_key, turn, 0))
-    return groups, bool(starts["user"].any())
+    return groups, np.logical_or.reduce(list(starts.values())).any(axis=1)
 
 
 def groups_from_labels(
@@ -222,7 +237,7 @@ def groups_from_labels(
     """Group tokens in training without markers: a turn ends with a supervised span; its keys are what is before it.
 
     Only unsupervised text separates spans: media and their structure tokens within an answer belong to its turn. Text
-    behind the last span takes no part. Returns int64 groups, and bool [batch]: rows with media in which some segment's
+    after the last span takes no part. Returns int64 groups, and bool [batch]: rows with media in which some segment's
     supervised text has no allowed text before it, because everything is supervised.
     """
     answer = (labels != -100) & ~media & (segments >= 0)
@@ -233,8 +248,8 @@ def groups_from_labels(
     question_next = (next_question >= 0) & ((next_answer < 0) | (next_question < next_answer))
     begins[:, 1:] |= answer[:, :-1] & question_next[:, 1:]
     turn = np.cumsum(begins, axis=1)
-    behind = (last_answer >= 0) & (next_answer < 0)
-    groups = np.where((media & (segments >= 0)) | (question & ~behind), turn, 0)
+    after = (last_answer >= 0) & (next_answer < 0)
+    groups = np.where((media & (segments >= 0)) | (question & ~after), turn, 0)
     last_medium, next_medium = _nearest(media & (segments >= 0), *bounds)
     unasked = answer & (last_question < 0) & ((last_medium >= 0) | (next_medium >= 0))
     return groups, unasked.any(axis=1)
@@ -255,7 +270,7 @@ def _bounds(segments: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _nearest(mask: np.ndarray, first: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the positions of the nearest True at or before, and at or behind each token; -1 if its segment has none."""
+    """Return the positions of the nearest True at or before, and at or after each token; -1 if its segment has none."""
     position = np.arange(mask.shape[1], dtype=np.int32)
     before = np.maximum.accumulate(np.where(mask, position, -1), axis=1)
     after = np.minimum.accumulate(np.where(mask, position, position.size)[:, ::-1], axis=1)[:, ::-1]
@@ -265,7 +280,7 @@ def _nearest(mask: np.ndarray, first: np.ndarray, last: np.ndarray) -> tuple[np.
 def no_marker_matched(ids: np.ndarray, markers: dict[str, Ids]) -> str:
     """Write the warning that no user turn was found in ``ids``."""
     row = np.asarray(ids)[0]
-    begin = max(0, int((row != row[0]).argmax()) - 1)  # behind padding on the left
+    begin = max(0, int((row != row[0]).argmax()) - 1)  # after padding on the left
     return (
         f"turn_markers: {markers} match nothing in the input ids, of which one row begins with "
         f"{row[begin : begin + 24].tolist()}: its media have no question to interact with. Derive the markers "

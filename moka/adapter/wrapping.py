@@ -1,7 +1,7 @@
 """Hooks around the calls of an adapted model, which build the routing of each forward.
 
 A peft adapter sees one tensor, ``x``; MokA must also know which token is of which modality. So a hook before each call of
-the adapted model takes the routing arguments, builds the routing, and puts it in force until the hook after the call:
+the adapted model takes the routing arguments, builds the routing, and keeps it until the hook after the call:
 
     model(mm_token_type_ids=..., interaction_ids=... | question_mask=..., attention_mask=...)
         -> Routing, built once -> read by every layer while the forward runs
@@ -53,7 +53,7 @@ _NO_ROUTING = (
 
 
 class RoutedModel:
-    """The model that holds adapters, its adapted layers, and the hooks on it. Shared by all of them."""
+    """The model that has adapters, its adapted layers, and the hooks on it. Shared by all of them."""
 
     def __init__(self, root: nn.Module) -> None:
         self.root = root
@@ -205,7 +205,7 @@ class CallHook:
         self.foreign = tuple(name for name in ROUTING_ARGUMENTS if name not in {p.name for p in parameters})
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """Put the routing of this call in force, if no call around it has."""
+        """Begin a call with a routing of its own, if no call around it has."""
         call = running_call(self.model)
         compiling = torch.compiler.is_compiling()
         inside = call is not None and call.routing is not None and call.hook.depth < self.depth
@@ -260,20 +260,22 @@ class CallHook:
 
     def _routing(self, arguments: dict) -> Routing | None:
         model, root = self.model, self.model.root
+        block, tokens, only = ids_block(model), tokens_of(arguments), active_only(model)
+        outside = None if block is None else block.ids
+        decodes = block is not None and tokens is not None and _decodes(block, cache_of(arguments))
+        if decodes and block is not None and tokens is not None and not (torch.is_grad_enabled() or root.training):
+            # A layer needs no more: its text path of the adapters that it uses.
+            return Routing(
+                (tokens.shape[0], tokens.shape[1]), {}, tokens.device, only=only, text_steps=block.text_steps
+            )
         configs = model.configs()
         if not configs:
             return None
         if not root.training:
             model.check(configs)
-        block, tokens = ids_block(model), tokens_of(arguments)
-        outside = None if block is None else block.ids
-        if block is not None and tokens is not None and _decodes(block, cache_of(arguments)):
-            only = active_only(model)
+        if decodes and tokens is not None:
             views = {name: uniform_view(config, only=only) for name, config in configs.items()}
-            steps = None
-            if not (torch.is_grad_enabled() or root.training or torch.compiler.is_compiling()):
-                steps = block.text_steps
-            return Routing((tokens.shape[0], tokens.shape[1]), views, tokens.device, text_steps=steps)
+            return Routing((tokens.shape[0], tokens.shape[1]), views, tokens.device, only=only)
         if self._is_left_to_inner(arguments, outside):
             return None
         if tokens is not None and arguments.get("input_ids") is None:
@@ -291,7 +293,7 @@ class CallHook:
         return model.build(configs, span, training, arguments.get("logits_to_keep"))
 
     def _is_left_to_inner(self, arguments: dict, outside: GivenIds | None) -> bool:
-        """Return whether ids of the expanded prompt are in force, and these tokens are not expanded yet."""
+        """Return whether ids of the expanded prompt are given, and these tokens are not expanded yet."""
         tokens = arguments.get("input_ids")
         if outside is None or outside.types is None or tokens is None or arguments.get("mm_token_type_ids") is not None:
             return False

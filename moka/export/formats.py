@@ -167,8 +167,8 @@ class Source:
             transposed = isinstance(layer.get_base_layer(), Conv1D)
             if isinstance(layer, MokaLinear):
                 row = list(self.config.modalities).index(self.modality)
-                A = layer.moka_A["default"].weight[row]
-                B = layer.moka_B["default"].weight if self.config.share_b else layer.moka_B["default"].weight[row]
+                A, B = layer.moka_A["default"]()[row], layer.moka_B["default"]()
+                B = B if self.config.share_b else B[row]
                 r, alpha, scale = layer.moka_r, layer.moka_alpha, layer.moka_scaling
             elif "default" in getattr(layer, "lora_A", {}):
                 A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight

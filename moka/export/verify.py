@@ -239,6 +239,7 @@ def _embedded_logits(source: Source, model: Any, probe: Probe, modality: str | N
     extra = {}
     if modality is not None:
         extra["mm_token_type_ids"] = torch.full_like(mask, source.config.modalities[modality][0])
+        extra["interaction_ids"] = torch.zeros_like(mask)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     outputs = model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, **extra)
     return outputs.logits[probe.valid].float()

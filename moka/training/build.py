@@ -15,7 +15,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoConfig, AutoTokenizer, TrainingArguments
 
 from moka.adapter import MokaConfig
-from moka.adapter.config import DEFAULT_MODALITIES, DEFAULT_TARGETS, TEXT
+from moka.adapter.config import DEFAULT_MODALITIES, TEXT
+from moka.adapter.targets import fill_targets
 from moka.adapter.text_decoder import coverage
 from moka.data import resolve_backbone
 from moka.errors import MokaError
@@ -110,9 +111,8 @@ def attach_adapter(model: MokaForConditionalGeneration, section: AdapterSection)
     """Freeze the model, add the adapter of ``section.method``, keep projectors and trainable encoders training."""
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", message=r"target_modules: the adapter .* covers"
-            )  # `moka train` prints it
+            # `moka train` prints the coverage itself.
+            warnings.filterwarnings("ignore", message=r"target_modules: the adapter .* covers")
             adapted = get_peft_model(model, _adapter_config(model, section))
     except ValueError as error:  # peft's own, and ours
         raise MokaError(f"adapter: {' '.join(str(error).split())}") from error
@@ -129,7 +129,7 @@ def _adapter_config(model: MokaForConditionalGeneration, section: AdapterSection
             r=section.r,
             lora_alpha=section.alpha,  # type: ignore[arg-type]  # a matched rank may ask for a fraction
             lora_dropout=section.dropout,
-            target_modules=_within_language_model(section.target_modules),
+            target_modules=_lora_targets(model, section.target_modules),
             exclude_modules=section.exclude_modules,
             use_rslora=section.use_rslora,
             modules_to_save=trained_parts(model),
@@ -145,7 +145,7 @@ def _adapter_config(model: MokaForConditionalGeneration, section: AdapterSection
         r=section.r,
         alpha=section.alpha,
         dropout=section.dropout,
-        target_modules=_within_language_model(section.target_modules),
+        target_modules=section.target_modules,
         exclude_modules=section.exclude_modules,
         share_b=section.share_b,
         use_rslora=section.use_rslora,
@@ -172,11 +172,13 @@ def adapter_parameters(model: MokaForConditionalGeneration, section: AdapterSect
         return count_parameters(attach_adapter(skeleton, section))["adapter"]
 
 
-def _within_language_model(targets: list[str] | str | None) -> str:
-    """Plain names reach encoders too (CLIP has a q_proj of its own); a regex on the path does not."""
+def _lora_targets(model: MokaForConditionalGeneration, targets: list[str] | str | None) -> str:
+    """Return a regex for what names mean to MokA, the decoder's layers: to peft's LoRA they reach encoders too."""
     if isinstance(targets, str):
         return targets
-    names = "|".join(re.escape(name) for name in (targets or DEFAULT_TARGETS))
+    config = MokaConfig(target_modules=targets)
+    fill_targets(config, model)
+    names = "|".join(re.escape(name) for name in sorted(config.target_modules or ()))
     return rf"language_model\.(?:.*\.)?(?:{names})"
 
 

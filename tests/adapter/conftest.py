@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 import moka
 from moka.adapter import MokaLinear
 from moka.adapter.context import running_call
+from moka.adapter.routing import uniform_view
 
 IMAGE, AUDIO = 126, 127  # placeholder tokens
 TYPES = {IMAGE: 1, AUDIO: 3}
@@ -118,7 +119,9 @@ def _plain_forward(layer, x, *args, **kwargs):
     if layer.disable_adapters:
         return y
     for name in layer.adapters_in_use():
-        config, view, s = layer.moka_config[name], layer.view(name, x, routing), layer.moka_scaling[name]
+        config, s = layer.moka_config[name], layer.moka_scaling[name]
+        decodes = routing is not None and routing.text_steps is not None
+        view = uniform_view(config, only=routing.only) if decodes else layer.view(name, x, routing)
         A, B = layer.moka_A[name].weight, layer.moka_B[name].weight
         flat = x.reshape(-1, x.shape[-1])
         rows = torch.full((len(flat),), view.row) if view.rows is None else view.rows.flatten()

@@ -181,3 +181,23 @@ def test_loading_into_a_merged_adapter(model, batch, tmp_path):
     model.unmerge_adapter()
     after = model.state_dict()
     assert all((after[name] - value).abs().max() < 1e-5 for name, value in base.items())
+
+
+def test_the_question_given_twice(model, batch):
+    with pytest.raises(moka.MokaError, match=r"interaction_ids.*question_mask"):
+        model(**batch.kwargs(*ROUTED), question_mask=batch.mm_token_type_ids == 0)
+
+
+def test_a_configuration_completed_for_another_model(tiny):
+    """Its placeholder ids are those of the first; the media of the second would be text."""
+    config = tiny.config(modality_token_ids=None)
+    for image in (tiny.IMAGE, tiny.IMAGE):
+        backbone = tiny.backbone()
+        backbone.config.image_token_id = image
+        get_peft_model(backbone, config)
+    backbone = tiny.backbone()
+    backbone.config.image_token_id = 99
+    with pytest.raises(moka.MokaError, match=r"modality_token_ids.*126.*99"):
+        get_peft_model(backbone, config)
+    with pytest.warns(UserWarning, match=r"modality_token_ids: 'visual' has \[126\].*\[99\]"):
+        get_peft_model(backbone, tiny.config(modality_token_ids={"visual": [tiny.IMAGE]}))

@@ -196,3 +196,37 @@ def test_packed_samples_equal_single_ones(tiny, given_by, marked):
     for i, (own, _, own_labels) in enumerate(samples):
         single = logits(model, own, train=True, labels=own_labels)
         torch.testing.assert_close(packed[:, ends[i] : ends[i + 1]], single, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "i i i q e s a a a e u q q q e s a a a e",  # an image in the system turn, and the assistant greets
+        "i i i q q q e s a a a e u q q q e s a a a e",  # a row whose beginning was cut off
+    ],
+)
+def test_media_in_no_users_turn_have_no_question_and_leak_nothing(tiny, layout):
+    """Without labels, in evaluation, where a prompt without markers would make all of its text the question."""
+    model = adapted(tiny)
+    ids, _, _ = chat(layout)
+    later = ids.clone()
+    later[0, -2] = 91 if ids[0, -2] != 91 else 92
+    with pytest.warns(UserWarning, match="turn_markers"):
+        before = logits(model, ids)
+    assert torch.equal(before[:, :-2], logits(model, later)[:, :-2])
+    assert torch.equal(before, logits(model, ids, interaction_ids=torch.zeros_like(ids)))
+
+
+def test_an_image_and_its_question_in_two_messages_of_the_user(tiny):
+    model = adapted(tiny)
+    ids, _, _ = chat("u i i i e u q q q e s a a e u i i q q e s a a e")
+    groups = torch.tensor([[0, 1, 1, 1, 0, 0, 1, 1, 1, 0, 0, 0, 0, 0, 0, 2, 2, 2, 2, 0, 0, 0, 0, 0]])
+    expected = logits(model, ids, interaction_ids=groups)
+    assert torch.equal(logits(model, ids), expected)
+    assert not torch.allclose(expected, logits(model, ids, interaction_ids=torch.zeros_like(ids)), atol=1e-3)
+
+
+def test_evaluation_of_labels_that_supervise_everything_warns(tiny):
+    ids, labels = notebook(tiny)
+    with pytest.warns(UserWarning, match=r"Row 0.*turn_markers.*labels"):
+        logits(adapted(tiny, marked=False), ids, labels=labels)

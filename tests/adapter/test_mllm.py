@@ -681,3 +681,13 @@ def test_placeholder_ids_of_nested_configurations():
     assert placeholder_ids(model, moka.MokaConfig()) == {"visual": [IMAGE], "audio": [AUDIO]}
     config.image_token_id = VIDEO  # the outer name wins
     assert placeholder_ids(model, moka.MokaConfig())["visual"] == [VIDEO]
+
+
+def test_an_adapted_assistant_model_drafts_what_is_generated(case, tiny, model):
+    """Its first call has the prompt's ids and one token more than they cover."""
+    row = prompt(case, case.layouts[1:])
+    plain, _ = generate(model, row.everything)
+    twin = adapted(case, tiny)
+    for draft in (twin, twin.get_base_model()):
+        tokens, _ = generate(model, row.everything, assistant_model=draft)
+        assert torch.equal(tokens, plain)

@@ -516,3 +516,17 @@ def test_a_batch_of_long_rows_is_grouped_in_milliseconds():
         seconds.append(time.perf_counter() - begin)
     assert groups.max() == 21
     assert min(seconds) < 0.2  # a loop over the tokens takes longer
+
+
+@pytest.mark.parametrize("question", ["what is it? ", "what is it?", " what "])
+def test_a_space_at_a_questions_end_does_not_hide_the_answer(question):
+    for kind in ("gpt4", "metaspace"):
+        tokenizer = tokenizer_for("mistral", kind)
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}, {"role": "assistant", "content": "a cat"}], tokenize=False
+        )
+        ids = np.array([tokenizer(text, add_special_tokens=False)["input_ids"]])
+        keys = np.ones_like(ids, bool)
+        groups, _ = question_groups(ids, ~keys, keys, np.zeros_like(ids), turn_markers(tokenizer))
+        assert "cat" not in tokenizer.decode(ids[groups > 0])
+        assert "what" in tokenizer.decode(ids[groups > 0])
