@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from moka.errors import MokaError
 
 from .config import TEXT, MokaConfig
-from .context import active_only, running_call
+from .context import active_only, current, running_call
 from .decoding import text_update
 from .input_groups import partners
 from .ops import add_update, compute_dtype, interact, project
@@ -135,8 +135,12 @@ class MokaLinear(nn.Module, BaseTunerLayer):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """x: [batch, seq, in] (or [batch * seq, in]) -> [..., out], in the dtype of the base layer's result."""
-        call = running_call(self.moka_model)
+        call = current.call
+        if call is not None and call.model is not self.moka_model:
+            call = running_call(self.moka_model)
         routing = None if call is None else call.routing
+        if routing is not None and routing.merged:  # decoding text whose path is in the weight
+            return self.base_layer(x, *args, **kwargs)
         if self._disable_adapters and self.merged:
             self.unmerge()
         result = self.base_layer(x, *args, **kwargs)

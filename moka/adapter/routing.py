@@ -106,6 +106,7 @@ class Routing:
     only: frozenset[str] | None = None  # the modalities that an `active_modalities` block left when it was built
     # While generate decodes: each layer's text path, kept from step to step.
     text_steps: dict | None = None
+    merged: bool = False  # then no layer has anything to add
     _moved: dict[tuple[str, torch.device], View] = field(default_factory=dict)
 
     def view(self, adapter_name: str, device: torch.device) -> View:

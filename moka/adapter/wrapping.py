@@ -130,6 +130,13 @@ class RoutedModel:
                     found[name] = layer.moka_config[name]
         return found
 
+    def is_merged(self) -> bool:
+        """Return whether the weights contain the text path of every adapter in use, in all layers."""
+        return all(
+            not layer._disable_adapters and layer.merged_adapters and all(map(layer.is_merged, layer.merged_adapters))
+            for layer in self.layers
+        )
+
     def warn_once(self, key: str, message: str) -> None:
         """Print a warning the first time."""
         if key not in self.warned:
@@ -265,9 +272,8 @@ class CallHook:
         decodes = block is not None and tokens is not None and _decodes(block, cache_of(arguments))
         if decodes and block is not None and tokens is not None and not (torch.is_grad_enabled() or root.training):
             # A layer needs no more: its text path of the adapters that it uses.
-            return Routing(
-                (tokens.shape[0], tokens.shape[1]), {}, tokens.device, only=only, text_steps=block.text_steps
-            )
+            shape, merged = (tokens.shape[0], tokens.shape[1]), only is None and model.is_merged()
+            return Routing(shape, {}, tokens.device, only=only, text_steps=block.text_steps, merged=merged)
         configs = model.configs()
         if not configs:
             return None
