@@ -131,11 +131,8 @@ class RoutedModel:
         return found
 
     def is_merged(self) -> bool:
-        """Return whether the weights contain the text path of every adapter in use, in all layers."""
-        return all(
-            not layer._disable_adapters and layer.merged_adapters and all(map(layer.is_merged, layer.merged_adapters))
-            for layer in self.layers
-        )
+        """Return whether every layer's adapters are merged, so that text has nothing to add."""
+        return all(layer.merged_adapters and not layer._disable_adapters for layer in self.layers)
 
     def warn_once(self, key: str, message: str) -> None:
         """Print a warning the first time."""
