@@ -30,5 +30,9 @@ __all__ = [
 
 def __getattr__(name: str):
     if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
+        try:
+            return getattr(import_module(_LAZY[name]), name)
+        except ImportError as error:
+            needed = "transformers 5.20 and peft 0.21 or newer (moka-peft[train]); moka.adapter works with older ones"
+            raise ImportError(f"moka.{name} needs {needed}: {error}") from error
     raise AttributeError(f"module 'moka' has no attribute {name!r}")
