@@ -178,7 +178,8 @@ def test_bars_are_met_or_not_by_the_median_and_missing_ones_are_told():
     found[bars.LARGE] = [measure.Point({}, missing="not run: no GPU")]
     records = bars.rows(found)
     met = [record["met"] for record in records]
-    assert met == [True, True, True, True, False, True, True, False, None, None]
+    # Half of the extra memory of LoRA is more than 0.4 of it.
+    assert met == [True, True, False, True, False, True, True, False, None, None]
     assert records[2]["measured"] == (0.5, 0.5, 0.5)
     assert records[7]["measured"][1] == pytest.approx(1 / 3 - 1 / 5)
     assert [bars.cells(record)[-1] for record in records[3:5]] == ["yes", "NO"]
