@@ -110,9 +110,8 @@ class MokaModel(BaseTuner):
         pending = config.__dict__.pop("pending", None)
         if pending is None:
             routed.unchecked.add(adapter_name)
-        layers = [n for n, m in model.named_modules() if isinstance(m, MokaLinear) and adapter_name in m.moka_A]
         is_new = pending is None and not config.inference_mode
-        if is_new and self._scope is not None and (share := coverage(model, layers)) < 0.5:
+        if is_new and self._scope is not None and (share := self.coverage(adapter_name)) < 0.5:
             remedy = (
                 "Name more layers" if default_targets else "Leave target_modules out for all projections of a block"
             )
