@@ -15,16 +15,16 @@ from safetensors import safe_open
 from moka.adapter import MokaConfig
 from moka.adapter.checks import check_adapter_folder, check_finite
 from moka.adapter.matching import match_names
+from moka.config import ModelSection
 from moka.data import check_sample, decode_sample
 from moka.data.media import AudioWindows, BadMediaError
-from moka.data.wheels import sha256_of
+from moka.demo.wheels import sha256_of
 from moka.errors import MokaError
+from moka.io import read_json
 from moka.modeling import MokaForConditionalGeneration, MokaProcessor, TooLongError
+from moka.modeling.build import build_model, choose_dtype, context_length
 from moka.modeling.quantization import check_quantization
-from moka.training.arguments import ModelSection
-from moka.training.build import build_model, choose_dtype, context_length
-from moka.training.files import read_json
-from moka.training.folder import ADAPTER, FORMAT_VERSION, MODEL_CONFIG
+from moka.training.run_dir import ADAPTER, FORMAT_VERSION, MODEL_CONFIG
 
 # Beside what `moka merge` and `moka export` write: the format, its checks, and where it came from.
 EXPORT = "export.json"

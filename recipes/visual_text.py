@@ -15,10 +15,10 @@ import sys
 import moka
 from moka.cli.main import guarded
 from moka.cli.recipe import recipe_arguments
+from moka.distributed import is_main
 from moka.evaluation import evaluate_benchmark
 from moka.evaluation.benchmarks.table import score_table
 from moka.training import RunConfig, finish, open_run, train_adapter, train_connectors
-from moka.training.processes import is_main
 
 
 def main() -> None:

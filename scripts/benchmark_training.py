@@ -31,7 +31,7 @@ from benchmarks.machine import in_words as machine
 from PIL import Image
 from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
-from moka.modeling.tiny import write_tiny_backbone
+from moka.testing.tiny import write_tiny_backbone
 from moka.training import load_config
 
 WARM_UP = 2  # steps

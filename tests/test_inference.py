@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 import moka
 from moka.data import EmbeddedTask
 from moka.errors import MokaError
+from moka.modeling.build import build_model
 from moka.training import config_from_dict, run_training
-from moka.training.build import build_model
 
 WEIGHTS = "adapter_model.safetensors"
 

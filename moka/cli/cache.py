@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import argparse
 
-from moka.data.features import DTYPES
+from moka.distributed import is_main
 from moka.errors import MokaError
+from moka.features.build import cache_features
+from moka.features.cache import DTYPES
 from moka.training import load_config
-from moka.training.caching import cache_features
-from moka.training.processes import is_main
 
 from .train import with_tiny
 

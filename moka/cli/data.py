@@ -18,6 +18,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from moka.config import DataSection, RunConfig
 from moka.data.check import PROBLEMS, CheckReport, check_samples, spread
 from moka.data.convert import MEDIA_MODES, convert, media_root, write_manifest
 from moka.data.formats import FORMATS
@@ -25,11 +26,10 @@ from moka.data.media import AudioWindows, decode_sample
 from moka.data.preview import printable, show, spans
 from moka.data.sources import attribution, notes_of, open_samples
 from moka.errors import MokaError, nearest
+from moka.io import write_json, write_text
+from moka.modeling.build import build_processor, context_length
 from moka.modeling.processing import TooLongError
 from moka.training import load_config
-from moka.training.arguments import DataSection, RunConfig
-from moka.training.build import build_processor, context_length
-from moka.training.files import write_json, write_text
 
 from .train import with_tiny
 

@@ -16,18 +16,18 @@ from typing import Any
 import transformers
 
 import moka
-from moka.data.embedded import PREFIX
 from moka.data.sources import describe_source
+from moka.demo.embedded import PREFIX
 from moka.errors import MokaError
 from moka.evaluation import BENCHMARKS, evaluate, evaluate_benchmark, show, write
 from moka.evaluation.ask import benchmark_source, open_benchmark
 from moka.evaluation.benchmarks.table import score_table
 from moka.evaluation.evaluate import open_questions
 from moka.inference import LoadedModel, export_kind, find_adapter
+from moka.io import read_json
 from moka.training import RunConfig, load_config
-from moka.training.files import read_json
-from moka.training.folder import CONFIG, SUMMARY, RunFolder
-from moka.training.report import write_card
+from moka.training.model_card import write_card
+from moka.training.run_dir import CONFIG, SUMMARY, RunFolder
 
 from .generate import add_quantization, quantization
 

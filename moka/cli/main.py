@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from tqdm import tqdm
 
 import moka
+from moka.distributed import disconnect, is_main, is_peer_loss, should_print_errors
 from moka.errors import MokaError
-from moka.training.interruption import EX_TEMPFAIL, Interrupted
-from moka.training.launching import tell_launcher
-from moka.training.processes import disconnect, is_main, lost_peer, speaks
+from moka.training.launch import tell_launcher
+from moka.training.preemption import EX_TEMPFAIL, Interrupted
 
 from . import cache, compare, convert, data, evaluate, export, generate, merge, score, train
 
@@ -83,12 +83,12 @@ def guarded(action: Callable[[], int | None], debug: bool = False) -> int:
             raise
         return _complain(f"{error.filename or 'writing'}: {error.strerror}. {_REMEDIES[error.errno]}")
     except RuntimeError as error:
-        if debug or not lost_peer(error):
+        if debug or not is_peer_loss(error):
             raise
         return _complain(_LOST)
     except Interrupted as stop:
         well = stop.agreed
-        if speaks() and is_main():
+        if should_print_errors() and is_main():
             _end_bars()
             _tell(str(stop))
         return EX_TEMPFAIL
@@ -107,7 +107,7 @@ def _end_bars() -> None:
 
 
 def _complain(message: str) -> int:
-    if speaks():
+    if should_print_errors():
         # A loader's worker sends its error as a traceback, whose last line is the message.
         if "Original Traceback" in message:
             message = message.strip().splitlines()[-1].partition(": ")[2]

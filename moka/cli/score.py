@@ -20,7 +20,7 @@ from moka.errors import MokaError
 from moka.evaluation import BENCHMARKS, read_predictions, score
 from moka.evaluation.benchmarks.table import score_table
 from moka.evaluation.tables import Table
-from moka.training.files import write_text
+from moka.io import write_text
 
 HELP = "score a file of predictions on a benchmark"
 FORMATS = {"table": ".txt", "json": ".json", "markdown": ".md", "latex": ".tex"}

@@ -11,13 +11,13 @@ import shlex
 import sys
 from pathlib import Path
 
+from moka.config import SECTIONS, describe
+from moka.distributed import is_main
 from moka.errors import MokaError
 from moka.training import load_config, run_training
-from moka.training.arguments import SECTIONS, describe
-from moka.training.folder import CONNECTOR, RunFolder
 from moka.training.global_batch import divided
-from moka.training.launching import Launch, alone_by_mistake, launch_of, launcher_names
-from moka.training.processes import is_main
+from moka.training.launch import Launch, alone_by_mistake, launch_of, launcher_names
+from moka.training.run_dir import CONNECTOR, RunFolder
 
 HELP = "train connectors (stage 1) and an adapter (stage 2)"
 

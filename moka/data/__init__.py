@@ -1,7 +1,8 @@
 """Samples: their schema, readers, media decoding, collation, and the embedded data sets."""
 
-from .embedded import resolve_backbone
-from .embedded_tasks import EmbeddedTask
+from moka.demo.digit_tasks import EmbeddedTask
+from moka.demo.embedded import resolve_backbone
+
 from .formats import FORMATS, open_format
 from .jsonl import JsonlDataset
 from .media import BadMediaPolicy, DecodedDataset, decode_sample, load_audio, load_image, load_video

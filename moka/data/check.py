@@ -15,19 +15,20 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from moka.data.decoders import BadMediaError, file_problem
 from moka.data.lengths import token_counter
 from moka.data.media import decode_medium
 from moka.data.records import BAR_AFTER_S
 from moka.data.schema import map_media, media_parts
-from moka.data.usable import try_media
-from moka.data.windows import AudioWindows
+from moka.demo import mfcc
 from moka.errors import MokaError
-from moka.modeling import mfcc
 from moka.modeling.configuration import MEDIA_TYPE_IDS
 from moka.modeling.frontends import MfccFrontEnd
 from moka.modeling.media import Waveform
 from moka.modeling.processing import IGNORE, MokaProcessor, TooLongError
+
+from .audio_segments import AudioWindows
+from .media_io import BadMediaError, file_problem
+from .media_validation import try_media
 
 # Kind of problem -> what it is called in the table, in the order in which a sample meets them.
 PROBLEMS = {

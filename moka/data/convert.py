@@ -22,11 +22,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from moka.data.check import place
-from moka.data.decoders import file_problem
 from moka.data.records import BAR_AFTER_S
 from moka.data.schema import map_media, media_parts
 from moka.errors import MokaError
 from moka.modeling.media import AudioFeatures, Waveform
+
+from .media_io import file_problem
 
 MEDIA_MODES = ("copy", "link", "none")
 DATA = "data.jsonl"

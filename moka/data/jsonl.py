@@ -14,10 +14,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from moka.data.decoders import file_problem
 from moka.data.records import BAR_AFTER_S, RecordDataset, checked_root
 from moka.data.schema import check_sample
 from moka.errors import MokaError
+
+from .media_io import file_problem
 
 
 class JsonlDataset(RecordDataset):

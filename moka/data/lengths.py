@@ -24,14 +24,16 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from moka.data.media import DecodedDataset
-from moka.data.records import BAR_AFTER_S, whole_file
+from moka.data.records import BAR_AFTER_S
 from moka.data.schema import map_media
 from moka.data.sources import EncodedDataset, stand_ins
-from moka.data.usable import Subset
-from moka.data.windows import AudioWindows
 from moka.errors import MokaError
+from moka.io import atomic_file
 from moka.modeling.media import Waveform
 from moka.modeling.processing import IGNORE, MokaProcessor, TooLongError
+
+from .audio_segments import AudioWindows
+from .media_validation import Subset
 
 _CHUNK = 64  # samples that a worker counts at a time
 _PROBES = 16  # samples that tell a data set from another in the key
@@ -206,7 +208,7 @@ _PROBE_TEXT = "Which of these 12345 tokens are mine? Señor, 東京, naïve; <|x
 def save_lengths(path: str | os.PathLike[str], lengths: Lengths, key: str) -> None:
     """Write them for `read_lengths`, whole or not at all."""
     items = {f"items.{name}": values for name, values in lengths.items.items()}
-    with whole_file(path) as part, open(part, "wb") as file:
+    with atomic_file(path) as part, open(part, "wb") as file:
         np.savez_compressed(file, key=np.array(key), tokens=lengths.tokens, **items)  # type: ignore[arg-type]
 
 

@@ -1,7 +1,7 @@
 """Samples with decoded media, and what a run does about files that cannot be used.
 
-The readers themselves are in `moka.data.decoders`, the windows of sound in `moka.data.windows`, and the trial of every
-file before a run in `moka.data.usable`; all but the last are offered here too.
+The readers themselves are in `moka.data.media_io`, the windows of sound in `moka.data.audio_segments`, and the trial of every
+file before a run in `moka.data.media_validation`; all but the last are offered here too.
 """
 
 from __future__ import annotations
@@ -16,7 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from moka.data.decoders import (
+from moka.data.schema import map_media
+from moka.errors import MokaError, nearest
+from moka.features.cache import FeatureCache, NotCachedError
+from moka.modeling.media import AudioFeatures, Waveform
+
+from .audio_segments import AudioWindows, audio_windows
+from .media_io import (
     BadMediaError,
     file_problem,
     load_audio,
@@ -24,11 +30,6 @@ from moka.data.decoders import (
     load_image,
     load_video,
 )
-from moka.data.features import FeatureCache, NotCachedError
-from moka.data.schema import map_media
-from moka.data.windows import AudioWindows, audio_windows
-from moka.errors import MokaError, nearest
-from moka.modeling.media import AudioFeatures, Waveform
 
 __all__ = [
     "AudioWindows",
@@ -133,7 +134,7 @@ class BadMediaPolicy:
 
     Attributes:
         policy: ``"error"`` stops at the first; ``"skip"`` leaves bad samples out before the run begins (see
-            `moka.data.usable.find_usable`), so that one met later stops it; ``"substitute"`` puts another sample,
+            `moka.data.media_validation.find_usable`), so that one met later stops it; ``"substitute"`` puts another sample,
             text and media, in its place, so that every rank still sees the same number of samples.
         budget: the share of the data set's samples that may be left out or substituted (0 ... 1, rounded up to whole
             samples).

@@ -3,31 +3,17 @@ training, and files that are there whole or not at all."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from moka.data.decoders import file_problem
 from moka.data.schema import map_media, media_parts
 from moka.errors import MokaError
 
+from .media_io import file_problem
+
 BAR_AFTER_S = 2.0  # a progress bar for what is done at once is noise
-
-
-@contextmanager
-def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A path to write to, which takes the place of ``path`` when the block ends well, and is removed when it does not."""
-    path = Path(path)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 class RecordDataset:

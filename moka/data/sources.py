@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from moka.data import stamps
-from moka.data.embedded import ATTRIBUTION, PREFIX, Split
-from moka.data.embedded_tasks import EmbeddedTask
 from moka.data.formats import FORMATS, open_format
 from moka.data.jsonl import JsonlDataset
 from moka.data.media import AudioWindows, BadMediaPolicy, DecodedDataset
-from moka.data.stamps_tasks import PhotographsTask
+from moka.demo import stamps
+from moka.demo.digit_tasks import EmbeddedTask
+from moka.demo.embedded import ATTRIBUTION, PREFIX, Split
+from moka.demo.stamp_tasks import PhotographsTask
 from moka.errors import MokaError
 from moka.modeling.encoders import RESOLVERS
 from moka.modeling.processing import IGNORE, TooLongError
@@ -130,7 +130,7 @@ def open_source(
     """A map-style data set of samples with decoded media: ``open_samples``, and what to do about bad files.
 
     Args:
-        on_bad_media: "error", "substitute", or "skip", for which the caller leaves samples out (``moka.data.usable``).
+        on_bad_media: "error", "substitute", or "skip", for which the caller leaves samples out (``moka.data.media_validation``).
         audio_windows: fields of ``moka.data.media.AudioWindows``: sound as several short clips.
         look_for_files: with on_bad_media "error", ``check_files`` at once; otherwise the caller does.
     Raises:

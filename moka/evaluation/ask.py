@@ -20,9 +20,9 @@ from moka.data.media import BadMediaError, decode_sample
 from moka.data.sources import open_samples
 from moka.errors import MokaError, nearest
 from moka.inference import LoadedModel
+from moka.io import read_json, write_json, write_text
 from moka.training import RunConfig, load_config
-from moka.training.files import read_json, write_json, write_text
-from moka.training.folder import CONFIG
+from moka.training.run_dir import CONFIG
 
 from .benchmarks import BENCHMARKS, score
 from .benchmarks.text import library
@@ -209,7 +209,7 @@ def _line(record: dict[str, Any]) -> str:
 
 
 def _key(sample: dict[str, Any]) -> str:
-    """What a kept answer must agree on with a question to be its answer."""
+    """What a kept answer must run_on_all on with a question to be its answer."""
     return json.dumps([sample["id"], _asked(sample), _truth(sample)])
 
 

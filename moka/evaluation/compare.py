@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 import moka
+from moka.config import LORA_HAS_NOT
 from moka.data.sources import describe_source
 from moka.errors import MokaError, nearest
+from moka.io import read_json, write_json
+from moka.modeling.build import adapter_parameters, build_model
 from moka.training import RunConfig, config_from_dict, load_config, run_training
-from moka.training.arguments import LORA_HAS_NOT
-from moka.training.build import adapter_parameters, build_model
-from moka.training.files import read_json, write_json
-from moka.training.folder import CONFIG, CONNECTOR, SUMMARY
+from moka.training.run_dir import CONFIG, CONNECTOR, SUMMARY
 
 from .comparison import RESULT, summarise, write_comparison
 from .evaluate import AS_GIVEN, evaluate, open_questions, write

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moka.errors import MokaError
-from moka.training.files import read_json, write_json, write_text
+from moka.io import read_json, write_json, write_text
 
 from .evaluate import OVERALL
 from .tables import Table

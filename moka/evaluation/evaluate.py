@@ -19,10 +19,10 @@ import moka
 from moka.data import open_source
 from moka.errors import MokaError
 from moka.inference import LoadedModel
+from moka.io import write_json, write_text
 from moka.modeling.configuration import MEDIA_TYPE_IDS
 from moka.modeling.media import AudioFeatures, Waveform
 from moka.training import RunConfig
-from moka.training.files import write_json, write_text
 
 from .scoring import Tally
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from moka.data.decoders import file_problem
 from moka.data.jsonl import parse_line
+from moka.data.media_io import file_problem
 from moka.errors import MokaError
 
 

@@ -30,9 +30,9 @@ from moka.adapter.config import TEXT
 from moka.data import resolve_backbone
 from moka.errors import MokaError, nearest
 from moka.inference import LoadedModel
-from moka.modeling.composed import fingerprint
-from moka.training.files import read_json, write_json
-from moka.training.folder import ADAPTER, MODEL_CONFIG, save_adapter
+from moka.io import read_json, write_json
+from moka.modeling.model import fingerprint
+from moka.training.run_dir import ADAPTER, MODEL_CONFIG, save_adapter
 
 TEXT_MERGED, HF_BACKBONE, LORA = "text-merged", "hf-backbone", "lora"
 FORMATS = (TEXT_MERGED, HF_BACKBONE, LORA)

@@ -26,8 +26,8 @@ from moka.adapter.checks import read_tensors
 from moka.adapter.config import PRESETS
 from moka.adapter.matching import PREFIX
 from moka.errors import MokaError, nearest
+from moka.io import atomic_dir, read_json, write_json
 from moka.modeling.projectors import import_official
-from moka.training.files import read_json, whole, write_json
 
 RECORD, PROJECTORS, EXTRA = "official.json", "projectors.safetensors", "extra.safetensors"
 OTHERS = "non_lora_trainables"  # LLaVA's name for what is trained beside the adapter
@@ -175,7 +175,7 @@ def _to_moka(source: Path, output: Path, settings: dict[str, Any], backbone: str
         "projectors": renamed,
         OTHERS: others is not None,
     }
-    with whole(output) as part:
+    with atomic_dir(output) as part:
         config.save_pretrained(str(part))
         _save(adapter, part / SAFETENSORS_WEIGHTS_NAME)
         for file, some_tensors in ((PROJECTORS, projectors), (EXTRA, extra)):
@@ -331,7 +331,9 @@ def _basic(settings: dict[str, Any]) -> dict[str, Any]:
     r = settings.get("r")
     if isinstance(r, list):
         if not r or len(set(map(str, r))) != 1:
-            raise MokaError(f"{CONFIG_NAME}: r is {r!r}; all modalities share one rank, so the numbers must agree.")
+            raise MokaError(
+                f"{CONFIG_NAME}: r is {r!r}; all modalities share one rank, so the numbers must run_on_all."
+            )
         r = r[0]
     checks = (
         ("r", "r", r, (int,), "a whole number, or a list of one number repeated"),
@@ -431,7 +433,7 @@ def _to_official(source: Path, output: Path, layout: Layout, backbone: str | Non
             summary.projectors += len(found) if file == PROJECTORS else 0
             summary.aside += sorted(found) if file == EXTRA else []
     settings = _official_settings(config, record, backbone)
-    with whole(output) as folder:
+    with atomic_dir(output) as folder:
         torch.save(official, folder / WEIGHTS_NAME)
         if others or record.get(OTHERS):
             torch.save(others, folder / f"{OTHERS}.bin")

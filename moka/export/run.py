@@ -17,8 +17,8 @@ import moka
 from moka.data.jsonl import JsonlDataset
 from moka.errors import MokaError, nearest
 from moka.inference import EXPORT, export_kind, find_adapter, load
-from moka.training.files import read_json, whole, write_json, write_text
-from moka.training.folder import ADAPTER, CONFIG, MODEL_CONFIG
+from moka.io import atomic_dir, read_json, write_json, write_text
+from moka.training.run_dir import ADAPTER, CONFIG, MODEL_CONFIG
 
 from . import formats, verify
 from .card import make_card
@@ -59,7 +59,7 @@ def export(
 
     Args:
         run: a run folder of ``moka train``, or an adapter folder.
-        output: the folder to write; it is there whole, or not at all.
+        output: the folder to write; it is there complete, or not at all.
         format: "text-merged", "hf-backbone" or "lora"; see ``moka.export.formats``.
         modality: for "lora": whose path to export (default: text).
         samples: JSONL file of chats to compare on besides random inputs (the first 32).
@@ -84,7 +84,7 @@ def export(
     if Path(source.backbone_place).resolve().is_relative_to(out):
         raise MokaError(f"--output: {out} holds the backbone {name} of this run; choose another folder.")
     probes = make_probes(live, own)
-    with whole(out) as part:
+    with atomic_dir(out) as part:
         formats.write(source, part)
         # Compared in float32, also for bfloat16 weights: the noise of computing in bfloat16 would hide a wrong merge.
         live.model.float()

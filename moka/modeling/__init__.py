@@ -1,8 +1,8 @@
 """The composed multimodal LLM: encoders, projectors, model and processor."""
 
-from .composed import MokaForConditionalGeneration, fingerprint
 from .configuration import MokaModelConfig
 from .encoders import ENCODERS, build_encoder
+from .model import MokaForConditionalGeneration, fingerprint
 from .processing import MokaProcessor, TooLongError
 from .projectors import PROJECTORS, build_projector
 

@@ -20,7 +20,7 @@ from transformers.utils import is_bitsandbytes_available
 from moka.errors import MokaError, nearest
 
 from .language_models import HUB_ARGUMENTS, create_language_model, decoder_config, load_language_model
-from .partitioned import whole_shape
+from .sharding import full_shape
 
 QUANTIZATIONS = ("nf4", "int8")
 # The first whose 8-bit weights can be moved to another device.
@@ -123,4 +123,4 @@ def mark_quantized(model: Any, kind: str) -> None:
 def logical_numel(parameter: torch.Tensor) -> int:
     """Values that a parameter stands for: a byte of a 4-bit weight holds two."""
     state = getattr(parameter, "quant_state", None)
-    return math.prod(whole_shape(parameter) if state is None else state.shape)
+    return math.prod(full_shape(parameter) if state is None else state.shape)

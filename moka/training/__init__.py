@@ -1,8 +1,9 @@
 """Training: configuration, trainer, run folder."""
 
-from .arguments import RunConfig, config_from_dict, load_config
-from .opening import Run, open_run
+from moka.config import RunConfig, config_from_dict, load_config
+
 from .run import finish, run_training, train_adapter, train_connectors
+from .setup import Run, open_run
 
 __all__ = [
     "Run",

@@ -9,17 +9,24 @@ import numpy as np
 import torch
 from transformers import TrainingArguments
 
+from moka.config import RunConfig
 from moka.data import EncodedDataset
 from moka.data.batching import LengthGroupedSampler, grouped_order, padding_share
 from moka.data.lengths import Lengths, count_lengths, joined_lengths, lengths_key, read_lengths, save_lengths
 from moka.data.packing import PackedDataset
+from moka.distributed import (
+    all_gather_object,
+    broadcast_from_main,
+    is_main,
+    print_main,
+    rank_and_world_size,
+    run_on_all,
+    run_on_main,
+)
 from moka.errors import MokaError
 from moka.modeling import MokaForConditionalGeneration
-from moka.modeling.confinement import check_confined
-from moka.modeling.partitioned import has_parts
-
-from .arguments import RunConfig
-from .processes import agree, everyones, is_main, of_main, on_main, say, share_of_work
+from moka.modeling.packing_isolation import check_confined
+from moka.modeling.sharding import is_sharded
 
 BY_LENGTH = "group_by_length"
 
@@ -27,7 +34,7 @@ BY_LENGTH = "group_by_length"
 def check_packing(config: RunConfig, model: MokaForConditionalGeneration, device: torch.device) -> None:
     """Where a stage packs, refuse a backbone in which samples of a row see each other; every process calls it."""
     # Without parts one process is enough; FSDP may have left the others without weights.
-    if any(config.section(stage).get("packing") for stage in config.stages) and (is_main() or has_parts(model)):
+    if any(config.section(stage).get("packing") for stage in config.stages) and (is_main() or is_sharded(model)):
         check_confined(model, device)
 
 
@@ -59,11 +66,11 @@ def put_together(
         if capacity is None:
             raise MokaError("Packing fills rows up to model.max_length, and the backbone names no context. Set it.")
         arranged = PackedDataset(dataset, lengths, capacity, dataset.seed)
-        say(f"{arranged.summary()}; the rows are what batch sizes count")
+        print_main(f"{arranged.summary()}; the rows are what batch sizes count")
     else:
         dataset.lengths = lengths
     if grouped and is_main():
-        say(_grouping(arranged.lengths, arguments))
+        print_main(_grouping(arranged.lengths, arguments))
     return arranged
 
 
@@ -99,12 +106,14 @@ def data_seed(arguments: TrainingArguments) -> int:
 def _lengths(dataset: EncodedDataset, path: Path, resume: bool, workers: int, name: str) -> Lengths:
     """Counted by all processes together, or read by the main one and handed to the others."""
 
-    known = of_main(lambda: read_lengths(path, dataset) if resume and path.exists() else None)
+    known = broadcast_from_main(lambda: read_lengths(path, dataset) if resume and path.exists() else None)
     if known is not None:
         return known
-    parts = everyones(agree(lambda: count_lengths(dataset, workers=workers, share=share_of_work(), name=name)))
-    lengths = agree(lambda: joined_lengths(dataset, parts))
-    on_main(lambda: save_lengths(path, lengths, lengths_key(dataset)))
+    parts = all_gather_object(
+        run_on_all(lambda: count_lengths(dataset, workers=workers, share=rank_and_world_size(), name=name))
+    )
+    lengths = run_on_all(lambda: joined_lengths(dataset, parts))
+    run_on_main(lambda: save_lengths(path, lengths, lengths_key(dataset)))
     return lengths
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from .folder import RunFolder
+from .run_dir import RunFolder
 
 
 class Watcher(TrainerCallback):

@@ -8,16 +8,15 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from moka.config import RunConfig
 from moka.data import open_source, sources
-from moka.data.embedded import PREFIX
-from moka.data.features import FeatureCache
 from moka.data.media import DecodedDataset
+from moka.data.media_validation import SkipReport, find_usable, read_usable
 from moka.data.records import BAR_AFTER_S
-from moka.data.usable import SkipReport, find_usable, read_usable
+from moka.demo.embedded import PREFIX
 from moka.errors import MokaError
-
-from .arguments import RunConfig
-from .feature_cache import check_features, note_moved, with_features
+from moka.features.cache import FeatureCache
+from moka.features.setup import check_features, note_moved, with_features
 
 # Decoding every file of a large data set would take longer than its first epoch; a data set of this size is tried whole.
 _TRIED = 200

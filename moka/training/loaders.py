@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from moka.data.usable import usable_cores
+from moka.data.media_validation import usable_cores
 
-from .interruption import outlive
+from .preemption import outlive
 
 # Enough to decode pictures and sound for one GPU; more cost memory, as each holds the batches it has made ready.
 _MOST_WORKERS = 4

@@ -20,12 +20,13 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import nested_gather, safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .checkpoints import UNFINISHED, Seal, begin, finish, listing, read_seal, recover, rotate
-from .engine import describe
-from .files import writing
-from .interruption import BrokenOff, Interrupted
+from moka.distributed import all_gather_object, is_main, run_on_all, run_on_main
+from moka.io import disk_full_errors
+
+from .checkpointing import UNFINISHED, Seal, begin, finish, listing, read_seal, recover, rotate
+from .distributed_backend import describe
 from .loaders import dismiss, prepared
-from .processes import agree, everyones, is_main, on_main
+from .preemption import BrokenOff, Interrupted
 
 
 class ResumableTrainer(Trainer):
@@ -70,21 +71,21 @@ class ResumableTrainer(Trainer):
             owes_evaluation=self._owes_evaluation,
         )
         try:
-            on_main(_on_full_disk(final, lambda: begin(final)))
+            run_on_main(_on_full_disk(final, lambda: begin(final)))
             self._unfinished, self._failed = final.parent / UNFINISHED, None
             part = self._unfinished / final.name
             self._write(final, model, trial)
             # Again: transformers took the best checkpoint to be where it wrote it.
-            on_main(_on_full_disk(final, lambda: self.state.save_to_json(str(part / TRAINER_STATE_NAME))))
-            written = everyones(listing(part))
-            on_main(_on_full_disk(final, lambda: finish(part, final, seal, written)))
+            run_on_main(_on_full_disk(final, lambda: self.state.save_to_json(str(part / TRAINER_STATE_NAME))))
+            written = all_gather_object(listing(part))
+            run_on_main(_on_full_disk(final, lambda: finish(part, final, seal, written)))
         except BaseException:
             if is_main():
                 recover(final.parent)
             raise
         finally:
             self._unfinished = None
-        on_main(lambda: rotate(final.parent, self.args.save_total_limit, final, self.state.best_model_checkpoint))
+        run_on_main(lambda: rotate(final.parent, self.args.save_total_limit, final, self.state.best_model_checkpoint))
 
     def _write(self, final: Path, model: Any, trial: Any) -> None:
         def write() -> None:
@@ -104,9 +105,9 @@ class ResumableTrainer(Trainer):
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             # These write together: one that fails in the middle cannot tell the others but by ending.
             _on_full_disk(final, write)()
-            agree(_on_full_disk(final, fail))
+            run_on_all(_on_full_disk(final, fail))
         else:
-            agree(_on_full_disk(final, both))
+            run_on_all(_on_full_disk(final, both))
 
     @contextmanager
     def failing_later(self) -> Iterator[None]:
@@ -170,7 +171,7 @@ class ResumableTrainer(Trainer):
 
 def _on_full_disk(final: Path, action: Any) -> Any:
     def run() -> None:
-        with writing(final):
+        with disk_full_errors(final):
             action()
 
     return run

@@ -12,29 +12,29 @@ import transformers
 from peft import PeftModel
 from transformers.trainer_utils import IntervalStrategy
 
+from moka.config import SECTIONS, RunConfig
 from moka.data import Collator, EncodedDataset
+from moka.distributed import broadcast_from_main, is_main, print_main, run_on_all, run_on_main
 from moka.errors import MokaError, counted
+from moka.io import atomic_dir, write_json
+from moka.modeling.artifacts import load_connector, save_connector, take_connector, trained_parts
+from moka.modeling.build import adapter_coverage, attach_adapter, build_for_stage_two, count_parameters
 from moka.modeling.encoders import CachedEncoder, bring_back, set_aside
-from moka.modeling.partitioned import has_parts
+from moka.modeling.sharding import is_sharded
 
-from .arguments import SECTIONS, RunConfig
+from .alignment import EmbeddingAlignment
 from .batches import data_seed, put_together
-from .build import adapter_coverage, attach_adapter, build_for_stage_two, count_parameters
 from .callbacks import MetricsWriter
-from .checkpoints import last_checkpoint, say_changes
-from .connector import load_connector, save_connector, take_connector, trained_parts
+from .checkpointing import last_checkpoint, say_changes
 from .datasets import bad_media_report
-from .engine import EngineNote, forget_engine, in_words
-from .files import whole, write_json
-from .folder import ADAPTER, CONNECTOR, SUMMARY, save_result
-from .guards import DivergenceGuard, GradientGuard, check_dtypes, logits_change
-from .interruption import SaveAndLeave
-from .objectives import EmbeddingAlignment
-from .opening import Run, draw_seed, open_run
-from .processes import agree, is_main, of_main, on_main, say
+from .distributed_backend import EngineNote, forget_engine, in_words
+from .model_card import plot_balance, plot_loss, write_card, write_samples
+from .preemption import SaveAndLeave
 from .progress import Meter, ProgressBar
-from .report import plot_balance, plot_loss, write_card, write_samples
-from .reporting import place_tensorboard
+from .run_dir import ADAPTER, CONNECTOR, SUMMARY, save_result
+from .sanity_callbacks import DivergenceGuard, GradientGuard, check_dtypes, logits_change
+from .setup import Run, draw_seed, open_run
+from .trackers import place_tensorboard
 from .trainer import MokaTrainer
 
 _BAD_MEDIA = {
@@ -104,9 +104,11 @@ def _train(run: Run, stage: int, module: torch.nn.Module) -> dict[str, torch.Ten
     checkpoint, step = None, 0
     if run.resume:
         stage_folder = Path(arguments.output_dir or ".")
-        checkpoint, step = of_main(lambda: last_checkpoint(stage_folder))
-        on_main(lambda: run.folder.rewind_metrics(stage, step))
-        say(f"stage {stage}: " + (f"going on from {checkpoint}" if checkpoint else "no checkpoint; from its beginning"))
+        checkpoint, step = broadcast_from_main(lambda: last_checkpoint(stage_folder))
+        run_on_main(lambda: run.folder.rewind_metrics(stage, step))
+        print_main(
+            f"stage {stage}: " + (f"going on from {checkpoint}" if checkpoint else "no checkpoint; from its beginning")
+        )
     if checkpoint is not None and is_main():
         say_changes(checkpoint, arguments.world_size)
     _say_batch(run, stage, going_on=checkpoint is not None)
@@ -129,15 +131,15 @@ def _say_batch(run: Run, stage: int, going_on: bool) -> None:
     name = SECTIONS[stage]
     section = run.config.section(stage)
     unit = "packed rows" if section.get("packing") else "samples"
-    say(
+    print_main(
         f"stage {stage}: {total} {unit} a step ({batch} x {counted(arguments.world_size, 'process', 'processes')} x {accumulated} "
         "accumulated)"
     )
     for what in ("save", "eval"):
         if f"{what}_steps" in section and getattr(arguments, f"{what}_strategy") == IntervalStrategy.NO:
-            say(f"note: {name}.{what}_steps does nothing, as {name}.{what}_strategy is no.")
+            print_main(f"note: {name}.{what}_steps does nothing, as {name}.{what}_strategy is no.")
     key = "samples_per_step"
-    records = of_main(run.folder.metrics)
+    records = broadcast_from_main(run.folder.metrics)
     began = next((r[key] for r in reversed(records) if r["stage"] == stage and key in r), None)
     if going_on and began not in (None, total):
 
@@ -147,15 +149,15 @@ def _say_batch(run: Run, stage: int, going_on: bool) -> None:
                 f"processes as before; in a new run {SECTIONS[stage]}.global_batch_size keeps the number."
             )
 
-        agree(refuse)
+        run_on_all(refuse)
     if began != total:
-        on_main(lambda: run.folder.log({"stage": stage, "step": 0, key: total}))
+        run_on_main(lambda: run.folder.log({"stage": stage, "step": 0, key: total}))
 
 
 def train_connectors(run: Run) -> None:
     """Stage 1: train encoders and projectors; the language model is frozen and has no adapter."""
     target = run.folder / CONNECTOR
-    if run.resume and of_main((target / "connector.json").is_file):
+    if run.resume and broadcast_from_main((target / "connector.json").is_file):
         load_connector(run.model, target)
         return
     run.model.language_model.requires_grad_(False)
@@ -163,30 +165,30 @@ def train_connectors(run: Run) -> None:
     state = _train(run, 1, EmbeddingAlignment(run.model) if embedding else run.model)
 
     def save() -> None:
-        with whole(target) as part:
+        with atomic_dir(target) as part:
             save_connector(run.model, part, state)
 
-    on_main(save)
-    if 2 in run.config.stages and (run.arguments[1].deepspeed_plugin is not None or has_parts(run.model)):
+    run_on_main(save)
+    if 2 in run.config.stages and (run.arguments[1].deepspeed_plugin is not None or is_sharded(run.model)):
         # An engine leaves its hooks and its parts of the parameters on the model.
         cached = [name for name, encoder in run.model.encoders.items() if isinstance(encoder, CachedEncoder)]
-        run.model = agree(lambda: build_for_stage_two(run.config)[0])
+        run.model = run_on_all(lambda: build_for_stage_two(run.config)[0])
         set_aside(run.model, cached)
-        agree(lambda: take_connector(run.model, state))
+        run_on_all(lambda: take_connector(run.model, state))
 
 
 def train_adapter(run: Run) -> PeftModel:
     """Stage 2: train the adapter with projectors and trainable encoders."""
     parts = trained_parts(run.model)
     if parts and 1 not in run.config.stages and not run.config.model.connectors:
-        say(f"note: {', '.join(parts)} start untrained: neither stage 1 nor model.connectors is given.")
+        print_main(f"note: {', '.join(parts)} start untrained: neither stage 1 nor model.connectors is given.")
     run.leave_if_told()
     # Again: a resumed run, which has not gone through stage 1, draws the same adapter.
     draw_seed(run.config)
     adapted = attach_adapter(run.model, run.config.adapter)
     _say_coverage(adapted)
     state = _train(run, 2, adapted)
-    on_main(lambda: save_result(adapted, run.processor, run.folder / ADAPTER, state, run.logits_change))
+    run_on_main(lambda: save_result(adapted, run.processor, run.folder / ADAPTER, state, run.logits_change))
     return adapted
 
 
@@ -194,11 +196,11 @@ def _say_coverage(adapted: PeftModel) -> None:
     """Print which share of the decoder the adapter covers, and how to cover more if it is less than one half."""
     share = adapter_coverage(adapted)
     remedy = "; leave adapter.target_modules out, or name more layers, if more was intended" if share < 0.5 else ""
-    say(f"stage 2: the adapter covers {share:.0%} of the decoder's block weights{remedy}")
+    print_main(f"stage 2: the adapter covers {share:.0%} of the decoder's block weights{remedy}")
 
 
 def _say_replaced(run: Run, stage: int) -> None:
-    """Samples that could not be used, or not whole, counted over all processes and loader workers."""
+    """Samples that could not be used, or only in part, counted over all processes and loader workers."""
     paths = [run.folder / f"dropped-stage{stage}.jsonl"]
     if run.config.data.on_bad_media == "substitute":
         paths.append(bad_media_report(run.folder.path, "alignment" if stage == 1 else "train"))
@@ -222,9 +224,9 @@ def finish(run: Run, result: PeftModel | None) -> None:
     validation = run.datasets.get("validation")
     if result is not None and validation is not None:
         # On all processes: each may hold but a part of the model.
-        agree(lambda: write_samples(run.folder, result, run.processor, validation, run.config))
+        run_on_all(lambda: write_samples(run.folder, result, run.processor, validation, run.config))
     bring_back(run.model)  # encoders whose features came from a cache
-    on_main(lambda: _write_artefacts(run, result, time.monotonic() - run.started))
+    run_on_main(lambda: _write_artefacts(run, result, time.monotonic() - run.started))
 
 
 def _write_artefacts(run: Run, result: PeftModel | None, seconds: float) -> None:

@@ -13,25 +13,25 @@ from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
 
+from moka.config_values import OWN_TRAINING_KEYS
+from moka.distributed import run_on_all
 from moka.errors import MokaError
 from moka.modeling import MokaForConditionalGeneration
-from moka.modeling.partitioned import taking_whole, whole_state, without_wrappers
+from moka.modeling.artifacts import connector_state, load_connector, save_connector
+from moka.modeling.sharding import fsdp_requested, full_state_dict, loading_full_tensors, without_wrappers
 
+from .alignment import EmbeddingAlignment, share_captions
 from .batches import reach_sampler, sampler
 from .callbacks import Watcher
-from .checkpoints import read_seal
-from .connector import connector_state, load_connector, save_connector
-from .engine import asks_for_fsdp, describe, leave_frozen_out, load_checkpoint, place, use_deepspeed
-from .folder import save_adapter
+from .checkpointing import read_seal
+from .distributed_backend import describe, leave_frozen_out, load_checkpoint, place, use_deepspeed
 from .global_batch import divided
 from .gradients import GradientReader
-from .launching import check_deepspeed
+from .launch import check_deepspeed
 from .loaders import loader_settings
-from .objectives import EmbeddingAlignment, share_captions
-from .processes import agree
-from .reporting import check_reports
 from .resuming import ResumableTrainer
-from .values import OWN_TRAINING_KEYS
+from .run_dir import save_adapter
+from .trackers import check_reports
 
 # Where the optimizer's state lies in a checkpoint.
 _NEITHER = "neither DeepSpeed nor FSDP"
@@ -60,11 +60,11 @@ class MokaTrainer(ResumableTrainer):
         self.add_callback(GradientReader(self))
         model: Any = self.model
         model.train()  # encoders freeze again what peft let train and can have no gradient
-        agree(self._check_fsdp)
+        run_on_all(self._check_fsdp)
 
     def _check_fsdp(self) -> None:
         kind = self.accelerator.distributed_type
-        if asks_for_fsdp() and self.args.world_size > 1 and kind != DistributedType.FSDP:
+        if fsdp_requested() and self.args.world_size > 1 and kind != DistributedType.FSDP:
             raise MokaError(
                 f"FSDP is asked for, and accelerate would run {kind.value} in its place: it shards models on GPUs alone. "
                 "Launch with configs/accelerate/ddp.yaml or, without GPUs, cpu.yaml."
@@ -123,7 +123,7 @@ class MokaTrainer(ResumableTrainer):
         model, train_dataloader = super()._prepare_for_training(max_steps, train_dataloader, None)
         leave_frozen_out(model)
         if resume_from_checkpoint is not None:
-            agree(lambda: self._check_optimizer(Path(resume_from_checkpoint)))
+            run_on_all(lambda: self._check_optimizer(Path(resume_from_checkpoint)))
             load_checkpoint(model, Path(resume_from_checkpoint), self.args.world_size)
             self._load_optimizer_and_scheduler(resume_from_checkpoint)
             self._load_scaler(resume_from_checkpoint)
@@ -194,7 +194,7 @@ class MokaTrainer(ResumableTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and not self.is_deepspeed_enabled:
-            agree(lambda: self._check_optimizer(Path(checkpoint)))
+            run_on_all(lambda: self._check_optimizer(Path(checkpoint)))
         super()._load_optimizer_and_scheduler(checkpoint)
 
     def _check_optimizer(self, checkpoint: Path) -> None:
@@ -212,7 +212,7 @@ class MokaTrainer(ResumableTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         unwrapped = self.accelerator.unwrap_model(model or self.model)
-        with taking_whole(unwrapped), without_wrappers(unwrapped):
+        with loading_full_tensors(unwrapped), without_wrappers(unwrapped):
             if isinstance(unwrapped, PeftModel):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
             else:
@@ -232,7 +232,7 @@ def trained_state(model: Any) -> dict[str, torch.Tensor]:
     composed_of(model).backbone_fingerprint()  # what is saved names it; of parts, one process alone could not tell
     if not isinstance(model, PeftModel):
         return connector_state(composed_of(model))
-    return whole_state(model, lambda key, tensor: tensor.requires_grad or ".modules_to_save." in key)
+    return full_state_dict(model, lambda key, tensor: tensor.requires_grad or ".modules_to_save." in key)
 
 
 def composed_of(model: Any) -> MokaForConditionalGeneration:
@@ -286,9 +286,9 @@ def training_arguments(
     except (ValueError, TypeError, KeyError, ImportError, OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise MokaError(f"{name}: transformers refuses these settings: {reason}") from error
-    agree(lambda: _check_processes(arguments))
-    agree(lambda: _set_accumulation(arguments, section, name))
-    agree(lambda: use_deepspeed(arguments, name))
+    run_on_all(lambda: _check_processes(arguments))
+    run_on_all(lambda: _set_accumulation(arguments, section, name))
+    run_on_all(lambda: use_deepspeed(arguments, name))
     return arguments
 
 

@@ -27,8 +27,8 @@ from moka.adapter.targets import (
     tower_modality,
 )
 from moka.adapter.text_decoder import decoder_blocks, is_linear, named_modules
-from moka.modeling.composed import MokaForConditionalGeneration
 from moka.modeling.configuration import MokaModelConfig
+from moka.modeling.model import MokaForConditionalGeneration
 
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 SEVEN = {*ATTENTION, "gate_proj", "up_proj", "down_proj"}

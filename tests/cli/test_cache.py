@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from moka.data.features import FeatureSet
+from moka.features.cache import FeatureSet
 from moka.modeling.encoders import CachedEncoder, tiny_encoder
 from moka.training import config_from_dict, finish, open_run, train_adapter, train_connectors
 

@@ -9,8 +9,8 @@ import yaml
 from safetensors.torch import load_file
 
 from moka.evaluation import compare as comparing
+from moka.modeling.build import adapter_parameters, build_model
 from moka.training import config_from_dict
-from moka.training.build import adapter_parameters, build_model
 
 SHORT = {
     "training__max_steps": 2,

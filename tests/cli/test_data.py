@@ -12,7 +12,8 @@ from moka.data.jsonl import JsonlDataset
 from moka.data.media import decode_sample, load_audio
 from moka.data.schema import media_parts
 from moka.data.sources import open_samples
-from moka.training import build, config_from_dict
+from moka.modeling import build
+from moka.training import config_from_dict
 
 
 @pytest.fixture

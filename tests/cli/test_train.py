@@ -12,7 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from moka.training import build
+from moka.modeling import build
 
 QUIET = ("training.save_strategy=no", "alignment.save_strategy=no", "training.max_steps=2", "alignment.max_steps=2")
 

@@ -9,11 +9,11 @@ import pytest
 import soundfile
 from PIL import Image
 
+from moka.data.audio_segments import AudioWindows
 from moka.data.check import CheckReport, check_samples, spread
 from moka.data.convert import write_manifest
 from moka.data.jsonl import JsonlDataset
 from moka.data.sources import open_samples
-from moka.data.windows import AudioWindows
 from moka.errors import MokaError
 from moka.modeling import MokaProcessor
 from moka.modeling.encoders import build_encoder

@@ -11,8 +11,8 @@ import soundfile
 from PIL import Image
 
 from moka.data.lengths import count_lengths, joined_lengths, lengths_key, read_lengths, save_lengths
+from moka.data.media_validation import Subset
 from moka.data.sources import EncodedDataset, open_source
-from moka.data.usable import Subset
 from moka.errors import MokaError
 from moka.modeling import MokaProcessor
 

@@ -192,7 +192,7 @@ def test_seeking_finds_the_frames_that_decoding_all_finds(tmp_path, name, gop):
 
 
 def test_a_long_video_is_not_decoded_whole(tmp_path, monkeypatch):
-    from moka.data import decoders
+    from moka.data import media_io as decoders
 
     path = write_video(tmp_path / "x.mp4", grey_ramp(300), gop=10)  # 60 s
     decoded = []

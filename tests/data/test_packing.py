@@ -26,10 +26,10 @@ from moka.data.packing import PackedDataset, join_samples, pack_rows
 from moka.data.sources import Collator, EncodedDataset
 from moka.errors import MokaError
 from moka.modeling.configuration import MokaModelConfig
-from moka.modeling.confinement import check_confined
 from moka.modeling.media import AudioFeatures
+from moka.modeling.packing_isolation import check_confined
 from moka.modeling.positions import flash_lengths, samples_begin
-from moka.modeling.tiny import write_tiny_backbone
+from moka.testing.tiny import write_tiny_backbone
 
 CONV = {
     "visual": {

@@ -11,9 +11,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from moka.data import Collator, EncodedDataset, open_source
-from moka.data.embedded_tasks import EmbeddedTask
 from moka.data.media import BadMediaError
 from moka.data.sources import attribution, notes_of, open_samples
+from moka.demo.digit_tasks import EmbeddedTask
 from moka.errors import MokaError
 from moka.modeling import MokaProcessor
 from moka.modeling.media import Waveform

@@ -7,10 +7,10 @@ import torch
 from peft import get_peft_model
 
 from moka import MokaConfig
-from moka.training.arguments import ModelSection
-from moka.training.build import build_model
-from moka.training.connector import trained_parts
-from moka.training.folder import save_adapter
+from moka.config import ModelSection
+from moka.modeling.artifacts import trained_parts
+from moka.modeling.build import build_model
+from moka.training.run_dir import save_adapter
 
 
 @pytest.fixture

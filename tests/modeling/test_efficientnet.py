@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from moka.data.stamps import ENCODER_FILES, TUXPAINT_STAMPS, Stamps
-from moka.data.wheels import cache_dir
+from moka.demo.stamps import ENCODER_FILES, TUXPAINT_STAMPS, Stamps
+from moka.demo.wheels import cache_dir
 from moka.errors import MokaError
 from moka.modeling.encoders.efficientnet import EfficientNetEncoder, EfficientNetLite0, SameConv2d, load_weights
 from moka.modeling.frontends.efficientnet import EfficientNetFrontEnd

@@ -443,7 +443,7 @@ def test_mfcc_hardly_depend_on_the_rate():
 
 
 def test_stored_features_and_their_waveform_give_the_same_item():
-    from moka.modeling.mfcc import mfcc
+    from moka.demo.mfcc import mfcc
 
     wave = sine(8000)
     front_end = build_front_end({"type": "conv-audio"})

@@ -15,15 +15,15 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 import moka
 from moka import MokaConfig, MokaError, MokaForConditionalGeneration
+from moka.config import AdapterSection, ModelSection
+from moka.modeling.artifacts import trained_parts
+from moka.modeling.build import adapter_parameters, attach_adapter, build_model, build_processor, count_parameters
 from moka.modeling.encoders import build_encoder, tiny_encoder
 from moka.modeling.frontends import build_front_end, front_end_from_dict
 from moka.modeling.positions import grid_positions
 from moka.modeling.projectors import build_projector
-from moka.modeling.tiny import tiny_kind, write_tiny_backbone
-from moka.training.arguments import AdapterSection, ModelSection
-from moka.training.build import adapter_parameters, attach_adapter, build_model, build_processor, count_parameters
-from moka.training.connector import trained_parts
-from moka.training.folder import save_result
+from moka.testing.tiny import tiny_kind, write_tiny_backbone
+from moka.training.run_dir import save_result
 
 SIZE = 84  # nine tokens
 TOKENS = (SIZE // 28) ** 2

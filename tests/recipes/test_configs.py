@@ -13,7 +13,7 @@ import yaml
 
 import moka
 from moka.data import open_source
-from moka.data.wheels import cache_dir
+from moka.demo.wheels import cache_dir
 from moka.evaluation import BENCHMARKS, evaluate, evaluate_benchmark
 from moka.training import load_config, run_training
 

@@ -130,10 +130,10 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from moka.training.processes import agree, disconnect, is_main
+from moka.distributed import run_on_all, disconnect, is_main
 
 dist.init_process_group("gloo", timeout=timedelta(seconds=10))
-print(agree(lambda: time.sleep(14 * is_main()) or "prepared", main_first=True))
+print(run_on_all(lambda: time.sleep(14 * is_main()) or "prepared", main_first=True))
 disconnect(True)
 """
 

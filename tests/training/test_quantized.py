@@ -16,10 +16,10 @@ from moka.adapter import MokaLinear
 from moka.cli.main import main
 from moka.data import Collator, EmbeddedTask, EncodedDataset
 from moka.errors import MokaError
-from moka.modeling.confinement import check_confined
+from moka.modeling.artifacts import load_connector
+from moka.modeling.build import attach_adapter, build_for_stage_two, build_model, count_parameters
+from moka.modeling.packing_isolation import check_confined
 from moka.training import config_from_dict, run_training
-from moka.training.build import attach_adapter, build_for_stage_two, build_model, count_parameters
-from moka.training.connector import load_connector
 
 bnb = pytest.importorskip("bitsandbytes")
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from moka.errors import MokaError
 from moka.training import config_from_dict, run_training
-from moka.training.checkpoints import fault, last_checkpoint, read_seal
+from moka.training.checkpointing import fault, last_checkpoint, read_seal
 
 DYING = Path(__file__).with_name("dying.py")
 AFTER_TRAINING = ("adapter", "summary.json", "README.md", "loss.png", "samples.jsonl")

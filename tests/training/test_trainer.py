@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moka.errors import MokaError
+from moka.modeling.build import attach_adapter, build_model
 from moka.modeling.encoders import ENCODERS
 from moka.training import config_from_dict, run_training
-from moka.training.build import attach_adapter, build_model
-from moka.training.folder import RunFolder, check_trained
+from moka.training.run_dir import RunFolder, check_trained
 from moka.training.trainer import MokaTrainer, training_arguments
 
 NO_DROPOUT = {

@@ -14,8 +14,8 @@ from tqdm import tqdm
 from moka.data.formats.base import Format, Rows, find_file
 from moka.data.formats.files import JsonRecords
 from moka.data.formats.general import llava
+from moka.data.media_validation import Subset
 from moka.data.records import BAR_AFTER_S
-from moka.data.usable import Subset
 from moka.errors import MokaError
 
 AUDIO_QUESTION = "Describe the sound."

@@ -16,8 +16,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from moka.data.decoders import file_problem
 from moka.data.jsonl import index_lines, parse_line
+from moka.data.media_io import file_problem
 from moka.data.records import BAR_AFTER_S
 from moka.errors import MokaError
 

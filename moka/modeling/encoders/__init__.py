@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from moka.demo.encoders import ConvAudioEncoder, ConvImageEncoder, PatchImageEncoder
 from moka.modeling.fields import read_config
 
 from .base import RESOLVERS, Encoder, features_name
@@ -20,7 +21,6 @@ from .beats import BeatsEncoder
 from .cached import CachedEncoder, bring_back, set_aside
 from .efficientnet import EfficientNetEncoder
 from .qwen2_5_vl import QwenVlEncoder
-from .small import ConvAudioEncoder, ConvImageEncoder, PatchImageEncoder
 from .sound import AstEncoder, HubertEncoder, Wav2Vec2Encoder, WhisperEncoder
 from .towers import TowerEncoder
 from .vision import ClipEncoder, Dinov2Encoder, SiglipEncoder

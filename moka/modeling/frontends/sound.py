@@ -17,7 +17,7 @@ from moka.modeling.media import AudioFeatures, Waveform
 from .base import FrontEnd, wrong_medium
 
 # Mean and standard deviation of each coefficient over all frames of the 2160 training recordings of the embedded spoken
-# digits (`moka.data.embedded.split_indices("recordings", "train")`).
+# digits (`moka.demo.embedded.split_indices("recordings", "train")`).
 MFCC_MEAN = np.array(
     [-304.31, 26.84, -4.01, -18.78, -37.12, -19.17, -17.41, -9.86, -13.90, -7.62, -12.05, -11.06, -12.15], np.float32
 )
@@ -40,7 +40,7 @@ class MfccFrontEnd(FrontEnd):
 
     def __call__(self, medium: Any) -> np.ndarray:
         if isinstance(medium, Waveform):
-            from moka.modeling.mfcc import mfcc
+            from moka.demo.mfcc import mfcc
 
             values = mfcc(medium.samples, medium.rate)
         elif isinstance(medium, AudioFeatures) and medium.kind == "mfcc":
@@ -96,7 +96,7 @@ def samples_at(medium: Any, rate: int) -> np.ndarray:
     """A recording's samples, float32 [n], at `rate` Hz; `MokaError` for another medium."""
     if not isinstance(medium, Waveform):
         raise wrong_medium(medium, "recordings")
-    from moka.modeling.mfcc import resample
+    from moka.demo.mfcc import resample
 
     return resample(medium.samples, medium.rate, rate)
 

@@ -1,0 +1,392 @@
+"""One YAML, one run: the sections of a run's configuration, read with overrides and checked key by key."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moka.config_values import at_least, convert, describe_training, one_of, training_section
+from moka.errors import MokaError, nearest
+from moka.modeling.encoders import tiny_encoder
+from moka.modeling.projectors import tiny_projector
+from moka.modeling.quantization import QUANTIZATIONS
+from moka.testing import tiny
+
+METHODS = ("moka", "lora", "none")
+PRESETS = ("paper", "official-avt", "official-vt")
+INTERACTIONS = ("own_turn", "first_turn")
+DTYPES = ("auto", "float32", "bfloat16")
+BAD_MEDIA = ("error", "skip", "substitute")
+SECTIONS = {1: "alignment", 2: "training"}  # of each stage
+Source = str | dict[str, Any] | list[Any] | None
+# What only MokA knows; with share_b the settings that tell its variants apart.
+LORA_HAS_NOT = ("interaction", "interaction_weight", "scale_position", "adapt")
+
+
+def _help(text: str, minimum: float | None = None, choices: tuple[str, ...] = ()) -> dict[str, Any]:
+    return {"help": text, "minimum": minimum, "choices": choices}
+
+
+@dataclass
+class ModelSection:
+    backbone: str = field(
+        default="embedded:smollm2-135m",
+        metadata=_help("Hub name or folder of a causal language model, or embedded:smollm2-135m."),
+    )
+    modalities: dict[str, dict] = field(
+        default_factory=dict,
+        metadata=_help("Modality -> {encoder: {type, ...}, projector: {type, ...}, type_ids: [...]}."),
+    )
+    connectors: list[str] = field(
+        default_factory=list,
+        metadata=_help(
+            "What stage 2 starts from: stage-1 results (RUN/connector), or published projector files "
+            "(visual_pretrain.bin, audio_pretrain.bin, mm_projector.bin)."
+        ),
+    )
+    chat_template: str | None = field(
+        default=None, metadata=_help("chatml, bare (shortest), plain, or Jinja text; default: the tokenizer's own.")
+    )
+    interaction: str = field(
+        default="own_turn",
+        metadata=_help("Which question a medium interacts with: own_turn or first_turn.", choices=INTERACTIONS),
+    )
+    dtype: str = field(
+        default="auto",
+        metadata=_help("float32, bfloat16 or auto: bfloat16 where the accelerator computes in it.", choices=DTYPES),
+    )
+    quantization: str | None = field(
+        default=None,
+        metadata=_help(
+            "nf4 (4 bits) or int8: the frozen backbone's linear layers, by bitsandbytes.", choices=QUANTIZATIONS
+        ),
+    )
+    max_length: int | None = field(
+        default=None, metadata=_help("Longest sample in tokens; default: the backbone's context length.", 1)
+    )
+    attn_implementation: str | None = field(default=None, metadata=_help("sdpa, eager, flash_attention_2, ..."))
+    tiny: bool = field(
+        default=False, metadata=_help("Tiny random parts of the same architecture: the whole run in seconds.")
+    )
+
+
+@dataclass
+class AdapterSection:
+    method: str = field(
+        default="moka", metadata=_help("moka, lora (peft's LoRA on the same layers) or none.", choices=METHODS)
+    )
+    preset: str = field(default="paper", metadata=_help("paper, official-avt or official-vt.", choices=PRESETS))
+    r: int = field(default=4, metadata=_help("Rank.", 1))
+    alpha: float = field(default=16, metadata=_help("Scale numerator (alpha / r)."))
+    dropout: float = field(default=0.05, metadata=_help("Dropout on the adapter's input.", 0))
+    target_modules: list[str] | str | None = field(
+        default=None, metadata=_help("Linear layers of the language model; default: its seven projections.")
+    )
+    exclude_modules: list[str] | str | None = field(default=None, metadata=_help("Layers to leave out."))
+    interaction: str | None = field(default=None, metadata=_help("question, none, reversed or mean."))
+    interaction_weight: float | dict[str, float] | None = field(default=None, metadata=_help("lambda."))
+    scale_position: str | None = field(default=None, metadata=_help("output or input."))
+    share_b: bool = field(default=True, metadata=_help("false: multiple LoRA, one B per modality."))
+    adapt: list[str] | None = field(default=None, metadata=_help("Modalities that go through the adapter."))
+    use_rslora: bool = field(default=False, metadata=_help("Scale by alpha / sqrt(r)."))
+
+
+_SOURCE = "JSONL file, embedded:TASK, {format: NAME, root: FOLDER, split: ...}, or a list of these."
+
+
+@dataclass
+class DataSection:
+    train: Source = field(default=None, metadata=_help(f"{_SOURCE} For stage 2."))
+    alignment: Source = field(default=None, metadata=_help("The same, for stage 1."))
+    validation: Source = field(default=None, metadata=_help("The same; loss during training."))
+    test: Source = field(default=None, metadata=_help("The same; only `moka eval` reads it."))
+    media_root: str | None = field(default=None, metadata=_help("Folder that media paths are relative to."))
+    train_size: int | None = field(default=None, metadata=_help("Use that many training samples.", 1))
+    validation_size: int | None = field(default=None, metadata=_help("Use that many validation samples.", 1))
+    video_frames: int = field(default=10, metadata=_help("Pictures taken from each video.", 1))
+    audio_windows: dict | None = field(
+        default=None,
+        metadata=_help("Sound as several clips: {count: 10, seconds: 1.0, every: 1.0, first: 0.5}, in seconds."),
+    )
+    on_bad_media: str = field(
+        default="error",
+        metadata=_help(
+            "error; skip (all files are tried before training) or substitute, within the budget.", choices=BAD_MEDIA
+        ),
+    )
+    bad_media_budget: float = field(default=0.01, metadata=_help("Share of samples that may be bad.", 0))
+    feature_cache: str | None = field(
+        default=None, metadata=_help("Folder of `moka cache`: frozen encoders' features, read in the place of media.")
+    )
+
+
+@dataclass
+class EvaluationSection:
+    size: int | None = field(default=None, metadata=_help("Number of test questions; default: all.", 1))
+    blank_size: int | None = field(default=None, metadata=_help("Questions asked again with a modality blanked.", 1))
+    blank: bool = field(default=True, metadata=_help("Repeat with each modality blanked."))
+    batch_size: int = field(default=32, metadata=_help("Questions generated at once.", 1))
+    max_new_tokens: int = field(default=16, metadata=_help("Longest answer in tokens.", 1))
+    benchmarks: dict[str, Any] = field(
+        default_factory=dict,
+        metadata=_help("Benchmark -> its data, as in data.test: what `moka eval RUN --benchmark NAME` asks."),
+    )
+
+
+@dataclass
+class OutputSection:
+    dir: str = field(default="runs/moka", metadata=_help("Run folder; must not hold another run."))
+    samples: int = field(default=8, metadata=_help("Validation questions answered at the end.", 0))
+
+
+@dataclass
+class RunConfig:
+    """A whole run. ``training`` and ``alignment`` take the names of ``transformers.TrainingArguments``, and ours."""
+
+    stages: list[int] = field(default_factory=lambda: [2], metadata=_help("[1], [2] or [1, 2]."))
+    model: ModelSection = field(default_factory=ModelSection)
+    adapter: AdapterSection = field(default_factory=AdapterSection)
+    data: DataSection = field(default_factory=DataSection)
+    alignment: dict[str, Any] = field(default_factory=dict, metadata=_help("Stage 1's training settings."))
+    training: dict[str, Any] = field(default_factory=dict, metadata=_help("Stage 2's training settings."))
+    evaluation: EvaluationSection = field(default_factory=EvaluationSection)
+    output: OutputSection = field(default_factory=OutputSection)
+
+    def section(self, stage: int) -> dict[str, Any]:
+        """The training settings of a stage."""
+        return getattr(self, SECTIONS[stage])
+
+    @property
+    def data_seed(self) -> int:
+        """What training questions are drawn by."""
+        given = self.training.get("data_seed")
+        return int(self.training.get("seed", 42) if given is None else given)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read a YAML file on top of those that its ``base`` names, apply ``section.key=value`` overrides, check every key.
+
+    Raises:
+        MokaError: unreadable file, unknown key (with the nearest name), or a value of the wrong type.
+    """
+    path = Path(path)
+    raw = _read(path, ())
+    for override in overrides or []:
+        _apply(raw, override)
+    return config_from_dict(raw, str(path))
+
+
+def config_from_dict(raw: dict[str, Any], where: str = "config") -> RunConfig:
+    """A checked ``RunConfig`` from plain values; ``where`` begins the messages."""
+    config = _build(RunConfig, raw, where, "")
+    if (
+        not config.stages
+        or any(stage not in (1, 2) for stage in config.stages)
+        or config.stages != sorted(set(config.stages))
+    ):
+        raise MokaError(f"{where}: stages: {config.stages} is not one of [1], [2], [1, 2].")
+    config.alignment = training_section(config.alignment, where, "alignment")
+    config.training = training_section(config.training, where, "training")
+    if config.model.tiny:
+        make_tiny(config)
+    _check_together(config, where)
+    return config
+
+
+_TINY_STEPS = 20  # at most, where a configuration asks for more; 2 where it asks for epochs
+
+
+def make_tiny(config: RunConfig) -> None:
+    """Put tiny random parts of the same architecture in the place of published ones; a second time changes nothing."""
+    model = config.model
+    model.backbone = tiny.PREFIX + tiny.tiny_kind(model.backbone)
+    model.dtype = "float32"
+    for name, spec in model.modalities.items():
+        if isinstance(spec.get("encoder"), dict) and isinstance(spec.get("projector"), dict):
+            model.modalities[name] = {
+                **spec,
+                "encoder": tiny_encoder(spec["encoder"]),
+                "projector": tiny_projector(spec["projector"]),
+            }
+    model.connectors = [_beside(folder) for folder in model.connectors]
+    config.output.dir = _beside(config.output.dir)
+    for section in (config.alignment, config.training):
+        section.update({key: False for key in ("bf16", "fp16", "tf32") if key in section})
+        section.update({"dataloader_num_workers": 0, "max_steps": min(section.get("max_steps", 2), _TINY_STEPS)})
+
+
+def _beside(folder: str) -> str:
+    """Tiny runs lie beside the real ones, whose folders they must not take: RUN-tiny, RUN-tiny/connector."""
+    path = Path(folder)
+    run = path.parent if path.name == "connector" else path
+    if path.suffix in (".bin", ".safetensors") or any(part.endswith("-tiny") for part in path.parts):
+        return folder
+    beside = run.with_name(f"{run.name}-tiny")
+    return str(beside / path.name if path.name == "connector" else beside)
+
+
+def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    """A YAML file as a mapping, merged over its ``base``: one file or a list, relative to it, later ones on top."""
+    if path.resolve() in above:
+        raise MokaError(f"{path}: base: it is, by way of others, its own base ({', '.join(map(str, above))}).")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except IsADirectoryError:
+        raise MokaError(f"{path} is a folder; give one of the YAML files in it.") from None
+    except FileNotFoundError:
+        where = f"{above[-1]}: base: no" if above else "No"
+        raise MokaError(f"{where} configuration file {path}; shipped ones lie in configs/.") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise MokaError(f"{path} cannot be read as YAML: {_reason(error)}. Mend the file.") from error
+    if not isinstance(raw, dict):
+        raise MokaError(f"{path}: the top level must be a mapping of sections: {', '.join(_names(RunConfig))}.")
+    bases = raw.pop("base", [])
+    merged: dict[str, Any] = {}
+    for base in bases if isinstance(bases, list) else [bases]:
+        if not isinstance(base, str):
+            raise MokaError(f"{path}: base: {base!r} is no path; a YAML file, relative to this one, or a list is due.")
+        merged = _merge(merged, _read(path.parent / base, (*above, path.resolve())))
+    return _merge(merged, _unshared(raw))
+
+
+def _unshared(value: Any) -> Any:
+    """A copy without shared parts: a YAML alias makes one object of two places, and an override is meant for one."""
+    if isinstance(value, dict):
+        return {key: _unshared(one) for key, one in value.items()}
+    return [_unshared(one) for one in value] if isinstance(value, list) else value
+
+
+def _merge(below: Any, above: Any) -> Any:
+    """``above`` over ``below``, mappings key by key. One that names another ``type`` or ``format`` replaces the whole:
+    the fields of an encoder mean nothing to another.
+    """
+    if not isinstance(below, dict) or not isinstance(above, dict):
+        return above
+    if any(key in above and above[key] != below.get(key) for key in ("type", "format")):
+        return above
+    merged = dict(below)
+    for key, value in above.items():
+        merged[key] = _merge(below[key], value) if key in below else value
+    return merged
+
+
+def _check_together(config: RunConfig, where: str) -> None:
+    """Settings that are right alone and contradict each other."""
+    if 1 in config.stages and config.model.connectors:
+        raise MokaError(
+            f"{where}: model.connectors: stages {config.stages} train the connectors anew, so those given would be "
+            "lost. Take model.connectors out, or set stages: [2]."
+        )
+    if 2 in config.stages and config.adapter.method == "none":
+        raise MokaError(
+            f"{where}: adapter.method: none leaves stage 2 nothing to train. Set stages: [1], or moka or lora."
+        )
+    if "objective" in config.training:
+        raise MokaError(f"{where}: training.objective: stage 2 always models language; set alignment.objective.")
+    for name, section in (("alignment", config.alignment), ("training", config.training)):
+        if section.get("packing") and section.get("objective") == "embedding":
+            raise MokaError(
+                f"{where}: {name}.packing: the embedding objective pairs each row's media with one caption, so a row is "
+                f"one sample. Take {name}.packing out, or set {name}.objective: language_modeling."
+            )
+        if section.get("packing") and config.model.max_length is None:
+            raise MokaError(
+                f"{where}: {name}.packing fills rows up to model.max_length, which is not set. Set it to the tokens of a "
+                "row, at least as many as the longest sample has (`moka data check` tells), for example 2048."
+            )
+    if config.adapter.method == "lora":
+        for name in ("share_b", *LORA_HAS_NOT):
+            default = name == "share_b"
+            if getattr(config.adapter, name) not in (None, default):
+                raise MokaError(f"{where}: adapter.{name} has no meaning for method lora; take it out, or use moka.")
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong and where, on one line."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return str(error).splitlines()[0]
+    return f"line {mark.line + 1}, column {mark.column + 1}: {getattr(error, 'problem', None) or 'syntax error'}"
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise MokaError(
+            f"Override {override!r} is not of the form section.key=value, such as training.learning_rate=1e-4."
+        )
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise MokaError(f"Override {override!r}: the value is no YAML ({_reason(error)}). Quote it.") from error
+    node = raw
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        if node.get(parent) is None:  # absent, or a heading with nothing under it
+            node[parent] = {}
+        node = node[parent]
+        if isinstance(node, list):
+            raise MokaError(
+                f"Override {override!r}: {parent!r} is a list; give the whole of it, as {parent}=[{{...}}, {{...}}]."
+            )
+        if not isinstance(node, dict):
+            raise MokaError(f"Override {override!r}: {parent!r} is a value, not a section.")
+    node[leaf] = value
+
+
+def _names(cls: type) -> list[str]:
+    return [f.name for f in dataclasses.fields(cls)]
+
+
+def _build(cls: type, raw: Any, where: str, prefix: str) -> Any:
+    if raw is None:
+        raw = {}
+    if not isinstance(raw, dict):
+        raise MokaError(f"{where}: {prefix.rstrip('.')}: a section of keys is due, got {raw!r}.")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    values = {}
+    for key, value in raw.items():
+        if key not in fields:
+            known = list(fields)
+            raise MokaError(
+                f"{where}: unknown key {prefix + str(key)!r}; known: {', '.join(known)}.{nearest(str(key), known)}"
+            )
+        hint, at = hints[key], f"{where}: {prefix}{key}"
+        if dataclasses.is_dataclass(hint):
+            values[key] = _build(typing.cast(type, hint), value, where, f"{prefix}{key}.")
+            continue
+        if value is None and fields[key].default_factory is dict:
+            value = {}  # a heading with nothing under it
+        bounds = fields[key].metadata
+        if bounds.get("choices") and value is not None:
+            one_of(at, value, bounds["choices"])
+        values[key] = convert(value, hint, at)
+        if bounds.get("minimum") is not None:
+            at_least(at, values[key], bounds["minimum"])
+    return cls(**values)
+
+
+def describe() -> str:
+    """All keys with their help, for `moka train --help-config` and the reference page."""
+    lines = []
+    hints = typing.get_type_hints(RunConfig)
+    for top in dataclasses.fields(RunConfig):
+        lines.append(f"{top.name}:" + (f"  # {top.metadata['help']}" if "help" in top.metadata else ""))
+        if dataclasses.is_dataclass(hints[top.name]):
+            for f in dataclasses.fields(hints[top.name]):
+                default = f.default_factory() if callable(f.default_factory) else f.default
+                lines.append(f"  {f.name}: {default!r}  # {f.metadata['help']}")
+        elif top.name == "alignment":
+            lines.append("  # the keys of training, below")
+        elif top.name == "training":
+            lines += [f"  {line}" for line in describe_training()]
+    return "\n".join(lines)

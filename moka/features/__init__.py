@@ -1,0 +1,1 @@
+"""The cache of frozen encoders' features: extraction, storage, reading."""

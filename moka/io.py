@@ -1,0 +1,101 @@
+"""Write files and folders atomically: each is complete or absent, also on a full disk.
+
+A temporary name is unique and made by moka (``.NAME.RANDOM.tmp`` beside the target), so that no user's file is ever taken
+for one of ours, and two processes that write the same target do not disturb each other.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from moka.errors import MokaError
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# torch and safetensors report the system's errors in types of their own, of which only the text is left.
+_TEXTS = ("No space left on device", "Disk quota exceeded", "File too large", "file write failed", "unexpected pos")
+
+
+@contextmanager
+def disk_full_errors(path: str | Path) -> Iterator[None]:
+    """Turn a full disk, however it is reported inside the block, into one clear ``MokaError``."""
+    try:
+        yield
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno in DISK_FULL
+        reported = type(error).__name__ in ("OSError", "RuntimeError", "SafetensorError")
+        if not full and not (reported and any(text in str(error) for text in _TEXTS)):
+            raise
+        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error).splitlines()[0]
+        raise MokaError(
+            f"{path} cannot be written: the disk is full ({reason}). Free space; a run resumes with --resume."
+        ) from error
+
+
+@contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a temporary path to write to. It is renamed to ``path`` if the block succeeds, and removed otherwise."""
+    path = Path(path)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name[:80]}.", suffix=".tmp", dir=path.parent)
+    os.close(handle)
+    part = Path(name)
+    try:
+        yield part
+        part.chmod(0o666 & ~_umask())  # mkstemp's files are private
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_dir(folder: Path) -> Iterator[Path]:
+    """Give a temporary folder to fill. It replaces ``folder`` if the block succeeds, and is removed otherwise."""
+    part = None
+    try:
+        with disk_full_errors(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            part = Path(tempfile.mkdtemp(prefix=f".{folder.name[:80]}.", suffix=".tmp", dir=folder.parent))
+            part.chmod(0o777 & ~_umask())
+            yield part
+            if folder.exists():
+                shutil.rmtree(folder)
+            part.rename(folder)
+    finally:
+        if part is not None:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8 atomically."""
+    with disk_full_errors(path), atomic_file(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file, indented, atomically."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        MokaError: the file cannot be read or parsed.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise MokaError(f"{path} cannot be read as JSON ({error}); it is damaged. Copy the folder again.") from error
+
+
+def _umask() -> int:
+    value = os.umask(0)
+    os.umask(value)
+    return value

@@ -1,0 +1,281 @@
+"""The hand-over from stage 1 to stage 2: trained encoders and projectors, with what they were made for.
+
+A folder of two files: ``connector.safetensors`` and ``connector.json`` (modalities, widths, the backbone's name and
+fingerprint). A connector of another backbone, encoder or size is refused before any tensor is copied.
+
+Or a file that others published: the MokA authors' ``visual_pretrain.bin`` and ``audio_pretrain.bin``, LLaVA's
+``mm_projector.bin``, or their tensors as safetensors. Those hold no more than names and shapes to compare.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from moka.errors import MokaError
+from moka.io import read_json, write_json
+from moka.modeling import ENCODERS, MokaForConditionalGeneration
+from moka.modeling.fields import without_weightless
+from moka.modeling.projectors import import_llava, import_official
+
+from .sharding import full_state_dict
+
+WEIGHTS, METADATA = "connector.safetensors", "connector.json"
+FORMAT_VERSION = 1
+# What names of weights in published files tell: whose they are, and of which medium.
+PUBLISHED = (
+    (re.compile(r"(model\.)?(vl_projector\.|visual_)"), "official", "image"),
+    (re.compile(r"(model\.)?(al_projector\.|audio_)"), "official", "audio"),
+    (re.compile(r"(model\.)?mm_projector\."), "llava", "image"),
+)
+
+
+def trained_parts(model: MokaForConditionalGeneration) -> list[str]:
+    """Names of the modules that stage 1 trains: every projector with weights, and encoders that are trainable."""
+    parts = []
+    for name in model.config.modalities:
+        if any(p.requires_grad for p in model.encoders[name].parameters()):
+            parts.append(f"encoders.{name}")
+        if any(True for _ in model.projectors[name].parameters()):
+            parts.append(f"projectors.{name}")
+    return parts
+
+
+def connector_state(model: MokaForConditionalGeneration, state_dict: dict | None = None) -> dict[str, torch.Tensor]:
+    """The tensors of ``trained_parts``, from ``state_dict`` or from the model; of a partitioned model on all processes."""
+    prefixes = tuple(part + "." for part in trained_parts(model))
+    if state_dict is None:
+        return full_state_dict(model, lambda key, _: key.startswith(prefixes))
+    return {key: tensor.detach().cpu().contiguous() for key, tensor in state_dict.items() if key.startswith(prefixes)}
+
+
+def describe_connector(model: MokaForConditionalGeneration) -> dict[str, Any]:
+    """The metadata that stage 2 compares."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "backbone": model.config.backbone,
+        "backbone_fingerprint": model.backbone_fingerprint(),
+        "hidden_size": model.config.text_config.hidden_size,
+        "modalities": {
+            name: {key: model.config.modalities[name][key] for key in ("encoder", "projector")}
+            for name in model.config.modalities
+        },
+        "parts": trained_parts(model),
+    }
+
+
+def save_connector(model: MokaForConditionalGeneration, folder: str | Path, state_dict: dict | None = None) -> None:
+    """Write the connector and read it back: a file with empty or non-finite tensors is an error, not a result."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = connector_state(model, state_dict)
+    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    write_json(folder / METADATA, describe_connector(model))
+    for key, tensor in load_file(folder / WEIGHTS).items():
+        if tensor.numel() == 0 or not torch.isfinite(tensor).all():
+            raise MokaError(
+                f"{folder / WEIGHTS}: {key} was saved empty or not finite; training diverged or was sharded."
+            )
+
+
+def load_connector(model: MokaForConditionalGeneration, path: str | Path) -> list[str]:
+    """Copy a stage-1 result, or the projector of a published file, into ``model``; returns the parts it filled.
+
+    Raises:
+        MokaError: no connector there, a damaged file, or one made for another backbone, encoder or projector.
+    """
+    path = Path(path)
+    return _load_published(model, path) if path.is_file() else _load_folder(model, path)
+
+
+def _load_folder(model: MokaForConditionalGeneration, folder: Path) -> list[str]:
+    if not folder.exists():
+        raise MokaError(
+            f"{folder} does not exist; train stage 1 first and name its RUN/connector, or a published projector file."
+        )
+    if not (folder / METADATA).is_file() or not (folder / WEIGHTS).is_file():
+        raise MokaError(
+            f"{folder} holds no stage-1 result ({METADATA}, {WEIGHTS}); give RUN/connector of a stage-1 run, or a "
+            "published projector file."
+        )
+    meta = read_json(folder / METADATA)
+    own = describe_connector(model)
+    lost = sorted({*own} - {*meta}) if isinstance(meta, dict) else ["every key"]
+    if lost:
+        raise MokaError(f"{folder / METADATA} lacks {', '.join(lost)}; it is damaged. Copy the folder again.")
+    if meta["format_version"] > FORMAT_VERSION:
+        raise MokaError(f"{folder} was written by a newer moka (format {meta['format_version']}); upgrade moka-peft.")
+    for key in ("hidden_size", "backbone_fingerprint"):
+        if meta[key] != own[key]:
+            raise MokaError(
+                f"{folder} was trained for backbone {meta['backbone']!r} ({key} {meta[key]}); this model has "
+                f"{own['backbone']!r} ({key} {own[key]}). Train stage 1 again for it, or use that backbone."
+            )
+    for name, spec in meta["modalities"].items():
+        ours = own["modalities"].get(name, {})
+        for key, theirs in spec.items():
+            changed = _differences(model, name, key, theirs, ours.get(key))
+            if changed:
+                raise MokaError(
+                    f"{folder}: its {name} {key} has {_shown(theirs, changed)}, and this run's has "
+                    f"{_shown(ours.get(key), changed)}. Make model.modalities run_on_all, or train stage 1 again."
+                )
+    try:
+        state = load_file(folder / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise MokaError(f"{folder / WEIGHTS} cannot be read ({error}); it is truncated or damaged.") from error
+    take_connector(model, state, meta["parts"], str(folder / WEIGHTS))
+    return meta["parts"]
+
+
+def take_connector(
+    model: MokaForConditionalGeneration,
+    state: dict[str, torch.Tensor],
+    parts: list[str] | None = None,
+    where: str = "what stage 1 trained",
+) -> None:
+    """Copy the tensors of ``parts`` into the model: all of them, and no others.
+
+    Args:
+        parts: default: those that the model trains.
+        where: the tensors come from, for the message.
+    Raises:
+        MokaError: tensors missing, extra or of another shape.
+    """
+    prefixes = tuple(f"{part}." for part in (trained_parts(model) if parts is None else parts))
+    expected = {key: tensor for key, tensor in model.state_dict().items() if key.startswith(prefixes)}
+    bad = sorted(set(expected) ^ set(state)) or [k for k in state if state[k].shape != expected[k].shape]
+    if bad:
+        raise MokaError(f"{where}: {len(bad)} tensors missing, extra or of another shape ({bad[0]}, ...).")
+    model.load_state_dict(state, strict=False)
+
+
+def _differences(model: MokaForConditionalGeneration, name: str, key: str, theirs: Any, ours: Any) -> list[str]:
+    """The fields of an encoder's or projector's configuration that keep trained weights from fitting this run's.
+
+    Where the projector takes any number of features, an encoder may take longer clips than in stage 1, for example.
+    """
+    if not isinstance(theirs, dict) or not isinstance(ours, dict):
+        return [] if theirs == ours else ["type"]
+    if key == "encoder" and name in model.projectors and model.projectors[name].takes_any_number:
+        theirs, ours = without_weightless(theirs, ENCODERS), without_weightless(ours, ENCODERS)
+    theirs, ours = plain(theirs), plain(ours)
+    return sorted(field for field in {*theirs, *ours} if theirs.get(field) != ours.get(field))
+
+
+# What transformers notes in a configuration beside the architecture; it changes with its version.
+_NOTES = ("transformers_version", "_name_or_path", "architectures", "dtype", "id2label", "label2id", "problem_type")
+
+
+def plain(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration as JSON gives it back, the fields of ``model_config`` beside the others, notes left out."""
+    flat = json.loads(json.dumps(config))
+    inner = flat.pop("model_config", None) or {}
+    return {**{f"model_config.{field}": value for field, value in inner.items() if field not in _NOTES}, **flat}
+
+
+def _shown(config: Any, fields: list[str]) -> str:
+    values = plain(config) if isinstance(config, dict) else {}
+    return ", ".join(f"{field} {values.get(field)!r}" for field in fields)
+
+
+def _load_published(model: MokaForConditionalGeneration, path: Path) -> list[str]:
+    groups: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
+    for key, tensor in _read_tensors(path).items():
+        found = next(((whose, kind) for pattern, whose, kind in PUBLISHED if pattern.match(key)), None)
+        if found is None:
+            raise MokaError(
+                f"{path}: {key!r} is no weight of a projector. Give RUN/connector of a stage-1 run, the MokA authors' "
+                "visual_pretrain.bin or audio_pretrain.bin, or LLaVA's mm_projector.bin."
+            )
+        groups.setdefault(found, {})[key] = tensor
+    filled: dict[str, dict[str, torch.Tensor]] = {}
+    for (whose, kind), tensors in groups.items():
+        name = next((n for n, encoder in model.encoders.items() if encoder.kind == kind), None)
+        if name is None or name in filled:
+            why = f"has no modality of that medium, only {', '.join(model.encoders)}" if name is None else "takes one"
+            raise MokaError(f"{path} holds a projector of {kind} features; this model {why}. Leave the file out.")
+        try:
+            state, projector = import_llava(tensors) if whose == "llava" else (import_official(tensors)[0], "qformer")
+        except MokaError as error:
+            raise MokaError(f"{path}: {error}") from error
+        _check_published(model, name, projector, state, path)
+        filled[name] = state
+    for name, state in filled.items():
+        model.projectors[name].load_state_dict(state)
+    return [f"projectors.{name}" for name in filled]
+
+
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file of safetensors, or of a pickle that holds nothing else."""
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise MokaError(
+            f"{path} is no file of plain tensors: loading it would run code that it holds, or it is damaged. Get it from "
+            "its authors, or save its tensors as safetensors where you trust it."
+        ) from error
+    except Exception as error:  # of bytes that are no pickle torch's reader raises KeyError and more
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise MokaError(f"{path} cannot be read ({reason}); it is truncated or damaged.") from error
+    if not isinstance(state, Mapping) or not state or not all(isinstance(t, torch.Tensor) for t in state.values()):
+        raise MokaError(f"{path} holds no mapping of names to tensors; give a published projector file.")
+    for key, tensor in state.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise MokaError(f"{path}: {key} is not finite; the file is damaged. Get it again.")
+    return dict(state)
+
+
+def _check_published(
+    model: MokaForConditionalGeneration, name: str, projector: str, state: dict[str, torch.Tensor], path: Path
+) -> None:
+    """Raises `MokaError` unless the tensors, under our names, are all of those of the modality's projector."""
+    ours: Any = model.projectors[name]
+    where = f"model.modalities.{name}"
+    if ours.name != projector or (projector == "linear" and ours.config.tokens):
+        raise MokaError(
+            f"{path} holds a projector of type {projector!r}, and this run's {name} projector is {ours.to_dict()}. Set "
+            f"{where}.projector: {{type: {projector}}}."
+        )
+    expected = {key: tensor.shape for key, tensor in ours.state_dict().items()}
+    for key in sorted(set(expected) & set(state), key=_from_the_ends):
+        if state[key].shape != expected[key]:
+            raise MokaError(
+                f"{path}: {key} has shape {list(state[key].shape)}, and this run's {name} projector has "
+                f"{list(expected[key])}. {_remedy(key, state[key].shape, expected[key], projector, where)}"
+            )
+    odd = sorted(set(expected) ^ set(state))
+    if odd:
+        layers = {match[1] for key in state if (match := re.search(r"layer\.(\d+)\.", key))}
+        side = "lacks" if odd[0] in expected else "also has"
+        raise MokaError(
+            f"{path} {side} {odd[0]}. It has {len(layers)} layers: set {where}.projector.layers: {len(layers)}, and "
+            "cross_attention_frequency: 1."
+        )
+
+
+def _from_the_ends(key: str) -> tuple[bool, bool, str]:
+    """Sorts the ends of a projector first: they tell most of what is wrong."""
+    return key.startswith("qformer."), key != "norm.weight", key
+
+
+def _remedy(key: str, theirs: torch.Size, ours: torch.Size, projector: str, where: str) -> str:
+    reads_features = (projector, key) in (("mlp", "hidden.weight"), ("linear", "output.weight"))
+    if key.startswith("norm.") or (reads_features and theirs[1] != ours[1]):
+        return f"It was made for an encoder of width {theirs[-1]}; choose that one as {where}.encoder."
+    if key == "queries":
+        return f"Set {where}.projector.queries: {theirs[1]} and hidden_size: {theirs[2]}."
+    if key.startswith(("output.", "hidden.")) and theirs[0] != ours[0]:
+        return f"It was made for a language model of width {theirs[0]}; choose that one as model.backbone."
+    return f"Set hidden_size and intermediate_size of {where}.projector to the file's."

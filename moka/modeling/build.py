@@ -1,0 +1,249 @@
+"""From a configuration to a model with its adapter."""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from accelerate.utils import parse_flag_from_env
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import AutoConfig, AutoTokenizer, TrainingArguments
+
+from moka.adapter import MokaConfig
+from moka.adapter.config import DEFAULT_MODALITIES, TEXT
+from moka.adapter.targets import fill_targets
+from moka.adapter.text_decoder import coverage
+from moka.config import AdapterSection, ModelSection, RunConfig
+from moka.data import resolve_backbone
+from moka.errors import MokaError
+from moka.modeling import MokaForConditionalGeneration, MokaProcessor
+from moka.modeling.configuration import MokaModelConfig
+from moka.modeling.encoders import Encoder, build_encoder
+from moka.modeling.quantization import logical_numel
+
+from .artifacts import load_connector, trained_parts
+from .sharding import fsdp_requested, without_sharding, zero_stage
+
+
+def choose_dtype(name: str) -> torch.dtype:
+    """float32, bfloat16, or for "auto" what the device computes in: bfloat16 is about 40 times slower on most CPUs."""
+    if name == "auto":
+        return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if name not in dtypes:
+        raise MokaError(f"model.dtype: {name!r} is not one of auto, {', '.join(dtypes)}.")
+    return dtypes[name]
+
+
+def build_model(
+    section: ModelSection, pretrained: bool = True, device: torch.device | str | None = None
+) -> tuple[MokaForConditionalGeneration, MokaProcessor]:
+    """The composed model with fresh projectors, and its processor.
+
+    Args:
+        device: where a quantised model lies; default: this process's GPU if there is one. Others lie on the CPU.
+    Raises:
+        MokaError: a backbone that is not there, an unknown encoder or projector.
+    """
+    folder = resolve_backbone(section.backbone)
+    extra: dict[str, Any] = {}
+    if section.attn_implementation:
+        extra["attn_implementation"] = section.attn_implementation
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = MokaForConditionalGeneration.from_backbone(
+            str(folder),
+            section.modalities,
+            name=section.backbone,
+            pretrained=pretrained,
+            quantization=section.quantization,
+            device=device,
+            dtype=choose_dtype(section.dtype),
+            **extra,
+        )
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise MokaError(
+            f"model.backbone: {section.backbone!r} cannot be loaded ({reason}). Give a folder of a causal language model, "
+            "a hub name that this machine can reach, or embedded:smollm2-135m."
+        ) from error
+    # Encoders and projectors compute in float32, whatever the backbone's type: they are small and newly trained.
+    model.encoders.float()
+    model.projectors.float()
+    processor = MokaProcessor.from_model(
+        model, tokenizer, chat_template=section.chat_template, interaction=section.interaction
+    )
+    return model, processor
+
+
+def check_not_sharded(section: ModelSection, stages: Collection[TrainingArguments]) -> None:
+    """Raises `MokaError` where a quantised backbone would be split over processes: its packed weights cannot be."""
+    if section.quantization is None:
+        return
+    fsdp = fsdp_requested() or any(one.fsdp for one in stages)
+    if fsdp or any(zero_stage(one) == 3 for one in stages):
+        raise MokaError(
+            f"model.quantization: {section.quantization} does not go with {'FSDP' if fsdp else 'ZeRO-3'}, which splits the "
+            "backbone's weights over processes. Use DDP or ZeRO-2, or set model.quantization: null."
+        )
+
+
+def context_length(section: ModelSection, model: MokaForConditionalGeneration) -> int | None:
+    """Longest sample in tokens: the configured one, within the backbone's context."""
+    context = getattr(model.config.text_config, "max_position_embeddings", None)
+    if section.max_length and context and section.max_length > context:
+        raise MokaError(f"model.max_length: {section.max_length} exceeds the backbone's context of {context} tokens.")
+    return section.max_length or context
+
+
+def adapter_modalities(model: MokaForConditionalGeneration) -> dict[str, list[int]]:
+    """Text and the model's own modalities, as ``MokaConfig.modalities`` wants them."""
+    return {TEXT: list(DEFAULT_MODALITIES[TEXT]), **{name: list(ids) for name, ids in model.config.type_ids.items()}}
+
+
+def attach_adapter(model: MokaForConditionalGeneration, section: AdapterSection) -> PeftModel:
+    """Freeze the model, add the adapter of ``section.method``, keep projectors and trainable encoders training."""
+    try:
+        with warnings.catch_warnings():
+            # `moka train` prints the coverage itself.
+            warnings.filterwarnings("ignore", message=r"target_modules: the adapter .* covers")
+            adapted = get_peft_model(model, _adapter_config(model, section))
+    except ValueError as error:  # peft's own, and ours
+        raise MokaError(f"adapter: {' '.join(str(error).split())}") from error
+    adapted.peft_config["default"].base_model_name_or_path = model.config.backbone
+    for module in adapted.modules():
+        if isinstance(module, Encoder) and module.is_trained:
+            module.freeze_unused()  # peft made every parameter of its copy trainable
+    return adapted
+
+
+def _adapter_config(model: MokaForConditionalGeneration, section: AdapterSection) -> PeftConfig:
+    if section.method == "lora":
+        return LoraConfig(
+            r=section.r,
+            lora_alpha=section.alpha,  # type: ignore[arg-type]  # a matched rank may ask for a fraction
+            lora_dropout=section.dropout,
+            target_modules=_lora_targets(model, section.target_modules),
+            exclude_modules=section.exclude_modules,
+            use_rslora=section.use_rslora,
+            modules_to_save=trained_parts(model),
+            task_type="CAUSAL_LM",
+        )
+    optional = {
+        name: getattr(section, name)
+        for name in ("interaction", "interaction_weight", "scale_position", "adapt")
+        if getattr(section, name) is not None
+    }
+    return MokaConfig.preset(
+        section.preset,
+        r=section.r,
+        alpha=section.alpha,
+        dropout=section.dropout,
+        target_modules=section.target_modules,
+        exclude_modules=section.exclude_modules,
+        share_b=section.share_b,
+        use_rslora=section.use_rslora,
+        modalities=adapter_modalities(model),
+        modules_to_save=trained_parts(model),
+        task_type="CAUSAL_LM",
+        **optional,
+    )
+
+
+def adapter_coverage(adapted: PeftModel) -> float:
+    """Return the share (0 to 1) of the weights in the decoder's blocks that the layers of a MokA or LoRA adapter hold."""
+    base = adapted.get_base_model()
+    return coverage(base, [name for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)])
+
+
+def adapter_parameters(model: MokaForConditionalGeneration, section: AdapterSection) -> int:
+    """Trainable parameters of the adapter that ``attach_adapter`` would add, and its errors, found on a model without
+    memory: ``model`` itself is left as it is.
+    """
+    with torch.device("meta"), without_sharding():
+        config: Any = copy.deepcopy(model.config)
+        skeleton = MokaForConditionalGeneration(config)
+        return count_parameters(attach_adapter(skeleton, section))["adapter"]
+
+
+def _lora_targets(model: MokaForConditionalGeneration, targets: list[str] | str | None) -> str:
+    """Return a regex for what names mean to MokA, the decoder's layers: to peft's LoRA they reach encoders too."""
+    if isinstance(targets, str):
+        return targets
+    config = MokaConfig(target_modules=targets)
+    fill_targets(config, model)
+    names = "|".join(re.escape(name) for name in sorted(config.target_modules or ()))
+    return rf"language_model\.(?:.*\.)?(?:{names})"
+
+
+def count_parameters(model: torch.nn.Module) -> dict[str, int]:
+    """Trainable parameters by part (adapter, encoders, projectors) and the total of all."""
+    counts = {"adapter": 0, "encoders": 0, "projectors": 0, "total": 0}
+    for name, parameter in model.named_parameters():
+        if ".original_module." in name:
+            continue  # peft's untrained copy
+        number = logical_numel(parameter)
+        counts["total"] += number
+        if parameter.requires_grad:
+            part = next((p for p in ("encoders", "projectors") if f"{p}." in name), "adapter")
+            counts[part] += number
+    return counts
+
+
+def build_for_stage_two(config: RunConfig) -> tuple[MokaForConditionalGeneration, MokaProcessor]:
+    """The composed model with every projector filled from the connectors that the configuration names."""
+    model, processor = build_model(config.model, device=_training_device(config))
+    filled: dict[str, str] = {}
+    for folder in config.model.connectors:
+        for part in load_connector(model, folder):
+            if part in filled:
+                raise MokaError(f"model.connectors: {part} is in {filled[part]} and in {folder}; name one of them.")
+            filled[part] = folder
+    empty = [part for part in trained_parts(model) if part not in filled]
+    if empty and config.model.connectors:
+        raise MokaError(
+            f"model.connectors: none of {config.model.connectors} holds {', '.join(empty)}; add its stage 1."
+        )
+    return model, processor
+
+
+def _training_device(config: RunConfig) -> str | None:
+    """Where a run keeps to the CPU, also beside a GPU; None: the default."""
+    on_cpu = all(config.section(stage).get("use_cpu") for stage in config.stages)
+    return "cpu" if on_cpu or parse_flag_from_env("ACCELERATE_USE_CPU") else None
+
+
+def build_processor(section: ModelSection) -> tuple[MokaForConditionalGeneration, MokaProcessor]:
+    """As ``build_model``, but the model is a skeleton without memory: only configurations and the tokenizer are read.
+
+    For what needs no weights, such as counting tokens; the skeleton tells sizes and the context length.
+
+    Raises:
+        MokaError: a backbone that is not there, an unknown encoder or projector.
+    """
+    folder = resolve_backbone(section.backbone)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        text_config = AutoConfig.from_pretrained(folder)
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise MokaError(
+            f"model.backbone: {section.backbone!r} cannot be loaded ({reason}). Give a folder of a causal language model, "
+            "a hub name that this machine can reach, or embedded:smollm2-135m."
+        ) from error
+    config = MokaModelConfig(text_config, section.modalities, backbone=section.backbone)
+    with torch.device("meta"):
+        encoders: dict[str, Any] = {}
+        for name, spec in config.modalities.items():
+            encoders[name] = build_encoder(spec["encoder"], pretrained=False)
+            spec["encoder"] = encoders[name].to_dict()
+        skeleton = MokaForConditionalGeneration(config, encoders=encoders)
+    processor = MokaProcessor.from_model(
+        skeleton, tokenizer, chat_template=section.chat_template, interaction=section.interaction
+    )
+    return skeleton, processor

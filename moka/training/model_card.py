@@ -1,0 +1,188 @@
+"""What a person looks at after a run: a plot of the loss, and a model card."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+import moka
+from moka.config import RunConfig
+from moka.data import attribution
+from moka.distributed import is_main
+from moka.io import disk_full_errors, write_text
+from moka.modeling import MokaProcessor
+from moka.modeling.configuration import DEFAULT_TYPE_IDS, MEDIA_TYPE_IDS
+
+from .run_dir import ADAPTER, RunFolder
+
+
+def plot_loss(folder: RunFolder) -> Path | None:
+    """RUN/loss.png: training and validation loss over the learning rate, a column for each stage."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    records = folder.metrics()
+    stages = sorted({r["stage"] for r in records if "loss" in r})
+    if not stages:
+        return None
+    figure = Figure(figsize=(5 * len(stages), 5), layout="constrained")
+    axes = figure.subplots(2, len(stages), squeeze=False, sharex="col", height_ratios=[3, 1])
+    for column, stage in enumerate(stages):
+        loss, rate = axes[0][column], axes[1][column]
+        for key, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o--")):
+            points = [(r["step"], r[key]) for r in records if r["stage"] == stage and key in r]
+            if points:
+                loss.plot(*zip(*points, strict=True), style, label=label)
+        points = [(r["step"], r["learning_rate"]) for r in records if r["stage"] == stage and "learning_rate" in r]
+        rate.plot(*zip(*points, strict=True), color="grey")
+        loss.set(title=f"stage {stage}", ylabel="loss")
+        loss.legend()
+        rate.set(xlabel="step", ylabel="learning rate")
+    path = folder / "loss.png"
+    with disk_full_errors(path):
+        figure.savefig(path, dpi=120)
+    return path
+
+
+def plot_balance(folder: RunFolder) -> Path | None:
+    """RUN/balance.png: tokens a second, the share of time spent waiting for data, and gradient norms by part."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    records = folder.metrics()
+    stages = sorted({r["stage"] for r in records if "tokens_per_second" in r})
+    if not stages:
+        return None
+    figure = Figure(figsize=(5 * len(stages), 7), layout="constrained")
+    axes = figure.subplots(3, len(stages), squeeze=False, sharex="col", height_ratios=[1, 1, 2])
+    for column, stage in enumerate(stages):
+        speed, wait, norms = axes[:, column]
+        of_stage = [r for r in records if r["stage"] == stage]
+        parts = sorted({key for r in of_stage for key in r if key.startswith("grad_norm/")})
+        for axis, key in ((speed, "tokens_per_second"), (wait, "data_wait"), *((norms, part) for part in parts)):
+            # A's gradient is zero as long as B is, which a logarithmic axis cannot show.
+            points = [(r["step"], r[key]) for r in of_stage if r.get(key) is not None and (axis is not norms or r[key])]
+            if points:
+                axis.plot(*zip(*points, strict=True), ".-", label=key.removeprefix("grad_norm/"))
+        speed.set(title=f"stage {stage}", ylabel="tokens/s", ylim=(0, None))
+        wait.set(ylabel="waiting for data", ylim=(0, 1))
+        norms.set(xlabel="step", ylabel="gradient norm", yscale="log")
+        if parts:
+            norms.legend(fontsize="small", ncols=2)
+    path = folder / "balance.png"
+    with disk_full_errors(path):
+        figure.savefig(path, dpi=120)
+    return path
+
+
+def write_card(folder: RunFolder, config: RunConfig, summary: dict[str, Any]) -> None:
+    """RUN/README.md and the adapter's README.md: what it is, how to load it, how it was made, its numbers."""
+    method = config.adapter.method
+    evaluation = folder / "evaluation.json"
+    numbers = (
+        _evaluation_table(json.loads(evaluation.read_text("utf-8"))) if evaluation.exists() else "Not evaluated yet."
+    )
+    data = "".join(dict.fromkeys(attribution(s) for s in (config.data.train, config.data.alignment) if s))
+    header = {"library_name": "peft", "tags": ["moka", "multimodal", method], "base_model": config.model.backbone}
+    run = folder.path.as_posix()
+    modalities = ", ".join(["text", *config.model.modalities])
+    text = f"""---
+{yaml.safe_dump(header, sort_keys=False).strip()}
+---
+
+# {folder.path.name}
+
+A {_name(method)} adapter for `{config.model.backbone}` with the modalities {modalities}, trained with moka {moka.__version__}.
+
+## Use
+
+```python
+import moka
+
+model = moka.load("{run}")
+print(model.generate("Your question?"{_media_arguments(config)}))
+```
+
+With peft alone, after `import moka`: `PeftModel.from_pretrained(moka.load_base("{run}"), "{run}/{ADAPTER}")`.
+
+## Training
+
+| | |
+|---|---|
+{"".join(f"| {key} | {value} |{chr(10)}" for key, value in summary.items())}
+The resolved configuration is in `config.yaml`, every logged number in `metrics.jsonl`.
+
+## Evaluation
+
+{numbers}
+
+## Data and licences
+
+{data or "Not recorded."}
+"""
+    write_text(folder / "README.md", text)
+    if (folder / ADAPTER).is_dir():
+        write_text(folder / ADAPTER / "README.md", text)
+
+
+def _media_arguments(config: RunConfig) -> str:
+    """The media that the trained model takes, as arguments of ``generate``; a picture stands for video too."""
+    files = {"image": "picture.png", "video": "clip.mp4", "audio": "sound.wav"}
+    kinds = {type_id: kind for kind, type_id in MEDIA_TYPE_IDS.items()}
+    first = (
+        (spec.get("type_ids") or DEFAULT_TYPE_IDS.get(name) or [0])[0] for name, spec in config.model.modalities.items()
+    )
+    return "".join(f', {kinds[i]}="{files[kinds[i]]}"' for i in first if i in kinds)
+
+
+def _name(method: str) -> str:
+    return {"moka": "MokA (https://arxiv.org/abs/2506.05191)", "lora": "LoRA"}.get(method, method)
+
+
+def _evaluation_table(result: dict[str, Any]) -> str:
+    lines = ["| questions | right | N | accuracy | 95 % interval |", "|---|---|---|---|---|"]
+    for condition, scores in result["conditions"].items():
+        for category, s in scores.items():
+            low, high = s["interval"]
+            lines.append(
+                f"| {condition}: {category} | {s['right']} | {s['n']} | {100 * s['accuracy']:.1f} % | "
+                f"{100 * low:.1f} - {100 * high:.1f} % |"
+            )
+    return "\n".join(lines)
+
+
+@torch.no_grad()
+def write_samples(folder: RunFolder, model: Any, processor: MokaProcessor, samples: Any, config: RunConfig) -> None:
+    """RUN/samples.jsonl: the model's answers to the first validation questions.
+
+    Every process has to call it, as each may hold but a part of the model; the main one writes.
+    """
+    model.eval()
+    lines = []
+    for index in range(min(config.output.samples, len(samples))):
+        sample = samples[index]
+        last = max(i for i, message in enumerate(sample["messages"]) if message["role"] == "assistant")
+        question, reference = sample["messages"][:last], sample["messages"][last : last + 1]
+        batch = processor(question).to(model.device)
+        batch.pop("labels")
+        tokens = model.generate(**batch, max_new_tokens=config.evaluation.max_new_tokens, do_sample=False)
+        record = {
+            "id": sample["id"],
+            "question": _text(question),
+            "answer": processor.decode(tokens[0, batch["input_ids"].shape[1] :]),
+            "reference": _text(reference),
+        }
+        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+    if is_main():
+        write_text(folder / "samples.jsonl", "".join(lines))
+
+
+def _text(messages: list[dict]) -> str:
+    parts = [p for m in messages for p in ([m["content"]] if isinstance(m["content"], str) else m["content"])]
+    return " ".join(p if isinstance(p, str) else p.get("text", f"[{p['type']}]") for p in parts)

@@ -1,0 +1,242 @@
+"""The run folder: what a run leaves behind, and the self-contained adapter folder in it.
+
+RUN/config.yaml         the resolved configuration
+RUN/connector/          stage 1: trained encoders and projectors
+RUN/adapter/            adapter, projectors, encoders, processor, model configuration
+RUN/metrics.jsonl       one line for each logging step
+RUN/loss.png            loss and learning rate
+RUN/balance.png         throughput, waiting for data, and gradient norms by part
+RUN/diverged.json       the steps and samples at which a run diverged
+RUN/samples.jsonl       answers to validation questions
+RUN/evaluation.json     written by `moka eval`
+RUN/README.md           model card
+RUN/summary.json        written last: the run is complete
+RUN/checkpoints/        for --resume
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file
+
+import moka
+from moka.config import RunConfig, config_from_dict
+from moka.errors import MokaError
+from moka.io import atomic_dir, disk_full_errors, write_json, write_text
+from moka.modeling.artifacts import trained_parts
+from moka.modeling.sharding import without_wrappers
+
+from .lock import LOCK, FolderLock
+
+CONFIG, ADAPTER, CONNECTOR, METRICS, SUMMARY = "config.yaml", "adapter", "connector", "metrics.jsonl", "summary.json"
+MODEL_CONFIG = "moka_model.json"
+DIVERGED = "diverged.json"
+FORMAT_VERSION = 1
+_MARK = "# Resolved by moka "
+# All that a run and its evaluation write; --overwrite removes these and nothing else.
+_ARTEFACTS = (
+    *(CONFIG, ADAPTER, CONNECTOR, METRICS, SUMMARY, "README.md", "loss.png", "balance.png", "samples.jsonl", DIVERGED),
+    *("evaluation.json", "predictions.jsonl", "benchmarks", "comparison.json", "checkpoints", "tensorboard"),
+    *("dropped-stage1.jsonl", "dropped-stage2.jsonl", "lengths-stage1.npz", "lengths-stage2.npz"),
+    *("bad-media-train.jsonl", "bad-media-alignment.jsonl", "bad-media-validation.jsonl"),
+)
+# What may differ when a run is resumed: it does not reach the training.
+_FREE_ON_RESUME = ("evaluation", "output")
+
+
+class RunFolder:
+    """A run's folder. Creating it is the last thing before training, so that a refused run leaves nothing."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.lock = FolderLock(self.path)
+
+    def check(self, resume: bool, overwrite: bool) -> None:
+        """Refuse a folder that already holds a run, unless it is to be resumed or replaced; one run is locked."""
+        holds = self.holds_run()
+        if holds:
+            self.lock.take()
+        for place in (self.path, *self.path.parents):
+            if place.exists() and not place.is_dir():
+                raise MokaError(f"output.dir: {place} is a file; name a folder.")
+        if resume and overwrite:
+            raise MokaError("--resume goes on with a run and --overwrite replaces it; give one of them.")
+        if resume and not holds:
+            raise MokaError(f"--resume: {self.path} holds no run; leave --resume out to start one.")
+        if holds and not resume and not overwrite:
+            raise MokaError(
+                f"output.dir: {self.path} already holds a run. Choose another with output.dir=..., go on with --resume, or "
+                "replace it with --overwrite."
+            )
+        if not holds and self.path.is_dir() and any(path.name != LOCK for path in self.path.iterdir()):
+            raise MokaError(f"output.dir: {self.path} is not empty and holds no run of ours; choose another folder.")
+
+    def holds_run(self) -> bool:
+        """Whether a run of ours is there; somebody else's config.yaml is none."""
+        try:
+            return (self.path / CONFIG).read_text(encoding="utf-8").startswith(_MARK)
+        except (OSError, UnicodeDecodeError):
+            return False
+
+    def check_same(self, config: RunConfig) -> None:
+        """A resumed run trains on with the settings it began with, or its result would be nobody's."""
+        raw = yaml.safe_load((self.path / CONFIG).read_text(encoding="utf-8"))
+        began = _flat(config_from_dict(raw, str(self.path / CONFIG)).to_dict())
+        now = _flat(config.to_dict())
+        for key in sorted(set(began) | set(now)):
+            if began.get(key) != now.get(key) and key.split(".")[0] not in _FREE_ON_RESUME:
+                raise MokaError(
+                    f"--resume: {key} is {began.get(key)!r} in {self.path / CONFIG}, and {now.get(key)!r} is given. Resume "
+                    f"with `moka train {self.path / CONFIG} --resume`, or start another run with output.dir=..."
+                )
+
+    def create(self, config: RunConfig) -> None:
+        """Make the folder with the resolved configuration; what an earlier run left in it goes."""
+        made = not self.path.exists()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise MokaError(f"output.dir: {self.path} cannot be made ({error.strerror}); choose another.") from error
+        if self.lock.take() and self.holds_run():
+            raise MokaError(f"output.dir: another run was begun in {self.path} meanwhile; choose another folder.")
+        self._clear()
+        text = yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
+        try:
+            write_text(self.path / CONFIG, f"{_MARK}{moka.__version__}\n{text}")
+        except BaseException:
+            self.lock.release()
+            if made:
+                shutil.rmtree(self.path, ignore_errors=True)
+            raise
+
+    def _clear(self) -> None:
+        for name in _ARTEFACTS:
+            old = self.path / name
+            if old.is_dir():
+                shutil.rmtree(old)
+            else:
+                old.unlink(missing_ok=True)
+
+    def discard(self) -> None:
+        """Remove a run that has nothing to go on from."""
+        if not (self.path / CONNECTOR).exists() and not any(self.path.glob("checkpoints/*/checkpoint-*")):
+            self._clear()
+            self.lock.release()
+            if not any(self.path.iterdir()):
+                self.path.rmdir()
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def log(self, record: dict[str, Any]) -> None:
+        # NaN is no JSON.
+        record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        path = self.path / METRICS
+        with disk_full_errors(path), open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        path = self.path / METRICS
+        return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+
+    def rewind_metrics(self, stage: int, step: int) -> None:
+        """Forget what was logged after ``step`` of ``stage``: a resumed run logs it again."""
+        path = self.path / METRICS
+        kept = []
+        for line in path.read_text("utf-8").splitlines() if path.exists() else []:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue  # the run was killed while it wrote this line
+            before = record["stage"] < stage
+            if before or (record["stage"] == stage and record["step"] <= step and "train_runtime" not in record):
+                kept.append(line + "\n")
+        write_text(path, "".join(kept))
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def save_adapter(model: PeftModel, processor: Any, folder: str | Path, state_dict: dict | None = None) -> None:
+    """Write a self-contained adapter folder and read it back.
+
+    Args:
+        state_dict: all that was trained, full, by its names in ``model``; default: the model's own tensors.
+    Raises:
+        MokaError: a tensor was left out, or came out empty or not finite.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    # "auto" would look the backbone's name up on the hub, which an embedded one is not on.
+    with without_wrappers(model):
+        model.save_pretrained(str(folder), state_dict=state_dict, save_embedding_layers=False)
+    processor.save_pretrained(folder)
+    base: Any = model.get_base_model()
+    description = {
+        "format_version": FORMAT_VERSION,
+        "moka_version": moka.__version__,
+        "backbone": base.config.backbone,
+        "backbone_fingerprint": base.backbone_fingerprint(),
+        "quantization": base.quantization,
+        "modalities": base.config.modalities,
+        "fill_token_id": base.config.fill_token_id,
+        "parts": trained_parts(base),
+    }
+    write_json(folder / MODEL_CONFIG, description)
+    saved = load_file(folder / "adapter_model.safetensors")
+    if state_dict is not None and len(saved) < len(state_dict):
+        raise MokaError(
+            f"{folder}: {len(saved)} of {len(state_dict)} trained tensors were saved; something wraps the model's layers "
+            "and hides them from peft. Train without it."
+        )
+    for key, tensor in saved.items():
+        if tensor.numel() == 0 or not torch.isfinite(tensor).all():
+            raise MokaError(
+                f"{folder}: {key} was saved empty or not finite; training diverged, or shards were not gathered."
+            )
+
+
+def save_result(
+    model: PeftModel, processor: Any, folder: Path, state_dict: dict | None = None, change: float | None = None
+) -> None:
+    """The adapter folder of a finished run: written completely, checked to have learned something, or not there at all.
+
+    ``change``: see ``guards.logits_change``.
+    """
+    with atomic_dir(folder) as part:
+        save_adapter(model, processor, part, state_dict)
+        check_trained(part)
+        if change is not None:
+            check_change(change)
+
+
+def check_trained(folder: str | Path) -> None:
+    """After training: an adapter whose every B is still zero has learned nothing, and must not look like a result."""
+    tensors = load_file(Path(folder) / "adapter_model.safetensors")
+    ups = [t for key, t in tensors.items() if ".moka_B" in key or ".lora_B." in key]
+    if not ups or all(not t.any() for t in ups):
+        raise MokaError(
+            "Every B of the adapter is still zero after training: no gradient reached it. It was not saved."
+        )
+
+
+def check_change(change: float) -> None:
+    """After training: an adapter that changes no logits (``guards.logits_change``) must not look like a result either."""
+    if not change > 0 or not math.isfinite(change):
+        raise MokaError(
+            f"The trained adapter changes the logits of training samples by {change:g}: as good as none, or not finite. "
+            "Its layers are not in use, or its updates are lost in rounding; raise the learning rate or train longer. It "
+            "was not saved."
+        )

@@ -1,0 +1,200 @@
+"""Opening a run: everything is tried that can be tried before training, and then its folder is made."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import TrainingArguments
+
+from moka.config import SECTIONS, RunConfig
+from moka.data import EncodedDataset, resolve_backbone
+from moka.data.media import BadMediaError
+from moka.data.media_validation import SkipReport, Subset, joined
+from moka.data.sources import notes_of
+from moka.distributed import (
+    all_gather_object,
+    broadcast_from_main,
+    is_main,
+    print_main,
+    rank_and_world_size,
+    run_on_all,
+    run_on_main,
+)
+from moka.features.cache import FeatureCache
+from moka.features.setup import describe, open_features, with_features
+from moka.modeling import MokaForConditionalGeneration, MokaProcessor
+from moka.modeling.build import (
+    adapter_parameters,
+    build_for_stage_two,
+    check_not_sharded,
+    context_length,
+)
+
+from .batches import check_packing
+from .datasets import check_files, check_media, open_data, try_media, write_reports
+from .preemption import Interrupted, Interruption
+from .run_dir import SUMMARY, RunFolder
+from .trainer import training_arguments
+
+
+@dataclass
+class Run:
+    """What the stages of one run share: its configuration and folder, the data, the model and its processor."""
+
+    config: RunConfig
+    folder: RunFolder
+    arguments: dict[int, TrainingArguments]
+    resume: bool
+    datasets: dict[str, Any]
+    model: MokaForConditionalGeneration
+    processor: MokaProcessor
+    interruption: Interruption = field(default_factory=Interruption)
+    started: float = 0.0
+    features: FeatureCache | None = None
+    engines: dict[int, dict[str, Any]] = field(default_factory=dict)
+    logits_change: float | None = None
+
+    @property
+    def max_length(self) -> int | None:
+        return context_length(self.config.model, self.model)
+
+    def leave_if_told(self) -> None:
+        """End here where a signal came after the last step of a stage; its result is saved."""
+        self.interruption.check()
+
+
+@contextmanager
+def open_run(config: RunConfig, resume: bool = False, overwrite: bool = False) -> Iterator[Run | None]:
+    """Everything that can be tried before training is tried; the run folder is made; then the run is yours.
+
+    None where a run to be resumed is complete. What is refused before training leaves no folder, and neither does a medium
+    that cannot be read before there is anything to go on from.
+
+    Raises:
+        MokaError: as ``run_training``.
+    """
+    folder = RunFolder(config.output.dir)
+    began = False
+    with Interruption() as interruption:
+        try:
+            with _open_run(config, folder, resume, overwrite) as run:
+                began = True
+                if run is not None:
+                    run.interruption = interruption
+                yield run
+        except Interrupted as stop:
+            if began or resume:
+                stop.remedy = "go on with `moka train ... --resume`"
+            raise
+        finally:
+            folder.lock.release()
+
+
+@contextmanager
+def _open_run(config: RunConfig, folder: RunFolder, resume: bool, overwrite: bool) -> Iterator[Run | None]:
+    started = time.monotonic()
+    # The arguments come first: they connect the processes.
+    arguments = {stage: _arguments(config, folder, stage) for stage in config.stages}
+    run_on_all(lambda: check_not_sharded(config.model, arguments.values()))
+    run_on_main(lambda: folder.check(resume, overwrite))
+    if resume:
+        run_on_all(lambda: folder.check_same(config))
+        if broadcast_from_main((folder / SUMMARY).exists):
+            print_main(f"note: {folder.path} is complete; there is nothing to go on with.")
+            yield None
+            return
+    # What has to be downloaded and prepared is so once.
+    run_on_all(lambda: resolve_backbone(config.model.backbone), main_first=True)
+    datasets = run_on_all(lambda: open_data(config), main_first=True)
+    run_on_all(lambda: check_files(datasets, config, rank_and_world_size()))
+    for note in dict.fromkeys(note for samples in datasets.values() for note in notes_of(samples)):
+        print_main(f"note: {note}")
+    run = run_on_all(lambda: _prepare(config, folder, arguments, resume, datasets))
+    tried = _leave_out(run.datasets, config, folder, resume)
+    run_on_all(lambda: _try_first(run))
+    run_on_all(lambda: check_media(run.datasets, config, rank_and_world_size()))
+    run.started = started
+    if not resume:
+        run_on_main(lambda: folder.create(config))
+        run_on_main(lambda: write_reports(tried, folder.path))
+    if config.data.on_bad_media == "substitute":
+        run.datasets = run_on_all(lambda: open_data(config, folder.path, run.features))
+    try:
+        yield run
+    except BadMediaError as error:
+        # A file that cannot be read is found as late as its sample comes; with nothing to resume, nothing stays.
+        if is_main():
+            folder.discard()
+        remedy = "Or let the run do without it: data.on_bad_media=skip or substitute."
+        raise BadMediaError(f"{str(error).rstrip()} {remedy}", error.file, error.reason) from error
+
+
+def _leave_out(datasets: dict[str, Any], config: RunConfig, folder: RunFolder, resume: bool) -> dict[str, SkipReport]:
+    """``on_bad_media: skip``: put the samples that can be used in the place of each data set, the same on every process."""
+    if config.data.on_bad_media != "skip":
+        return {}
+    parts = all_gather_object(
+        run_on_all(lambda: try_media(datasets, config, folder.path, resume, rank_and_world_size()))
+    )
+    tried = run_on_all(lambda: {name: joined([part[name] for part in parts]) for name in parts[0]})
+    for name, report in tried.items():
+        datasets[name] = Subset(datasets[name], report.indices)
+        print_main(report.summary())
+    return tried
+
+
+def _prepare(
+    config: RunConfig,
+    folder: RunFolder,
+    arguments: dict[int, TrainingArguments],
+    resume: bool,
+    datasets: dict[str, Any],
+) -> Run:
+    """The model, after everything was tried that can be tried before training."""
+    draw_seed(config)
+    model, processor = build_for_stage_two(config)
+    processor.decoding = {"video_frames": config.data.video_frames, "audio_windows": config.data.audio_windows}
+    run = Run(config, folder, arguments, resume, datasets, model, processor)
+    if 2 in config.stages:
+        adapter_parameters(model, config.adapter)
+    if config.data.feature_cache is not None:
+        run.features = open_features(config.data, model, processor)
+        run.datasets = {name: with_features(samples, run.features) for name, samples in datasets.items()}
+        for line in describe(run.features):
+            print_main(line)
+    return run
+
+
+def _try_first(run: Run) -> None:
+    """A template, encoder, length or backbone that cannot work."""
+    for samples in run.datasets.values():
+        EncodedDataset(samples, run.processor, run.max_length)[0]
+    check_packing(run.config, run.model, run.arguments[run.config.stages[0]].device)
+
+
+def draw_seed(config: RunConfig) -> None:
+    """Begin all random numbers with the run's seed."""
+    seed = int(config.training.get("seed", 42))
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _arguments(config: RunConfig, folder: RunFolder, stage: int) -> TrainingArguments:
+    name = SECTIONS[stage]
+    of_both = ("seed", "deepspeed", "fsdp", "fsdp_config")
+    shared = {"seed": 42, **{key: config.training[key] for key in of_both if key in config.training}}
+    section = {**shared, **config.section(stage)}
+    if config.data.validation is None or (stage == 1 and 2 in config.stages):
+        section["eval_strategy"] = "no"
+    if stage == 1 and section.get("objective") == "embedding":
+        # There is no pass through the language model to save memory in.
+        section = {key: value for key, value in section.items() if "checkpointing" not in key}
+    return training_arguments(section, folder / f"checkpoints/stage{stage}", name)

@@ -1,0 +1,336 @@
+"""Features on disk: what was written comes back, in any process; what has changed, was cut or cannot be is told."""
+
+import json
+import os
+import pickle
+import resource
+import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from moka.data.media import DecodedDataset
+from moka.data.media_io import BadMediaError
+from moka.errors import MokaError
+from moka.features import cache as features_module
+from moka.features.cache import (
+    FORMAT_VERSION,
+    FeatureCache,
+    FeatureSet,
+    NotCachedError,
+    medium_id,
+    open_set,
+    stamp,
+    weights_sha256,
+)
+from moka.features.setup import check_features, note_moved
+from moka.features.writer import FeatureWriter, create_set, next_number, remove_damaged, remove_partial
+from moka.modeling.media import AudioFeatures, Waveform
+
+SETTINGS = {"encoder": {"type": "clip", "layer": -1}, "weights_sha256": "ab", "decoding": {"video_frames": 10}}
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Paths of twelve small picture files."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    paths = []
+    for i in range(12):
+        paths.append(str(folder / f"{i}.png"))
+        Image.fromarray(np.full((4, 4 + i, 3), 20 * i, np.uint8)).save(paths[-1])
+    return paths
+
+
+def features_of(number, items=1):
+    return torch.randn(items, 3, 5, generator=torch.Generator().manual_seed(number))
+
+
+def fill(cache, paths, dtype="float32", shard_bytes=200):
+    """A set with the features of each picture: shards of four, and one picture of two items."""
+    folder = create_set(cache, "clip", SETTINGS, dtype)
+    writer = FeatureWriter(FeatureSet(folder), next_number(folder), shard_bytes=shard_bytes)
+    for i, path in enumerate(paths):
+        identity = medium_id("image", path)
+        writer.note("image", path, stamp(path), identity)
+        writer.add(identity, features_of(i, 1 + (i == 3)))
+    writer.flush()
+    return folder
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_features_come_back_as_they_were_written(tmp_path, pictures, dtype):
+    folder = fill(tmp_path / "cache", pictures, dtype)
+    shards = sorted(folder.glob("shard-*.safetensors"))
+    assert len(shards) >= 2
+    assert all(path.stat().st_size < 2000 for path in shards)
+    read = FeatureCache({"image": open_set(tmp_path / "cache", "clip", SETTINGS)})
+    for i, path in enumerate(pictures):
+        items = read.read("image", path)
+        assert len(items) == 1 + (i == 3)
+        expected = features_of(i, 1 + (i == 3)).to(getattr(torch, dtype)).float().numpy()
+        assert all(item.values.dtype == np.float32 for item in items)
+        np.testing.assert_array_equal(np.stack([item.values for item in items]), expected)
+
+
+class Values:
+    """Indexing reads features; for loader workers."""
+
+    def __init__(self, features, paths):
+        self.features, self.paths = features, paths
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        return self.features.read("image", self.paths[index])[0].values, os.getpid()
+
+
+@pytest.fixture
+def few_open(monkeypatch):
+    """Two shards mapped at a time, where a set has more."""
+    monkeypatch.setattr(features_module, "_OPEN_SHARDS", 2)
+
+
+def test_threads_read_the_same(tmp_path, pictures, few_open):
+    folder = fill(tmp_path / "cache", pictures, shard_bytes=50)
+    assert len(list(folder.glob("shard-*.json"))) == len(pictures)
+    features = FeatureCache({"image": open_set(tmp_path / "cache", "clip", SETTINGS)})
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            read = list(pool.map(lambda path: features.read("image", path)[0].values, pictures * 200))
+    finally:
+        sys.setswitchinterval(interval)
+    for i, values in enumerate(read):
+        number = i % len(pictures)
+        np.testing.assert_array_equal(values, features_of(number, 1 + (number == 3))[0].numpy())
+
+
+def test_loader_workers_read_the_same(tmp_path, pictures, few_open):
+    assert len(list(fill(tmp_path / "cache", pictures).glob("shard-*.json"))) > 2
+    features = FeatureCache({"image": open_set(tmp_path / "cache", "clip", SETTINGS)})
+    here = [features.read("image", path)[0].values for path in pictures]  # shards are mapped before workers start
+    loader = DataLoader(Values(features, pictures), batch_size=None, num_workers=2, multiprocessing_context="fork")
+    there = list(loader)
+    assert len({int(process) for _, process in there} - {os.getpid()}) == 2
+    for ours, (theirs, _) in zip(here, there, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    # As a worker gets them that is started anew.
+    copy = pickle.loads(pickle.dumps(features))
+    np.testing.assert_array_equal(copy.read("image", pictures[5])[0].values, here[5])
+
+
+def test_files_are_known_by_content(tmp_path, pictures):
+    fill(tmp_path / "cache", pictures)
+    features = open_set(tmp_path / "cache", "clip", SETTINGS)
+    moved = str(tmp_path / "moved.png")
+    shutil.copy(pictures[2], moved)
+    os.utime(pictures[4], ns=(1, 1))
+    for place, number in ((moved, 2), (pictures[4], 4)):
+        np.testing.assert_array_equal(features.read(features.find("image", place)), features_of(number).numpy())
+    # A picture in a table is the same as the file with its bytes; as a film it is another medium.
+    with open(pictures[2], "rb") as file:
+        assert features.find("image", file.read()) == features.find("image", pictures[2])
+    with pytest.raises(NotCachedError, match="not in"):
+        features.find("video", pictures[2])
+
+
+def test_content_that_two_processes_computed_counts_once(tmp_path, pictures):
+    folder = create_set(tmp_path / "cache", "clip", SETTINGS)
+    writers = [FeatureWriter(FeatureSet(folder), 1, rank) for rank in range(2)]
+    for writer in writers:
+        writer.add(medium_id("image", pictures[0]), features_of(0))
+        writer.flush()
+    assert len(list(folder.glob("shard-*.json"))) == 2
+    assert len(FeatureSet(folder)) == 1
+
+
+def test_changed_file_is_told_also_where_size_and_time_are_kept(tmp_path, pictures):
+    fill(tmp_path / "cache", pictures)
+    info = os.stat(pictures[7])
+    with open(pictures[7], "rb") as file:
+        data = bytearray(file.read())
+    data[-1] ^= 1
+    with open(pictures[7], "wb") as file:
+        file.write(data)
+    os.utime(pictures[7], ns=(info.st_atime_ns, info.st_mtime_ns))
+    assert os.stat(pictures[7]).st_size == info.st_size
+    features = open_set(tmp_path / "cache", "clip", SETTINGS)
+    for _ in range(2):  # also when it was looked at before
+        with pytest.raises(NotCachedError, match=r"7\.png has changed since.*moka cache"):
+            features.find("image", pictures[7])
+    # Computed again, the later note of the file holds.
+    folder = fill(tmp_path / "cache", [pictures[7]])
+    again = FeatureSet(folder)
+    np.testing.assert_array_equal(again.read(again.find("image", pictures[7])), features_of(0).numpy())
+    new = str(tmp_path / "new.png")
+    Image.new("RGB", (9, 9)).save(new)
+    with pytest.raises(NotCachedError, match=r"new\.png are not in"):
+        features.find("image", new)
+
+
+def test_sample_without_features_is_named(tmp_path, pictures):
+    fill(tmp_path / "cache", pictures[1:])
+    features = FeatureCache({"image": open_set(tmp_path / "cache", "clip", SETTINGS)})
+    content = [{"type": "image", "image": pictures[0]}]
+    samples = DecodedDataset([{"id": "s17", "messages": [{"role": "user", "content": content}]}], features=features)
+    with pytest.raises(MokaError, match=r"sample 's17': .*0\.png.*moka cache"):
+        samples[0]
+
+
+def test_processes_look_up_a_share_each_and_tell_files_that_moved(tmp_path, pictures, capsys):
+    fill(tmp_path / "cache", pictures[:2] + pictures[3:])
+    os.utime(pictures[1], ns=(1, 1))
+
+    def look_up(share):
+        features = FeatureCache({"image": open_set(tmp_path / "cache", "clip", SETTINGS)})
+        parts = [[{"type": "image", "image": path}] for path in pictures[:6]]
+        samples = [{"id": f"s{i}", "messages": [{"role": "user", "content": part}]} for i, part in enumerate(parts)]
+        dataset = DecodedDataset(samples, features=features)
+        check_features(dataset, "data.train", share)
+        note_moved([dataset], share)
+
+    for share in ((0, 1), (0, 2)):
+        with pytest.raises(MokaError, match=r"data\.train: sample 's2': .*2\.png are not in"):
+            look_up(share)
+    assert "moved" not in capsys.readouterr().out
+    look_up((1, 2))
+    assert "note: at least 1 file moved, copied or touched since" in capsys.readouterr().out
+
+
+def test_bad_media_stay_bad(tmp_path, pictures):
+    folder = create_set(tmp_path / "cache", "clip", SETTINGS)
+    writer = FeatureWriter(FeatureSet(folder), 1)
+    identity = medium_id("image", pictures[0])
+    writer.note("image", pictures[0], stamp(pictures[0]), identity)
+    writer.note_bad(identity, "is a damaged image")
+    writer.flush()
+    features = FeatureSet(folder)
+    with pytest.raises(BadMediaError, match="is a damaged image") as caught:
+        features.find("image", pictures[0])
+    assert (caught.value.file, caught.value.reason) == (pictures[0], "is a damaged image")
+    with pytest.raises(BadMediaError, match="does not exist"):
+        features.find("image", str(tmp_path / "none.png"))
+    # A decoder that has learnt to read it: what is computed counts.
+    writer.add(identity, features_of(1))
+    writer.flush()
+    assert FeatureSet(folder).find("image", pictures[0]) == identity
+
+
+def test_ids_tell_apart_what_encoders_would_see_differently():
+    grey = Image.fromarray(np.arange(16, dtype=np.uint8).reshape(4, 4))
+    turned = grey.copy()
+    turned.getexif()[0x0112] = 6
+    other_colours = grey.convert("P")
+    other_colours.putpalette([255 - i // 3 for i in range(768)])
+    sound = np.arange(8, dtype=np.float32) / 8
+    different = [
+        grey,
+        turned,
+        grey.resize((2, 8)),
+        grey.convert("RGB"),
+        grey.convert("P"),
+        other_colours,
+        Waveform(sound, 8000),
+        Waveform(sound, 16000),
+        AudioFeatures(sound.reshape(4, 2), "mfcc"),
+        AudioFeatures(sound.reshape(2, 4), "mfcc"),
+        [Waveform(sound, 8000)],
+        [grey, grey],
+        [grey],
+    ]
+    ids = [medium_id("audio", medium) for medium in different]
+    assert len(set(ids)) == len(ids)
+    assert medium_id("image", grey) == medium_id("image", grey.copy()) != medium_id("video", grey)
+    assert medium_id("audio", Waveform(sound.copy(), 8000)) == ids[6]
+    with pytest.raises(MokaError, match="int"):
+        medium_id("audio", 3)
+
+
+def test_one_changed_weight_changes_the_hash():
+    layer = torch.nn.Linear(50, 50)
+    before = weights_sha256(layer)
+    assert weights_sha256(layer) == before
+    with torch.no_grad():
+        layer.weight[37, 11] = torch.nextafter(layer.weight[37, 11], torch.tensor(9.0))
+    assert weights_sha256(layer) != before
+
+
+def test_other_settings_are_named(tmp_path, pictures, monkeypatch):
+    fill(tmp_path / "cache", pictures)
+    other = json.loads(json.dumps(SETTINGS))
+    other["encoder"]["layer"], other["decoding"]["video_frames"] = -2, 8
+    with pytest.raises(MokaError, match=r"encoder\.layer is -1 there and -2 here; decoding\.video_frames is 10.*and 8"):
+        open_set(tmp_path / "cache", "clip", other)
+    with pytest.raises(MokaError, match=r"no features of encoder 'beats'.*moka cache"):
+        open_set(tmp_path / "cache", "beats", SETTINGS)
+    with pytest.raises(MokaError, match="holds float32 features, and float16 is asked for"):
+        create_set(tmp_path / "cache", "clip", SETTINGS, "float16")
+    # Of a moka that makes other features under the same settings.
+    monkeypatch.setattr(features_module, "FORMAT_VERSION", FORMAT_VERSION + 1)
+    with pytest.raises(MokaError, match=rf"format_version is {FORMAT_VERSION} there and {FORMAT_VERSION + 1} here"):
+        open_set(tmp_path / "cache", "clip", SETTINGS)
+    monkeypatch.undo()
+    path = next((tmp_path / "cache").glob("clip-*/settings.json"))
+    path.write_text('{"dtype"')
+    with pytest.raises(MokaError, match=r"settings\.json cannot be used"):
+        open_set(tmp_path / "cache", "clip", SETTINGS)
+
+
+def test_half_written_and_damaged_shards_are_made_anew(tmp_path, pictures):
+    folder = fill(tmp_path / "cache", pictures)
+    shards = sorted(folder.glob("shard-*.safetensors"))
+    whole = {path: path.read_bytes() for path in shards}
+    # Killed while a shard was written, and between a shard and its seal.
+    (folder / "shard-00099-000.safetensors.part").write_bytes(b"half")
+    (folder / "shard-00098-000.safetensors").write_bytes(whole[shards[0]])
+    remove_partial(folder)
+    assert sorted(folder.glob("shard-*.safetensors*")) == shards
+    assert remove_damaged(folder) == []
+    # Cut, flipped and lost.
+    shards[0].write_bytes(whole[shards[0]][:-7])
+    with pytest.raises(MokaError, match=r"is not whole.*moka cache"):
+        open_set(tmp_path / "cache", "clip", SETTINGS)
+    flipped = bytearray(whole[shards[1]])
+    flipped[-1] ^= 1
+    shards[1].write_bytes(flipped)
+    shards[2].unlink()
+    assert [line.split(" ")[0] for line in remove_damaged(folder)] == [str(path) for path in shards[:3]]
+    features = FeatureSet(folder)
+    lost = [path for path in pictures if medium_id("image", path) not in features]
+    assert lost
+    assert len(lost) + len(features) == len(pictures)
+    fill(tmp_path / "cache", pictures)
+    assert len(FeatureSet(folder)) == len(pictures)
+    assert remove_damaged(folder) == []
+
+
+def test_full_disk_keeps_what_was_written(tmp_path, pictures):
+    folder = fill(tmp_path / "cache", pictures[:6])
+    known = FeatureSet(folder)
+    writer = FeatureWriter(known, next_number(folder))
+    writer.add(medium_id("image", pictures[6]), torch.ones(1, 30, 500))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(MokaError, match=r"cannot be written.*stays.*goes on"):
+            writer.flush()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(folder.glob("*.part"))
+    assert remove_damaged(folder) == []
+    assert len(FeatureSet(folder)) == len(known) == 6
+
+
+def test_values_beyond_the_type_are_refused(tmp_path, pictures):
+    folder = create_set(tmp_path / "cache", "clip", SETTINGS, "float16")
+    writer = FeatureWriter(FeatureSet(folder), 1)
+    with pytest.raises(MokaError, match=r"70000.*float16.*bfloat16"):
+        writer.add(medium_id("image", pictures[0]), torch.full((1, 3, 5), 7e4))

@@ -1,0 +1,255 @@
+"""Checkpoints: whole or left out, never the last good one removed; one run in a folder."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from moka.errors import MokaError
+from moka.training import config_from_dict, run_training
+from moka.training.checkpointing import SEAL, Seal, begin, fault, finish, last_checkpoint, listing, read_seal, rotate
+from moka.training.run_dir import RunFolder
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def stage(trained_run, tmp_path):
+    """A copy of a run's second stage: checkpoints at steps 2, 4 and 6."""
+    shutil.copytree(trained_run / "checkpoints/stage2", tmp_path / "stage2")
+    return tmp_path / "stage2"
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def sealed(folder, step):
+    """A small whole checkpoint."""
+    final = folder / f"checkpoint-{step}"
+    part = begin(final)
+    (part / "tag").mkdir()
+    (part / "tag/weights.bin").write_bytes(bytes([step]) * 100)
+    finish(part, final, Seal(step), [listing(part)])
+    return final
+
+
+def test_a_checkpoint_is_sealed_with_what_a_resume_asks_for(trained_run):
+    checkpoint = trained_run / "checkpoints/stage2/checkpoint-4"
+    seal = read_seal(checkpoint)
+    assert (seal.step, seal.world_size, seal.zero_stage, seal.owes_evaluation) == (4, 1, None, False)
+    assert seal.torch_version == torch.__version__
+    files = json.loads((checkpoint / SEAL).read_text())["files"]
+    assert set(files) == set(listing(checkpoint)) - {SEAL}
+    assert {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "adapter_model.safetensors"} <= {
+        *files
+    }
+    assert fault(checkpoint) is None
+    assert names(checkpoint.parent) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def alter(path):
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "told"),
+    [
+        ("adapter_model.safetensors", truncate, "bytes, and"),
+        ("optimizer.pt", alter, "is not what was written"),
+        ("rng_state.pth", Path.unlink, "is missing"),
+        (SEAL, Path.unlink, "has no checkpoint.json"),
+        (SEAL, truncate, "damaged"),
+    ],
+)
+def test_a_damaged_newest_checkpoint_is_left_out_and_said(stage, capsys, file, damage, told):
+    damage(stage / "checkpoint-6" / file)
+    assert last_checkpoint(stage) == (stage / "checkpoint-4", 4)
+    said = capsys.readouterr().out
+    assert str(stage / "checkpoint-6" / file) in said or file == SEAL
+    assert told in said
+    assert "checkpoint-4 is the last whole one" in said
+    # It counts for nothing from now on, and nobody's files are thrown away.
+    assert names(stage) == ["checkpoint-2", "checkpoint-4", "damaged-checkpoint-6"]
+    assert last_checkpoint(stage) == (stage / "checkpoint-4", 4)
+
+
+def test_checkpoints_none_of_which_is_whole_are_an_error_and_not_a_new_beginning(stage):
+    for step in (2, 4, 6):
+        truncate(stage / f"checkpoint-{step}" / "optimizer.pt")
+    with pytest.raises(
+        MokaError, match=r"holds 3 checkpoints and none is whole .*checkpoint-6.*optimizer.pt .*remove them"
+    ):
+        last_checkpoint(stage)
+    assert names(stage) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    shutil.rmtree(stage)
+    assert last_checkpoint(stage) == (None, 0)
+
+
+def test_what_a_killed_run_left_half_written_is_removed_and_said(stage, capsys):
+    part = begin(stage / "checkpoint-8")
+    (part / "optimizer.pt").write_bytes(b"half")
+    assert last_checkpoint(stage) == (stage / "checkpoint-6", 6)
+    assert "checkpoint-8 was half-written" in capsys.readouterr().out
+    assert names(stage) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+
+
+def test_a_checkpoint_whose_replacement_was_broken_off_comes_back(stage):
+    begin(stage / "checkpoint-6")
+    (stage / "checkpoint-6").rename(stage / "unfinished/checkpoint-6.old")
+    assert last_checkpoint(stage) == (stage / "checkpoint-6", 6)
+    assert fault(stage / "checkpoint-6") is None
+
+
+def test_a_checkpoint_may_be_written_again(tmp_path):
+    for _ in range(2):
+        assert fault(sealed(tmp_path, 3)) is None
+    assert names(tmp_path) == ["checkpoint-3"]
+
+
+def test_a_file_of_another_process_that_cannot_be_seen_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("moka.training.checkpointing._VISIBLE_WITHIN_S", 0.0)
+    part = begin(tmp_path / "checkpoint-1")
+    (part / "rng_state_0.pth").write_bytes(b"here")
+    with pytest.raises(MokaError, match=r"rng_state_1.pth, written by another process.*all nodes share"):
+        finish(part, tmp_path / "checkpoint-1", Seal(1, 2), [listing(part), {"rng_state_1.pth": 4}])
+    assert not (tmp_path / "checkpoint-1").exists()
+
+
+@pytest.mark.parametrize(
+    ("limit", "newest", "best", "left"),
+    [
+        (None, 5, None, [1, 2, 3, 4, 5]),
+        (2, 5, None, [4, 5]),
+        (1, 5, 2, [2, 5]),
+        (3, 5, 1, [1, 4, 5]),
+        # A run that went on from an older one: what it wrote last stays, whatever its number.
+        (1, 3, None, [3]),
+    ],
+)
+def test_rotation_keeps_the_newest_and_the_best(tmp_path, limit, newest, best, left):
+    paths = {step: sealed(tmp_path, step) for step in range(1, 6)}
+    rotate(tmp_path, limit, paths[newest], str(paths[best]) if best else None)
+    assert names(tmp_path) == [f"checkpoint-{step}" for step in left]
+
+
+def test_rotation_does_not_count_what_has_no_seal(tmp_path):
+    """Counted as good, checkpoint-9 would have pushed out the last whole one."""
+    paths = {step: sealed(tmp_path, step) for step in (1, 2, 9)}
+    (paths[9] / SEAL).unlink()
+    rotate(tmp_path, 2, paths[2], None)
+    assert names(tmp_path) == ["checkpoint-1", "checkpoint-2", "checkpoint-9"]
+    rotate(tmp_path, 1, paths[2], None)
+    assert names(tmp_path) == ["checkpoint-2", "checkpoint-9"]
+
+
+def test_a_run_keeps_the_newest_and_the_best_of_its_checkpoints(tiny_config, tmp_path):
+    """The largest loss counts as the best, so the first checkpoint is it, and is named as it lies on the disk."""
+    best = {
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_steps": 1,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": True,
+    }
+    raw = tiny_config(tmp_path / "run", stages=[2])
+    raw["training"] |= {
+        **best,
+        "save_total_limit": 2,
+        "max_steps": 4,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+    }
+    run_training(config_from_dict(raw))
+    stage = tmp_path / "run/checkpoints/stage2"
+    state = json.loads((stage / "checkpoint-4/trainer_state.json").read_text())
+    assert state["best_global_step"] == 1
+    assert state["best_model_checkpoint"] == str(stage / f"checkpoint-{state['best_global_step']}")
+    assert names(stage) == sorted([f"checkpoint-{state['best_global_step']}", "checkpoint-4"])
+    assert all(fault(path) is None for path in stage.iterdir())
+
+
+HOLD = """
+import sys
+from moka.training.lock import FolderLock
+from pathlib import Path
+FolderLock(Path(sys.argv[1])).take()
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_second_run_in_the_folder_is_refused_until_the_first_is_gone(trained_run, tiny_config, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained_run, folder)
+    (folder / "summary.json").unlink()
+    config = config_from_dict(tiny_config(folder))
+    command = [sys.executable, "-c", HOLD, str(folder)]
+    with subprocess.Popen(
+        command, stdin=-1, stdout=-1, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    ) as other:
+        assert other.stdout.readline() == "held\n"
+        for how in ({"resume": True}, {"overwrite": True}, {}):
+            with pytest.raises(MokaError, match=f"is being trained by process {other.pid} on "):
+                run_training(config, **how)
+        assert (folder / "metrics.jsonl").read_bytes() == (trained_run / "metrics.jsonl").read_bytes()
+        other.kill()
+    # Its lock died with it; the file that it left is of no account.
+    RunFolder(folder).check(resume=True, overwrite=False)
+
+
+def test_a_run_leaves_no_lock(trained_run, tiny_config, tmp_path):
+    assert not (trained_run / ".lock").exists()
+    with pytest.raises(MokaError, match="already holds a run"):
+        run_training(config_from_dict(tiny_config(trained_run)))
+    assert not (trained_run / ".lock").exists()
+    bad = tiny_config(tmp_path / "run", data__train=str(tmp_path / "absent.jsonl"))
+    with pytest.raises(MokaError, match="absent"):
+        run_training(config_from_dict(bad))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_lock_is_taken_once_and_given_back(tmp_path):
+    first, second = RunFolder(tmp_path).lock, RunFolder(tmp_path).lock
+    assert first.take()
+    assert not first.take()
+    with pytest.raises(MokaError, match=f"process {os.getpid()} on"):
+        second.take()
+    first.release()
+    assert names(tmp_path) == []
+    assert second.take()
+    second.release()
+
+
+def test_a_lock_that_cannot_be_held_is_taken_once_too(tmp_path, monkeypatch):
+    """`--overwrite` asks twice: to see whether the folder is free, and to write it."""
+    monkeypatch.setattr("moka.training.lock.fcntl", None)
+    lock = RunFolder(tmp_path).lock
+    assert lock.take()
+    assert not lock.take()
+    lock.release()
+    assert lock.take()
+
+
+def test_a_file_system_without_locks_is_said(tmp_path, capsys, monkeypatch):
+    import fcntl
+
+    def unsupported(descriptor, how):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    assert RunFolder(tmp_path).lock.take()
+    assert "see that no other run writes this folder" in capsys.readouterr().out
+    assert names(tmp_path) == []

@@ -1,0 +1,297 @@
+"""Guards: a training that cannot come to anything is stopped, and the message names what is wrong."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from moka.adapter.layer import MokaLinear
+from moka.data import Collator, EncodedDataset
+from moka.demo.digit_tasks import EmbeddedTask
+from moka.errors import MokaError
+from moka.modeling import MokaForConditionalGeneration
+from moka.modeling.build import attach_adapter, build_model
+from moka.training import config_from_dict, run_training
+from moka.training import run as run_module
+from moka.training.callbacks import Watcher
+from moka.training.run_dir import check_change
+from moka.training.sanity_callbacks import check_dtypes, logits_change, reached
+from moka.training.trainer import MokaTrainer, training_arguments
+
+SHORT = {"stages": [2], "training__max_steps": 3, "training__save_strategy": "no", "data__validation": None}
+
+
+def train(raw):
+    return run_training(config_from_dict(raw))
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    """Adds a watcher to the next run."""
+
+    def add(watcher):
+        own = run_module._callbacks
+        monkeypatch.setattr(run_module, "_callbacks", lambda run, stage: [watcher, *own(run, stage)])
+        return watcher
+
+    return add
+
+
+class Seen(Watcher):
+    """step -> ids of its samples; the parameters whose gradients were read, by step."""
+
+    def __init__(self):
+        self.ids, self.norms = {}, {}
+
+    def on_batch(self, inputs, sample_ids):
+        assert len(sample_ids) == len(inputs["input_ids"])
+        self.ids.setdefault(self.trainer.state.global_step + 1, []).extend(sample_ids)
+
+    def wants_gradients(self):
+        return True
+
+    def on_gradients(self, norms):
+        self.norms[self.trainer.state.global_step + 1] = norms
+
+
+def test_diverging_run_names_the_first_bad_step_and_its_samples(tiny_config, tmp_path, watch, monkeypatch):
+    """One sample with a broken picture makes the loss NaN, and everything after it, long before the next log."""
+    whole = EncodedDataset.__getitem__
+    seen = watch(Seen())
+    changes = {
+        **SHORT,
+        "training__max_steps": 12,
+        "training__logging_steps": 6,
+        "training__gradient_accumulation_steps": 2,
+    }
+    train(tiny_config(tmp_path / "healthy", **changes))
+    healthy, seen.ids = seen.ids, {}
+    broken = healthy[4][5]
+    assert sum(broken in ids for ids in healthy.values()) == 1  # an epoch is longer than this run
+
+    def with_a_broken_one(self, index):
+        encoded = whole(self, index)
+        if encoded["sample_id"] == broken:
+            for key in ("pixel_values", "input_features"):
+                if key in encoded:
+                    encoded[key] = np.full_like(encoded[key], np.nan)
+        return encoded
+
+    monkeypatch.setattr(EncodedDataset, "__getitem__", with_a_broken_one)
+    with pytest.raises(
+        MokaError, match=rf"loss was nan at 3 steps.*first at step 4 .*{broken}.*training.learning_rate"
+    ):
+        train(tiny_config(tmp_path / "run", **changes))
+    told = json.loads((tmp_path / "run/diverged.json").read_text())
+    assert [record["step"] for record in told["steps"]] == [4, 5, 6]
+    assert told["steps"][0]["sample_ids"] == healthy[4][4:]  # of the accumulated batch that holds it alone
+    assert told["steps"][1]["sample_ids"] == healthy[5]
+    assert not (tmp_path / "run/adapter").exists()
+    records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert records[-1]["step"] == 6
+    assert records[-1]["loss"] is None
+
+
+@pytest.mark.parametrize("use", ["save", "eval", "end"])
+def test_what_has_diverged_is_told_before_it_is_used(tiny_config, tmp_path, use):
+    """Two bad steps alone, and none logged: still its samples are named, and not a tensor that is not finite."""
+    changes = {**SHORT, "training__learning_rate": 1e30, "training__max_steps": 3, "training__logging_steps": 50}
+    if use != "end":
+        changes |= {f"training__{use}_strategy": "steps", f"training__{use}_steps": 3, "training__max_steps": 6}
+        changes["data__validation"] = "embedded:audio-visual-text"
+    with pytest.raises(
+        MokaError, match=r"The loss was nan at [12] steps? in a row, first at step [23] with the samples \w"
+    ):
+        train(tiny_config(tmp_path / "run", **changes))
+    assert json.loads((tmp_path / "run/diverged.json").read_text())["steps"]
+    assert not list((tmp_path / "run").rglob("checkpoint-*"))
+
+
+def test_a_loss_of_zero_stops_too_and_one_bad_step_does_not(tiny_config, tmp_path, watch, monkeypatch):
+    step = MokaTrainer.training_step
+    factors = iter([1, 0, 0, 1, float("nan"), 1, 0, 0, 0, 1, 1, 1])
+
+    def training_step(self, *args, **kwargs):
+        loss = step(self, *args, **kwargs)
+        guard = next(w for w in self.watchers if type(w).__name__ == "DivergenceGuard")
+        where, value, ids = guard.window[-1]
+        guard.window[-1] = (where, value * next(factors), ids)
+        return loss
+
+    monkeypatch.setattr(MokaTrainer, "training_step", training_step)
+    with pytest.raises(MokaError, match=r"loss was 0.0 at 3 steps in a row, first at step 7 .*answers are all masked"):
+        train(tiny_config(tmp_path / "run", **{**SHORT, "training__max_steps": 12}))
+
+
+def test_float16_parameters_are_refused_before_training(tiny_config, tmp_path, monkeypatch):
+    def half(model, section):
+        adapted = attach_adapter(model, section)
+        for name, parameter in adapted.named_parameters():
+            if "moka_B" in name:
+                parameter.data = parameter.data.half()
+        return adapted
+
+    monkeypatch.setattr(run_module, "attach_adapter", half)
+    with pytest.raises(MokaError, match=r"4 trainable parameters are float16 \(the first: .*moka_B.*training.bf16"):
+        train(tiny_config(tmp_path / "run", **SHORT))
+    frozen = torch.nn.Linear(2, 2).half().requires_grad_(False)
+    check_dtypes(frozen)
+
+
+def test_a_projector_cut_off_from_the_graph_is_named(tiny_config, tmp_path, monkeypatch):
+    whole = MokaForConditionalGeneration.encode_media
+
+    def cut(self, name, values):
+        return whole(self, name, values).detach() if name == "audio" else whole(self, name, values)
+
+    monkeypatch.setattr(MokaForConditionalGeneration, "encode_media", cut)
+    with pytest.raises(MokaError, match=r"Step 1: no gradient reaches .*projectors\.audio.*") as caught:
+        train(tiny_config(tmp_path / "run", **SHORT))
+    assert "visual" not in str(caught.value)
+    assert not (tmp_path / "run/adapter").exists()
+
+
+def test_an_adapter_outside_the_forward_is_named(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(MokaLinear, "forward", lambda self, x, *args, **kwargs: self.base_layer(x, *args, **kwargs))
+    with pytest.raises(MokaError, match=r"Step 1: no gradient reaches .*layers\.0\.self_attn\.q_proj\.moka_A"):
+        train(tiny_config(tmp_path / "run", **SHORT))
+
+
+@pytest.mark.parametrize(("warmup", "step"), [(0, 2), (1, 3)])
+def test_the_a_of_one_modality_without_a_gradient_is_named(tiny_config, tmp_path, monkeypatch, warmup, step):
+    """At step 1 no A has one, as B is zero; a warm-up's rate of zero at step 1 keeps B zero for one more."""
+
+    def deaf(model, section):
+        adapted = attach_adapter(model, section)
+        row = list(adapted.peft_config["default"].modalities).index("audio")
+        for name, parameter in adapted.named_parameters():
+            if "layers.0.self_attn.v_proj.moka_A" in name:
+                keep = torch.ones(len(parameter), 1, 1)
+                keep[row] = 0
+                parameter.register_hook(keep.mul)
+        return adapted
+
+    monkeypatch.setattr(run_module, "attach_adapter", deaf)
+    changes = {**SHORT, "training__warmup_steps": warmup, "training__max_steps": 8}
+    with pytest.raises(
+        MokaError, match=rf"Step {step}: .*layers\.0\.self_attn\.v_proj\.moka_A\.default\.weight\[audio\]"
+    ) as caught:
+        train(tiny_config(tmp_path / "run", **changes))
+    assert "[visual]" not in str(caught.value)
+
+
+@pytest.mark.parametrize("changes", [{"adapter__method": "lora"}, {"adapter__adapt": ["visual", "audio"]}])
+def test_healthy_variants_pass(tiny_config, tmp_path, watch, changes):
+    seen = watch(Seen())
+    summary = json.loads((train(tiny_config(tmp_path / "run", **SHORT, **changes)) / "summary.json").read_text())
+    assert summary["adapter changes logits by"].endswith(" %")
+    ups = [name for name in seen.norms[1] if "moka_B" in name or "lora_B" in name]
+    assert len(ups) == 4
+    # The queries of media positions in the last block reach no answer.
+    adapted = changes.get("adapter__adapt", ["text"])
+    assert [name for name in ups if seen.norms[1][name] == [0.0]] == [n for n in ups if "1.self_attn.q" in n][
+        : len(adapted) - 1
+    ]
+    assert reached({**seen.norms[1], ups[0]: [0.0]}, adapted, {"text", "visual"}) == [f"{ups[0]} (all zero)"]
+    assert reached({**seen.norms[1], ups[1]: None}, adapted, {"text", "visual"}) == [ups[1]]
+
+
+def test_an_adapter_on_the_head_trains(tiny_config, tmp_path, watch, capsys):
+    """Media positions give the head no gradient, and the interaction changes them only."""
+    seen = watch(Seen())
+    changes = {"adapter__target_modules": ["q_proj", "lm_head"], "training__per_device_train_batch_size": 2}
+    run = train(tiny_config(tmp_path / "run", **{**SHORT, **changes}))
+    (head,) = [name for name in seen.norms[3] if "lm_head.moka_A" in name]
+    text, *media = seen.norms[3][head]
+    assert text > 0 == max(media)
+    told = [line for line in capsys.readouterr().out.splitlines() if "of the decoder's block weights" in line]
+    assert len(told) == 1
+    share = json.loads((run / "summary.json").read_text())["adapter covers"].partition(" ")[0]
+    assert f" {share} " in told[0]
+    # q_proj [64, 64] of k and v [32, 64] each, o [64, 64], gate, up and down [96, 64] each
+    assert share == f"{64 / (64 + 2 * 32 + 64 + 3 * 96):.0%}"
+
+
+def test_change_of_logits_is_the_adapters_alone(tiny_config, tmp_path):
+    config = config_from_dict(tiny_config(tmp_path / "x"))
+    model, processor = build_model(config.model)
+    adapted = attach_adapter(model, config.adapter)
+    trainer = MokaTrainer(
+        model=adapted,
+        args=training_arguments({}, tmp_path / "x"),
+        train_dataset=EncodedDataset(EmbeddedTask("audio-visual-text", "train", size=4), processor, None),
+        data_collator=Collator(processor),
+        processing_class=processor,
+    )
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if ".projectors." in name:
+                parameter.add_(0.1)  # trained projectors also change the logits, and are none of its doing
+    assert logits_change(trainer) == 0.0
+    with pytest.raises(MokaError, match=r"changes the logits of training samples by 0: .*was not saved"):
+        check_change(0.0)
+    with pytest.raises(MokaError, match="not saved"):
+        check_change(math.nan)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "moka_B" in name:
+                parameter.normal_(std=0.1)
+    change = logits_change(trainer)
+    assert 0 < change < 10
+    check_change(change)
+    assert adapted.training is False or trainer.model_wrapped.training == adapted.training
+
+
+def test_result_that_changes_no_logits_is_not_saved(tiny_config, tmp_path, monkeypatch):
+    """B is not zero, and yet the layers are not in use."""
+    monkeypatch.setattr(run_module, "logits_change", lambda trainer: 0.0)
+    with pytest.raises(MokaError, match="changes the logits of training samples by 0"):
+        train(tiny_config(tmp_path / "run", **SHORT))
+    assert not (tmp_path / "run/adapter").exists()
+    assert not (tmp_path / "run/summary.json").exists()
+
+
+BREAK_ONE = """
+import sys
+import numpy as np
+from moka.cli.main import main
+from moka.data import EncodedDataset
+
+whole = EncodedDataset.__getitem__
+
+def with_a_broken_one(self, index):
+    encoded = whole(self, index)
+    if encoded["sample_id"] == sys.argv[1]:
+        encoded |= {k: np.full_like(v, np.nan) for k, v in encoded.items() if k in ("pixel_values", "input_features")}
+    return encoded
+
+EncodedDataset.__getitem__ = with_a_broken_one
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_name_the_samples_of_both(tiny_config, tmp_path, watch, launch, write_yaml):
+    seen = watch(Seen())
+    changes = {**SHORT, "training__max_steps": 8, "training__logging_steps": 4}
+    train(tiny_config(tmp_path / "healthy", **changes))
+    script = tmp_path / "broken.py"
+    script.write_text(BREAK_ONE)
+    broken = seen.ids[2][3]
+    config = write_yaml(
+        tmp_path / "run.yaml", tiny_config(tmp_path / "run", **changes, training__per_device_train_batch_size=2)
+    )
+    done = launch("torchrun", broken, "train", config, program=(script,))
+    assert done.returncode != 0
+    told = [line for line in done.stderr.splitlines() if "moka: error: The loss was nan" in line]
+    assert len(told) == 1, done.stderr[-3000:]
+    assert broken in told[0]
+    assert "DistributedDataParallel" in done.stdout
+    steps = json.loads((tmp_path / "run/diverged.json").read_text())["steps"]
+    assert [record["step"] for record in steps] == [2, 3, 4]
+    # Of the process whose batch was broken at first; then the gradients of both are.
+    assert len(steps[0]["sample_ids"]) == 2
+    assert broken in steps[0]["sample_ids"]
+    assert sorted(steps[1]["sample_ids"]) == sorted(seen.ids[3])
