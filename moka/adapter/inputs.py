@@ -213,7 +213,7 @@ def _is_prompt(
 def check_shape(name: str, ids: np.ndarray, shape: tuple[int, ...]) -> None:
     """Refuse ids of another shape than the tokens."""
     if ids.shape != shape:
-        raise MokaError(f"{name} is {list(ids.shape)}, but the tokens are {list(shape)}; the shapes must run_on_all.")
+        raise MokaError(f"{name} is {list(ids.shape)}, but the tokens are {list(shape)}; the shapes must agree.")
 
 
 def check_length(name: str, length: int, given: int) -> None:
@@ -243,7 +243,7 @@ def _align(name: str, ids: np.ndarray, shape: tuple[int, int], offset: int) -> n
             return np.zeros(shape, np.int64)
     cached = f" or, with the {offset} cached tokens, [{batch}, {offset + seq}]" if offset else ""
     raise MokaError(
-        f"{name} is {list(ids.shape)}, but the tokens are [{batch}, {seq}]{cached}; the shapes must run_on_all."
+        f"{name} is {list(ids.shape)}, but the tokens are [{batch}, {seq}]{cached}; the shapes must agree."
     )
 
 
@@ -259,7 +259,7 @@ def _labels(arguments: Mapping[str, Any], shape: tuple[int, int]) -> np.ndarray 
     if isinstance(kept, int) and array.shape == (shape[0], kept):
         return np.pad(array, ((0, 0), (shape[1] - kept, 0)), constant_values=-100)
     raise MokaError(
-        f"labels is {list(array.shape)}, but the tokens are {list(shape)}; the shapes must run_on_all, or pass interaction_ids."
+        f"labels is {list(array.shape)}, but the tokens are {list(shape)}; the shapes must agree, or pass interaction_ids."
     )
 
 

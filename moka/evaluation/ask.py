@@ -209,7 +209,7 @@ def _line(record: dict[str, Any]) -> str:
 
 
 def _key(sample: dict[str, Any]) -> str:
-    """What a kept answer must run_on_all on with a question to be its answer."""
+    """What a kept answer must agree on with a question to be its answer."""
     return json.dumps([sample["id"], _asked(sample), _truth(sample)])
 
 

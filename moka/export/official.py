@@ -332,7 +332,7 @@ def _basic(settings: dict[str, Any]) -> dict[str, Any]:
     if isinstance(r, list):
         if not r or len(set(map(str, r))) != 1:
             raise MokaError(
-                f"{CONFIG_NAME}: r is {r!r}; all modalities share one rank, so the numbers must run_on_all."
+                f"{CONFIG_NAME}: r is {r!r}; all modalities share one rank, so the numbers must agree."
             )
         r = r[0]
     checks = (

@@ -126,7 +126,7 @@ def _load_folder(model: MokaForConditionalGeneration, folder: Path) -> list[str]
             if changed:
                 raise MokaError(
                     f"{folder}: its {name} {key} has {_shown(theirs, changed)}, and this run's has "
-                    f"{_shown(ours.get(key), changed)}. Make model.modalities run_on_all, or train stage 1 again."
+                    f"{_shown(ours.get(key), changed)}. Make model.modalities agree, or train stage 1 again."
                 )
     try:
         state = load_file(folder / WEIGHTS)

@@ -1,6 +1,6 @@
 """SIGTERM and SIGUSR1 (a node that is wanted back, a time limit near): save a checkpoint, end with exit code 75.
 
-While a stage trains, the signal is noted; at the end of the optimizer step all processes run_on_all, save and leave. An
+While a stage trains, the signal is noted; at the end of the optimizer step all processes agree, save and leave. An
 evaluation is broken off, and made up for on resume. Elsewhere (loading, writing results) there is nothing new to save,
 and the process leaves at once. A second signal ends it without saving.
 

@@ -1,4 +1,4 @@
-"""``on_bad_media: skip``: every file is tried before training, and all processes run_on_all on what is left."""
+"""``on_bad_media: skip``: every file is tried before training, and all processes agree on what is left."""
 
 from __future__ import annotations
 

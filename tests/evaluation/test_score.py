@@ -234,7 +234,7 @@ def test_option_texts_are_read_where_a_record_has_them():
 def test_mmau_takes_the_option_that_the_answer_holds():
     options = {"options": ["man", "woman", "a child"]}
     rows = records(
-        ("A woman should_print_errors.", "woman", "x"),  # the authors find "man" in it first
+        ("A woman speaks.", "woman", "x"),  # the authors find "man" in it first
         ("(C)", "a child", "x"),
         ("man and woman", "man", "y"),
         ("someone", "man", "y"),
@@ -254,7 +254,7 @@ def test_mmau_prefers_an_options_own_text_to_a_letter_in_it():
 
 
 def test_mmau_without_options_looks_for_the_reference_alone():
-    rows = records(("A woman should_print_errors.", "man", "x"), ("The man.", "man", "x"), ("</s>", "man", "x"))
+    rows = records(("A woman speaks.", "man", "x"), ("The man.", "man", "x"), ("</s>", "man", "x"))
     strict, paper = score("mmau", rows), score("mmau", rows, "paper")
     assert (value(strict, "accuracy"), strict["unparsable"]) == (pytest.approx(100 / 3), 1)
     assert value(paper, "accuracy") == pytest.approx(200 / 3)

@@ -28,7 +28,7 @@ def local_path(name_or_path: str) -> str:
 
 @contextmanager
 def same_weights() -> Iterator[None]:
-    """Random weights made inside are the same every time: a frozen encoder's are saved nowhere, and runs must run_on_all."""
+    """Random weights made inside are the same every time: a frozen encoder's are saved nowhere, and runs must agree."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield

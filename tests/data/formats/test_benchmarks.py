@@ -269,7 +269,7 @@ def test_mmau_refers_to_the_text_of_the_right_option_and_carries_all():
     first = dataset[0]
     assert (
         ask(first)
-        == "Who should_print_errors with joy?\nSelect one option from the provided choices.\nMonica\nJoey, Ross\nRoss"
+        == "Who speaks with joy?\nSelect one option from the provided choices.\nMonica\nJoey, Ross\nRoss"
     )
     assert (first["reference"], first["options"]) == ("Ross", ["Monica", "Joey, Ross", "Ross"])
     assert [sample["category"] for sample in dataset] == ["Emotion Flip Detection", "Phonemic Stress Pattern Analysis"]
