@@ -1,0 +1,297 @@
+"""Tiny random instances of transformers' own multimodal models, and batches for them, as their processors would build.
+
+A layout describes a row: capital letters are media (I image, V video, A sound), ``q`` is question text, ``a`` an answer token
+and ``t`` other text. The placeholder token is repeated once per feature.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import transformers as tf
+from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as qwen2_5_omni_modeling
+from transformers.models.qwen2_audio import modeling_qwen2_audio as qwen2_audio_modeling
+
+VOCABULARY = 128
+IMAGE, VIDEO, AUDIO, VISION_START, VISION_END, AUDIO_START, AUDIO_END = SPECIAL = range(120, 127)
+PLACEHOLDER = {"I": (IMAGE, 1), "V": (VIDEO, 2), "A": (AUDIO, 3)}  # letter -> token, type
+AROUND = {"I": (VISION_START, VISION_END), "V": (VISION_START, VISION_END), "A": (AUDIO_START, AUDIO_END)}
+ROW = {0: "", 1: "IV", 2: "A"}  # row of moka_A -> the letters that take it
+
+# With the default initializer_range of 0.02 a tiny random model hardly looks at its context.
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "initializer_range": 0.1}
+TEXT = {
+    **SIZES,
+    "vocab_size": VOCABULARY,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+MROPE = {**TEXT, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
+TOWER = {**SIZES, "num_hidden_layers": 2, "patch_size": 4}
+QWEN_TOWER = {
+    "depth": 2,
+    "hidden_size": 32,
+    "out_hidden_size": 32,
+    "intermediate_size": 48,
+    "num_heads": 4,
+    "patch_size": 4,
+    "window_size": 16,
+    "fullatt_block_indexes": [1],
+    "initializer_range": 0.1,
+}
+AUDIO_TOWER = {
+    "num_mel_bins": 8,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "max_source_positions": 8,
+    "initializer_range": 0.1,
+}
+BY_INDEX = {"image_token_index": IMAGE, "video_token_index": VIDEO}
+BY_ID = {
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "vision_start_token_id": VISION_START,
+    "vision_end_token_id": VISION_END,
+}
+
+
+def llava():
+    return tf.LlavaConfig(
+        vision_config=tf.CLIPVisionConfig(**TOWER, image_size=8),
+        text_config=tf.LlamaConfig(**TEXT),
+        image_token_index=IMAGE,
+        vision_feature_layer=-1,
+    )
+
+
+def llava_onevision():
+    return tf.LlavaOnevisionConfig(
+        vision_config=tf.SiglipVisionConfig(**TOWER, image_size=8, vision_use_head=False),
+        text_config=tf.Qwen2Config(**TEXT),
+        image_grid_pinpoints=[[8, 8]],
+        **BY_INDEX,
+    )
+
+
+def video_llava():
+    return tf.VideoLlavaConfig(
+        vision_config=tf.CLIPVisionConfig(**TOWER, image_size=8),
+        text_config=tf.LlamaConfig(**TEXT),
+        vision_feature_layer=-1,
+        **BY_INDEX,
+    )
+
+
+def qwen2_vl():
+    tower = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2, "patch_size": 4}
+    return tf.Qwen2VLConfig(text_config=dict(MROPE), vision_config={**tower, "initializer_range": 0.1}, **BY_ID)
+
+
+def qwen2_5_vl():
+    return tf.Qwen2_5_VLConfig(text_config=dict(MROPE), vision_config=dict(QWEN_TOWER), **BY_ID)
+
+
+def qwen2_audio():
+    return tf.Qwen2AudioConfig(
+        text_config={**TEXT, "model_type": "qwen2"},
+        audio_config={**AUDIO_TOWER, "model_type": "qwen2_audio_encoder"},
+        audio_token_index=AUDIO,
+    )
+
+
+def qwen2_5_omni():
+    return tf.Qwen2_5OmniThinkerConfig(
+        text_config=dict(MROPE),
+        vision_config=dict(QWEN_TOWER),
+        audio_config={**AUDIO_TOWER, "n_window": 4, "output_dim": 32},
+        vision_start_token_id=VISION_START,
+        vision_end_token_id=VISION_END,
+        audio_start_token_id=AUDIO_START,
+        audio_end_token_id=AUDIO_END,
+        audio_token_index=AUDIO,
+        **BY_INDEX,
+    )
+
+
+def idefics3(config_class=tf.Idefics3Config):
+    return config_class(
+        vision_config={**TOWER, "image_size": 16},
+        text_config=tf.LlamaConfig(**TEXT),
+        image_token_id=IMAGE,
+        scale_factor=2,
+    )
+
+
+def smolvlm():
+    return idefics3(tf.SmolVLMConfig)
+
+
+def pictures(count, *shape):
+    return {"pixel_values": torch.randn(count, *shape)}
+
+
+def stills(count, *shape):
+    """Video-LLaVA's pictures, which transformers called otherwise before 5.23."""
+    named = inspect.signature(tf.VideoLlavaForConditionalGeneration.forward).parameters
+    return {"pixel_values" if "pixel_values" in named else "pixel_values_images": torch.randn(count, *shape)}
+
+
+def clips(count, *shape):
+    return {"pixel_values_videos": torch.randn(count, *shape)}
+
+
+def anyres(count):
+    return {**pictures(count, 2, 3, 8, 8), "image_sizes": torch.full((count, 2), 8)}
+
+
+def qwen_pictures(count):
+    grid = torch.tensor([[1, 4, 4]] * count)
+    return {"pixel_values": torch.randn(16 * count, 3 * 2 * 4 * 4), "image_grid_thw": grid}
+
+
+def qwen_clips(count):
+    grid = torch.tensor([[2, 4, 4]] * count)
+    return {"pixel_values_videos": torch.randn(32 * count, 3 * 2 * 4 * 4), "video_grid_thw": grid}
+
+
+def omni_clips(count):
+    return {**qwen_clips(count), "video_second_per_grid": torch.ones(count)}
+
+
+def sounds(count):
+    mask = torch.ones(count, 16, dtype=torch.long)
+    return {"input_features": torch.randn(count, 8, 16), "feature_attention_mask": mask}
+
+
+# Both text models moved between transformers 5.0 and 5.23.
+OMNI_DECODER = "model.language_model" if hasattr(qwen2_5_omni_modeling, "Qwen2_5OmniThinkerModel") else "model"
+AUDIO_DECODER = "model.language_model" if hasattr(qwen2_audio_modeling, "Qwen2AudioModel") else "language_model.model"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One multimodal model: how to build it, and what one piece of each of its media is."""
+
+    model_class: type
+    config: Callable
+    media: dict[str, tuple[int, Callable]]  # letter -> placeholder tokens a piece, the forward's arguments for n pieces
+    language_model: str = "model.language_model"
+    mrope: bool = False  # its positions are made from mm_token_type_ids
+
+    @property
+    def layouts(self):
+        """Two rows of different length: all of its media, and the first of them."""
+        letters = list(self.media)
+        return [f"t {' '.join(letters)} q q q a a", f"{letters[0]} q t q a"]
+
+
+def pieces(tokens, make, *shape):
+    return tokens, (lambda count: make(count, *shape)) if shape else make
+
+
+CASES = {
+    "llava": Case(tf.LlavaForConditionalGeneration, llava, {"I": pieces(4, pictures, 3, 8, 8)}),
+    "llava_onevision": Case(
+        tf.LlavaOnevisionForConditionalGeneration,
+        llava_onevision,
+        {"I": pieces(10, anyres), "V": pieces(4, clips, 3, 3, 8, 8)},
+    ),
+    "video_llava": Case(
+        tf.VideoLlavaForConditionalGeneration,
+        video_llava,
+        {"I": pieces(4, stills, 3, 8, 8), "V": pieces(10, clips, 2, 3, 8, 8)},
+    ),
+    "qwen2_vl": Case(
+        tf.Qwen2VLForConditionalGeneration,
+        qwen2_vl,
+        {"I": pieces(4, qwen_pictures), "V": pieces(8, qwen_clips)},
+        mrope=True,
+    ),
+    "qwen2_5_vl": Case(
+        tf.Qwen2_5_VLForConditionalGeneration,
+        qwen2_5_vl,
+        {"I": pieces(4, qwen_pictures), "V": pieces(8, qwen_clips)},
+        mrope=True,
+    ),
+    "qwen2_audio": Case(tf.Qwen2AudioForConditionalGeneration, qwen2_audio, {"A": pieces(4, sounds)}, AUDIO_DECODER),
+    "qwen2_5_omni": Case(
+        tf.Qwen2_5OmniThinkerForConditionalGeneration,
+        qwen2_5_omni,
+        {"I": pieces(4, qwen_pictures), "V": pieces(8, omni_clips), "A": pieces(4, sounds)},
+        OMNI_DECODER,
+    ),
+    "idefics3": Case(
+        tf.Idefics3ForConditionalGeneration, idefics3, {"I": pieces(4, pictures, 1, 3, 16, 16)}, "model.text_model"
+    ),
+    "smolvlm": Case(
+        tf.SmolVLMForConditionalGeneration, smolvlm, {"I": pieces(4, pictures, 1, 3, 16, 16)}, "model.text_model"
+    ),
+}
+
+
+def backbone(case):
+    torch.manual_seed(0)
+    return case.model_class(case.config()).eval()
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A left-padded batch of a model's media and text."""
+
+    input_ids: torch.Tensor
+    mm_token_type_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    answer: torch.Tensor  # bool
+    media: dict[str, torch.Tensor]
+
+    @property
+    def tokens(self):
+        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask, **self.media}
+
+    @property
+    def everything(self):
+        return {**self.tokens, "mm_token_type_ids": self.mm_token_type_ids}
+
+    @property
+    def labels(self):
+        return torch.where(self.answer, self.input_ids, -100)
+
+    def with_token(self, row, position, value):
+        changed = self.input_ids.clone()
+        changed[row, position] = value
+        assert not torch.equal(changed, self.input_ids)
+        return replace(self, input_ids=changed)
+
+
+def prompt(case, layouts=None, seed=3) -> Prompt:
+    torch.manual_seed(seed)
+    rows = []
+    layouts = case.layouts if layouts is None else layouts
+    for layout in layouts:
+        ids, types, answer = [], [], []
+        for letter in layout.split():
+            if letter in PLACEHOLDER:
+                (token, kind), (start, end), count = PLACEHOLDER[letter], AROUND[letter], case.media[letter][0]
+                ids += [start, *[token] * count, end]
+                types += [0, *[kind] * count, 0]
+            else:
+                ids.append(int(torch.randint(1, 120, ())))
+                types.append(0)
+            answer += [letter == "a"] * (len(ids) - len(answer))
+        rows.append((ids, types, [1] * len(ids), answer))
+    width = max(len(row[0]) for row in rows)
+    columns = [torch.tensor([[0] * (width - len(row[k])) + row[k] for row in rows]) for k in range(4)]
+    media = {}
+    for letter, (_, make) in case.media.items():
+        if count := sum(layout.count(letter) for layout in layouts):
+            media |= make(count)
+    return Prompt(*columns[:3], columns[3].bool(), media)
