@@ -118,7 +118,7 @@ def test_gradients_on_request_and_the_model_as_it_was(composed):
     assert not found.log_likelihood(["visual"]).requires_grad
     assert [module.training for module in example.model.modules()] == modes
     found.log_likelihood(["visual"], grad=True).sum().backward()
-    grads = {n: p.grad for n, p in example.model.named_parameters() if "moka_A" in n and p.grad is not None}
+    grads = {n: p.grad for n, p in example.model.named_parameters() if "layers.0." in n and "moka_A" in n}
     assert grads
     rows = list(example.model.peft_config["default"].modalities)
     assert all(grad[rows.index("visual")].abs().sum() > 0 for grad in grads.values())

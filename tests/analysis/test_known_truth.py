@@ -12,7 +12,7 @@ from moka.modeling import MokaModelConfig
 
 STEPS, BATCH, WIDTH = 800, 256, 16
 FIRST_CLASS, NO_HINT, ASK = 10, 21, 22  # token ids
-SIGMA = {"visual": 1.5, "audio": 2.5}
+SIGMA = {"visual": 2.0, "audio": 3.0}
 
 
 def build():
@@ -86,18 +86,24 @@ def test_lift_and_shapley_values_rank_samples_as_the_closed_form_does(trained):
     found = Contribution(trained, batch_of(trained, samples))
     nothing = task.log_likelihood(samples, ())
     for coalition in (["visual"], ["audio"], ["visual", "audio"]):
-        assert spearman(found.lift(coalition), task.log_likelihood(samples, coalition) - nothing) >= 0.9
+        rank = spearman(found.lift(coalition), task.log_likelihood(samples, coalition) - nothing)
+        print(f"lift of {coalition}: Spearman {rank:.3f}")
+        assert rank >= 0.9
     true = shapley_values(lambda coalition: task.log_likelihood(samples, coalition), ["visual", "audio"])
     for name in ("visual", "audio"):
-        assert spearman(found.shapley()[name], true[name]) >= 0.9
+        rank = spearman(found.shapley()[name], true[name])
+        print(f"Shapley value of {name}: Spearman {rank:.3f}")
+        assert rank >= 0.9
 
 
 @pytest.mark.slow
 def test_corrupted_pictures_are_found(trained):
-    samples = GaussianTask(SIGMA, corrupt={"visual": 0.3}).sample(1000, seed=2)
+    samples = GaussianTask({**SIGMA, "visual": 1.5}, corrupt={"visual": 0.3}).sample(1000, seed=2)
     found = Contribution(trained, batch_of(trained, samples)).shapley()["visual"]
     bad, good = found[samples.corrupted["visual"]], found[~samples.corrupted["visual"]]
-    assert (good[None] > bad[:, None]).float().mean() >= 0.95
+    auroc = (good[None] > bad[:, None]).float().mean().item()
+    print(f"AUROC {auroc:.3f}")
+    assert auroc >= 0.95
 
 
 def test_the_closed_form_agrees_with_drawing_many_samples():
