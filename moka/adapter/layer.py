@@ -81,6 +81,8 @@ class MokaLinear(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("moka_A", "moka_B")
+    # Called with (layer, adapter name, z~ [tokens, width], view, result) in forwards that keep a graph.
+    moka_observer: Any = None
     other_param_names = ("moka_r", "moka_alpha", "moka_scaling", "moka_dropout", "moka_config", "moka_tower")
 
     def __init__(self, base_layer: nn.Module, model: RoutedModel, **kwargs: Any) -> None:
@@ -158,6 +160,8 @@ class MokaLinear(nn.Module, BaseTunerLayer):
             z = self._rank_space(name, x, view, call)
             if z is not None:
                 result = add_update(result, z, *self._up(name, z, view))
+                if self.moka_observer is not None and result.requires_grad:
+                    self.moka_observer(self, name, z, view, result)
         return result
 
     def adapters_in_use(self) -> list[str]:

@@ -1,0 +1,183 @@
+"""How much each modality trains the shared B: its gradient split by the tokens that it comes from.
+
+    dL/dB = sum_m G_m,    G_m = s * sum_{t of modality m} delta_t z~_t^T,    delta_t = dL/dy_t
+
+The split needs no additional pass: one hook on the output of each MokA layer, in the backward that runs anyway.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from moka.adapter.config import TEXT
+from moka.adapter.layer import MokaLinear
+from moka.adapter.routing import View
+from moka.errors import MokaError
+
+
+@dataclass
+class ModalityGradients:
+    """The parts of the gradient of every layer's B, as observed since the last `reset`."""
+
+    parts: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)  # layer -> modality -> [out, r] float32
+    tokens: dict[str, int] = field(default_factory=lambda: defaultdict(int))  # modality -> tokens, counted in one layer
+    z_norm: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # sum of |z~| over tokens and layers
+    z_count: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+
+    def modalities(self) -> list[str]:
+        """Return the modalities that some layer saw, in the order of the adapter's rows."""
+        return list(dict.fromkeys(name for parts in self.parts.values() for name in parts))
+
+    def norms(self) -> dict[str, float]:
+        """Return the L2 norm of G_m over all layers, by modality."""
+        return {name: self._dot(name, name) ** 0.5 for name in self.modalities()}
+
+    def update_shares(self) -> dict[str, float]:
+        """Return each modality's share of the sum of `norms`."""
+        norms = self.norms()
+        total = sum(norms.values())
+        return {name: norm / total if total else 0.0 for name, norm in norms.items()}
+
+    def cosines(self) -> dict[tuple[str, str], float]:
+        """Return the cosine of G_a and G_b over all layers for each pair; below 0 the modalities are in conflict."""
+        names, norms = self.modalities(), self.norms()
+        return {
+            (a, b): self._dot(a, b) / (norms[a] * norms[b]) if norms[a] and norms[b] else 0.0
+            for k, a in enumerate(names)
+            for b in names[k + 1 :]
+        }
+
+    def z_norms(self) -> dict[str, float]:
+        """Return the mean norm of z~ over tokens and layers, by modality."""
+        return {name: self.z_norm[name] / self.z_count[name] for name in self.modalities() if self.z_count[name]}
+
+    def _dot(self, a: str, b: str) -> float:
+        layers = (parts for parts in self.parts.values() if a in parts and b in parts)
+        return float(sum((parts[a] * parts[b]).sum() for parts in layers))
+
+
+@contextmanager
+def observed_gradients(model: nn.Module, adapter: str | None = None) -> Iterator[ModalityGradients]:
+    """Split the gradient of B by modality in every backward inside the block; micro-batches add up.
+
+    Right under gradient checkpointing, whose recomputation is what is observed. On several processes the parts are those of
+    this process: `average` gives those of the averaged gradient.
+
+    Args:
+        model: an adapted model.
+        adapter: its name; default: the first active one of each layer.
+    Raises:
+        MokaError: the model has no MokA adapter.
+    """
+    found = ModalityGradients()
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, MokaLinear) and not m.moka_tower}
+    if not layers:
+        raise MokaError(f"observed_gradients: {type(model).__name__} has no MokA adapter.")
+    names, first = {id(layer): name for name, layer in layers.items()}, next(iter(layers.values()))
+
+    def observe(layer: MokaLinear, name: str, z: torch.Tensor, view: View, result: torch.Tensor) -> None:
+        if name != (adapter or layer.adapters_in_use()[0]):
+            return
+        config, z = layer.moka_config[name], z.detach()
+        modalities = list(config.modalities)
+        scale = layer.moka_scaling[name] if config.scale_position == "output" else 1.0
+        rows = view.rows
+        flat = torch.full((len(z),), view.row, device=z.device) if rows is None else rows.flatten()
+
+        def split(grad: torch.Tensor) -> None:
+            delta = grad.reshape(len(z), -1).float()  # [tokens, out]
+            own = found.parts.setdefault(names[id(layer)], {})
+            for row, modality in enumerate(modalities):
+                here = flat == row
+                if not here.any():
+                    continue
+                mine = z[here].float()  # [tokens, r], or, without a shared B, its slot of [tokens, M * r]
+                mine = mine.view(len(mine), -1, layer.moka_r[name]).sum(1)
+                part = scale * delta[here].T @ mine
+                own[modality] = own[modality] + part if modality in own else part
+                found.z_norm[modality] += float(mine.norm(dim=-1).sum())
+                found.z_count[modality] += len(mine)
+                if layer is first:
+                    found.tokens[modality] += len(mine)
+
+        result.register_hook(split)
+
+    for layer in layers.values():
+        layer.moka_observer = observe
+    try:
+        yield found
+    finally:
+        for layer in layers.values():
+            layer.moka_observer = None
+
+
+def average(gradients: ModalityGradients) -> ModalityGradients:
+    """Average the parts over all processes, as DDP averages gradients; a modality that a process lacks counts as zero there."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return gradients
+    everyone: list[Any] = [None] * dist.get_world_size()
+    own = {layer: {m: part.cpu() for m, part in parts.items()} for layer, parts in gradients.parts.items()}
+    dist.all_gather_object(everyone, (own, dict(gradients.tokens), dict(gradients.z_norm), dict(gradients.z_count)))
+    found = ModalityGradients()
+    for parts, tokens, norms, counts in everyone:
+        for layer, by_modality in parts.items():
+            into = found.parts.setdefault(layer, {})
+            for name, part in by_modality.items():
+                into[name] = into.get(name, 0) + part / len(everyone)
+        for total, values in ((found.tokens, tokens), (found.z_norm, norms), (found.z_count, counts)):
+            for name, value in values.items():
+                total[name] += value
+    return found
+
+
+class FisherInformation:
+    """The diagonal of the empirical Fisher information of every B by modality: the mean of G_m squared over observations."""
+
+    def __init__(self) -> None:
+        self.observations = 0
+        self._sums: dict[str, dict[str, torch.Tensor]] = {}
+
+    def add(self, gradients: ModalityGradients) -> None:
+        """Add the squares of one step's parts."""
+        self.observations += 1
+        for layer, parts in gradients.parts.items():
+            sums = self._sums.setdefault(layer, {})
+            for name, part in parts.items():
+                sums[name] = sums[name] + part**2 if name in sums else part**2
+
+    def traces(self) -> dict[str, float]:
+        """Return the trace over all layers, by modality."""
+        found: dict[str, float] = defaultdict(float)
+        for sums in self._sums.values():
+            for name, value in sums.items():
+                found[name] += float(value.sum()) / max(self.observations, 1)
+        return dict(found)
+
+    def shares(self) -> dict[str, float]:
+        """Return each modality's share of the sum of `traces`."""
+        traces = self.traces()
+        total = sum(traces.values())
+        return {name: trace / total if total else 0.0 for name, trace in traces.items()}
+
+    def non_text_dominance_rate(self) -> float:
+        """Return the share of the entries whose information from other tokens exceeds that from text tokens.
+
+            |{FIM_non-text > FIM_text}| / |W|
+
+        Source: Implicit Modality Decomposition (IMoD), CVPR 2026.
+        """
+        larger, entries = 0, 0
+        for sums in self._sums.values():
+            some = next(iter(sums.values()))
+            text = sums.get(TEXT, torch.zeros_like(some))
+            other = sum((value for name, value in sums.items() if name != TEXT), torch.zeros_like(some))
+            larger, entries = larger + int((other > text).sum()), entries + text.numel()
+        return larger / max(entries, 1)
