@@ -107,7 +107,7 @@ class Contribution:
             full = chosen == frozenset(self.players(ablate))
             key = (chosen, ablate) if not full else (frozenset(), "full")
             if key not in self._known:
-                with _evaluating(self.model), torch.no_grad():
+                with evaluating(self.model), torch.no_grad():
                     self._known[key] = self._compute(chosen, ablate)
             self._known[chosen, ablate] = self._known[key]
         return self._known[chosen, ablate][0]
@@ -311,7 +311,7 @@ def _device(model: nn.Module) -> torch.device:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Run the block in eval mode; every module gets its own mode back."""
     modes = {module: module.training for module in model.modules()}
     with ExitStack() as stack:
