@@ -95,7 +95,9 @@ def attention_by_modality(model: nn.Module, batch: Mapping[str, Any]) -> Attenti
 def _recorded(model: nn.Module, record: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]) -> Iterator[None]:
     """Call ``record`` for every attention of the decoder's blocks inside the block, with attention run as "eager"."""
     inner: Any = unwrapped(model)
-    modules = [m for m in decoder_blocks(inner)[1].modules() if hasattr(m, "q_proj") and hasattr(m, "k_proj")]
+    modules: list[Any] = [
+        m for m in decoder_blocks(inner)[1].modules() if hasattr(m, "q_proj") and hasattr(m, "k_proj")
+    ]
     owners = [m for m in inner.modules() if hasattr(m, "set_attn_implementation")]
     before = [owner.config._attn_implementation for owner in owners]
     handles = []

@@ -72,10 +72,9 @@ def shapley_values(
     order, generator = list(players), random.Random(seed)
     for _ in range(permutations):
         generator.shuffle(order)
-        coalition: Coalition = frozenset()
-        for player in order:
-            found[player] += (known(coalition | {player}) - known(coalition)) / permutations
-            coalition |= {player}
+        for k, player in enumerate(order):
+            before = frozenset(order[:k])
+            found[player] += (known(before | {player}) - known(before)) / permutations
     return ShapleyValues(found, permutations)
 
 

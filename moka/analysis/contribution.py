@@ -16,7 +16,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -39,7 +39,7 @@ from .coalitions import (
     shapley_values,
 )
 
-Ablation = Literal["tokens", "adapter", "blank"]
+Ablation = str  # one of ABLATIONS
 ABLATIONS = ("tokens", "adapter", "blank")
 # Value functions. "weighted_correct" is |S| * correct, of sample-level modality valuation (arXiv 2309.06255).
 VALUES = ("log_likelihood", "correct", "weighted_correct")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import transformers as tf
@@ -22,8 +23,8 @@ AROUND = {"I": (VISION_START, VISION_END), "V": (VISION_START, VISION_END), "A":
 ROW = {0: "", 1: "IV", 2: "A"}  # row of moka_A -> the letters that take it
 
 # With the default initializer_range of 0.02 a tiny random model hardly looks at its context.
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "initializer_range": 0.1}
-TEXT = {
+SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "initializer_range": 0.1}
+TEXT: dict[str, Any] = {
     **SIZES,
     "vocab_size": VOCABULARY,
     "num_hidden_layers": 2,
@@ -33,9 +34,12 @@ TEXT = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
-MROPE = {**TEXT, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
-TOWER = {**SIZES, "num_hidden_layers": 2, "patch_size": 4}
-QWEN_TOWER = {
+MROPE: dict[str, Any] = {
+    **TEXT,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+}
+TOWER: dict[str, Any] = {**SIZES, "num_hidden_layers": 2, "patch_size": 4}
+QWEN_TOWER: dict[str, Any] = {
     "depth": 2,
     "hidden_size": 32,
     "out_hidden_size": 32,
@@ -46,7 +50,7 @@ QWEN_TOWER = {
     "fullatt_block_indexes": [1],
     "initializer_range": 0.1,
 }
-AUDIO_TOWER = {
+AUDIO_TOWER: dict[str, Any] = {
     "num_mel_bins": 8,
     "d_model": 32,
     "encoder_layers": 2,
@@ -55,8 +59,8 @@ AUDIO_TOWER = {
     "max_source_positions": 8,
     "initializer_range": 0.1,
 }
-BY_INDEX = {"image_token_index": IMAGE, "video_token_index": VIDEO}
-BY_ID = {
+BY_INDEX: dict[str, Any] = {"image_token_index": IMAGE, "video_token_index": VIDEO}
+BY_ID: dict[str, Any] = {
     "image_token_id": IMAGE,
     "video_token_id": VIDEO,
     "vision_start_token_id": VISION_START,
@@ -109,15 +113,13 @@ def qwen2_audio():
 
 
 def qwen2_5_omni():
+    marks = {"vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END}
+    marks |= {"audio_start_token_id": AUDIO_START, "audio_end_token_id": AUDIO_END, "audio_token_index": AUDIO}
     return tf.Qwen2_5OmniThinkerConfig(
         text_config=dict(MROPE),
         vision_config=dict(QWEN_TOWER),
         audio_config={**AUDIO_TOWER, "n_window": 4, "output_dim": 32},
-        vision_start_token_id=VISION_START,
-        vision_end_token_id=VISION_END,
-        audio_start_token_id=AUDIO_START,
-        audio_end_token_id=AUDIO_END,
-        audio_token_index=AUDIO,
+        **marks,
         **BY_INDEX,
     )
 
@@ -277,7 +279,9 @@ def prompt(case, layouts=None, seed=3) -> Prompt:
     rows = []
     layouts = case.layouts if layouts is None else layouts
     for layout in layouts:
-        ids, types, answer = [], [], []
+        ids: list[int] = []
+        types: list[int] = []
+        answer: list[bool] = []
         for letter in layout.split():
             if letter in PLACEHOLDER:
                 (token, kind), (start, end), count = PLACEHOLDER[letter], AROUND[letter], case.media[letter][0]
@@ -290,8 +294,8 @@ def prompt(case, layouts=None, seed=3) -> Prompt:
         rows.append((ids, types, [1] * len(ids), answer))
     width = max(len(row[0]) for row in rows)
     columns = [torch.tensor([[0] * (width - len(row[k])) + row[k] for row in rows]) for k in range(4)]
-    media = {}
+    media: dict[str, torch.Tensor] = {}
     for letter, (_, make) in case.media.items():
         if count := sum(layout.count(letter) for layout in layouts):
             media |= make(count)
-    return Prompt(*columns[:3], columns[3].bool(), media)
+    return Prompt(columns[0], columns[1], columns[2], columns[3].bool(), media)
