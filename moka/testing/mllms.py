@@ -113,7 +113,7 @@ def qwen2_audio():
 
 
 def qwen2_5_omni():
-    marks = {"vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END}
+    marks: dict[str, Any] = {"vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END}
     marks |= {"audio_start_token_id": AUDIO_START, "audio_end_token_id": AUDIO_END, "audio_token_index": AUDIO}
     return tf.Qwen2_5OmniThinkerConfig(
         text_config=dict(MROPE),
