@@ -2,7 +2,10 @@
 
 import sys
 
-from moka.cli.main import main
+try:
+    from moka.cli.main import main
+except KeyboardInterrupt:
+    sys.exit("moka: interrupted")
 
 if __name__ == "__main__":
     sys.exit(main())

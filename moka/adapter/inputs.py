@@ -242,9 +242,7 @@ def _align(name: str, ids: np.ndarray, shape: tuple[int, int], offset: int) -> n
         if offset and length <= offset and question:
             return np.zeros(shape, np.int64)
     cached = f" or, with the {offset} cached tokens, [{batch}, {offset + seq}]" if offset else ""
-    raise MokaError(
-        f"{name} is {list(ids.shape)}, but the tokens are [{batch}, {seq}]{cached}; the shapes must agree."
-    )
+    raise MokaError(f"{name} is {list(ids.shape)}, but the tokens are [{batch}, {seq}]{cached}; the shapes must agree.")
 
 
 def _labels(arguments: Mapping[str, Any], shape: tuple[int, int]) -> np.ndarray | None:

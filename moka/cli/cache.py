@@ -18,7 +18,6 @@ from moka.training import load_config
 
 from .train import with_tiny
 
-HELP = "compute frozen encoders' features once"
 SPLITS = ("train", "alignment", "validation")
 
 

@@ -16,8 +16,6 @@ from moka.evaluation.compare import METHODS, compare
 from moka.evaluation.comparison import LATEX, MARKDOWN, RESULT, comparison_table, read_comparison
 from moka.training import load_config
 
-HELP = "train and evaluate several methods over several seeds"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", nargs="?", help="YAML file, as for `moka train`")

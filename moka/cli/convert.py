@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import argparse
 
-HELP = "read or write the MokA authors' checkpoints"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="folder of the authors' checkpoint; with --to, a moka adapter folder")

@@ -33,7 +33,6 @@ from moka.training import load_config
 
 from .train import with_tiny
 
-HELP = "check, show and convert data"
 SPLITS = ("train", "alignment", "validation", "test")
 
 

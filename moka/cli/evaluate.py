@@ -31,8 +31,6 @@ from moka.training.run_dir import CONFIG, SUMMARY, RunFolder
 
 from .generate import add_quantization, quantization
 
-HELP = "measure a trained run on unseen questions"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", help="run folder of `moka train`")

@@ -14,8 +14,6 @@ import transformers
 from moka.export import ExportReport, export
 from moka.export.formats import FORMATS
 
-HELP = "write a run as a merged model, a plain transformers model or a plain LoRA"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common_arguments(parser)

@@ -15,8 +15,6 @@ from moka.errors import MokaError
 from moka.inference import AS_TRAINED
 from moka.modeling.quantization import QUANTIZATIONS
 
-HELP = "answer a question about pictures, sounds and videos"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", help="run folder of `moka train`, or an adapter folder")

@@ -1,121 +1,155 @@
-"""``moka``: parse the command line, run a verb, and turn mistakes into one clear line and exit code 2."""
+"""``moka``: parse the command line, run a command, and turn mistakes into one clear line and exit code 2."""
 
 from __future__ import annotations
 
 import argparse
 import errno
+import importlib
 import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 
-from tqdm import tqdm
-
 import moka
-from moka.distributed import disconnect, is_main, is_peer_loss, should_print_errors
-from moka.errors import MokaError
-from moka.training.launch import tell_launcher
-from moka.training.preemption import EX_TEMPFAIL, Interrupted
-
-from . import cache, compare, convert, data, evaluate, export, generate, merge, score, train
+from moka.errors import EX_TEMPFAIL, Interrupted, MokaError
 
 _SPACE, _PLACE = "Free space, or choose another folder.", "Choose another folder."
 _REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _SPACE),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP), _PLACE),
 }
-_LOST = (
-    "Another process has ended, or no longer answers; its own message says why. Where it has none, the launcher's report "
-    "tells its exit code (-9: killed, often for want of memory). `moka train ... --resume` goes on from the newest "
-    "checkpoint, and `moka cache` where it was."
+_PEER_LOSS = (
+    "Another process has ended, or no longer answers; its own message says why. If it has none, the launcher's report has "
+    "its exit code (-9: killed, often for lack of memory). `moka train ... --resume` resumes from the newest checkpoint, and "
+    "`moka cache` from its last file."
 )
-VERBS = {
-    **{"data": data, "cache": cache, "train": train, "generate": generate, "eval": evaluate, "score": score},
-    **{"compare": compare, "convert": convert, "merge": merge, "export": export},
+_INTERRUPTED = 130
+# Command -> its module in this package, and what it does. A module is imported when its command is chosen: `moka --help`
+# does not wait for torch.
+COMMANDS = {
+    "data": ("data", "check, show and convert data"),
+    "cache": ("cache", "compute frozen encoders' features once"),
+    "train": ("train", "train connectors (stage 1) and an adapter (stage 2)"),
+    "generate": ("generate", "answer a question about pictures, sounds and videos"),
+    "eval": ("evaluate", "measure a trained run on unseen questions"),
+    "score": ("score", "score a file of predictions on a benchmark"),
+    "compare": ("compare", "train and evaluate several methods over several seeds"),
+    "convert": ("convert", "read or write the MokA authors' checkpoints"),
+    "merge": ("merge", "merge the text path of a run into its backbone"),
+    "export": ("export", "write a run as a merged model, a plain transformers model or a plain LoRA"),
 }
+# Commands that may run as several processes.
+_DISTRIBUTED = ("cache", "train")
 
 
-def parser() -> argparse.ArgumentParser:
-    """The whole command line; each verb adds its own arguments."""
+def parser(chosen: str | None = None) -> argparse.ArgumentParser:
+    """Return the parser of the command line, with the arguments of the ``chosen`` command only."""
     top = argparse.ArgumentParser(prog="moka", description="Efficient fine-tuning of multimodal LLMs with MokA.")
     top.add_argument("--version", action="version", version=f"moka {moka.__version__}")
-    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for name, module in VERBS.items():
-        sub = verbs.add_parser(
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (_, help) in COMMANDS.items():
+        module = _module(name) if name == chosen else None
+        sub = commands.add_parser(
             name,
-            help=module.HELP,
-            description=module.__doc__,
+            help=help,
+            description=None if module is None else module.__doc__,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        module.add_arguments(sub)
+        if module is not None:
+            module.add_arguments(sub)
     return top
 
 
+def _module(command: str):
+    return importlib.import_module(f"moka.cli.{COMMANDS[command][0]}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit code: the verb's own, or 2 for a mistake that the user can mend."""
-    top = parser()
-    arguments, extra = top.parse_known_args(argv)
+    """Run one command; return its exit code, or 2 for a mistake that the user can fix."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    return guarded(lambda: _run(words), debug="--debug" in words)
+
+
+def _run(words: list[str]) -> int | None:
+    top = parser(next((word for word in words if word in COMMANDS), None))
+    arguments, extra = top.parse_known_args(words)
     # argparse takes all positional arguments in one go; key=value may also follow an option.
     if extra and (not hasattr(arguments, "overrides") or any(word.startswith("-") for word in extra)):
         top.error(f"unrecognized arguments: {' '.join(extra)}")
     if extra:
         arguments.overrides += extra
-    # peft asks transformers 5.23 for an attribute by its old name; nobody at the command line can mend that.
+    # peft asks transformers 5.23 for an attribute by its old name; nobody at the command line can change that.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-    if arguments.verb not in ("cache", "train") and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        return _complain(f"moka {arguments.verb} runs as one process; start it without a launcher.")
-    return guarded(lambda: VERBS[arguments.verb].run(arguments), arguments.debug)
+    if arguments.command not in _DISTRIBUTED and os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
+        raise MokaError(f"moka {arguments.command} runs as one process; start it without a launcher.")
+    return _module(arguments.command).run(arguments)
 
 
 def guarded(action: Callable[[], int | None], debug: bool = False) -> int:
-    """Run a command's work; a mistake that the user can mend becomes one clear line and exit code 2."""
-    well = False
+    """Run a command's work; a mistake that the user can fix becomes one clear line and exit code 2."""
+    success = False
     try:
         code = action()
-        well = True
+        sys.stdout.flush()
+        success = True
     except MokaError as error:
         if debug:
             raise
         return _complain(str(error))
+    except BrokenPipeError:
+        # The reader of our output has closed it (`| head`). What Python still has to write goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as error:
         if debug or error.errno not in _REMEDIES:
             raise
         return _complain(f"{error.filename or 'writing'}: {error.strerror}. {_REMEDIES[error.errno]}")
     except RuntimeError as error:
-        if debug or not is_peer_loss(error):
+        if debug or not _distributed().is_peer_loss(error):
             raise
-        return _complain(_LOST)
+        return _complain(_PEER_LOSS)
     except Interrupted as stop:
-        well = stop.agreed
-        if should_print_errors() and is_main():
-            _end_bars()
-            _tell(str(stop))
+        success = stop.agreed
+        if _distributed().should_print_errors() and _distributed().is_main():
+            _close_progress_bars()
+            _print_error(str(stop))
         return EX_TEMPFAIL
     except KeyboardInterrupt:
         print("moka: interrupted", file=sys.stderr)
-        return 130
+        return _INTERRUPTED
     finally:
-        disconnect(well)
+        if "torch" in sys.modules:
+            _distributed().disconnect(success)
     return code or 0
 
 
-def _end_bars() -> None:
-    """A progress bar that was broken off has not ended its line."""
-    for bar in list(getattr(tqdm, "_instances", ())):
-        bar.close()
+def _distributed():
+    return importlib.import_module("moka.distributed")
+
+
+def _close_progress_bars() -> None:
+    """End the lines of interrupted progress bars."""
+    if "tqdm" in sys.modules:
+        from tqdm import tqdm
+
+        for bar in list(getattr(tqdm, "_instances", ())):
+            bar.close()
 
 
 def _complain(message: str) -> int:
-    if should_print_errors():
+    if "torch" not in sys.modules or _distributed().should_print_errors():
         # A loader's worker sends its error as a traceback, whose last line is the message.
         if "Original Traceback" in message:
             message = message.strip().splitlines()[-1].partition(": ")[2]
-        _end_bars()
-        _tell(f"error: {' '.join(message.split())}")
+        _close_progress_bars()
+        _print_error(f"error: {' '.join(message.split())}")
     return 2
 
 
-def _tell(line: str) -> None:
+def _print_error(line: str) -> None:
     print(f"moka: {line}", file=sys.stderr)
-    tell_launcher(line)  # under the heading "moka FAILED"
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from moka.training.launch import tell_launcher
+
+        tell_launcher(line)  # under the heading "moka FAILED"

@@ -14,8 +14,6 @@ from moka.export.formats import TEXT_MERGED
 
 from .export import add_common_arguments, write
 
-HELP = "merge the text path of a run into its backbone"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common_arguments(parser)

@@ -22,7 +22,6 @@ from moka.evaluation.benchmarks.table import score_table
 from moka.evaluation.tables import Table
 from moka.io import write_text
 
-HELP = "score a file of predictions on a benchmark"
 FORMATS = {"table": ".txt", "json": ".json", "markdown": ".md", "latex": ".tex"}
 PROTOCOLS = ("strict", "paper", "both")
 

@@ -19,8 +19,6 @@ from moka.training.global_batch import divided
 from moka.training.launch import Launch, alone_by_mistake, launch_of, launcher_names
 from moka.training.run_dir import CONNECTOR, RunFolder
 
-HELP = "train connectors (stage 1) and an adapter (stage 2)"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", nargs="?", help="YAML file; see configs/")

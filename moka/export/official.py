@@ -331,9 +331,7 @@ def _basic(settings: dict[str, Any]) -> dict[str, Any]:
     r = settings.get("r")
     if isinstance(r, list):
         if not r or len(set(map(str, r))) != 1:
-            raise MokaError(
-                f"{CONFIG_NAME}: r is {r!r}; all modalities share one rank, so the numbers must agree."
-            )
+            raise MokaError(f"{CONFIG_NAME}: r is {r!r}; all modalities share one rank, so the numbers must agree.")
         r = r[0]
     checks = (
         ("r", "r", r, (int,), "a whole number, or a list of one number repeated"),

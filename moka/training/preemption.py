@@ -23,32 +23,12 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from moka.distributed import all_reduce_any, is_main
+from moka.errors import Interrupted
 
-EX_TEMPFAIL = 75
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 # A cluster signals launcher and processes alike, and the launcher sends its own on: that is one signal.
 _SAME_WITHIN_S = 3.0
 _OUTLIVE_S = 60
-
-
-class Interrupted(BaseException):
-    """The run was told to end. No error of the run, so nothing that handles errors should catch it.
-
-    Args:
-        step: optimizer steps done in this stage; None outside of training.
-        checkpoint: the one that holds this step; None where none could be made.
-        agreed: all processes leave at this same place.
-    """
-
-    def __init__(self, step: int | None = None, checkpoint: Path | None = None, agreed: bool = False) -> None:
-        self.step, self.checkpoint, self.agreed = step, checkpoint, agreed
-        self.remedy = "start it again"
-        super().__init__()
-
-    def __str__(self) -> str:
-        where = "outside of training" if self.step is None else f"at step {self.step}"
-        saved = f"saved {self.checkpoint}" if self.checkpoint else "nothing new was there to save"
-        return f"interrupted {where}; {saved}; {self.remedy}"
 
 
 class Interruption:

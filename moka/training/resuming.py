@@ -21,12 +21,13 @@ from transformers.trainer_pt_utils import nested_gather, safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from moka.distributed import all_gather_object, is_main, run_on_all, run_on_main
+from moka.errors import Interrupted
 from moka.io import disk_full_errors
 
 from .checkpointing import UNFINISHED, Seal, begin, finish, listing, read_seal, recover, rotate
 from .distributed_backend import describe
 from .loaders import dismiss, prepared
-from .preemption import BrokenOff, Interrupted
+from .preemption import BrokenOff
 
 
 class ResumableTrainer(Trainer):

@@ -27,6 +27,7 @@ from moka.distributed import (
     run_on_all,
     run_on_main,
 )
+from moka.errors import Interrupted
 from moka.features.cache import FeatureCache
 from moka.features.setup import describe, open_features, with_features
 from moka.modeling import MokaForConditionalGeneration, MokaProcessor
@@ -39,7 +40,7 @@ from moka.modeling.build import (
 
 from .batches import check_packing
 from .datasets import check_files, check_media, open_data, try_media, write_reports
-from .preemption import Interrupted, Interruption
+from .preemption import Interruption
 from .run_dir import SUMMARY, RunFolder
 from .trainer import training_arguments
 
@@ -91,7 +92,7 @@ def open_run(config: RunConfig, resume: bool = False, overwrite: bool = False) -
                 yield run
         except Interrupted as stop:
             if began or resume:
-                stop.remedy = "go on with `moka train ... --resume`"
+                stop.remedy = "resume with `moka train ... --resume`"
             raise
         finally:
             folder.lock.release()

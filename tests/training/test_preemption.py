@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from moka.errors import EX_TEMPFAIL, Interrupted
 from moka.training import config_from_dict, run_training
 from moka.training.checkpointing import fault, read_seal
-from moka.training.preemption import EX_TEMPFAIL, Interrupted, Interruption
+from moka.training.preemption import Interruption
 from moka.training.trainer import MokaTrainer
 
 DYING = Path(__file__).with_name("dying.py")
@@ -97,7 +98,7 @@ def test_a_signal_outside_of_training_ends_the_run_at_once(tiny_config, tmp_path
         return whole(config)
 
     monkeypatch.setattr(opening, "build_for_stage_two", signalled)
-    with pytest.raises(Interrupted, match="outside of training; nothing new was there to save; start it again"):
+    with pytest.raises(Interrupted, match="outside of training"):
         run_training(config)
     assert not (tmp_path / "run").exists()
 
@@ -105,7 +106,7 @@ def test_a_signal_outside_of_training_ends_the_run_at_once(tiny_config, tmp_path
 def test_a_signal_before_the_first_step_saves_nothing(tiny_config, tmp_path, signalled):
     signalled("get_batch_samples", 1, 0)
     config = config_from_dict(tiny_config(tmp_path / "run", **RAGGED))
-    with pytest.raises(Interrupted, match=r"at step 0; nothing new was there to save; go on with .* --resume"):
+    with pytest.raises(Interrupted, match="at step 0.*--resume"):
         run_training(config)
     assert not list((tmp_path / "run").glob("checkpoints/*/*"))
 

@@ -267,10 +267,7 @@ def test_a_bad_record_of_seed_bench_is_told_with_file_and_record(editable, field
 def test_mmau_refers_to_the_text_of_the_right_option_and_carries_all():
     dataset = opened("mmau")
     first = dataset[0]
-    assert (
-        ask(first)
-        == "Who speaks with joy?\nSelect one option from the provided choices.\nMonica\nJoey, Ross\nRoss"
-    )
+    assert ask(first) == "Who speaks with joy?\nSelect one option from the provided choices.\nMonica\nJoey, Ross\nRoss"
     assert (first["reference"], first["options"]) == ("Ross", ["Monica", "Joey, Ross", "Ross"])
     assert [sample["category"] for sample in dataset] == ["Emotion Flip Detection", "Phonemic Stress Pattern Analysis"]
     assert files(dataset)[0] == "test-mini-audios/3fe64f3d-282c.wav"
