@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import types
 import typing
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers import TrainingArguments
 
-from moka.config_values import at_least, convert, describe_training, one_of, training_section
 from moka.errors import MokaError, nearest
 from moka.modeling.encoders import tiny_encoder
 from moka.modeling.projectors import tiny_projector
@@ -161,11 +164,14 @@ class RunConfig:
         """The training settings of a stage."""
         return getattr(self, SECTIONS[stage])
 
-    @property
-    def data_seed(self) -> int:
-        """What training questions are drawn by."""
-        given = self.training.get("data_seed")
-        return int(self.training.get("seed", 42) if given is None else given)
+    def seed(self, stage: int) -> int:
+        """Return the seed of a stage's new weights and dropout: its section's, or else that of ``training``."""
+        return int(self.section(stage).get("seed", self.training.get("seed", 42)))
+
+    def data_seed(self, stage: int) -> int:
+        """Return the seed by which a stage draws its questions: ``data_seed`` of its section, or else its seed."""
+        given = self.section(stage).get("data_seed")
+        return self.seed(stage) if given is None else int(given)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -220,7 +226,8 @@ def make_tiny(config: RunConfig) -> None:
     config.output.dir = _beside(config.output.dir)
     for section in (config.alignment, config.training):
         section.update({key: False for key in ("bf16", "fp16", "tf32") if key in section})
-        section.update({"dataloader_num_workers": 0, "max_steps": min(section.get("max_steps", 2), _TINY_STEPS)})
+        steps = section.get("max_steps", -1)
+        section.update({"dataloader_num_workers": 0, "max_steps": min(steps, _TINY_STEPS) if steps > 0 else 2})
 
 
 def _beside(folder: str) -> str:
@@ -238,30 +245,70 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in above:
         raise MokaError(f"{path}: base: it is, by way of others, its own base ({', '.join(map(str, above))}).")
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        raw = load_yaml(path.read_text(encoding="utf-8")) or {}
     except IsADirectoryError:
         raise MokaError(f"{path} is a folder; give one of the YAML files in it.") from None
     except FileNotFoundError:
         where = f"{above[-1]}: base: no" if above else "No"
         raise MokaError(f"{where} configuration file {path}; shipped ones lie in configs/.") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise MokaError(f"{path} cannot be read as YAML: {_reason(error)}. Mend the file.") from error
+        raise MokaError(f"{path} cannot be read as YAML: {_reason(error)}. Correct the file.") from error
     if not isinstance(raw, dict):
         raise MokaError(f"{path}: the top level must be a mapping of sections: {', '.join(_names(RunConfig))}.")
     bases = raw.pop("base", [])
     merged: dict[str, Any] = {}
     for base in bases if isinstance(bases, list) else [bases]:
         if not isinstance(base, str):
-            raise MokaError(f"{path}: base: {base!r} is no path; a YAML file, relative to this one, or a list is due.")
+            raise MokaError(
+                f"{path}: base: {base!r} is no path; give a YAML file, relative to this one, or a list of them."
+            )
         merged = _merge(merged, _read(path.parent / base, (*above, path.resolve())))
-    return _merge(merged, _unshared(raw))
+    return _merge(merged, raw)
 
 
-def _unshared(value: Any) -> Any:
-    """A copy without shared parts: a YAML alias makes one object of two places, and an override is meant for one."""
-    if isinstance(value, dict):
-        return {key: _unshared(one) for key, one in value.items()}
-    return [_unshared(one) for one in value] if isinstance(value, list) else value
+class _Loader(yaml.SafeLoader):
+    """YAML without what a configuration never means: dates (they are text), and keys that occur twice."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        """Construct a mapping; a key that occurs twice is an error (the first value would be lost silently)."""
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = next((key for key in keys if keys.count(key) > 1 and key != "<<"), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} occurs twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_MAX_NODES = 100_000  # an alias of an alias of an alias may stand for more than fits into memory
+
+
+def load_yaml(text: str) -> Any:
+    """Return plain values from YAML text; aliases become copies.
+
+    Raises:
+        yaml.YAMLError: the text is not YAML, or is nested or repeated beyond any configuration.
+    """
+    nodes = 0
+
+    def copied(value: Any) -> Any:
+        nonlocal nodes
+        nodes += 1
+        if nodes > _MAX_NODES:
+            raise yaml.YAMLError(f"it stands for more than {_MAX_NODES:,} values")
+        if isinstance(value, dict):
+            return {key: copied(one) for key, one in value.items()}
+        return [copied(one) for one in value] if isinstance(value, list) else value
+
+    try:
+        return copied(yaml.load(text, _Loader))
+    except RecursionError as error:
+        raise yaml.YAMLError("it is nested too deeply, or contains itself") from error
+    except (ValueError, TypeError) as error:  # a number of thousands of digits, a list as a key
+        raise yaml.YAMLError(" ".join(str(error).split())) from error
 
 
 def _merge(below: Any, above: Any) -> Any:
@@ -278,11 +325,31 @@ def _merge(below: Any, above: Any) -> Any:
     return merged
 
 
+def check_complete(config: RunConfig, where: str = "config") -> None:
+    """Refuse a run without the data that its stages train on, or evaluate on while they train.
+
+    Raises:
+        MokaError: names the key that is not set.
+    """
+    for stage in config.stages:
+        name = "train" if stage == 2 else "alignment"
+        if getattr(config.data, name) is None:
+            raise MokaError(
+                f"{where}: data.{name} is not set, and stage {stage} trains on it: a JSONL file, embedded:TASK or a format."
+            )
+    for stage in config.stages:
+        strategy = config.section(stage).get("eval_strategy", "no")
+        if strategy != "no" and config.data.validation is None:
+            raise MokaError(
+                f"{where}: {SECTIONS[stage]}.eval_strategy: {strategy!r} needs data.validation, which is not set. Set it, or {SECTIONS[stage]}.eval_strategy: no."
+            )
+
+
 def _check_together(config: RunConfig, where: str) -> None:
-    """Settings that are right alone and contradict each other."""
+    """Refuse settings that are valid one by one and contradict each other, or lack what another needs."""
     if 1 in config.stages and config.model.connectors:
         raise MokaError(
-            f"{where}: model.connectors: stages {config.stages} train the connectors anew, so those given would be "
+            f"{where}: model.connectors: stages {config.stages} train new connectors, so those given would be "
             "lost. Take model.connectors out, or set stages: [2]."
         )
     if 2 in config.stages and config.adapter.method == "none":
@@ -324,7 +391,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
             f"Override {override!r} is not of the form section.key=value, such as training.learning_rate=1e-4."
         )
     try:
-        value = yaml.safe_load(text)
+        value = load_yaml(text)
     except yaml.YAMLError as error:
         raise MokaError(f"Override {override!r}: the value is no YAML ({_reason(error)}). Quote it.") from error
     node = raw
@@ -370,6 +437,8 @@ def _build(cls: type, raw: Any, where: str, prefix: str) -> Any:
         if bounds.get("choices") and value is not None:
             one_of(at, value, bounds["choices"])
         values[key] = convert(value, hint, at)
+        if isinstance(values[key], float) and not math.isfinite(values[key]):
+            raise MokaError(f"{at}: {value!r} is not a finite number.")
         if bounds.get("minimum") is not None:
             at_least(at, values[key], bounds["minimum"])
     return cls(**values)
@@ -390,3 +459,176 @@ def describe() -> str:
         elif top.name == "training":
             lines += [f"  {line}" for line in describe_training()]
     return "\n".join(lines)
+
+
+OBJECTIVES = ("language_modeling", "embedding")
+# transformers has one more, "batch_rebalance", which would read every sample for its length.
+SAMPLING_STRATEGIES = ("random", "sequential", "group_by_length")
+
+# Keys of `training` and `alignment` that transformers does not have.
+OWN_TRAINING_KEYS = {
+    "global_batch_size": "Samples per optimizer step over all processes; accumulation follows, a device takes no more.",
+    "encoder_learning_rate": "Learning rate of trainable encoders (default: learning_rate).",
+    "projector_learning_rate": "Learning rate of projectors (default: learning_rate).",
+    "objective": "Stage 1: language_modeling, or embedding (no pass through the language model).",
+    "packing": "Fill rows of model.max_length tokens with several samples; batch sizes then count rows.",
+}
+_OWN_TYPES = {
+    "global_batch_size": int,
+    "encoder_learning_rate": float,
+    "projector_learning_rate": float,
+    "objective": str,
+    "packing": bool,
+    "fsdp": bool | str,  # annotated as text for the command line alone
+}
+
+_ALWAYS = "moka sets it as its batches need it"
+_RESERVED = {
+    "output_dir": "it is set by output.dir",
+    "resume_from_checkpoint": "it is set by `moka train --resume`",
+    "enable_jit_checkpoint": "moka saves and ends on SIGTERM by itself",
+    "remove_unused_columns": _ALWAYS,
+    "label_names": _ALWAYS,
+    "prediction_loss_only": _ALWAYS,
+    "save_only_model": "a checkpoint without the optimizer could not be resumed from",
+    "ignore_data_skip": "a resumed run would train on the same samples again",
+    "auto_find_batch_size": "it would change the global batch, and on several processes stop them; lower the batch size",
+    "average_tokens_across_devices": "moka always averages over the tokens of the whole batch",
+    "label_smoothing_factor": "moka computes the loss at the answer's positions alone, which cannot be smoothed",
+}
+# What would otherwise fail late, or mean something else: max_steps: 0 trains for three epochs.
+_AT_LEAST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "global_batch_size": 1,
+    "num_train_epochs": 0,
+    "learning_rate": 0,
+    "encoder_learning_rate": 0,
+    "projector_learning_rate": 0,
+    "weight_decay": 0,
+    "warmup_steps": 0,
+    "logging_steps": 0,
+    "eval_steps": 0,
+    "save_steps": 0,
+    "save_total_limit": 1,
+    "dataloader_num_workers": 0,
+    "seed": 0,
+    "data_seed": 0,
+}
+_NOT_ZERO = ("num_train_epochs", "logging_steps", "eval_steps", "save_steps")
+
+
+def one_of(where: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise MokaError(f"{where}: {value!r} is not one of {', '.join(allowed)}.{nearest(str(value), allowed)}")
+
+
+def at_least(where: str, value: Any, minimum: float, zero: bool = True) -> None:
+    """Refuse numbers below ``minimum`` (and zero itself without ``zero``), NaN too; what is no number passes."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and not value >= minimum:
+        raise MokaError(f"{where}: {value!r} is too small; at least {minimum} is due.")
+    if not zero and value == 0:
+        raise MokaError(f"{where}: {value!r} is too small; a number above 0 is due.")
+
+
+def convert(value: Any, hint: Any, where: str) -> Any:
+    """The value as the annotated type; YAML reads 1e-4 as text, which is a number here."""
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    for option in options:
+        fits, converted = _as(value, option)
+        if fits:
+            return converted
+    due = " or ".join(dict.fromkeys(_type_name(option) for option in options))
+    hint = " Quote it." if "text" in due and isinstance(value, (int, float)) else ""
+    raise MokaError(f"{where}: {value!r} is {_type_name(type(value))}; {due} is due.{hint}")
+
+
+def _as(value: Any, option: Any) -> tuple[bool, Any]:
+    origin = typing.get_origin(option) or option
+    if origin is Any:
+        return True, value
+    if origin is type(None):
+        return value is None, value
+    if origin is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            return True, float(value)
+        except ValueError:
+            return False, value
+    if isinstance(origin, type) and issubclass(origin, Enum):
+        return isinstance(value, str), value
+    if origin in (list, dict) and type(value) is origin:
+        inner = typing.get_args(option)
+        if not inner:
+            return True, value
+        pairs = [_as(item, inner[-1]) for item in (value if origin is list else value.values())]
+        fits = all(fit for fit, _ in pairs) and (origin is list or all(isinstance(key, str) for key in value))
+        items = [item for _, item in pairs]
+        return fits, items if origin is list else dict(zip(value, items, strict=True))
+    return origin in (int, bool, str) and type(value) is origin, value
+
+
+_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    list: "a list",
+    dict: "a mapping",
+    type(None): "nothing",
+}
+
+
+def _type_name(option: Any) -> str:
+    origin = typing.get_origin(option) or option
+    if isinstance(origin, type) and issubclass(origin, Enum):
+        return "text"
+    inner = typing.get_args(option)
+    if origin is list and inner and inner[0] in _NAMES:
+        return f"a list of {_NAMES[inner[0]].removeprefix('a ').replace('number', 'numbers').replace('text', 'texts')}"
+    return _NAMES.get(origin, getattr(origin, "__name__", str(option)))
+
+
+def training_section(raw: dict[str, Any], where: str, section: str) -> dict[str, Any]:
+    """The checked keys of ``training`` or ``alignment``: ours, and those of ``transformers.TrainingArguments``."""
+    hints = typing.get_type_hints(TrainingArguments)
+    known = [name for name in training_keys() if name not in _RESERVED]
+    checked = {}
+    for key, value in raw.items():
+        at = f"{where}: {section}.{key}"
+        if key in _RESERVED:
+            raise MokaError(f"{at} cannot be chosen: {_RESERVED[key]}; take it out.")
+        if key not in known:
+            raise MokaError(
+                f"{where}: unknown key {f'{section}.{key}'!r}; known: the fields of transformers.TrainingArguments and "
+                f"{', '.join(OWN_TRAINING_KEYS)}.{nearest(str(key), known)}"
+            )
+        if value is False and key.endswith("_strategy"):
+            value = "no"  # YAML reads a bare `no` as false
+        checked[key] = convert(value, _OWN_TYPES.get(key) or hints[key], at)
+        if key in _AT_LEAST:
+            at_least(at, checked[key], _AT_LEAST[key], zero=key not in _NOT_ZERO)
+        if isinstance(checked[key], float) and not math.isfinite(checked[key]):
+            raise MokaError(f"{at}: {value!r} is not a finite number.")
+    if "max_steps" in checked and checked["max_steps"] != -1:
+        at_least(f"{where}: {section}.max_steps", checked["max_steps"], 1)
+    if "objective" in checked:
+        one_of(f"{where}: {section}.objective", checked["objective"], OBJECTIVES)
+    if "train_sampling_strategy" in checked:
+        one_of(f"{where}: {section}.train_sampling_strategy", checked["train_sampling_strategy"], SAMPLING_STRATEGIES)
+    return checked
+
+
+def training_keys() -> list[str]:
+    """All keys of ``training`` and ``alignment``: ours first."""
+    return [*OWN_TRAINING_KEYS, *(f.name for f in dataclasses.fields(TrainingArguments) if f.init)]
+
+
+def describe_training() -> list[str]:
+    """One line for each key with its help, for `moka train --help-config`."""
+    lines = [f"{name}:  # {text}" for name, text in OWN_TRAINING_KEYS.items()]
+    for f in dataclasses.fields(TrainingArguments):
+        if f.init and f.name not in _RESERVED:
+            text = " ".join(str(f.metadata.get("help", "")).split()).split(". ")[0].rstrip(".")
+            lines.append(f"{f.name}:" + (f"  # {text}." if text else ""))
+    return lines

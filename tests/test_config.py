@@ -6,7 +6,7 @@ import pytest
 import yaml
 from transformers import TrainingArguments
 
-from moka.config import describe
+from moka.config import check_complete, describe
 from moka.errors import MokaError
 from moka.training import RunConfig, config_from_dict, load_config
 
@@ -288,3 +288,73 @@ def test_tiny_leaves_files_and_folders_below_a_tiny_one_alone():
     config = tiny_config(output={"dir": "runs/two-tiny/seed1/stage1"})
     assert config.model.connectors[1] == "visual.bin"
     assert config.output.dir == "runs/two-tiny/seed1/stage1"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("training:\n  seed: 1\ntraining:\n  max_steps: 2\n", ["training", "twice", "line 1"]),
+        ("model: " + "[" * 3000 + "]" * 3000, ["nested"]),
+        ("a: &a [x, x]\nb: &b [*a, *a]\n" + "".join(f"k{n}: &k{n} [{'*b, ' * 40}*b]\n" for n in range(1)), None),
+        ("a: &a {b: *a}\n", ["itself"]),
+        ("training: {seed: " + "9" * 5000 + "}\n", ["digits"]),
+        ("? [a, b]\n: 1\n", ["YAML"]),
+    ],
+)
+def test_yaml_that_is_no_configuration_is_refused_by_file(tmp_path, text, words):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(MokaError) as error:
+        load_config(path)
+    assert str(path) in str(error.value)
+    assert all(word in str(error.value) for word in words or ["unknown key"])
+
+
+def test_aliases_that_multiply_are_refused(tmp_path):
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 9)]
+    (tmp_path / "run.yaml").write_text("\n".join(lines))
+    with pytest.raises(MokaError, match="100,000"):
+        load_config(tmp_path / "run.yaml")
+
+
+def test_a_date_is_text(tmp_path):
+    (tmp_path / "run.yaml").write_text("output: {dir: 2024-01-31}\n")
+    assert load_config(tmp_path / "run.yaml").output.dir == "2024-01-31"
+
+
+@pytest.mark.parametrize("value", [".nan", ".inf", "-.inf"])
+def test_numbers_are_finite(tmp_path, value):
+    (tmp_path / "run.yaml").write_text(f"adapter: {{alpha: {value}}}\n")
+    with pytest.raises(MokaError, match=r"adapter\.alpha.*(nan|inf)"):
+        load_config(tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize(("given", "steps"), [(None, 2), (-1, 2), (3, 3), (5000, 20)])
+def test_tiny_limits_the_steps(given, steps):
+    training = {} if given is None else {"max_steps": given}
+    config = config_from_dict({"model": {"tiny": True}, "training": training})
+    assert config.training["max_steps"] == steps
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        ({}, ["data.train"]),
+        ({"stages": [1, 2], "data": {"train": "x.jsonl"}}, ["data.alignment", "stage 1"]),
+        (
+            {"data": {"train": "x.jsonl"}, "training": {"eval_strategy": "steps"}},
+            ["training.eval_strategy", "data.validation"],
+        ),
+    ],
+)
+def test_a_run_without_its_data_is_refused_before_anything_is_fetched(raw, words):
+    with pytest.raises(MokaError) as error:
+        check_complete(config_from_dict(raw))
+    assert all(word in str(error.value) for word in words)
+
+
+def test_each_stage_has_its_own_seeds():
+    config = config_from_dict({"training": {"seed": 7}, "alignment": {"seed": 3, "data_seed": 5}})
+    assert (config.seed(1), config.data_seed(1), config.seed(2), config.data_seed(2)) == (3, 5, 7, 7)
+    assert config_from_dict({"training": {"seed": 7}}).seed(1) == 7

@@ -251,7 +251,7 @@ def _open(config: RunConfig, split: str) -> Any:
         "train" if split == "alignment" else split,  # type: ignore[arg-type]
         stage=1 if split == "alignment" else 2,
         size={"train": data.train_size, "validation": data.validation_size}.get(split),
-        seed=config.data_seed,
+        seed=config.data_seed(1 if split == "alignment" else 2),
         media_root=data.media_root,
     )
 

@@ -14,7 +14,6 @@ from moka.data.media import DecodedDataset
 from moka.data.media_validation import SkipReport, find_usable, read_usable
 from moka.data.records import BAR_AFTER_S
 from moka.demo.embedded import PREFIX
-from moka.errors import MokaError
 from moka.features.cache import FeatureCache
 from moka.features.setup import check_features, note_moved, with_features
 
@@ -38,7 +37,7 @@ def open_data(config: RunConfig, reports: Path | None = None, features: FeatureC
             split,
             stage=stage,
             size=size,
-            seed=config.data_seed,
+            seed=config.data_seed(stage),
             media_root=data.media_root,
             on_bad_media=data.on_bad_media,
             bad_media_budget=data.bad_media_budget,
@@ -51,10 +50,6 @@ def open_data(config: RunConfig, reports: Path | None = None, features: FeatureC
 
     for stage, name in ((1, "alignment"), (2, "train")):
         if stage in config.stages:
-            if getattr(data, name) is None:
-                raise MokaError(
-                    f"data.{name} is not set, and stage {stage} trains on it: a JSONL file, embedded:TASK or a format."
-                )
             open_one(name, "train", stage, data.train_size if name == "train" else None)
     if data.validation is not None:
         open_one("validation", "validation", max(config.stages), data.validation_size)

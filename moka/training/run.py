@@ -184,7 +184,7 @@ def train_adapter(run: Run) -> PeftModel:
         print_main(f"note: {', '.join(parts)} start untrained: neither stage 1 nor model.connectors is given.")
     run.leave_if_told()
     # Again: a resumed run, which has not gone through stage 1, draws the same adapter.
-    draw_seed(run.config)
+    draw_seed(run.config, 2)
     adapted = attach_adapter(run.model, run.config.adapter)
     _say_coverage(adapted)
     state = _train(run, 2, adapted)
@@ -243,7 +243,7 @@ def _write_artefacts(run: Run, result: PeftModel | None, seconds: float) -> None
             bad = {r["index"] for r in map(json.loads, path.read_text("utf-8").splitlines()) if "index" in r}
             summary[f"samples of data.{name} {_BAD_MEDIA[config.data.on_bad_media]}"] = len(bad)
     summary |= {
-        "seed": config.training.get("seed", 42),
+        "seed": config.seed(config.stages[-1]),
         "seconds": round(seconds),
         "processes": next(iter(run.arguments.values())).world_size,
         "torch": torch.__version__,

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import TrainingArguments
 
-from moka.config import SECTIONS, RunConfig
+from moka.config import SECTIONS, RunConfig, check_complete
 from moka.data import EncodedDataset, resolve_backbone
 from moka.data.media import BadMediaError
 from moka.data.media_validation import SkipReport, Subset, joined
@@ -101,6 +101,7 @@ def open_run(config: RunConfig, resume: bool = False, overwrite: bool = False) -
 @contextmanager
 def _open_run(config: RunConfig, folder: RunFolder, resume: bool, overwrite: bool) -> Iterator[Run | None]:
     started = time.monotonic()
+    check_complete(config)
     # The arguments come first: they connect the processes.
     arguments = {stage: _arguments(config, folder, stage) for stage in config.stages}
     run_on_all(lambda: check_not_sharded(config.model, arguments.values()))
@@ -159,7 +160,7 @@ def _prepare(
     datasets: dict[str, Any],
 ) -> Run:
     """The model, after everything was tried that can be tried before training."""
-    draw_seed(config)
+    draw_seed(config, config.stages[0])
     model, processor = build_for_stage_two(config)
     processor.decoding = {"video_frames": config.data.video_frames, "audio_windows": config.data.audio_windows}
     run = Run(config, folder, arguments, resume, datasets, model, processor)
@@ -180,9 +181,9 @@ def _try_first(run: Run) -> None:
     check_packing(run.config, run.model, run.arguments[run.config.stages[0]].device)
 
 
-def draw_seed(config: RunConfig) -> None:
-    """Begin all random numbers with the run's seed."""
-    seed = int(config.training.get("seed", 42))
+def draw_seed(config: RunConfig, stage: int) -> None:
+    """Begin all random numbers with the seed of a stage."""
+    seed = config.seed(stage)
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -190,11 +191,11 @@ def draw_seed(config: RunConfig) -> None:
 
 def _arguments(config: RunConfig, folder: RunFolder, stage: int) -> TrainingArguments:
     name = SECTIONS[stage]
-    of_both = ("seed", "deepspeed", "fsdp", "fsdp_config")
-    shared = {"seed": 42, **{key: config.training[key] for key in of_both if key in config.training}}
-    section = {**shared, **config.section(stage)}
-    if config.data.validation is None or (stage == 1 and 2 in config.stages):
-        section["eval_strategy"] = "no"
+    of_both = ("deepspeed", "fsdp", "fsdp_config")
+    shared = {key: config.training[key] for key in of_both if key in config.training}
+    section = {**shared, **config.section(stage), "seed": config.seed(stage)}
+    if stage == 1 and 2 in config.stages:
+        section["eval_strategy"] = "no"  # the validation data are those of stage 2
     if stage == 1 and section.get("objective") == "embedding":
         # There is no pass through the language model to save memory in.
         section = {key: value for key, value in section.items() if "checkpointing" not in key}

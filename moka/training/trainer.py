@@ -13,7 +13,7 @@ from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
 
-from moka.config_values import OWN_TRAINING_KEYS
+from moka.config import OWN_TRAINING_KEYS
 from moka.distributed import run_on_all
 from moka.errors import MokaError
 from moka.modeling import MokaForConditionalGeneration

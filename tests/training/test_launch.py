@@ -24,7 +24,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from transformers import TrainingArguments
 
 from moka.cli.main import main
-from moka.config_values import OWN_TRAINING_KEYS
+from moka.config import OWN_TRAINING_KEYS
 from moka.errors import MokaError
 from moka.training import load_config
 from moka.training.global_batch import divide

@@ -106,7 +106,7 @@ def test_a_signal_outside_of_training_ends_the_run_at_once(tiny_config, tmp_path
 def test_a_signal_before_the_first_step_saves_nothing(tiny_config, tmp_path, signalled):
     signalled("get_batch_samples", 1, 0)
     config = config_from_dict(tiny_config(tmp_path / "run", **RAGGED))
-    with pytest.raises(Interrupted, match="at step 0.*--resume"):
+    with pytest.raises(Interrupted, match=r"at step 0.*--resume"):
         run_training(config)
     assert not list((tmp_path / "run").glob("checkpoints/*/*"))
 
