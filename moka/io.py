@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,25 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise MokaError(f"{path} cannot be read as JSON ({error}); it is damaged. Copy the folder again.") from error
+
+
+def append_jsonl(path: Path, record: Any) -> None:
+    """Append one record as a line of JSON. A line that was cut off before (a kill, a full disk) is ended first."""
+    with disk_full_errors(path), open(path, "ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
+
+
+def read_jsonl(path: Path) -> list[Any]:
+    """Return the records of a JSONL file that moka itself appends to; none if it is absent. A line that was cut off is skipped."""
+    records = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        with suppress(ValueError):
+            records.append(json.loads(line))
+    return records
 
 
 def _umask() -> int:

@@ -147,6 +147,8 @@ def tiny_config(backbones):
             for parent in parents:
                 node = node.setdefault(parent, {})
             node[leaf] = value
+        if raw["data"]["validation"] is None and "training__eval_strategy" not in changes:
+            raw["training"]["eval_strategy"] = "no"
         return raw
 
     return make

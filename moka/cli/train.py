@@ -15,7 +15,7 @@ from moka.config import SECTIONS, describe
 from moka.distributed import is_main
 from moka.errors import MokaError
 from moka.training import load_config, run_training
-from moka.training.global_batch import divided
+from moka.training.dataloading import divided
 from moka.training.launch import Launch, alone_by_mistake, launch_of, launcher_names
 from moka.training.run_dir import CONNECTOR, RunFolder
 

@@ -54,6 +54,7 @@ class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self._has_loaded_parts = language_model is not None
         self._fingerprint: str | None = None
+        self._counted: int | None = None
         self._head_cut = HeadCut()
         self.language_model = language_model or create_language_model(config.text_config)
         self.encoders = nn.ModuleDict()
@@ -386,6 +387,15 @@ class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
             mm_token_type_ids=types,
             **kwargs,
         )
+
+    def floating_point_ops(self, input_dict: dict[str, Any], exclude_embeddings: bool = True) -> int:
+        """Estimate the floating point operations of a training step, as transformers does.
+
+        The parameters are counted once: a trainer asks at every step.
+        """
+        if self._counted is None:
+            self._counted = self.num_parameters(exclude_embeddings=exclude_embeddings)
+        return 6 * input_dict["input_ids"].numel() * self._counted
 
     def backbone_fingerprint(self) -> str:
         """Return a short hash of the language model's shape and a sample of its weights, to recognise it again.

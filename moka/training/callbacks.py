@@ -35,10 +35,6 @@ class Watcher(TrainerCallback):
     def on_gradients(self, norms: dict[str, list[float] | None]) -> None:
         """What ``gradients.gradient_norms`` returns, before the optimizer step."""
 
-    def measured(self, logs: dict[str, Any]) -> dict[str, float]:
-        """What is to be logged beside the loss and what else is in ``logs``."""
-        return {}
-
 
 class MetricsWriter(TrainerCallback):
     """Appends every log record to RUN/metrics.jsonl, with its stage."""

@@ -1,10 +1,8 @@
-"""Checkpoints that are whole: written under another name, sealed, then renamed; what is not whole is never resumed from.
+"""Checkpoints that can be trusted: one is complete if it has ``checkpoint.json``, which is written last.
 
-RUN/checkpoints/stageN/checkpoint-STEP/   whole, with ``checkpoint.json``: the size and SHA-256 of every file
-RUN/checkpoints/stageN/unfinished/        being written, by all processes of the run; one that was killed leaves it
-RUN/checkpoints/stageN/damaged-...        found damaged by --resume, and left for you to look at
+RUN/checkpoints/stageN/checkpoint-STEP/   what transformers writes, and ``checkpoint.json`` with the size of every file
 
-All nodes of a run need to see the same folder.
+What a killed run left without it is removed when the run resumes. All nodes of a run need to see the same folder.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,204 +21,157 @@ import transformers
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 import moka
-from moka.demo.wheels import sha256_of
 from moka.errors import MokaError, counted
 from moka.io import read_json, write_json
 
-SEAL, UNFINISHED, DAMAGED = "checkpoint.json", "unfinished", "damaged-"
-FORMAT_VERSION = 1
-_OLD = ".old"
-_NO_SYNC = (errno.EINVAL, errno.ENOTSUP)  # of file systems that have none
+METADATA = "checkpoint.json"
+FORMAT_VERSION = 2
+_NO_SYNC = (errno.EINVAL, errno.ENOTSUP)  # of file systems without fsync
 # A network file system may show another node's file late.
 _VISIBLE_WITHIN_S = 60.0
 
 
 @dataclass(frozen=True)
-class Seal:
-    """What ``checkpoint.json`` says of the run that wrote the checkpoint.
+class CheckpointMetadata:
+    """What ``checkpoint.json`` records of the run that wrote the checkpoint.
 
     Args:
         step: optimizer steps of its stage.
         world_size: processes.
         zero_stage: DeepSpeed's, 0 to 3; None without DeepSpeed.
-        unlogged_loss: sum of the losses since the last logging step, mean over processes.
-        last_logged: that logging step.
-        owes_evaluation: the evaluation of this step was broken off, and is due.
+        files: name -> bytes.
     """
 
     step: int
     world_size: int = 1
     zero_stage: int | None = None
-    unlogged_loss: float = 0.0
-    last_logged: int = 0
-    owes_evaluation: bool = False
+    files: dict[str, int] = field(default_factory=dict)
     moka_version: str = moka.__version__
     torch_version: str = torch.__version__
     transformers_version: str = transformers.__version__
+    format_version: int = FORMAT_VERSION
+
+    @classmethod
+    def read(cls, checkpoint: str | Path) -> CheckpointMetadata:
+        """Read the metadata of a checkpoint, without looking at its files.
+
+        Raises:
+            MokaError: there are none, they are damaged, or a newer moka wrote them.
+        """
+        path = Path(checkpoint) / METADATA
+        if not path.is_file():
+            raise MokaError(f"{checkpoint} has no {METADATA}: it is incomplete, or something else wrote it.")
+        raw = read_json(path)
+        try:
+            if raw["format_version"] > FORMAT_VERSION:
+                raise MokaError(
+                    f"{checkpoint} was written by a newer moka ({raw.get('moka_version')}); upgrade moka-peft."
+                )
+            known = {key: raw[key] for key in (f.name for f in fields(cls)) if key in raw}
+            # Format 1 also had a hash of each file.
+            known["files"] = {name: s["size"] if isinstance(s, dict) else s for name, s in raw["files"].items()}
+            return cls(**known)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise MokaError(f"{path} is damaged ({error!r}).") from error
 
 
-def read_seal(checkpoint: str | Path) -> Seal:
-    """The facts of a checkpoint, without looking at its files.
-
-    Raises:
-        MokaError: it has no seal, or a damaged one.
-    """
-    return _parsed(_read(Path(checkpoint)), Path(checkpoint))
-
-
-def _read(checkpoint: Path) -> dict[str, Any]:
-    if not (checkpoint / SEAL).is_file():
-        raise MokaError(f"{checkpoint} has no {SEAL}: it is not whole, or another version wrote it.")
-    return read_json(checkpoint / SEAL)
-
-
-def _parsed(raw: Any, checkpoint: Path) -> Seal:
-    known = {f.name for f in fields(Seal)}
-    try:
-        if raw["format_version"] > FORMAT_VERSION:
-            raise MokaError(f"{checkpoint} was written by a newer moka ({raw.get('moka_version')}); upgrade moka-peft.")
-        return Seal(**{key: value for key, value in raw.items() if key in known})
-    except (KeyError, TypeError) as error:
-        raise MokaError(f"{checkpoint / SEAL} is damaged ({error}).") from error
-
-
-def begin(final: Path) -> Path:
-    """Where the processes write the checkpoint that will be ``final``; empty. For the main process alone."""
-    part = final.parent / UNFINISHED / final.name
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    return part
-
-
-def listing(folder: Path) -> dict[str, int]:
-    """Name relative to ``folder`` -> bytes, of every file in it."""
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Return the bytes of every file in a folder, by its name relative to it."""
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
 
 
-def finish(part: Path, final: Path, facts: Seal, written: Iterable[dict[str, int]]) -> None:
-    """Seal what the processes wrote into ``part`` and make it ``final``. For the main process alone, after all others.
+def complete(checkpoint: Path, metadata: CheckpointMetadata, written: Iterable[dict[str, int]]) -> None:
+    """Put all files of a checkpoint on the disk and write its metadata. For the main process, after all have written.
 
     Args:
-        written: ``listing(part)`` of every process.
+        written: `file_sizes` as each process sees them.
     Raises:
         MokaError: a file that another process wrote cannot be seen here.
     """
-    due = {name: size for one in written for name, size in one.items()}
+    expected = {name: size for one in written for name, size in one.items()}
     deadline = time.monotonic() + _VISIBLE_WITHIN_S
-    while lost := sorted(name for name, size in due.items() if not _has(part / name, size)):
+    while missing := sorted(name for name, size in expected.items() if not _has(checkpoint / name, size)):
         if time.monotonic() > deadline:
             raise MokaError(
-                f"{part / lost[0]}, written by another process, cannot be seen from the main one. Put output.dir on a file "
-                "system that all nodes share."
+                f"{checkpoint / missing[0]}, written by another process, cannot be seen from the main one. Put output.dir "
+                "on a file system that all nodes share."
             )
         time.sleep(0.5)
-    files = {name: {"size": (part / name).stat().st_size, "sha256": sha256_of(part / name)} for name in sorted(due)}
-    write_json(part / SEAL, {"format_version": FORMAT_VERSION, **asdict(facts), "files": files})
-    for name in (*files, SEAL):
-        _sync(part / name)
-    for folder in {part, *((part / name).parent for name in files)}:
-        _sync(folder)
-    if final.exists():
-        final.rename(part.with_name(final.name + _OLD))
-    part.rename(final)
-    shutil.rmtree(final.parent / UNFINISHED, ignore_errors=True)
-    _sync(final.parent)
+    files = {name: (checkpoint / name).stat().st_size for name in sorted(expected)}
+    for name in files:
+        _sync(checkpoint / name)
+    write_json(checkpoint / METADATA, {**asdict(metadata), "files": files})
+    for path in (checkpoint / METADATA, *{(checkpoint / name).parent for name in files}, checkpoint.parent):
+        _sync(path)
 
 
-def recover(folder: Path) -> list[str]:
-    """Remove what a killed run left half-written in a stage's folder; its names. For the main process alone."""
-    unfinished = folder / UNFINISHED
-    names = sorted(path.name for path in unfinished.iterdir()) if unfinished.is_dir() else []
-    for name in names:
-        # It was killed between the two renames that replace a checkpoint.
-        final = folder / name.removesuffix(_OLD)
-        if name.endswith(_OLD) and not final.exists():
-            (unfinished / name).rename(final)
-    shutil.rmtree(unfinished, ignore_errors=True)
-    return [name for name in names if not name.endswith(_OLD)]
-
-
-def rotate(folder: Path, limit: int | None, newest: Path, best: str | None) -> None:
-    """Keep ``limit`` sealed checkpoints; never remove the one just written, nor the best one.
-
-    What has no seal counts for nothing: it is neither kept for a good one nor removed.
-    """
-    if not limit or limit < 0:
-        return
-    kept = {newest.name} | ({Path(best).name} if best else set())
-    sealed = [path for _, path in _by_step(folder) if (path / SEAL).is_file()]
-    surplus = len(sealed) - max(limit, len(kept))
-    for path in [path for path in sealed if path.name not in kept][: max(surplus, 0)]:
-        # The seal first: a removal that is broken off must not leave something that looks whole.
-        (path / SEAL).unlink(missing_ok=True)
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def fault(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, naming the file; None for a whole one. Reads all of it."""
+def problem(checkpoint: Path) -> str | None:
+    """Return what is wrong with a checkpoint, naming the file; None for a complete one."""
     try:
-        raw = _read(checkpoint)
-        _parsed(raw, checkpoint)
-        files = {str(name): (spec["size"], spec["sha256"]) for name, spec in raw["files"].items()}
-    except (MokaError, KeyError, TypeError, AttributeError) as error:
-        return str(error) if isinstance(error, MokaError) else f"{checkpoint / SEAL} is damaged ({error!r})."
-    for name, (size, digest) in files.items():
+        files = CheckpointMetadata.read(checkpoint).files
+    except MokaError as error:
+        return str(error)
+    for name, size in files.items():
         path = checkpoint / name
         if not path.is_file():
             return f"{path} is missing."
         if path.stat().st_size != size:
             return f"{path} has {path.stat().st_size} bytes, and {size} were written."
-        try:
-            if sha256_of(path) != digest:
-                return f"{path} is not what was written (SHA-256)."
-        except OSError as error:
-            return f"{path} cannot be read ({error.strerror})."
     return None
 
 
 def last_checkpoint(folder: Path) -> tuple[Path | None, int]:
-    """The newest whole checkpoint of a stage's folder and its step; (None, 0) where there is none at all.
+    """Return the newest complete checkpoint of a stage's folder and its step; (None, 0) if there is none.
 
-    What is wrong with newer ones is printed, and they are renamed: they must count for nothing when the run goes on.
-    For the main process alone.
+    Newer ones are left out with a printed reason; those that a killed run had not finished are removed. For the main process.
 
     Raises:
-        MokaError: there are checkpoints, and none is whole.
+        MokaError: there are checkpoints, and every one is damaged.
     """
-    for name in recover(folder):
-        print(f"note: {folder / UNFINISHED / name} was half-written when the run ended; it is removed.")
-    damaged: list[Path] = []
-    for step, path in reversed(_by_step(folder)):
-        wrong = fault(path)
+    damaged = []
+    for step, path in reversed(checkpoints(folder)):
+        if not (path / METADATA).is_file():
+            print(f"note: {path} was incomplete when the run ended; it is removed.")
+            shutil.rmtree(path, ignore_errors=True)
+            continue
+        wrong = problem(path)
         if wrong is None:
-            for worse in damaged:
-                aside = worse.with_name(DAMAGED + worse.name)
-                shutil.rmtree(aside, ignore_errors=True)
-                worse.rename(aside)
-                print(f"note: {worse.name} is left out, and kept as {aside}; {path.name} is the last whole one.")
             return path, step
-        print(f"note: {path} is damaged: {wrong}")
+        print(f"note: {path} is damaged and left out: {wrong}")
         damaged.append(path)
     if damaged:
         raise MokaError(
-            f"--resume: {folder} holds {len(damaged)} checkpoints and none is whole ({fault(damaged[0])}) Copy a whole one "
-            "back, or remove them to train this stage from its beginning."
+            f"--resume: {folder} has {counted(len(damaged), 'checkpoint')}, and each is damaged ({problem(damaged[0])}) Copy "
+            "a complete one back, or remove them to train this stage from its beginning."
         )
     return None, 0
 
 
-def say_changes(checkpoint: Path, processes: int) -> None:
-    """Print what is not as it was when the checkpoint was written, and so may change the loss curve."""
-    seal = read_seal(checkpoint)
-    if seal.world_size != processes:
+def rotate(folder: Path, limit: int | None, newest: Path, best: str | None) -> None:
+    """Keep ``limit`` complete checkpoints; never remove the newest one, nor the best one."""
+    if not limit or limit < 0:
+        return
+    kept = {newest.name} | ({Path(best).name} if best else set())
+    complete = [path for _, path in checkpoints(folder) if (path / METADATA).is_file()]
+    surplus = len(complete) - max(limit, len(kept))
+    for path in [path for path in complete if path.name not in kept][: max(surplus, 0)]:
+        # The metadata first: an interrupted removal must not leave something that looks complete.
+        (path / METADATA).unlink(missing_ok=True)
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def print_changes(checkpoint: Path, processes: int) -> None:
+    """Print what differs from the run that wrote the checkpoint, and so may change the loss curve."""
+    metadata = CheckpointMetadata.read(checkpoint)
+    if metadata.world_size != processes:
         print(
-            f"note: {checkpoint.name} was written by {counted(seal.world_size, 'process', 'processes')}, and the run goes on with "
-            f"{processes}: data order, optimizer and schedule are kept; dropout draws other numbers."
+            f"note: {checkpoint.name} was written by {counted(metadata.world_size, 'process', 'processes')}, and the run "
+            f"resumes with {processes}: data order, optimizer and schedule are kept; dropout draws other numbers."
         )
     for name, then, now in (
-        ("torch", seal.torch_version, torch.__version__),
-        ("transformers", seal.transformers_version, transformers.__version__),
-        ("moka", seal.moka_version, moka.__version__),
+        ("torch", metadata.torch_version, torch.__version__),
+        ("transformers", metadata.transformers_version, transformers.__version__),
+        ("moka", metadata.moka_version, moka.__version__),
     ):
         if then != now:
             print(
@@ -228,7 +179,8 @@ def say_changes(checkpoint: Path, processes: int) -> None:
             )
 
 
-def _by_step(folder: Path) -> list[tuple[int, Path]]:
+def checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """Return (step, folder) of everything that has the name of a checkpoint, in the order of steps."""
     found = []
     for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         step = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
@@ -241,8 +193,8 @@ def _has(path: Path, size: int) -> bool:
     return path.is_file() and path.stat().st_size == size
 
 
-def _sync(path: Path) -> None:
-    """To the disk itself, so that a power cut cannot keep the name and lose the content."""
+def _sync(path: Path) -> Any:
+    """Write a file or a folder's entries to the disk itself, so that a power cut cannot keep the name and lose the content."""
     if path.is_dir() and os.name != "posix":
         return
     descriptor = os.open(path, os.O_RDONLY)

@@ -1,11 +1,11 @@
-"""SIGTERM and SIGUSR1 (a node that is wanted back, a time limit near): save a checkpoint, end with exit code 75.
+"""SIGTERM and SIGUSR1 (preemption, a time limit near): save a checkpoint and end with exit code 75.
 
-While a stage trains, the signal is noted; at the end of the optimizer step all processes agree, save and leave. An
-evaluation is broken off, and made up for on resume. Elsewhere (loading, writing results) there is nothing new to save,
-and the process leaves at once. A second signal ends it without saving.
+While a stage trains, the signal is noted; at the end of the optimizer step all processes agree, save and end. During an
+evaluation they save at once, and its result is lost. Elsewhere (loading, writing results) there is nothing new to save, and
+the process ends at once. A second signal ends it without saving.
 
-torchrun and accelerate send on a SIGTERM of their own to all processes, and kill them 30 seconds later
-(TORCH_ELASTIC_SHUTDOWN_TIMEOUT changes that). Ctrl-C stays what it is: an end without saving.
+torchrun and accelerate forward their own SIGTERM to all processes, and kill them 30 seconds later
+(TORCH_ELASTIC_SHUTDOWN_TIMEOUT changes that). Ctrl-C ends a run without saving, as usual.
 """
 
 from __future__ import annotations
@@ -93,15 +93,11 @@ def outlive(then: Callable[[int], None] | None, worker: int) -> None:
         then(worker)
 
 
-class BrokenOff(Exception):
-    """An evaluation, by a signal."""
-
-
 class SaveAndLeave(TrainerCallback):
-    """Ends the training at a signal, on all processes at the same place."""
+    """Saves and ends the training at a signal, on all processes at the same step."""
 
-    def __init__(self, interruption: Interruption) -> None:
-        self.interruption = interruption
+    def __init__(self, interruption: Interruption, trainer: Any) -> None:
+        self.interruption, self.trainer = interruption, trainer
         self._began: int | None = None
         self._leaving = self._put_off = False
 
@@ -130,7 +126,10 @@ class SaveAndLeave(TrainerCallback):
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.interruption.agreed():
-            raise BrokenOff
+            # The evaluation of this step is lost; its training is not.
+            self.trainer._save_checkpoint(self.trainer.model, None)
+            self._leaving = True
+            self.on_save(args, state, control)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._leaving:

@@ -115,9 +115,14 @@ class Meter(Watcher):
     def on_gradients(self, norms: dict[str, list[float] | None]) -> None:
         self.norms = norms_by_part(norms, modality_rows(self.trainer.model)) if self.wants_gradients() else {}
 
-    def measured(self, logs: dict[str, Any]) -> dict[str, float]:
-        if self.counts is None:
-            return {}
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Add the figures to ``logs`` for the callbacks that come later, and to the trainer's history."""
+        if logs is not None and "loss" in logs and self.counts is not None:
+            found = self._measured(logs)
+            logs.update(found)
+            state.log_history[-1].update(found)
+
+    def _measured(self, logs: dict[str, Any]) -> dict[str, float]:
         (*by_type, supervised, padding, samples), (seconds, waited, memory) = self._gathered()
         tokens = dict.fromkeys(self.names, 0)
         for place, count in zip((0, *self.owner.values()), by_type, strict=True):

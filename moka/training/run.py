@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -16,23 +15,23 @@ from moka.config import SECTIONS, RunConfig
 from moka.data import Collator, EncodedDataset
 from moka.distributed import broadcast_from_main, is_main, print_main, run_on_all, run_on_main
 from moka.errors import MokaError, counted
-from moka.io import atomic_dir, write_json
+from moka.io import atomic_dir, read_jsonl, write_json
 from moka.modeling.artifacts import load_connector, save_connector, take_connector, trained_parts
 from moka.modeling.build import adapter_coverage, attach_adapter, build_for_stage_two, count_parameters
 from moka.modeling.encoders import CachedEncoder, bring_back, set_aside
 from moka.modeling.sharding import is_sharded
 
 from .alignment import EmbeddingAlignment
-from .batches import data_seed, put_together
 from .callbacks import MetricsWriter
-from .checkpointing import last_checkpoint, say_changes
+from .checkpointing import last_checkpoint, print_changes
+from .dataloading import build_train_dataset, data_seed
 from .datasets import bad_media_report
 from .distributed_backend import EngineNote, forget_engine, in_words
 from .model_card import plot_balance, plot_loss, write_card, write_samples
 from .preemption import SaveAndLeave
 from .progress import Meter, ProgressBar
 from .run_dir import ADAPTER, CONNECTOR, SUMMARY, save_result
-from .sanity_callbacks import DivergenceGuard, GradientGuard, check_dtypes, logits_change
+from .sanity_callbacks import ADAPTED_SAMPLES, DivergenceGuard, GradientGuard, check_dtypes, logits_change
 from .setup import Run, draw_seed, open_run
 from .trackers import place_tensorboard
 from .trainer import MokaTrainer
@@ -74,7 +73,7 @@ def _trainer(run: Run, stage: int, module: torch.nn.Module, step: int) -> MokaTr
     trainer = MokaTrainer(
         model=module,
         args=arguments,
-        train_dataset=put_together(
+        train_dataset=build_train_dataset(
             EncodedDataset(train, run.processor, run.max_length, data_seed(arguments), dropped),
             arguments,
             packing=bool(section.get("packing")),
@@ -107,20 +106,20 @@ def _train(run: Run, stage: int, module: torch.nn.Module) -> dict[str, torch.Ten
         checkpoint, step = broadcast_from_main(lambda: last_checkpoint(stage_folder))
         run_on_main(lambda: run.folder.rewind_metrics(stage, step))
         print_main(
-            f"stage {stage}: " + (f"going on from {checkpoint}" if checkpoint else "no checkpoint; from its beginning")
+            f"stage {stage}: " + (f"resuming from {checkpoint}" if checkpoint else "no checkpoint; from its beginning")
         )
     if checkpoint is not None and is_main():
-        say_changes(checkpoint, arguments.world_size)
+        print_changes(checkpoint, arguments.world_size)
     _say_batch(run, stage, going_on=checkpoint is not None)
     trainer = _trainer(run, stage, module, step)
     trainer.add_callback(EngineNote(trainer, stage, run.engines))
-    trainer.add_callback(SaveAndLeave(run.interruption))
+    trainer.add_callback(SaveAndLeave(run.interruption, trainer))
     run.interruption.defer()
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    state = trainer.run(checkpoint)
     _say_replaced(run, stage)
     if stage == 2:
         run.logits_change = logits_change(trainer)
-    return trainer.trained_state()
+    return state
 
 
 def _say_batch(run: Run, stage: int, going_on: bool) -> None:
@@ -188,7 +187,14 @@ def train_adapter(run: Run) -> PeftModel:
     adapted = attach_adapter(run.model, run.config.adapter)
     _say_coverage(adapted)
     state = _train(run, 2, adapted)
-    run_on_main(lambda: save_result(adapted, run.processor, run.folder / ADAPTER, state, run.logits_change))
+    doubts = broadcast_from_main(lambda: save_result(adapted, run.processor, run.folder / ADAPTER, state))
+    if run.logits_change is not None and not run.logits_change > 0:
+        doubts.append(
+            f"the adapter changes the logits of {ADAPTED_SAMPLES} training samples by {run.logits_change:g}: its layers are not "
+            "used, or its updates are lost in rounding. Raise the learning rate or train longer."
+        )
+    for doubt in doubts:
+        print_main(f"warning: {doubt}")
     return adapted
 
 
@@ -207,7 +213,7 @@ def _say_replaced(run: Run, stage: int) -> None:
     for path in paths:
         if not is_main() or not path.exists():
             continue
-        records = list(map(json.loads, path.read_text("utf-8").splitlines()))
+        records = read_jsonl(path)
         for action, done in (("shortened", "shortened"), ("", "replaced by others")):
             found = {r["index"]: r for r in records if (r.get("action") == "shortened") == bool(action)}
             if found:
@@ -240,7 +246,7 @@ def _write_artefacts(run: Run, result: PeftModel | None, seconds: float) -> None
     for name in run.datasets:
         path = bad_media_report(folder.path, name)
         if path.exists():
-            bad = {r["index"] for r in map(json.loads, path.read_text("utf-8").splitlines()) if "index" in r}
+            bad = {r["index"] for r in read_jsonl(path) if "index" in r}
             summary[f"samples of data.{name} {_BAD_MEDIA[config.data.on_bad_media]}"] = len(bad)
     summary |= {
         "seed": config.seed(config.stages[-1]),

@@ -28,9 +28,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 import moka
-from moka.config import RunConfig, config_from_dict
+from moka.config import RunConfig, config_from_dict, load_yaml
 from moka.errors import MokaError
-from moka.io import atomic_dir, disk_full_errors, write_json, write_text
+from moka.io import append_jsonl, atomic_dir, read_jsonl, write_json, write_text
 from moka.modeling.artifacts import trained_parts
 from moka.modeling.sharding import without_wrappers
 
@@ -43,13 +43,18 @@ FORMAT_VERSION = 1
 _MARK = "# Resolved by moka "
 # All that a run and its evaluation write; --overwrite removes these and nothing else.
 _ARTEFACTS = (
-    *(CONFIG, ADAPTER, CONNECTOR, METRICS, SUMMARY, "README.md", "loss.png", "balance.png", "samples.jsonl", DIVERGED),
+    *(ADAPTER, CONNECTOR, METRICS, SUMMARY, "README.md", "loss.png", "balance.png", "samples.jsonl", DIVERGED),
     *("evaluation.json", "predictions.jsonl", "benchmarks", "comparison.json", "checkpoints", "tensorboard"),
     *("dropped-stage1.jsonl", "dropped-stage2.jsonl", "lengths-stage1.npz", "lengths-stage2.npz"),
     *("bad-media-train.jsonl", "bad-media-alignment.jsonl", "bad-media-validation.jsonl"),
 )
 # What may differ when a run is resumed: it does not reach the training.
 _FREE_ON_RESUME = ("evaluation", "output")
+
+
+def _is_leftover(path: Path) -> bool:
+    """Return whether a killed run left this before its configuration was written: its lock, or a temporary file."""
+    return path.name == LOCK or (path.name.startswith(".") and path.name.endswith(".tmp"))
 
 
 class RunFolder:
@@ -76,8 +81,8 @@ class RunFolder:
                 f"output.dir: {self.path} already holds a run. Choose another with output.dir=..., go on with --resume, or "
                 "replace it with --overwrite."
             )
-        if not holds and self.path.is_dir() and any(path.name != LOCK for path in self.path.iterdir()):
-            raise MokaError(f"output.dir: {self.path} is not empty and holds no run of ours; choose another folder.")
+        if not holds and self.path.is_dir() and not all(map(_is_leftover, self.path.iterdir())):
+            raise MokaError(f"output.dir: {self.path} is not empty and contains no run of moka; choose another folder.")
 
     def holds_run(self) -> bool:
         """Whether a run of ours is there; somebody else's config.yaml is none."""
@@ -88,9 +93,9 @@ class RunFolder:
 
     def check_same(self, config: RunConfig) -> None:
         """A resumed run trains on with the settings it began with, or its result would be nobody's."""
-        raw = yaml.safe_load((self.path / CONFIG).read_text(encoding="utf-8"))
-        began = _flat(config_from_dict(raw, str(self.path / CONFIG)).to_dict())
-        now = _flat(config.to_dict())
+        raw = load_yaml((self.path / CONFIG).read_text(encoding="utf-8"))
+        began = _flat(_without_secrets(config_from_dict(raw, str(self.path / CONFIG)).to_dict()))
+        now = _flat(_without_secrets(config.to_dict()))
         for key in sorted(set(began) | set(now)):
             if began.get(key) != now.get(key) and key.split(".")[0] not in _FREE_ON_RESUME:
                 raise MokaError(
@@ -108,7 +113,7 @@ class RunFolder:
         if self.lock.take() and self.holds_run():
             raise MokaError(f"output.dir: another run was begun in {self.path} meanwhile; choose another folder.")
         self._clear()
-        text = yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
+        text = yaml.safe_dump(_without_secrets(config.to_dict()), sort_keys=False, allow_unicode=True)
         try:
             write_text(self.path / CONFIG, f"{_MARK}{moka.__version__}\n{text}")
         except BaseException:
@@ -118,7 +123,9 @@ class RunFolder:
             raise
 
     def _clear(self) -> None:
-        for name in _ARTEFACTS:
+        """Remove what moka wrote. The configuration goes last: until then the folder is known to be a run."""
+        leftovers = [path.name for path in self.path.iterdir() if _is_leftover(path) and path.name != LOCK]
+        for name in (*leftovers, *_ARTEFACTS, CONFIG):
             old = self.path / name
             if old.is_dir():
                 shutil.rmtree(old)
@@ -137,29 +144,34 @@ class RunFolder:
         return self.path / name
 
     def log(self, record: dict[str, Any]) -> None:
+        """Append a record to metrics.jsonl."""
         # NaN is no JSON.
         record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        path = self.path / METRICS
-        with disk_full_errors(path), open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        append_jsonl(self.path / METRICS, record)
 
     def metrics(self) -> list[dict[str, Any]]:
-        path = self.path / METRICS
-        return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+        """Return every logged record."""
+        return read_jsonl(self.path / METRICS)
 
     def rewind_metrics(self, stage: int, step: int) -> None:
         """Forget what was logged after ``step`` of ``stage``: a resumed run logs it again."""
-        path = self.path / METRICS
         kept = []
-        for line in path.read_text("utf-8").splitlines() if path.exists() else []:
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue  # the run was killed while it wrote this line
+        for record in self.metrics():
             before = record["stage"] < stage
             if before or (record["stage"] == stage and record["step"] <= step and "train_runtime" not in record):
-                kept.append(line + "\n")
-        write_text(path, "".join(kept))
+                kept.append(json.dumps(record) + "\n")
+        write_text(self.path / METRICS, "".join(kept))
+
+
+# Keys of `training` and `alignment` whose values are never written or compared.
+_SECRETS = ("hub_token",)
+
+
+def _without_secrets(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: {key: v for key, v in section.items() if key not in _SECRETS} if isinstance(section, dict) else section
+        for name, section in values.items()
+    }
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -208,35 +220,12 @@ def save_adapter(model: PeftModel, processor: Any, folder: str | Path, state_dic
             )
 
 
-def save_result(
-    model: PeftModel, processor: Any, folder: Path, state_dict: dict | None = None, change: float | None = None
-) -> None:
-    """The adapter folder of a finished run: written completely, checked to have learned something, or not there at all.
-
-    ``change``: see ``guards.logits_change``.
-    """
+def save_result(model: PeftModel, processor: Any, folder: Path, state_dict: dict | None = None) -> list[str]:
+    """Write the adapter folder of a finished run; return what a person should know before using it."""
     with atomic_dir(folder) as part:
         save_adapter(model, processor, part, state_dict)
-        check_trained(part)
-        if change is not None:
-            check_change(change)
-
-
-def check_trained(folder: str | Path) -> None:
-    """After training: an adapter whose every B is still zero has learned nothing, and must not look like a result."""
-    tensors = load_file(Path(folder) / "adapter_model.safetensors")
-    ups = [t for key, t in tensors.items() if ".moka_B" in key or ".lora_B." in key]
-    if not ups or all(not t.any() for t in ups):
-        raise MokaError(
-            "Every B of the adapter is still zero after training: no gradient reached it. It was not saved."
-        )
-
-
-def check_change(change: float) -> None:
-    """After training: an adapter that changes no logits (``guards.logits_change``) must not look like a result either."""
-    if not change > 0 or not math.isfinite(change):
-        raise MokaError(
-            f"The trained adapter changes the logits of training samples by {change:g}: as good as none, or not finite. "
-            "Its layers are not in use, or its updates are lost in rounding; raise the learning rate or train longer. It "
-            "was not saved."
-        )
+        tensors = load_file(part / "adapter_model.safetensors")
+    ups = [tensor for key, tensor in tensors.items() if ".moka_B" in key or ".lora_B." in key]
+    if ups and all(not tensor.any() for tensor in ups):
+        return [f"every B of {folder} is still zero: no gradient reached the adapter, and it has learned nothing."]
+    return []

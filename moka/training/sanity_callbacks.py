@@ -18,6 +18,8 @@ from .gradients import is_down, is_up, media_part, modality_rows
 from .run_dir import DIVERGED, RunFolder
 
 _SHOWN = 5  # names in a message
+ADAPTED_SAMPLES = 2  # whose logits are compared
+_LOOKED_AT = 256  # samples, to find them
 _HELD_LOSSES = 512  # on the device between two looks at them
 
 
@@ -229,13 +231,18 @@ def _block(name: str) -> int:
     return int(found[1]) if found else -1
 
 
-def logits_change(trainer: Any, samples: int = 2) -> float:
-    """How far the adapter moves the logits of some training samples: root mean square of the change, as a share of that of
-    the logits. Every process computes it on the same samples, as sharded weights need.
+def logits_change(trainer: Any) -> float | None:
+    """Return how far the adapter moves the logits of some training samples: the root mean square of the change, as a share of
+    that of the logits. None if no sample that was looked at has a token of an adapted modality.
+
+    Every process computes it on the same samples, as sharded weights need.
     """
     dataset, model = trainer.train_dataset, trainer.model_wrapped
-    batch = trainer.data_collator([dataset[i] for i in range(min(samples, len(dataset)))])
-    # Logits of whole prompts would take memory that training never needs.
+    chosen = _adapted_samples(dataset, trainer.model)
+    if not chosen:
+        return None
+    batch = trainer.data_collator(chosen)
+    # Logits of complete prompts would take memory that training never needs.
     answers = (batch["labels"] != -100).any(0).nonzero().squeeze(1)
     inputs = trainer._prepare_inputs({key: batch[key] for key in batch if key not in ("sample_ids", "labels")})
     inputs["logits_to_keep"] = answers.to(trainer.args.device)
@@ -252,6 +259,22 @@ def logits_change(trainer: Any, samples: int = 2) -> float:
             layer.enable_adapters(True)
     model.train(was_training)
     return ((adapted - plain).pow(2).mean() / plain.pow(2).mean()).sqrt().item()
+
+
+def _adapted_samples(dataset: Any, model: Any) -> list[Any]:
+    """Return the first samples that have tokens of the modalities that the adapter adapts."""
+    config = model.peft_config[model.active_adapter]
+    adapted = set(getattr(config, "adapted", ["text"]))
+    ids = {0} if "text" in adapted else set()
+    ids |= {i for name, its in model.config.type_ids.items() if name in adapted for i in its}
+    found = []
+    for index in range(min(_LOOKED_AT, len(dataset))):
+        sample = dataset[index]
+        if ids.intersection(torch.as_tensor(sample["mm_token_type_ids"]).unique().tolist()):
+            found.append(sample)
+        if len(found) == ADAPTED_SAMPLES:
+            break
+    return found
 
 
 def _some(names: list[str]) -> str:

@@ -38,7 +38,7 @@ from moka.modeling.build import (
     context_length,
 )
 
-from .batches import check_packing
+from .dataloading import check_packing
 from .datasets import check_files, check_media, open_data, try_media, write_reports
 from .preemption import Interruption
 from .run_dir import SUMMARY, RunFolder

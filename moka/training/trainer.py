@@ -1,77 +1,120 @@
-"""The trainer: ``transformers.Trainer`` with a learning rate for each part, and saving of what is trained."""
+"""The trainer: ``transformers.Trainer`` for connectors and adapters of a composed model.
+
+Overridden methods of ``Trainer``, and why:
+
+- ``create_optimizer``: encoders and projectors have learning rates of their own.
+- ``compute_loss``: watchers are shown each batch with the ids of its samples, and its loss; no logits are computed.
+- ``get_batch_samples``: watchers time the wait for data; embedding alignment sees the captions of the full step; a run that
+  was resumed after its last step trains no other.
+- ``save_model``: a checkpoint has what is trained, never the frozen backbone.
+- ``_get_dataloader``: samples grouped by length, validation data in their own order, and loaders that resume exactly.
+- ``_prepare_for_training``: DeepSpeed's engine saves only what is trained, and resumes with another number of processes.
+- ``_save_checkpoint``: metadata, written last, mark a checkpoint as complete; an error on one process ends all of them.
+- ``_load_from_checkpoint``: connectors, and adapters under FSDP, which transformers' loader does not know.
+"""
 
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from accelerate.utils import DistributedType, save_fsdp_optimizer
+import transformers.trainer
+from accelerate.utils import DistributedType
 from peft import PeftModel
-from torch.utils.data import SequentialSampler
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
-from transformers.trainer import SCHEDULER_NAME
+from transformers import DefaultFlowCallback, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from moka.config import OWN_TRAINING_KEYS
-from moka.distributed import run_on_all
+from moka.distributed import all_gather_object, is_main, run_on_all, run_on_main
 from moka.errors import MokaError
+from moka.io import disk_full_errors
 from moka.modeling import MokaForConditionalGeneration
 from moka.modeling.artifacts import connector_state, load_connector, save_connector
 from moka.modeling.sharding import fsdp_requested, full_state_dict, loading_full_tensors, without_wrappers
 
 from .alignment import EmbeddingAlignment, share_captions
-from .batches import reach_sampler, sampler
 from .callbacks import Watcher
-from .checkpointing import read_seal
+from .checkpointing import CheckpointMetadata, complete, file_sizes, rotate
+from .dataloading import dismiss_workers, divided, loader_settings, prepare_loader, sampler
 from .distributed_backend import describe, leave_frozen_out, load_checkpoint, place, use_deepspeed
-from .global_batch import divided
 from .gradients import GradientReader
 from .launch import check_deepspeed
-from .loaders import loader_settings
-from .resuming import ResumableTrainer
 from .run_dir import save_adapter
 from .trackers import check_reports
 
-# Where the optimizer's state lies in a checkpoint.
-_NEITHER = "neither DeepSpeed nor FSDP"
+# Files of the optimizer's state in a checkpoint, by what wrote it.
+_PLAIN = "neither DeepSpeed nor FSDP"
 _OPTIMIZER_FILES = {
     "DeepSpeed": ("global_step*",),
     "FSDP": ("optimizer.bin", "optimizer_0"),
-    _NEITHER: ("optimizer.pt",),
+    _PLAIN: ("optimizer.pt",),
 }
 
 
-class MokaTrainer(ResumableTrainer):
+class MokaTrainer(Trainer):
     """Trains either the connectors of a composed model (stage 1) or its adapter and connectors (stage 2).
 
     Args:
         rates: learning rates other than ``args.learning_rate``, by part: "encoders", "projectors".
     """
 
-    _parameters: int | None = None  # without embeddings
-
     def __init__(self, *args: Any, rates: dict[str, float] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.rates = rates or {}
+        # Done here, after the metadata were written and the training has ended.
+        self._save_limit, self.args.save_total_limit = self.args.save_total_limit, None
+        self._loads_best, self.args.load_best_model_at_end = self.args.load_best_model_at_end, False
+        self._save_error: Exception | None = None
+        self._loaders: list[Any] = []
         self.remove_callback(PrinterCallback if self.args.disable_tqdm else ProgressCallback)
         for watcher in self.watchers:
             watcher.trainer = self
+        # Watchers after transformers' own decisions, and before all others, who then see what they add to a log.
+        self.callback_handler.callbacks.sort(
+            key=lambda callback: 0 if isinstance(callback, DefaultFlowCallback) else 2 - isinstance(callback, Watcher)
+        )
         self.add_callback(GradientReader(self))
         model: Any = self.model
         model.train()  # encoders freeze again what peft let train and can have no gradient
         run_on_all(self._check_fsdp)
 
-    def _check_fsdp(self) -> None:
-        kind = self.accelerator.distributed_type
-        if fsdp_requested() and self.args.world_size > 1 and kind != DistributedType.FSDP:
-            raise MokaError(
-                f"FSDP is asked for, and accelerate would run {kind.value} in its place: it shards models on GPUs alone. "
-                "Launch with configs/accelerate/ddp.yaml or, without GPUs, cpu.yaml."
-            )
+    @property
+    def watchers(self) -> list[Watcher]:
+        """Return the callbacks that are shown batches, losses and gradients."""
+        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, Watcher)]
+
+    def run(self, checkpoint: Path | None = None) -> dict[str, torch.Tensor]:
+        """Train from the beginning or from ``checkpoint``; return what was trained: full tensors, on the CPU.
+
+        Raises:
+            MokaError: the checkpoint was written under another engine.
+        """
+        if checkpoint is not None:
+            run_on_all(lambda: self._check_engine(checkpoint))
+        try:
+            self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        finally:
+            for loader in self._loaders:
+                dismiss_workers(loader)
+        best = self.state.best_model_checkpoint
+        if self._loads_best and best is not None:
+            if self.is_deepspeed_enabled and isinstance(self.model, PeftModel):
+                load_checkpoint(self.model_wrapped, Path(best), self.args.world_size)
+            else:
+                self._load_from_checkpoint(best)
+        return self.trained_state()
+
+    def trained_state(self) -> dict[str, torch.Tensor]:
+        """Return the full tensors of what is trained, on the CPU; every process has to call it."""
+        return trained_state(self.accelerator.unwrap_model(self.model))
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """One group per learning rate and weight decay (biases and norms decay in none)."""
+        """Create one group per learning rate and weight decay (biases and norms have none)."""
         if self.optimizer is not None:
             return self.optimizer
         model = self.model if model is None else model
@@ -91,30 +134,68 @@ class MokaTrainer(ResumableTrainer):
         )
         return self.optimizer
 
-    @property
-    def watchers(self) -> list[Watcher]:
-        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, Watcher)]
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        own = sampler(self.train_dataset if train_dataset is None else train_dataset, self.args)
-        return super()._get_train_sampler(train_dataset) if own is None else own
-
-    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-        # transformers would group these too, by the lengths of decoded samples.
-        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
-
-    def get_train_dataloader(self) -> Any:
-        loader = super().get_train_dataloader()
-        reach_sampler(loader)
-        return loader
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Compute the loss without logits, in training with the watchers looking on."""
+        sample_ids = inputs.pop("sample_ids", [])
+        watchers = self.watchers if model.training else []
+        for watcher in watchers:
+            watcher.on_batch(inputs, sample_ids)
+        found: Any = super().compute_loss(model, {**inputs, "loss_only": True}, return_outputs, num_items_in_batch)
+        for watcher in watchers:
+            watcher.on_loss((found[0] if return_outputs else found).detach(), sample_ids)
+        return found
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, Any]:
+        """Fetch the micro-batches of one step; none after the last step."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return [], None
         for watcher in self.watchers:
             epoch_iterator = watcher.watched(epoch_iterator)
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches and isinstance(self.model, EmbeddingAlignment):
             share_captions(batches)
         return batches, items
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save what is trained: an adapter folder, or a connector."""
+        folder = Path(output_dir or self.args.output_dir or ".")
+        state = self.trained_state()
+        if self.args.should_save:
+            model = self.accelerator.unwrap_model(self.model)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                if isinstance(model, PeftModel):
+                    save_adapter(model, self.processing_class, folder, state)
+                else:
+                    save_connector(composed_of(model), folder, state)
+                torch.save(self.args, folder / "training_args.bin")
+            except Exception as error:
+                if not _internal_call:
+                    raise
+                self._save_error = error  # the others wait for this process: it fails after they have met
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _get_dataloader(
+        self,
+        dataset: Any,
+        description: str,
+        batch_size: int,
+        sampler_fn: Any = None,
+        is_training: bool = False,
+        dataloader_key: str | None = None,
+    ) -> Any:
+        own = sampler(dataset, self.args) if is_training else None
+        if own is not None or not is_training:
+            # transformers would group validation data too, by the lengths of decoded samples.
+            sampler_fn = None if own is None else lambda _: own
+        loader = super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
+        if prepare_loader(loader).persistent_workers:
+            self._loaders.append(loader)
+        return loader
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         if not self.is_deepspeed_enabled:
@@ -123,92 +204,50 @@ class MokaTrainer(ResumableTrainer):
         model, train_dataloader = super()._prepare_for_training(max_steps, train_dataloader, None)
         leave_frozen_out(model)
         if resume_from_checkpoint is not None:
-            run_on_all(lambda: self._check_optimizer(Path(resume_from_checkpoint)))
             load_checkpoint(model, Path(resume_from_checkpoint), self.args.world_size)
             self._load_optimizer_and_scheduler(resume_from_checkpoint)
             self._load_scaler(resume_from_checkpoint)
         return model, train_dataloader
 
-    def trained_state(self) -> dict[str, torch.Tensor]:
-        """Whole tensors of what is trained, on the CPU; every process has to call it."""
-        return trained_state(self.accelerator.unwrap_model(self.model))
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        step = self.state.global_step
+        folder = Path(self.args.output_dir or ".")
+        checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        zero_stage = describe(self)["zero_stage"]
+        self._save_error = None
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in transformers, which would gather the frozen backbone too."""
-        self._save(output_dir)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+        def write() -> None:
+            with disk_full_errors(checkpoint), _without_fsdp_model_copy():
+                super(MokaTrainer, self)._save_checkpoint(model, trial)
 
-    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        sample_ids = inputs.pop("sample_ids", [])
-        for watcher in self.watchers:
-            watcher.on_batch(inputs, sample_ids)
-        inputs["loss_only"] = True
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        for watcher in self.watchers:
-            watcher.on_loss(loss, sample_ids)
-        return loss
+        def fail() -> None:
+            with disk_full_errors(checkpoint):
+                if self._save_error is not None:
+                    raise self._save_error
 
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """As in transformers, which counts the parameters anew in every step."""
-        if self._parameters is None:
-            model: Any = self.model
-            self._parameters = model.num_parameters(exclude_embeddings=True) if hasattr(model, "num_parameters") else 0
-        return 6 * inputs["input_ids"].numel() * self._parameters
+        def both() -> None:
+            write()
+            fail()
 
-    def prediction_step(
-        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
-    ) -> Any:
-        inputs.pop("sample_ids", None)
-        inputs["loss_only"] = prediction_loss_only
-        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        def finish() -> None:
+            with disk_full_errors(checkpoint):
+                complete(checkpoint, CheckpointMetadata(step, self.args.world_size, zero_stage), written)
+            rotate(folder, self._save_limit, checkpoint, self.state.best_model_checkpoint)
 
-    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
-        if "loss" in logs:
-            for watcher in self.watchers:
-                logs.update(watcher.measured(logs))
-        super().log(logs, start_time)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """A checkpoint holds what is trained, never the frozen backbone."""
-        folder = Path(output_dir or self.args.output_dir or ".")
-        state = self.trained_state()
-        if not self.args.should_save:
-            return
-        model = self.accelerator.unwrap_model(self.model)
-        with self.failing_later():
-            if isinstance(model, PeftModel):
-                save_adapter(model, self.processing_class, folder, state)
+        try:
+            run_on_main(lambda: shutil.rmtree(checkpoint, ignore_errors=True))
+            if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+                # These write together: one that fails in the middle can tell the others only by ending.
+                write()
+                run_on_all(fail)
             else:
-                save_connector(composed_of(model), folder, state)
-            torch.save(self.args, folder / "training_args.bin")
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.is_fsdp_enabled:
-            return super()._save_optimizer_and_scheduler(output_dir)
-        # As in transformers, without its own copy of the model: `_save` has written what is trained.
-        plugin, scheduler = self.accelerator.state.fsdp_plugin, cast("Any", self.lr_scheduler)
-        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
-        if self.args.should_save:
-            torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and not self.is_deepspeed_enabled:
-            run_on_all(lambda: self._check_optimizer(Path(checkpoint)))
-        super()._load_optimizer_and_scheduler(checkpoint)
-
-    def _check_optimizer(self, checkpoint: Path) -> None:
-        """transformers goes on with a fresh optimizer and schedule where it finds no state of theirs."""
-        ours = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP" if self.is_fsdp_enabled else _NEITHER
-        found = (e for e, names in _OPTIMIZER_FILES.items() if any(any(checkpoint.glob(n)) for n in names))
-        wrote = next(found, "no engine")
-        then, now = read_seal(checkpoint).zero_stage, describe(self)["zero_stage"]
-        if wrote != ours or then != now:
-            stages = f" (ZeRO stage {then}, now {now})" if then is not None or now is not None else ""
-            raise MokaError(
-                f"--resume: {checkpoint} was written under {wrote}, and this run is under {ours}{stages}, where its optimizer "
-                "cannot go on. Launch the run as it began."
-            )
+                run_on_all(both)
+            written = all_gather_object(file_sizes(checkpoint))
+            run_on_main(finish)
+        except BaseException:
+            if is_main():
+                shutil.rmtree(checkpoint, ignore_errors=True)
+            raise
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         unwrapped = self.accelerator.unwrap_model(model or self.model)
@@ -218,25 +257,53 @@ class MokaTrainer(ResumableTrainer):
             else:
                 load_connector(composed_of(unwrapped), resume_from_checkpoint)
 
-    def _load_best_model(self) -> None:
-        best = self.state.best_model_checkpoint
-        unwrapped = self.accelerator.unwrap_model(self.model)
-        if best is None or (isinstance(unwrapped, PeftModel) and not self.is_fsdp_enabled):
-            super()._load_best_model()
+    def _check_fsdp(self) -> None:
+        kind = self.accelerator.distributed_type
+        if fsdp_requested() and self.args.world_size > 1 and kind != DistributedType.FSDP:
+            raise MokaError(
+                f"FSDP is asked for, and accelerate would run {kind.value} instead: it shards models only on GPUs. Launch "
+                "with configs/accelerate/ddp.yaml or, without GPUs, cpu.yaml."
+            )
+
+    def _check_engine(self, checkpoint: Path) -> None:
+        """Refuse a checkpoint of another engine: transformers would resume with a new optimizer and schedule, silently."""
+        ours = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP" if self.is_fsdp_enabled else _PLAIN
+        found = (e for e, names in _OPTIMIZER_FILES.items() if any(any(checkpoint.glob(n)) for n in names))
+        wrote = next(found, "no engine")
+        then, now = CheckpointMetadata.read(checkpoint).zero_stage, describe(self)["zero_stage"]
+        if wrote != ours or then != now:
+            stages = f" (ZeRO stage {then}, now {now})" if then is not None or now is not None else ""
+            raise MokaError(
+                f"--resume: {checkpoint} was written under {wrote}, and this run is under {ours}{stages}, where its optimizer "
+                "cannot resume. Launch the run as it began."
+            )
+
+
+@contextmanager
+def _without_fsdp_model_copy() -> Iterator[None]:
+    """Inside, transformers' own copy of an FSDP model is not written: `MokaTrainer.save_model` has written what is trained."""
+    module: Any = transformers.trainer
+    original: Callable | None = getattr(module, "save_fsdp_model", None)
+    module.save_fsdp_model = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        if original is None:
+            del module.save_fsdp_model
         else:
-            self._load_from_checkpoint(best)
+            module.save_fsdp_model = original
 
 
 def trained_state(model: Any) -> dict[str, torch.Tensor]:
-    """The adapter with its saved modules, or the connector: whole, on the CPU; every process has to call it."""
-    composed_of(model).backbone_fingerprint()  # what is saved names it; of parts, one process alone could not tell
+    """Return the adapter with its saved modules, or the connector: full tensors, on the CPU; every process has to call it."""
+    composed_of(model).backbone_fingerprint()  # what is saved names it; of shards, one process could not compute it
     if not isinstance(model, PeftModel):
         return connector_state(composed_of(model))
     return full_state_dict(model, lambda key, tensor: tensor.requires_grad or ".modules_to_save." in key)
 
 
 def composed_of(model: Any) -> MokaForConditionalGeneration:
-    """The composed model inside an objective, a peft model, or itself."""
+    """Return the composed model inside an objective or a peft model, or itself."""
     if isinstance(model, PeftModel):
         model = model.get_base_model()
     return model.model if isinstance(model, EmbeddingAlignment) else model

@@ -9,7 +9,7 @@ from torch.utils.data import BatchSampler
 
 from moka.data.batching import LengthGroupedSampler, padding_share
 from moka.data.lengths import Lengths
-from moka.training.batches import reach_sampler
+from moka.training.dataloading import prepare_loader
 
 BATCH, WORLD, ACCUMULATED = 4, 2, 2
 STEP = BATCH * WORLD * ACCUMULATED
@@ -119,7 +119,7 @@ def loader(lengths, rank, world=WORLD):
     sampler = LengthGroupedSampler(lengths, STEP, seed=7)
     shard = BatchSamplerShard(BatchSampler(sampler, BATCH, drop_last=False), world, rank)
     made = DataLoaderShard(list(range(len(lengths))), batch_sampler=shard, collate_fn=list)
-    reach_sampler(made)
+    prepare_loader(made)
     return made
 
 

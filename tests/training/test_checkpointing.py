@@ -1,4 +1,4 @@
-"""Checkpoints: whole or left out, never the last good one removed; one run in a folder."""
+"""Checkpoints: complete or left out, and the last good one is never removed; one run in a folder."""
 
 import json
 import os
@@ -12,7 +12,15 @@ import torch
 
 from moka.errors import MokaError
 from moka.training import config_from_dict, run_training
-from moka.training.checkpointing import SEAL, Seal, begin, fault, finish, last_checkpoint, listing, read_seal, rotate
+from moka.training.checkpointing import (
+    METADATA,
+    CheckpointMetadata,
+    complete,
+    file_sizes,
+    last_checkpoint,
+    problem,
+    rotate,
+)
 from moka.training.run_dir import RunFolder
 
 ROOT = Path(__file__).parents[2]
@@ -29,102 +37,78 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def sealed(folder, step):
-    """A small whole checkpoint."""
-    final = folder / f"checkpoint-{step}"
-    part = begin(final)
-    (part / "tag").mkdir()
-    (part / "tag/weights.bin").write_bytes(bytes([step]) * 100)
-    finish(part, final, Seal(step), [listing(part)])
-    return final
+def write(folder, step):
+    """A small complete checkpoint."""
+    checkpoint = folder / f"checkpoint-{step}"
+    (checkpoint / "tag").mkdir(parents=True)
+    (checkpoint / "tag/weights.bin").write_bytes(bytes([step]) * 100)
+    complete(checkpoint, CheckpointMetadata(step), [file_sizes(checkpoint)])
+    return checkpoint
 
 
-def test_a_checkpoint_is_sealed_with_what_a_resume_asks_for(trained_run):
+def test_a_checkpoint_has_the_metadata_that_a_resume_needs(trained_run):
     checkpoint = trained_run / "checkpoints/stage2/checkpoint-4"
-    seal = read_seal(checkpoint)
-    assert (seal.step, seal.world_size, seal.zero_stage, seal.owes_evaluation) == (4, 1, None, False)
-    assert seal.torch_version == torch.__version__
-    files = json.loads((checkpoint / SEAL).read_text())["files"]
-    assert set(files) == set(listing(checkpoint)) - {SEAL}
+    metadata = CheckpointMetadata.read(checkpoint)
+    assert (metadata.step, metadata.world_size, metadata.zero_stage) == (4, 1, None)
+    assert metadata.torch_version == torch.__version__
+    assert metadata.files == {name: size for name, size in file_sizes(checkpoint).items() if name != METADATA}
     assert {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "adapter_model.safetensors"} <= {
-        *files
+        *metadata.files
     }
-    assert fault(checkpoint) is None
+    assert problem(checkpoint) is None
     assert names(checkpoint.parent) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+
+
+def test_metadata_of_format_1_are_read(stage):
+    path = stage / "checkpoint-6" / METADATA
+    raw = json.loads(path.read_text())
+    raw["files"] = {name: {"size": size, "sha256": "0" * 64} for name, size in raw["files"].items()}
+    path.write_text(json.dumps({**raw, "format_version": 1, "owes_evaluation": False}))
+    assert last_checkpoint(stage) == (stage / "checkpoint-6", 6)
+    path.write_text(json.dumps({**raw, "format_version": 99}))
+    assert "newer" in problem(stage / "checkpoint-6")
 
 
 def truncate(path):
     os.truncate(path, path.stat().st_size // 2)
 
 
-def alter(path):
-    raw = bytearray(path.read_bytes())
-    raw[len(raw) // 2] ^= 1
-    path.write_bytes(raw)
-
-
 @pytest.mark.parametrize(
-    ("file", "damage", "told"),
-    [
-        ("adapter_model.safetensors", truncate, "bytes, and"),
-        ("optimizer.pt", alter, "is not what was written"),
-        ("rng_state.pth", Path.unlink, "is missing"),
-        (SEAL, Path.unlink, "has no checkpoint.json"),
-        (SEAL, truncate, "damaged"),
-    ],
+    ("file", "damage"),
+    [("adapter_model.safetensors", truncate), ("rng_state.pth", Path.unlink), (METADATA, truncate)],
 )
-def test_a_damaged_newest_checkpoint_is_left_out_and_said(stage, capsys, file, damage, told):
+def test_a_damaged_newest_checkpoint_is_left_out_by_name(stage, capsys, file, damage):
     damage(stage / "checkpoint-6" / file)
     assert last_checkpoint(stage) == (stage / "checkpoint-4", 4)
-    said = capsys.readouterr().out
-    assert str(stage / "checkpoint-6" / file) in said or file == SEAL
-    assert told in said
-    assert "checkpoint-4 is the last whole one" in said
-    # It counts for nothing from now on, and nobody's files are thrown away.
-    assert names(stage) == ["checkpoint-2", "checkpoint-4", "damaged-checkpoint-6"]
-    assert last_checkpoint(stage) == (stage / "checkpoint-4", 4)
+    assert str(stage / "checkpoint-6" / file) in capsys.readouterr().out
+    assert names(stage) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
 
 
-def test_checkpoints_none_of_which_is_whole_are_an_error_and_not_a_new_beginning(stage):
+def test_checkpoints_that_are_all_damaged_are_an_error_and_not_a_new_beginning(stage):
     for step in (2, 4, 6):
         truncate(stage / f"checkpoint-{step}" / "optimizer.pt")
-    with pytest.raises(
-        MokaError, match=r"holds 3 checkpoints and none is whole .*checkpoint-6.*optimizer.pt .*remove them"
-    ):
+    with pytest.raises(MokaError, match=r"--resume.*3 checkpoints.*checkpoint-6/optimizer.pt"):
         last_checkpoint(stage)
-    assert names(stage) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
     shutil.rmtree(stage)
     assert last_checkpoint(stage) == (None, 0)
 
 
-def test_what_a_killed_run_left_half_written_is_removed_and_said(stage, capsys):
-    part = begin(stage / "checkpoint-8")
-    (part / "optimizer.pt").write_bytes(b"half")
+def test_a_checkpoint_that_a_killed_run_had_not_finished_is_removed_by_name(stage, capsys):
+    (stage / "checkpoint-8").mkdir()
+    (stage / "checkpoint-8/optimizer.pt").write_bytes(b"half")
     assert last_checkpoint(stage) == (stage / "checkpoint-6", 6)
-    assert "checkpoint-8 was half-written" in capsys.readouterr().out
+    assert "checkpoint-8" in capsys.readouterr().out
     assert names(stage) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
 
 
-def test_a_checkpoint_whose_replacement_was_broken_off_comes_back(stage):
-    begin(stage / "checkpoint-6")
-    (stage / "checkpoint-6").rename(stage / "unfinished/checkpoint-6.old")
-    assert last_checkpoint(stage) == (stage / "checkpoint-6", 6)
-    assert fault(stage / "checkpoint-6") is None
-
-
-def test_a_checkpoint_may_be_written_again(tmp_path):
-    for _ in range(2):
-        assert fault(sealed(tmp_path, 3)) is None
-    assert names(tmp_path) == ["checkpoint-3"]
-
-
-def test_a_file_of_another_process_that_cannot_be_seen_is_told(tmp_path, monkeypatch):
+def test_a_file_of_another_process_that_cannot_be_seen_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("moka.training.checkpointing._VISIBLE_WITHIN_S", 0.0)
-    part = begin(tmp_path / "checkpoint-1")
-    (part / "rng_state_0.pth").write_bytes(b"here")
-    with pytest.raises(MokaError, match=r"rng_state_1.pth, written by another process.*all nodes share"):
-        finish(part, tmp_path / "checkpoint-1", Seal(1, 2), [listing(part), {"rng_state_1.pth": 4}])
-    assert not (tmp_path / "checkpoint-1").exists()
+    checkpoint = tmp_path / "checkpoint-1"
+    checkpoint.mkdir()
+    (checkpoint / "rng_state_0.pth").write_bytes(b"here")
+    with pytest.raises(MokaError, match=r"rng_state_1.pth"):
+        complete(checkpoint, CheckpointMetadata(1, 2), [file_sizes(checkpoint), {"rng_state_1.pth": 4}])
+    assert problem(checkpoint) is not None
 
 
 @pytest.mark.parametrize(
@@ -139,15 +123,15 @@ def test_a_file_of_another_process_that_cannot_be_seen_is_told(tmp_path, monkeyp
     ],
 )
 def test_rotation_keeps_the_newest_and_the_best(tmp_path, limit, newest, best, left):
-    paths = {step: sealed(tmp_path, step) for step in range(1, 6)}
+    paths = {step: write(tmp_path, step) for step in range(1, 6)}
     rotate(tmp_path, limit, paths[newest], str(paths[best]) if best else None)
     assert names(tmp_path) == [f"checkpoint-{step}" for step in left]
 
 
-def test_rotation_does_not_count_what_has_no_seal(tmp_path):
-    """Counted as good, checkpoint-9 would have pushed out the last whole one."""
-    paths = {step: sealed(tmp_path, step) for step in (1, 2, 9)}
-    (paths[9] / SEAL).unlink()
+def test_rotation_does_not_count_incomplete_checkpoints(tmp_path):
+    """Counted as complete, checkpoint-9 would replace the last good one."""
+    paths = {step: write(tmp_path, step) for step in (1, 2, 9)}
+    (paths[9] / METADATA).unlink()
     rotate(tmp_path, 2, paths[2], None)
     assert names(tmp_path) == ["checkpoint-1", "checkpoint-2", "checkpoint-9"]
     rotate(tmp_path, 1, paths[2], None)
@@ -178,7 +162,7 @@ def test_a_run_keeps_the_newest_and_the_best_of_its_checkpoints(tiny_config, tmp
     assert state["best_global_step"] == 1
     assert state["best_model_checkpoint"] == str(stage / f"checkpoint-{state['best_global_step']}")
     assert names(stage) == sorted([f"checkpoint-{state['best_global_step']}", "checkpoint-4"])
-    assert all(fault(path) is None for path in stage.iterdir())
+    assert all(problem(path) is None for path in stage.iterdir())
 
 
 HOLD = """

@@ -27,7 +27,7 @@ from moka.cli.main import main
 from moka.config import OWN_TRAINING_KEYS
 from moka.errors import MokaError
 from moka.training import load_config
-from moka.training.global_batch import divide
+from moka.training.dataloading import divide
 from moka.training.launch import alone_by_mistake, launch_of, launcher_names
 from moka.training.trainer import training_arguments
 
