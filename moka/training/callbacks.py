@@ -1,4 +1,4 @@
-"""What watches the trainer: the writer of metrics.jsonl, and what ``MokaTrainer`` shows its watchers."""
+"""Callbacks: the writer of metrics.jsonl, and the base of those that also see batches, losses and gradients."""
 
 from __future__ import annotations
 
@@ -12,28 +12,29 @@ from .run_dir import RunFolder
 
 
 class Watcher(TrainerCallback):
-    """A callback that ``MokaTrainer`` also shows batches, losses and gradients. All processes are shown the same moments,
-    so a watcher may talk to its likes on the others.
+    """A callback that ``MokaTrainer`` also shows batches, losses and gradients. All processes are shown the same moments, so
+    that a watcher may use collectives.
     """
 
     trainer: Any = None  # set by the trainer
+    adds_to_log = False  # its ``on_log`` changes the logs, and comes before those of others
 
     def watched(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """The batches of the coming step, before they are fetched."""
+        """Return the batches of the coming step, before they are fetched."""
         return batches
 
     def on_batch(self, inputs: dict[str, Any], sample_ids: list[str]) -> None:
-        """A batch of this process, on its device, before the model sees it."""
+        """See a batch of this process, on its device, before the model does."""
 
     def on_loss(self, loss: torch.Tensor, sample_ids: list[str]) -> None:
-        """The loss of that batch, still on the device."""
+        """See the loss of that batch, still on the device."""
 
     def wants_gradients(self) -> bool:
-        """Whether ``on_gradients`` is due before the coming optimizer step; the same on all processes."""
+        """Return whether to call ``on_gradients`` before the coming optimizer step; the same on all processes."""
         return False
 
     def on_gradients(self, norms: dict[str, list[float] | None]) -> None:
-        """What ``gradients.gradient_norms`` returns, before the optimizer step."""
+        """See the result of ``gradients.gradient_norms``, before the optimizer step."""
 
 
 class MetricsWriter(TrainerCallback):

@@ -78,6 +78,8 @@ class Meter(Watcher):
     ``gradients.norms_by_part``). Counts stay on the device until they are logged.
     """
 
+    adds_to_log = True
+
     def __init__(self, type_ids: dict[str, list[int]]) -> None:
         self.names = [TEXT, *type_ids]
         self.owner = {i: place for place, ids in enumerate(type_ids.values(), start=1) for i in ids}

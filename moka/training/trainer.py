@@ -74,9 +74,9 @@ class MokaTrainer(Trainer):
         self.remove_callback(PrinterCallback if self.args.disable_tqdm else ProgressCallback)
         for watcher in self.watchers:
             watcher.trainer = self
-        # Watchers after transformers' own decisions, and before all others, who then see what they add to a log.
+        # What adds to a log comes after transformers' own decisions and before all that read the log.
         self.callback_handler.callbacks.sort(
-            key=lambda callback: 0 if isinstance(callback, DefaultFlowCallback) else 2 - isinstance(callback, Watcher)
+            key=lambda one: 0 if isinstance(one, DefaultFlowCallback) else 2 - getattr(one, "adds_to_log", False)
         )
         self.add_callback(GradientReader(self))
         model: Any = self.model
