@@ -39,6 +39,13 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def connect(use_cpu: bool = False) -> torch.device:
+    """Join the other processes if a launcher started several; return this process's device."""
+    from accelerate import PartialState
+
+    return PartialState(cpu=use_cpu or not torch.cuda.is_available()).device
+
+
 def is_main() -> bool:
     """Return whether this process writes the run folder: rank 0, or the only process."""
     return dist.get_rank() == 0 if is_distributed() else True

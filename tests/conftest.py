@@ -176,7 +176,9 @@ def launch():
         command = [*LAUNCHERS[launcher], *map(str, program), *map(str, arguments)]
         settings = {"env": {**os.environ, **own, **environment}, "text": True}
         if start:
-            return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **settings)
+            return subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, **settings
+            )
         return subprocess.run(command, capture_output=True, check=False, timeout=timeout, **settings)
 
     return run

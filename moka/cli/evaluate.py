@@ -2,6 +2,7 @@
 
   moka eval runs/quickstart
   moka eval RUN --benchmark pope --root data/pope
+  moka eval RUN --launcher ddp --num-processes 4          # several GPUs share the questions
 
 The first prints a table and writes RUN/evaluation.json, RUN/predictions.jsonl and the model card; the second writes raw
 answers, RUN/benchmarks/NAME/predictions.jsonl, and scores them as `moka score` does.
@@ -10,6 +11,7 @@ answers, RUN/benchmarks/NAME/predictions.jsonl, and scores them as `moka score` 
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,11 @@ import transformers
 import moka
 from moka.data.sources import describe_source
 from moka.demo.embedded import PREFIX
+from moka.distributed import connect, is_main, run_on_all, run_on_main
 from moka.errors import MokaError
 from moka.evaluation import BENCHMARKS, evaluate, evaluate_benchmark, show, write
-from moka.evaluation.ask import benchmark_source, open_benchmark
 from moka.evaluation.benchmarks.table import score_table
-from moka.evaluation.evaluate import open_questions
+from moka.evaluation.evaluate import benchmark_source, open_benchmark, open_questions
 from moka.inference import LoadedModel, export_kind, find_adapter
 from moka.io import read_json
 from moka.training import RunConfig, load_config
@@ -30,6 +32,7 @@ from moka.training.model_card import write_card
 from moka.training.run_dir import CONFIG, SUMMARY, RunFolder
 
 from .generate import add_quantization, quantization
+from .launching import add_launching, launch_of_command
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", help="cpu, cuda, ... (default: an accelerator if there is one)")
     add_quantization(parser)
+    add_launching(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -59,8 +63,18 @@ def run(arguments: argparse.Namespace) -> None:
     for name in ("size", "blank_size", "batch_size"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
-            raise MokaError(f"--{name.replace('_', '-')}: {value} is too small; at least 1 is due.")
+            raise MokaError(f"--{name.replace('_', '-')}: {value} is too small; give at least 1.")
+    if not arguments.benchmark:
+        for name in ("root", "format"):
+            if getattr(arguments, name) is not None:
+                raise MokaError(f"--{name} belongs to --benchmark NAME; give that too, or --data FILE instead.")
+    if launch := launch_of_command(arguments, ["eval"]):
+        launch.start()
+        return
     transformers.utils.logging.disable_progress_bar()
+    device = connect()
+    if arguments.device is None and device.type != "cpu":
+        arguments.device = str(device)
     if arguments.benchmark:
         _benchmarks(arguments, config)
         return
@@ -71,10 +85,14 @@ def run(arguments: argparse.Namespace) -> None:
     if source is None:
         raise MokaError(f"data.{split} is not set in {folder / CONFIG}; give --data FILE.")
     find_adapter(folder)
-    samples = open_questions(config, source, split)
+    # The media of another file are beside it, not where those of the run are.
+    media_root = None if arguments.data else config.data.media_root
+    samples = run_on_all(lambda: open_questions(source, split, media_root), main_first=True)
     result = evaluate(
-        _load(arguments),
+        run_on_all(lambda: _load(arguments), main_first=True),
         samples,
+        folder,
+        source=source,
         size=arguments.size or settings.size,
         blank=settings.blank and not arguments.no_blank,
         blank_size=arguments.blank_size or settings.blank_size,
@@ -85,11 +103,16 @@ def run(arguments: argparse.Namespace) -> None:
     result["protocol"]["data"] = describe_source(source)
     if str(source).startswith(PREFIX):
         result["protocol"]["data"] += f", {split}"
-    show(result, f"{folder}: {result['protocol']['data']}")
+    run_on_main(lambda: _report(folder, config, result))
+
+
+def _report(folder: Path, config: RunConfig, result: dict[str, Any]) -> None:
+    """Write the result, then print it: nothing is lost if the output is closed."""
     path = write(result, folder)
     summary = folder / SUMMARY
-    if export_kind(folder) is None:  # an export's card tells what it keeps and loses; the numbers lie beside it
+    if export_kind(folder) is None:  # an export's card says what it keeps and loses; the numbers are in its folder
         write_card(RunFolder(folder), config, read_json(summary) if summary.exists() else {})
+    show(result, f"{folder}: {result['protocol']['data']}")
     print(f"written: {path}")
 
 
@@ -108,12 +131,18 @@ def _benchmarks(arguments: argparse.Namespace, config: RunConfig) -> None:
         raise MokaError(f"--benchmark all: {folder / CONFIG} names none under evaluation.benchmarks.")
     chosen = {"root": arguments.root, "split": arguments.split, "format": arguments.format}
     for name in names:  # all are tried before hours go by on the first
-        open_benchmark(config, name, benchmark_source(config, name, **chosen))
-    loaded = _load(arguments)
+        run_on_all(partial(_try_benchmark, config, name, chosen))
+    loaded = run_on_all(lambda: _load(arguments), main_first=True)
     for name in names:
         results = evaluate_benchmark(
             folder, name, **chosen, size=arguments.size, batch_size=arguments.batch_size, loaded=loaded
         )
-        for result in results.values():
-            score_table(result).show()
-        print(f"written: {folder / 'benchmarks' / name}")
+        if is_main():
+            for result in results.values():
+                score_table(result).show()
+            print(f"written: {folder / 'benchmarks' / name}")
+
+
+def _try_benchmark(config: RunConfig, name: str, chosen: dict[str, Any]) -> None:
+    """Open a benchmark's data, so that what is missing is an error before anything is asked."""
+    open_benchmark(config, name, benchmark_source(config, name, **chosen))

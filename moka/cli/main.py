@@ -39,7 +39,7 @@ COMMANDS = {
     "export": ("export", "write a run as a merged model, a plain transformers model or a plain LoRA"),
 }
 # Commands that may run as several processes.
-_DISTRIBUTED = ("cache", "train")
+_DISTRIBUTED = ("cache", "train", "eval")
 
 
 def parser(chosen: str | None = None) -> argparse.ArgumentParser:

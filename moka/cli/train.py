@@ -7,7 +7,6 @@ moka train CONFIG.yaml --launcher zero2 --num-processes 4        # several GPUs;
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from pathlib import Path
 
@@ -16,8 +15,10 @@ from moka.distributed import is_main
 from moka.errors import MokaError
 from moka.training import load_config, run_training
 from moka.training.dataloading import divided
-from moka.training.launch import Launch, alone_by_mistake, launch_of, launcher_names
+from moka.training.launch import alone_by_mistake
 from moka.training.run_dir import CONNECTOR, RunFolder
+
+from .launching import add_launching, launch_of_command
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,21 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tiny random parts of the same architecture, two steps a stage (20 at most where max_steps says more), in DIR-tiny",
     )
     parser.add_argument("--help-config", action="store_true", help="list all configuration keys and exit")
-    launching = parser.add_argument_group(
-        "several processes", "builds `accelerate launch ...`, prints it and becomes it"
-    )
-    launching.add_argument(
-        "--launcher", metavar="NAME", help=f"{', '.join(launcher_names())}, or a configuration file of accelerate"
-    )
-    launching.add_argument("--num-processes", type=int, metavar="N", help="on all machines; default: what NAME says")
-    launching.add_argument(
-        "--launcher-args",
-        metavar="'--OPTION ...'",
-        help="options of `accelerate launch`: --launcher-args='--gpu_ids 0,1'",
-    )
-    launching.add_argument(
-        "--dry-run", action="store_true", help="print the command, also one for another machine, and do not run it"
-    )
+    add_launching(parser)
 
 
 def with_tiny(arguments: argparse.Namespace) -> list[str]:
@@ -61,10 +48,10 @@ def run(arguments: argparse.Namespace) -> None:
         raise MokaError("moka train: name a configuration file, such as configs/quickstart/audio_visual_text.yaml.")
     if "=" in arguments.config and not Path(arguments.config).exists():
         raise MokaError(
-            f"moka train: {arguments.config!r} stands where the configuration file is due, which comes first."
+            f"moka train: {arguments.config!r} is not a configuration file; it comes first, before key=value."
         )
     config = load_config(arguments.config, with_tiny(arguments))
-    if launch := _launch(arguments):
+    if launch := launch_of_command(arguments, ["train"]):
         for lack in launch.lacks:
             if not arguments.dry_run:
                 raise MokaError(lack)
@@ -92,17 +79,3 @@ def _check_folder(path: str, arguments: argparse.Namespace) -> None:
         folder.check(arguments.resume, arguments.overwrite)
     finally:
         folder.lock.release()
-
-
-def _launch(arguments: argparse.Namespace) -> Launch | None:
-    """The launcher that a command line asks for."""
-    if arguments.launcher is None:
-        for option in ("num_processes", "launcher_args", "dry_run"):
-            if getattr(arguments, option):
-                raise MokaError(
-                    f"--{option.replace('_', '-')} belongs to --launcher; give one: {', '.join(launcher_names())}."
-                )
-        return None
-    flags = [f"--{name}" for name in ("resume", "overwrite", "tiny", "debug") if getattr(arguments, name)]
-    words = ["train", arguments.config, *arguments.overrides, *flags]
-    return launch_of(arguments.launcher, words, arguments.num_processes, shlex.split(arguments.launcher_args or ""))

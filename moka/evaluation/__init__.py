@@ -1,8 +1,8 @@
 """Evaluation: free-running generation, scoring of benchmarks, comparison tables."""
 
-from .ask import ask, evaluate_benchmark
+from .answers import ask
 from .benchmarks import BENCHMARKS, score
-from .evaluate import evaluate, show, write
+from .evaluate import evaluate, evaluate_benchmark, show, write
 from .predictions import read_predictions
 from .scoring import exact_match, normalise, wilson
 

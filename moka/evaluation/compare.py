@@ -45,7 +45,7 @@ def compare(
 
     Stage 1 (where the configuration has it) is trained once a seed and shared by the methods of that seed, so that they
     differ in the adapter alone. With ``match_params`` each method's rank is the one whose number of trainable adapter
-    parameters is nearest to MokA's; alpha / r stays as configured. The files are written anew after every run, and name
+    parameters is nearest to MokA's; alpha / r stays as configured. The files are written again after every run, and name
     the runs that are missing.
 
     Args:
@@ -83,7 +83,9 @@ def compare(
     again = sum((Path(c.output.dir) / RESULT).exists() for key, c in plan.items() if key not in records)
     if again:
         print(f"note: {again} runs were made with other settings and are made again; another output.dir keeps both.")
-    open_questions(config, config.data.test, "test")  # what is wrong with it is told before anything is trained
+    open_questions(
+        config.data.test, "test", config.data.media_root
+    )  # what is wrong with it is told before anything is trained
     write_comparison(root, result())
     for seed in numbers:
         _stage_one(config, root, seed)
@@ -196,7 +198,8 @@ def _one_run(changed: RunConfig, progress: bool) -> dict[str, Any]:
     gc.collect()
     result = evaluate(
         moka.load(folder),
-        open_questions(changed, changed.data.test, "test"),
+        open_questions(changed.data.test, "test", changed.data.media_root),
+        folder,
         size=evaluation.size,
         blank=False,
         batch_size=evaluation.batch_size,

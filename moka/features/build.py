@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 
 from moka.config import DataSection, RunConfig
 from moka.data.media import BadMediaPolicy, DecodedDataset
@@ -15,6 +14,7 @@ from moka.data.schema import media_parts
 from moka.distributed import (
     all_gather_object,
     broadcast_from_main,
+    connect,
     is_main,
     rank_and_world_size,
     run_on_all,
@@ -60,8 +60,7 @@ def cache_features(
     if config.data.feature_cache is None:
         raise MokaError("data.feature_cache is not set: name the folder for the features, data.feature_cache=FOLDER.")
     started, cache = time.monotonic(), Path(config.data.feature_cache)
-    on_cpu = bool(config.training.get("use_cpu")) or not torch.cuda.is_available()
-    device = PartialState(cpu=on_cpu).device  # connects the processes
+    device = connect(use_cpu=bool(config.training.get("use_cpu")))
     jobs = run_on_all(lambda: _jobs(config), main_first=True)
     datasets = run_on_all(lambda: _datasets(config, splits), main_first=True)
     lock = FolderLock(cache, "filled", "data.feature_cache")

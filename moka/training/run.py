@@ -115,11 +115,11 @@ def _train(run: Run, stage: int, module: torch.nn.Module) -> dict[str, torch.Ten
     trainer.add_callback(EngineNote(trainer, stage, run.engines))
     trainer.add_callback(SaveAndLeave(run.interruption, trainer))
     run.interruption.defer()
-    state = trainer.run(checkpoint)
+    trainer.run(checkpoint)
     _say_replaced(run, stage)
     if stage == 2:
         run.logits_change = logits_change(trainer)
-    return state
+    return trainer.trained_state()
 
 
 def _say_batch(run: Run, stage: int, going_on: bool) -> None:

@@ -88,8 +88,8 @@ class MokaTrainer(Trainer):
         """Return the callbacks that are shown batches, losses and gradients."""
         return [callback for callback in self.callback_handler.callbacks if isinstance(callback, Watcher)]
 
-    def run(self, checkpoint: Path | None = None) -> dict[str, torch.Tensor]:
-        """Train from the beginning or from ``checkpoint``; return what was trained: full tensors, on the CPU.
+    def run(self, checkpoint: Path | None = None) -> None:
+        """Train from the beginning or from ``checkpoint``; afterwards the model is the best one, if that was asked for.
 
         Raises:
             MokaError: the checkpoint was written under another engine.
@@ -107,7 +107,6 @@ class MokaTrainer(Trainer):
                 load_checkpoint(self.model_wrapped, Path(best), self.args.world_size)
             else:
                 self._load_from_checkpoint(best)
-        return self.trained_state()
 
     def trained_state(self) -> dict[str, torch.Tensor]:
         """Return the full tensors of what is trained, on the CPU; every process has to call it."""

@@ -87,11 +87,6 @@ def test_sample_longer_than_the_context_is_named(refused, run, tmp_path):
     assert "Too long" in line
 
 
-def test_launcher_is_refused(refused, run, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "one process" in refused("eval", run)
-
-
 @pytest.mark.parametrize(
     "adapter",
     [["adapter.method=lora"], ["adapter.share_b=false", "adapter.interaction=none"], ["adapter.preset=official-avt"]],

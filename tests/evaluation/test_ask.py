@@ -10,7 +10,7 @@ from PIL import Image
 from moka.data.media import BadMediaError
 from moka.errors import MokaError
 from moka.evaluation import ask, score
-from moka.evaluation.ask import benchmark_source
+from moka.evaluation.evaluate import benchmark_source
 from moka.training import config_from_dict
 
 

@@ -1,6 +1,11 @@
 """Free-running evaluation: what is asked when a modality is blanked."""
 
 import copy
+import json
+import os
+import shutil
+import signal
+import time
 
 import numpy as np
 import pytest
@@ -71,7 +76,11 @@ def test_modalities_that_no_question_has_are_not_blanked(loaded):
 
 
 def test_category_called_overall_is_not_counted_twice(loaded):
-    messages = [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "one"}]
+    content = [{"type": "text", "text": "Which?"}]
+    messages = [
+        {"role": "user", "content": content},
+        {"role": "assistant", "content": [{"type": "text", "text": "one"}]},
+    ]
     samples = [{"id": "a", "category": "overall", "messages": messages}]
     result = evaluate(loaded, samples, max_new_tokens=2, progress=False)
     assert result["conditions"]["as given"]["overall"]["n"] == 1
@@ -81,3 +90,27 @@ def test_sample_without_an_answer_is_named(loaded):
     samples = [{"id": "clip3", "messages": [{"role": "user", "content": "Which?"}]}]
     with pytest.raises(MokaError, match=r"'clip3'.*assistant"):
         evaluate(loaded, samples, progress=False)
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_predictions_of_one_also_after_a_kill(trained_run, tmp_path, launch):
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        shutil.copytree(trained_run, folder)
+    options = ("--size", "200", "--batch-size", "2", "--blank-size", "30")
+    assert launch("one", "eval", one, *options).returncode == 0
+    killed = launch("accelerate", "eval", two, *options, start=True)
+    parts = two / "evaluation.partial"
+    while killed.poll() is None and len(list(parts.rglob("predictions.jsonl.part-*"))) < 2:
+        time.sleep(0.01)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    killed.stdout.close(), killed.stderr.close()
+    assert list(parts.rglob("predictions.jsonl.part-*"))
+    assert not (two / "evaluation.json").exists()
+    done = launch("accelerate", "eval", two, *options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (two / "predictions.jsonl").read_bytes() == (one / "predictions.jsonl").read_bytes()
+    ours, theirs = (json.loads((folder / "evaluation.json").read_text()) for folder in (two, one))
+    assert ours == theirs
+    assert not parts.exists()

@@ -120,7 +120,7 @@ def killed_at(step, folder, copy):
 def resume(launch, launcher, config, folder, step):
     done = launch(launcher, "train", config, f"output.dir={folder}", "--resume", timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert f"going on from {folder / f'checkpoints/stage2/checkpoint-{step}'}" in done.stdout
+    assert f"resuming from {folder / f'checkpoints/stage2/checkpoint-{step}'}" in done.stdout
     return done.stdout
 
 

@@ -35,7 +35,7 @@ def sharded(launch):
 
     def run(*arguments, **environment):
         done = launch("torchrun", "train", *arguments, program=PROGRAM, timeout=300, **{**FSDP, **environment})
-        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[:6000]
         return done.stdout
 
     return run
@@ -88,7 +88,7 @@ def test_resumed_run_equals_uninterrupted(pair, tmp_path, sharded, losses, same_
     shutil.rmtree(killed / "checkpoints/stage2/checkpoint-20")
     (killed / "summary.json").unlink()
     said = sharded(config, f"output.dir={killed}", "--resume")
-    assert f"going on from {killed / 'checkpoints/stage2/checkpoint-10'}" in said
+    assert f"resuming from {killed / 'checkpoints/stage2/checkpoint-10'}" in said
     assert wrappers(killed) == {"2": "FSDPPeftModelForCausalLM"}
     assert losses(killed) == pytest.approx(losses(two), abs=1e-5)
     same_weights(killed, two)

@@ -463,6 +463,6 @@ def test_slurm_script_saves_at_the_signal_is_requeued_and_goes_on(tiny_config, t
 
     again = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=own)
     assert again.returncode == 0, again.stderr[-3000:]
-    assert f"going on from {saved}" in again.stdout
+    assert f"resuming from {saved}" in again.stdout
     assert json.loads((run / "summary.json").read_text())["processes"] == 2
     assert len((tmp_path / "requeued").read_text().splitlines()) == 1

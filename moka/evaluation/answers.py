@@ -1,0 +1,226 @@
+"""One loop that asks a trained model questions: for `moka eval`, for benchmarks and for `moka compare`.
+
+    samples -> transform (blank a modality) -> decode -> generate, greedily -> a record a question
+
+Several processes share the questions, batch by batch, so that the batches are those of one process. Each appends its answers
+to a file of its own as they come; a run that was interrupted resumes, with any number of processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tqdm import tqdm
+
+import moka
+from moka.data.media import BadMediaError, decode_sample
+from moka.distributed import all_gather_object, broadcast_from_main, collective_errors, is_main, rank_and_world_size
+from moka.errors import MokaError
+from moka.inference import LoadedModel
+from moka.io import append_jsonl, read_json, read_jsonl, write_json, write_text
+
+PREDICTIONS, SETTINGS = "predictions.jsonl", "settings.json"
+# Of a sample, in addition to its answer, what scorers read.
+_CARRIED = ("category", "group", "options")
+
+
+def ask(
+    loaded: LoadedModel,
+    samples: Any,
+    folder: str | Path,
+    *,
+    source: Any,
+    condition: str = "",
+    transform: Callable[[list[dict]], list[dict]] | None = None,
+    size: int | None = None,
+    batch_size: int = 32,
+    max_new_tokens: int = 16,
+    tolerate_bad_media: bool = False,
+    progress: bool = True,
+) -> list[dict[str, Any]]:
+    """Return the model's answer to the last question of every sample, greedily decoded. Every process has to call it.
+
+    Samples are read one by one, and their media are decoded batch by batch.
+
+    Args:
+        samples: map-style data set of checked samples, with the truth under ``reference`` or as the assistant's last message.
+        folder: gets ``predictions.jsonl`` and ``settings.json``. Answers that are there already, to the same questions by the
+            same model with the same settings, are kept; others are moved to ``predictions.previous.jsonl``.
+        source: what the samples are, for the settings.
+        condition: name of the repetition: its answers are kept apart in the same folder.
+        transform: changes the decoded messages before they are asked.
+        size: ask that many, from the first.
+        tolerate_bad_media: a question whose media cannot be used gets an empty answer and an ``error``, and counts as wrong;
+            without it, it ends the evaluation. A later call asks it again.
+    Returns:
+        records {id, question, prediction, reference, category?, group?, options?, error?} in the order of the samples, the
+        same on every process.
+
+    Raises:
+        MokaError: a sample without a truth, and without ``tolerate_bad_media`` a file that cannot be used.
+    """
+    folder = Path(folder)
+    n = min(size or len(samples), len(samples))
+    with collective_errors():
+        # Before anything is moved: a question without a truth is an error.
+        keys = [_key(samples[index], condition) for index in range(n)]
+    settings = generation_settings(loaded, source, max_new_tokens)
+    known = broadcast_from_main(lambda: _kept(folder, json.loads(json.dumps(settings))))
+    found = {place: known[key] for place, key in enumerate(keys) if key in known}
+    if found and is_main():
+        print(f"note: {len(found)} of {n} answers are in {folder / PREDICTIONS} already; resuming from there.")
+    pending = [place for place in range(n) if place not in found]
+    batches = [pending[start : start + batch_size] for start in range(0, len(pending), batch_size)]
+    rank, world = rank_and_world_size()
+    label = condition or "asking"
+    with tqdm(total=n, initial=len(found), desc=label, unit="question", disable=not (progress and is_main())) as bar:
+        for start in range(0, len(batches), world):
+            together = batches[start : start + world]
+            with collective_errors():
+                for places in together[rank : rank + 1]:
+                    answered = answer(
+                        loaded, [samples[i] for i in places], max_new_tokens, tolerate_bad_media, transform
+                    )
+                    for place, record in zip(places, answered, strict=True):
+                        found[place] = record
+                        append_jsonl(_part(folder, rank), {"key": keys[place], **record})
+            bar.update(sum(map(len, together)))
+    for other in all_gather_object({place: found[place] for places in batches[rank::world] for place in places}):
+        found |= other
+    with collective_errors():
+        if is_main():
+            mine = {key: found[place] for place, key in enumerate(keys)}
+            others = {key: record for key, record in known.items() if key not in mine}
+            _write(folder, {**mine, **others})
+    return [found[place] for place in range(n)]
+
+
+def generation_settings(loaded: LoadedModel, source: Any, max_new_tokens: int) -> dict[str, Any]:
+    """Return all that an answer depends on."""
+    return {
+        "source": source,
+        "decoding": f"greedy, at most {max_new_tokens} new tokens",
+        "media": loaded.processor.decoding,
+        "chat_template": loaded.processor.chat_template or "the tokenizer's own",
+        "weights_sha256": loaded.weights_sha256,
+        **({"quantization": loaded.quantization} if loaded.quantization else {}),
+        "moka": moka.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _part(folder: Path, rank: int) -> Path:
+    return folder / f"{PREDICTIONS}.part-{rank}"
+
+
+def _kept(folder: Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the answers with the same settings by key, of a finished file and of the parts of an interrupted run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path, parts = folder / PREDICTIONS, sorted(folder.glob(f"{PREDICTIONS}.part-*"))
+    if (path.exists() or parts) and (not (folder / SETTINGS).exists() or read_json(folder / SETTINGS) != settings):
+        before = path.with_name("predictions.previous.jsonl")
+        for part in parts:
+            part.unlink()
+        if path.exists():
+            path.replace(before)
+            print(f"note: earlier answers, of another model or with other settings, were moved to {before}.")
+    write_json(folder / SETTINGS, settings)
+    kept: dict[str, dict[str, Any]] = {}
+    for record in (record for file in (path, *parts) if file.exists() for record in read_jsonl(file)):
+        if isinstance(record, dict) and {"id", "question", "reference"} <= record.keys() and "error" not in record:
+            condition = record.get("condition", "")
+            key = record.pop("key", None) or _hash([record["id"], record["question"], record["reference"], condition])
+            kept[key] = record
+    _write(folder, kept)
+    return kept
+
+
+def _write(folder: Path, records: dict[str, dict[str, Any]]) -> None:
+    """Write all answers as one file, in their order, and remove the parts."""
+    write_text(folder / PREDICTIONS, "".join(json.dumps(record) + "\n" for record in records.values()))
+    for part in folder.glob(f"{PREDICTIONS}.part-*"):
+        part.unlink()
+
+
+def _key(sample: dict[str, Any], condition: str) -> str:
+    """Return what a kept answer must have in common with a question to be its answer."""
+    return _hash([sample["id"], asked(sample), truth(sample), condition])
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:32]
+
+
+def answer(
+    loaded: LoadedModel,
+    samples: list[dict[str, Any]],
+    max_new_tokens: int,
+    tolerate_bad_media: bool = False,
+    transform: Callable[[list[dict]], list[dict]] | None = None,
+) -> list[dict[str, Any]]:
+    """Return the records of one batch, in the order of the samples."""
+    records, decodable, chats = [], [], []
+    for sample in samples:
+        record = {"id": sample["id"], "question": asked(sample), "prediction": "", "reference": truth(sample)}
+        record |= {key: sample[key] for key in _CARRIED if key in sample}
+        records.append(record)
+        try:
+            decoded = decode_sample(sample, **loaded.decoding)
+        except BadMediaError as error:
+            if not tolerate_bad_media:
+                raise
+            record["error"] = str(error)
+            continue
+        decodable.append(record)
+        messages = before_answer(decoded["messages"])
+        chats.append(messages if transform is None else transform(messages))
+    if chats:
+        names = [f"sample {record['id']!r}" for record in decodable]
+        predictions = loaded.generate_batch(chats, max_new_tokens=max_new_tokens, names=names)
+        for record, prediction in zip(decodable, predictions, strict=True):
+            record["prediction"] = prediction
+    return records
+
+
+def before_answer(messages: list[dict]) -> list[dict]:
+    """Return the messages without an assistant's answer at the end."""
+    return messages[:-1] if messages[-1]["role"] == "assistant" else messages
+
+
+def asked(sample: dict[str, Any]) -> str:
+    """Return the text of the chat before the answer."""
+    return "\n".join(words([message]) for message in before_answer(sample["messages"]))
+
+
+def truth(sample: dict[str, Any]) -> Any:
+    """Return the reference of a sample.
+
+    Raises:
+        MokaError: it has none.
+    """
+    if "reference" in sample:
+        return sample["reference"]
+    last = sample["messages"][-1]
+    if last["role"] != "assistant":
+        raise MokaError(
+            f"sample {sample['id']!r} has no 'reference', and no assistant's answer at its end: nothing to score against."
+        )
+    return words([last])
+
+
+def parts(message: dict) -> list[dict]:
+    """Return the content of a message as a list of parts."""
+    content = message["content"]
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def words(messages: list[dict]) -> str:
+    """Return the text of messages."""
+    return " ".join(part["text"] for message in messages for part in parts(message) if part["type"] == "text")
