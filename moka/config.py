@@ -94,7 +94,9 @@ class AdapterSection:
     interaction: str | None = field(default=None, metadata=_help("question, none, reversed or mean."))
     interaction_weight: float | dict[str, float] | None = field(default=None, metadata=_help("lambda."))
     scale_position: str | None = field(default=None, metadata=_help("output or input."))
-    share_b: bool = field(default=True, metadata=_help("false: multiple LoRA, one B per modality."))
+    share_b: bool = field(
+        default=True, metadata=_help("false: one B per modality (uni-modal LoRA, with interaction: none).")
+    )
     adapt: list[str] | None = field(default=None, metadata=_help("Modalities that go through the adapter."))
     use_rslora: bool = field(default=False, metadata=_help("Scale by alpha / sqrt(r)."))
 

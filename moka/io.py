@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,24 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file in UTF-8 atomically."""
     with disk_full_errors(path), atomic_file(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def write_output(path: Path, text: str, inputs: Iterable[Path] = (), option: str = "--output") -> None:
+    """Write a text file that a user named: through a symbolic link to its target, and into a device or pipe as it is.
+
+    Args:
+        inputs: files that are read; none of them is overwritten.
+        option: that named the file, for the message.
+    Raises:
+        MokaError: the file is one of the inputs.
+    """
+    if any(path.exists() and file.exists() and os.path.samefile(path, file) for file in inputs):
+        raise MokaError(f"{option}: {path} is the file that is read; name another.")
+    if path.exists() and not path.is_file():
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text)
+        return
+    write_text(Path(os.path.realpath(path)), text)
 
 
 def write_json(path: Path, value: Any) -> None:

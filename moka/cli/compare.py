@@ -1,6 +1,6 @@
 """Compare adapter methods in one program: same data, same stage 1, same steps; a table of means and spreads.
 
-  moka compare configs/quickstart/audio_visual_text.yaml --methods lora,multiple_lora,moka --seeds 3 --match-params
+  moka compare configs/quickstart/audio_visual_text.yaml --methods lora,uni_modal_lora,moka --seeds 3 --match-params
   moka compare --show runs/compare                         the table so far, and which runs are missing; trains nothing
 
 Finished runs are kept and not repeated, so an interrupted comparison goes on where it was.
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", nargs="?", help="YAML file, as for `moka train`")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument(
-        "--methods", default="lora,multiple_lora,moka", help=f"comma-separated, of: {', '.join(METHODS)}"
+        "--methods", default="lora,uni_modal_lora,moka", help=f"comma-separated, of: {', '.join(METHODS)}"
     )
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default 3)")
     parser.add_argument(

@@ -20,7 +20,7 @@ from moka.errors import MokaError
 from moka.evaluation import BENCHMARKS, read_predictions, score
 from moka.evaluation.benchmarks.table import score_table
 from moka.evaluation.tables import Table
-from moka.io import write_text
+from moka.io import write_output
 
 FORMATS = {"table": ".txt", "json": ".json", "markdown": ".md", "latex": ".tex"}
 PROTOCOLS = ("strict", "paper", "both")
@@ -57,10 +57,11 @@ def run(arguments: argparse.Namespace) -> None:
     if output is None and format != "table":
         print(_text(results, tables, format), end="")
         return
+    if output is not None:
+        write_output(output, _text(results, tables, format), inputs=[Path(arguments.predictions)])
     for table in tables:
         table.show()
     if output is not None:
-        write_text(output, _text(results, tables, format))
         print(f"written: {output}")
 
 
@@ -68,6 +69,8 @@ def _target(format: str | None, output: str | None) -> tuple[str, Path | None]:
     """What to write, and where to; refused before any work is done."""
     if output is None:
         return format or "table", None
+    if not output.strip():
+        raise MokaError("--output: it is empty; name a file.")
     path = Path(output)
     endings = {ending: name for name, ending in FORMATS.items()}
     if format is None and path.suffix not in endings:

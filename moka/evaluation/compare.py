@@ -19,13 +19,13 @@ from moka.modeling.build import adapter_parameters, build_model
 from moka.training import RunConfig, config_from_dict, load_config, run_training
 from moka.training.run_dir import CONFIG, CONNECTOR, SUMMARY
 
-from .comparison import RESULT, summarise, write_comparison
+from .comparison import RENAMED, RESULT, summarise, write_comparison
 from .evaluate import AS_GIVEN, evaluate, open_questions, write
 
 # Method -> what differs in the adapter section.
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora"},
-    "multiple_lora": {"method": "moka", "share_b": False, "interaction": "none"},
+    "uni_modal_lora": {"method": "moka", "share_b": False, "interaction": "none"},
     "moka": {"method": "moka"},
     "moka_no_interaction": {"method": "moka", "interaction": "none"},
     "moka_reversed": {"method": "moka", "interaction": "reversed"},
@@ -100,6 +100,10 @@ def _checked(config: RunConfig, methods: list[str], seeds: int) -> list[str]:
     if not methods or len(set(methods)) < len(methods):
         raise MokaError(f"--methods: name each method once; got {', '.join(methods) or 'none'}.")
     for method in methods:
+        if method in RENAMED:
+            raise MokaError(
+                f"--methods: {method!r} is called {RENAMED[method]!r}, as in the paper, whose Multiple LoRA is another method."
+            )
         if method not in METHODS:
             raise MokaError(f"--methods: unknown {method!r}; known: {', '.join(METHODS)}.{nearest(method, METHODS)}")
     if seeds < 1:

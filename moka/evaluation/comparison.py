@@ -14,7 +14,9 @@ from .evaluate import OVERALL
 from .tables import Table
 
 RESULT, MARKDOWN, LATEX = "comparison.json", "comparison.md", "comparison.tex"
-REFERENCE = "moka"  # what the others are held against
+REFERENCE = "moka"  # what the others are compared with
+# Methods of older results -> their names now.
+RENAMED = {"multiple_lora": "uni_modal_lora"}
 
 
 def summarise(records: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
@@ -123,6 +125,9 @@ def read_comparison(folder: str | Path) -> dict[str, Any]:
     needed = {"methods", "seeds", "data", "matched_parameters"}
     if not isinstance(result, dict) or not needed <= set(result) or not _complete(result["methods"]):
         raise MokaError(f"{path} is no comparison of `moka compare`, or is damaged. Run the comparison again.")
+    result["methods"] = {RENAMED.get(name, name): summary for name, summary in result["methods"].items()}
+    for missing in result.get("missing", []):
+        missing["method"] = RENAMED.get(missing["method"], missing["method"])
     return result
 
 

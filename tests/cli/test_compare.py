@@ -23,12 +23,12 @@ SHORT = {
 
 def test_comparison_is_fair_complete_and_resumable(moka, config_file):
     path, root = config_file(**SHORT, adapter__r=3)
-    command = ("compare", path, "--methods", "lora,multiple_lora,moka", "--seeds", "2", "--match-params")
+    command = ("compare", path, "--methods", "lora,uni_modal_lora,moka", "--seeds", "2", "--match-params")
     done = moka(*command)
     assert done.code == 0, done.err[-800:]
     result = json.loads((root / "comparison.json").read_text())
     assert result["seeds"] == [42, 43]
-    assert list(result["methods"]) == ["lora", "multiple_lora", "moka"]
+    assert list(result["methods"]) == ["lora", "uni_modal_lora", "moka"]
 
     # Parameters are matched as closely as whole ranks allow, and alpha / r is kept.
     wanted = result["methods"]["moka"]["parameters"]
@@ -48,7 +48,7 @@ def test_comparison_is_fair_complete_and_resumable(moka, config_file):
         for config in configs.values():
             config.pop("adapter")
             config.pop("output")
-        assert configs["lora"] == configs["moka"] == configs["multiple_lora"]
+        assert configs["lora"] == configs["moka"] == configs["uni_modal_lora"]
         assert configs["moka"]["training"]["seed"] == seed
         assert configs["moka"]["model"]["connectors"] == [str(root / f"seed{seed}/stage1/connector")]
 
@@ -61,9 +61,9 @@ def test_comparison_is_fair_complete_and_resumable(moka, config_file):
     table = (root / "comparison.md").read_text()
     assert "| method | r | adapter parameters | written | spoken | same | sum | overall |" in table
     assert f"| moka | 3 | {wanted:,} |" in table
-    assert "multiple_lora" in done.out
+    assert "uni_modal_lora" in done.out
     assert result["missing"] == []
-    expected = f"moka compare {path} --methods lora,multiple_lora,moka --seeds 2 --match-params"
+    expected = f"moka compare {path} --methods lora,uni_modal_lora,moka --seeds 2 --match-params"
     assert result["command"] == expected
     assert expected in table
     assert f"moka & 3 & {wanted:,} &" in (root / "comparison.tex").read_text()
@@ -71,7 +71,7 @@ def test_comparison_is_fair_complete_and_resumable(moka, config_file):
     # The table can be had again without training, in each format.
     assert moka("compare", "--show", root, "--format", "markdown").out == table
     assert moka("compare", "--show", root, "--format", "latex").out == (root / "comparison.tex").read_text()
-    assert "multiple_lora" in moka("compare", "--show", root).out
+    assert "uni_modal_lora" in moka("compare", "--show", root).out
 
     # Again: nothing is trained twice but what is missing or was made with other settings.
     (root / "seed43/moka/comparison.json").unlink()

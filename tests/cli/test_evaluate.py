@@ -110,3 +110,22 @@ def test_every_method_goes_from_files_to_answers(moka, config_file, media, adapt
         "Which digit is written?",
     )
     assert short.out == first["prediction"] + "\n"
+
+
+def test_options_of_a_benchmark_need_a_benchmark(refused, run):
+    assert "--benchmark" in refused("eval", run, "--root", "somewhere")
+
+
+def test_another_file_has_its_media_beside_it(moka, run, media, tmp_path):
+    """Not where those of the run's own data are."""
+    shutil.copytree(media, tmp_path / "elsewhere")
+    assert moka("eval", run, "--data", tmp_path / "elsewhere/data.jsonl", "--no-blank", "--size", "2").code == 0
+
+
+def test_a_category_of_markup_is_no_markup(moka, run, media, tmp_path):
+    shutil.copytree(media, tmp_path / "odd")
+    data = tmp_path / "odd/data.jsonl"
+    data.write_text(data.read_text().replace('"even"', '"[/red]"'))
+    done = moka("eval", run, "--data", data, "--no-blank")
+    assert done.code == 0, done.err[-500:]
+    assert "[/red]" in done.out

@@ -1,6 +1,7 @@
 """``moka score``: a file of predictions in, figures out."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -112,3 +113,19 @@ def test_bad_command_lines_are_one_line(refused, file, arguments, words):
     line = refused("score", *(file if word == "FILE" else word for word in arguments))
     for word in words:
         assert word in line, line
+
+
+def test_output_goes_through_links_and_devices_and_never_over_the_input(moka, refused, file, tmp_path):
+    target = tmp_path / "kept.json"
+    target.write_text("old")
+    link = tmp_path / "link.json"
+    link.symlink_to(target)
+    assert moka("score", "pope", file, "--output", link).code == 0
+    assert link.is_symlink()
+    assert json.loads(target.read_text())["n"] == 3
+    assert moka("score", "pope", file, "--output", "/dev/null", "--format", "json").code == 0
+    assert Path("/dev/null").is_char_device()
+    before = file.read_bytes()
+    assert "--output" in refused("score", "pope", file, "--output", file, "--format", "json")
+    assert file.read_bytes() == before
+    assert "--output" in refused("score", "pope", file, "--output", "")

@@ -107,9 +107,15 @@ def test_files_hold_the_table_and_the_command(tmp_path):
     assert read_comparison(tmp_path / "new") == WHOLE
 
 
+def test_an_older_result_is_read_with_the_names_of_now(tmp_path):
+    old = {**WHOLE, "methods": {"multiple_lora": WHOLE["methods"]["lora"], "moka": WHOLE["methods"]["moka"]}}
+    (tmp_path / "comparison.json").write_text(json.dumps(old))
+    assert list(read_comparison(tmp_path)["methods"]) == ["uni_modal_lora", "moka"]
+
+
 def test_method_names_are_escaped_in_latex():
-    methods = {"multiple_lora": WHOLE["methods"]["lora"]}
-    assert r"multiple\_lora & 8" in comparison_table({**WHOLE, "methods": methods}).latex()
+    methods = {"uni_modal_lora": WHOLE["methods"]["lora"]}
+    assert r"uni\_modal\_lora & 8" in comparison_table({**WHOLE, "methods": methods}).latex()
 
 
 @pytest.mark.parametrize(

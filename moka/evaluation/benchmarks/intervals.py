@@ -10,6 +10,7 @@ import numpy as np
 from moka.evaluation.scoring import wilson
 
 RESAMPLES, SEED = 1000, 0
+_FEW_KINDS = 64
 WILSON, BOOTSTRAP = "Wilson", f"bootstrap, {RESAMPLES} resamples, seed {SEED}"
 
 
@@ -32,16 +33,19 @@ def proportion(right: int, n: int, scale: float = 100.0) -> dict[str, Any]:
 
 
 def resampled(units: np.ndarray) -> np.ndarray:
-    """Sums over bootstrap resamples of the units.
+    """Return sums over bootstrap resamples of the units.
 
     Args:
         units: counts of every unit, [n, k]; a unit is what was drawn as one: a clip, an image, an utterance.
 
     Returns:
-        The counts summed over each resample, [RESAMPLES, k]. The same units give the same resamples.
+        The counts summed over each resample, [RESAMPLES, k]; the same for the same units.
     """
     generator = np.random.default_rng(SEED)
     n = len(units)
+    kinds, counts = np.unique(units, axis=0, return_counts=True)
+    if len(kinds) <= _FEW_KINDS:  # as a draw of n units one by one, without going through them
+        return generator.multinomial(n, counts / n, size=RESAMPLES) @ kinds
     return np.stack([units[generator.integers(0, n, n)].sum(axis=0) for _ in range(RESAMPLES)])
 
 

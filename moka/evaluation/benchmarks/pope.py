@@ -49,6 +49,6 @@ POPE = Benchmark(
             lambda text, record: yes_then_no(text),
         ),
     },
-    required=("category",),
+    optional={"category": "a row for each split"},
     categories=("random", "popular", "adversarial"),
 )
