@@ -101,7 +101,10 @@ class AdapterSection:
     use_rslora: bool = field(default=False, metadata=_help("Scale by alpha / sqrt(r)."))
 
 
-_SOURCE = "JSONL file, embedded:TASK, {format: NAME, root: FOLDER, split: ...}, or a list of these."
+_SOURCE = (
+    "JSONL file, tar shards, embedded:TASK, {format: NAME, root: FOLDER, split: ...}, a list of these, or a mixture: a list of "
+    "{source: ..., weight: 0.3, streaming: true}."
+)
 
 
 @dataclass

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import bisect
 import itertools
-import json
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,13 @@ import numpy as np
 from moka.data.formats import FORMATS, open_format
 from moka.data.jsonl import JsonlDataset
 from moka.data.media import AudioWindows, BadMediaPolicy, DecodedDataset
+from moka.data.streaming import SampleStream, is_tar, open_stream
 from moka.demo import stamps
 from moka.demo.digit_tasks import EmbeddedTask
 from moka.demo.embedded import ATTRIBUTION, PREFIX, Split
 from moka.demo.stamp_tasks import PhotographsTask
-from moka.errors import MokaError
+from moka.errors import MokaError, nearest
+from moka.io import append_jsonl, read_jsonl
 from moka.modeling.encoders import RESOLVERS
 from moka.modeling.processing import IGNORE, TooLongError
 
@@ -35,7 +37,10 @@ Source = str | dict[str, Any] | list[Any]
 
 
 def describe_source(source: Source | None) -> str:
-    """A source on one line, for tables and messages."""
+    """Return a source on one line, for tables and messages."""
+    if isinstance(source, dict) and "source" in source:
+        weight = f" x {source['weight']:g}" if "weight" in source else ""
+        return describe_source(source["source"]) + weight
     if isinstance(source, list):
         return " + ".join(describe_source(one) for one in source)
     if isinstance(source, dict):
@@ -67,11 +72,26 @@ def open_samples(
     Raises:
         MokaError: no such file, task or format; a mapping with unknown keys.
     """
-    settings = {"stage": stage, "seed": seed, "media_root": media_root, "require_answer": require_answer}
-    if isinstance(source, list):
+    settings: dict[str, Any] = {
+        "stage": stage,
+        "seed": seed,
+        "media_root": media_root,
+        "require_answer": require_answer,
+    }
+    entries = mixture_of(source)
+    if entries is not None and is_streamed(source):
+        open_one = partial(open_samples, split=split, **settings)
+        return open_stream(entries, open_one, seed=seed, media_root=media_root)
+    if entries is not None:
+        samples: Any = WeightedDataset(
+            [open_samples(entry["source"], split, **settings) for entry in entries],  # type: ignore[arg-type]
+            [entry.get("weight", 1.0) for entry in entries],
+            seed,
+        )
+    elif isinstance(source, list):
         if not source:
             raise MokaError("A list of data sources is empty; name at least one.")
-        samples: Any = Joined([open_samples(one, split, **settings) for one in source])  # type: ignore[arg-type]
+        samples = Joined([open_samples(one, split, **settings) for one in source])  # type: ignore[arg-type]
     elif isinstance(source, dict):
         samples = _open_mapping(source, split, require_answer)
     elif source == PHOTOGRAPHS:
@@ -81,6 +101,99 @@ def open_samples(
     else:
         samples = JsonlDataset(source, media_root=media_root, require_answer=require_answer)
     return samples if size is None else Prefix(samples, size)
+
+
+_ENTRY = ("source", "weight", "streaming", "buffer")
+
+
+def mixture_of(source: Source) -> list[dict[str, Any]] | None:
+    """Return the entries of a mixture, ``{source, weight, streaming, buffer}`` each; None if the source is none.
+
+    A mapping with ``source``, a list in which one has it, or tar shards are mixtures.
+
+    Raises:
+        MokaError: an unknown key, a weight that is no positive number, an entry without a source.
+    """
+    listed = source if isinstance(source, list) else [source]
+    if not any(is_tar(one) or (isinstance(one, dict) and "source" in one) for one in listed):
+        return None
+    entries = [one if isinstance(one, dict) and "source" in one else {"source": one} for one in listed]
+    for entry in entries:
+        for key in entry:
+            if key not in _ENTRY:
+                raise MokaError(
+                    f"data source: unknown key {key!r} beside 'source'; known: {', '.join(_ENTRY)}.{nearest(str(key), _ENTRY)}"
+                )
+        weight, buffer = entry.get("weight", 1.0), entry.get("buffer", 1)
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
+            raise MokaError(
+                f"data source: weight {weight!r} of {describe_source(entry['source'])}: give a number above 0."
+            )
+        if isinstance(buffer, bool) or not isinstance(buffer, int) or buffer < 1:
+            raise MokaError(
+                f"data source: buffer {buffer!r} of {describe_source(entry['source'])}: give at least 1 sample."
+            )
+        if not entry["source"] or not isinstance(entry["source"], (str, dict)):
+            raise MokaError(f"data source: source {entry['source']!r}: give a file, embedded:TASK or a format.")
+    return entries
+
+
+def is_streamed(source: Source | None) -> bool:
+    """Return whether the samples of a source are streamed: it has tar shards, or an entry says so."""
+    entries = None if source is None else mixture_of(source)
+    return any(is_tar(entry["source"]) or bool(entry.get("streaming")) for entry in entries or [])
+
+
+class WeightedDataset:
+    """Several map-style data sets mixed by weight: as many samples as they have together, drawn by a seed.
+
+    Of each data set its share of the samples is taken: a part of it, in random order, or all of it several times over.
+
+    Args:
+        parts: the data sets.
+        weights: how often a sample comes from each, relative to the others.
+        seed: of the choice and the order.
+    """
+
+    def __init__(self, parts: Sequence[Any], weights: Sequence[float], seed: int = 0) -> None:
+        self.parts = list(parts)
+        total = sum(len(part) for part in parts)
+        shares = np.asarray(weights, float) / np.sum(weights)
+        ends = np.round(np.cumsum(shares) * total).astype(np.int64)
+        numbers = np.diff(ends, prepend=0)
+        draw = np.random.default_rng([seed, 7])
+        part_of, index_of = [], []
+        for which, (part, number) in enumerate(zip(self.parts, numbers, strict=True)):
+            passes = [draw.permutation(len(part)) for _ in range(-(-int(number) // len(part)))]
+            index_of.append(np.concatenate([*passes, np.zeros(0, np.int64)])[:number])
+            part_of.append(np.full(number, which, np.int32))
+        order = draw.permutation(total)
+        self._part, self._index = np.concatenate(part_of)[order], np.concatenate(index_of)[order].astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self._part)
+
+    def _at(self, index: int) -> tuple[Any, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self.parts[self._part[index]], int(self._index[index])
+
+    def __getitem__(self, index: int) -> Any:
+        part, place = self._at(index)
+        return part[place]
+
+    def where(self, index: int) -> str:
+        part, place = self._at(index)
+        return part.where(place) if hasattr(part, "where") else f"{type(part).__name__} {place}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return tuple(note for part in self.parts for note in notes_of(part))
+
+    def missing_media(self, limit: int = 20, share: tuple[int, int] = (0, 1)) -> list[str]:
+        """Look through the data sets themselves, each once."""
+        parts = [part for part in self.parts if hasattr(part, "missing_media")]
+        return [line for part in parts for line in part.missing_media(limit, share)][:limit]
 
 
 def _open_mapping(source: dict[str, Any], split: Split, require_answer: bool) -> Any:
@@ -139,7 +252,7 @@ def open_source(
     samples = open_samples(
         source, split, stage=stage, size=size, seed=seed, media_root=media_root, require_answer=require_answer
     )
-    if isinstance(source, str) and source.startswith(PREFIX):
+    if isinstance(samples, SampleStream) or (isinstance(source, str) and source.startswith(PREFIX)):
         return samples
     if look_for_files and on_bad_media == "error":
         check_files(samples)
@@ -173,6 +286,8 @@ def attribution(source: Source) -> str:
     """Where the data come from and under which licence, for model cards."""
     if isinstance(source, list):
         return "".join(dict.fromkeys(attribution(one) for one in source))
+    if isinstance(source, dict) and "source" in source:
+        return attribution(source["source"])
     if isinstance(source, dict):
         about = FORMATS[source["format"]].about if source.get("format") in FORMATS else ""
         return f"- {describe_source(source)}: {about}\n"
@@ -282,8 +397,8 @@ class EncodedDataset:
     @property
     def dropped(self) -> dict[int, str]:
         """Index -> reason of every sample replaced so far; with a report also by the other loader workers and ranks."""
-        if self.report_path is not None and self.report_path.exists():
-            for record in map(json.loads, self.report_path.read_text("utf-8").splitlines()):
+        if self.report_path is not None:
+            for record in read_jsonl(self.report_path):
                 if record["action"] == "replaced":
                     self._dropped.setdefault(record["index"], record["reason"])
         return self._dropped
@@ -305,8 +420,8 @@ class EncodedDataset:
         raise MokaError(f"{_TRIES} samples in a row cannot be used; the last, {sample.get('id')}: {reason}")
 
     def _drop(self, index: int, sample_id: str, reason: str) -> None:
-        if index in self.dropped:
-            return
+        if index in self._dropped:
+            return  # by this process; another one may add a second line, which counts once
         self._dropped[index] = reason
         self._report({"index": index, "id": sample_id, "reason": reason, "action": "replaced"})
 
@@ -319,8 +434,7 @@ class EncodedDataset:
 
     def _report(self, record: dict[str, Any]) -> None:
         if self.report_path is not None:
-            with open(self.report_path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            append_jsonl(self.report_path, record)
 
 
 class Collator:

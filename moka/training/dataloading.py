@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 from moka.config import RunConfig
@@ -18,6 +20,7 @@ from moka.data.batching import LengthGroupedSampler, grouped_order, padding_shar
 from moka.data.lengths import Lengths, count_lengths, joined_lengths, lengths_key, read_lengths, save_lengths
 from moka.data.media_validation import usable_cores
 from moka.data.packing import PackedDataset
+from moka.data.streaming import EncodedStream
 from moka.distributed import (
     all_gather_object,
     broadcast_from_main,
@@ -47,7 +50,7 @@ def check_packing(config: RunConfig, model: MokaForConditionalGeneration, device
 
 
 def build_train_dataset(
-    dataset: EncodedDataset,
+    dataset: EncodedDataset | EncodedStream,
     arguments: TrainingArguments,
     *,
     packing: bool,
@@ -65,6 +68,11 @@ def build_train_dataset(
         MokaError: a sample of which the length cannot be told; data that are not those the run began with.
     """
     grouped = arguments.train_sampling_strategy == BY_LENGTH
+    if isinstance(dataset, EncodedStream):
+        _check_stream(arguments, packing, grouped, name)
+        if is_main():
+            print_main(f"{name}: {dataset.summary()}")
+        return dataset
     if not packing and not grouped:
         return dataset
     lengths = _lengths(dataset, path, resume, arguments.dataloader_num_workers, name)
@@ -80,6 +88,19 @@ def build_train_dataset(
     if grouped and is_main():
         print_main(_grouping(arranged.lengths, arguments))
     return arranged
+
+
+def _check_stream(arguments: TrainingArguments, packing: bool, grouped: bool, name: str) -> None:
+    if arguments.max_steps < 1:
+        raise MokaError(f"training.max_steps: {name} is streamed and has no end; set the number of steps.")
+    for asked, key in (
+        (packing, "training.packing: true"),
+        (grouped, f"training.train_sampling_strategy: {BY_LENGTH}"),
+    ):
+        if asked:
+            raise MokaError(
+                f"{key}: needs the length of every sample, and {name} is streamed. Take one of the two out."
+            )
 
 
 def sampler(dataset: Any, arguments: TrainingArguments) -> LengthGroupedSampler | None:
@@ -165,6 +186,29 @@ def prepare_loader(loader: Any) -> Any:
     if shard is not None and sampler is not None and not hasattr(shard, "sampler"):
         shard.sampler = sampler
     return loader
+
+
+def stream_loader(dataset: EncodedStream, arguments: TrainingArguments, collate: Any) -> Any:
+    """Return a loader of a stream, whose batches are this process's own already: accelerate moves them, and shares nothing."""
+    workers = arguments.dataloader_num_workers
+    loader: Any = DataLoader(
+        dataset,
+        batch_size=arguments.per_device_train_batch_size,
+        collate_fn=collate,
+        num_workers=workers,
+        pin_memory=arguments.dataloader_pin_memory,
+        persistent_workers=workers > 0,
+        prefetch_factor=arguments.dataloader_prefetch_factor,
+    )
+    return prepare_data_loader(
+        loader,
+        device=arguments.device,
+        num_processes=1,
+        process_index=0,
+        put_on_device=True,
+        non_blocking=True,
+        dispatch_batches=False,
+    )
 
 
 def dismiss_workers(loader: Any) -> None:

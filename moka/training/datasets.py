@@ -13,7 +13,9 @@ from moka.data import open_source, sources
 from moka.data.media import DecodedDataset
 from moka.data.media_validation import SkipReport, find_usable, read_usable
 from moka.data.records import BAR_AFTER_S
+from moka.data.streaming import SampleStream
 from moka.demo.embedded import PREFIX
+from moka.errors import MokaError
 from moka.features.cache import FeatureCache
 from moka.features.setup import check_features, note_moved, with_features
 
@@ -46,6 +48,11 @@ def open_data(config: RunConfig, reports: Path | None = None, features: FeatureC
             report_path=None if reports is None else bad_media_report(reports, name),
             look_for_files=False,
         )
+        if isinstance(samples, SampleStream) and (name == "validation" or data.feature_cache is not None):
+            what = "validation data are read again and again" if name == "validation" else "a feature cache is indexed"
+            raise MokaError(
+                f"data.{name}: {what}, and this source is streamed. Take streaming out, or data.feature_cache."
+            )
         datasets[name] = with_features(samples, features)
 
     for stage, name in ((1, "alignment"), (2, "train")):
@@ -108,8 +115,8 @@ def check_media(datasets: dict[str, Any], config: RunConfig, share: tuple[int, i
         share: (k, n): of n processes that look at a part each, this is the k-th.
     """
     for name, samples in datasets.items():
-        if config.data.on_bad_media == "skip":
-            continue  # all were tried
+        if config.data.on_bad_media == "skip" or isinstance(samples, SampleStream):
+            continue  # all were tried, or are tried as they come
         embedded = str(getattr(config.data, name)).startswith(PREFIX)
         if config.data.feature_cache is None and embedded:
             continue

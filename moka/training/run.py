@@ -13,6 +13,8 @@ from transformers.trainer_utils import IntervalStrategy
 
 from moka.config import SECTIONS, RunConfig
 from moka.data import Collator, EncodedDataset
+from moka.data.media import AudioWindows
+from moka.data.streaming import EncodedStream, SampleStream
 from moka.distributed import broadcast_from_main, is_main, print_main, run_on_all, run_on_main
 from moka.errors import MokaError, counted
 from moka.io import atomic_dir, read_jsonl, write_json
@@ -74,7 +76,7 @@ def _trainer(run: Run, stage: int, module: torch.nn.Module, step: int) -> MokaTr
         model=module,
         args=arguments,
         train_dataset=build_train_dataset(
-            EncodedDataset(train, run.processor, run.max_length, data_seed(arguments), dropped),
+            _encoded(run, train, arguments, dropped),
             arguments,
             packing=bool(section.get("packing")),
             path=run.folder / f"lengths-stage{stage}.npz",
@@ -89,6 +91,23 @@ def _trainer(run: Run, stage: int, module: torch.nn.Module, step: int) -> MokaTr
     )
     place_tensorboard(trainer, run.folder, stage, step, section.get("report_to"))
     return trainer
+
+
+def _encoded(run: Run, samples: Any, arguments: Any, report: Path) -> EncodedDataset | EncodedStream:
+    """Return the training samples of a stage as model inputs."""
+    if not isinstance(samples, SampleStream):
+        return EncodedDataset(samples, run.processor, run.max_length, data_seed(arguments), report)
+    data = run.config.data
+    return EncodedStream(
+        samples,
+        run.processor,
+        run.max_length,
+        arguments.per_device_train_batch_size,
+        decoding={"video_frames": data.video_frames, "audio_windows": AudioWindows.from_dict(data.audio_windows)},
+        on_bad_media=data.on_bad_media,
+        budget=data.bad_media_budget,
+        report_path=report,
+    )
 
 
 def _callbacks(run: Run, stage: int) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from moka.data.streaming import EncodedStream
 from moka.distributed import all_gather_object, all_reduce_any, run_on_all, run_on_main
 from moka.errors import MokaError, counted
 from moka.io import write_json
@@ -268,8 +270,9 @@ def _adapted_samples(dataset: Any, model: Any) -> list[Any]:
     ids = {0} if "text" in adapted else set()
     ids |= {i for name, its in model.config.type_ids.items() if name in adapted for i in its}
     found = []
-    for index in range(min(_LOOKED_AT, len(dataset))):
-        sample = dataset[index]
+    stream = dataset.of_one_process() if isinstance(dataset, EncodedStream) else None
+    samples = stream if stream is not None else (dataset[index] for index in range(len(dataset)))
+    for sample in itertools.islice(samples, _LOOKED_AT):
         if ids.intersection(torch.as_tensor(sample["mm_token_type_ids"]).unique().tolist()):
             found.append(sample)
         if len(found) == ADAPTED_SAMPLES:

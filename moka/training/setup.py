@@ -18,6 +18,7 @@ from moka.data import EncodedDataset, resolve_backbone
 from moka.data.media import BadMediaError
 from moka.data.media_validation import SkipReport, Subset, joined
 from moka.data.sources import notes_of
+from moka.data.streaming import EncodedStream, SampleStream
 from moka.distributed import (
     all_gather_object,
     broadcast_from_main,
@@ -177,7 +178,10 @@ def _prepare(
 def _try_first(run: Run) -> None:
     """A template, encoder, length or backbone that cannot work."""
     for samples in run.datasets.values():
-        EncodedDataset(samples, run.processor, run.max_length)[0]
+        if isinstance(samples, SampleStream):
+            next(iter(EncodedStream(samples, run.processor, run.max_length, 1).of_one_process()))
+        else:
+            EncodedDataset(samples, run.processor, run.max_length)[0]
     check_packing(run.config, run.model, run.arguments[run.config.stages[0]].device)
 
 

@@ -30,6 +30,7 @@ from transformers import DefaultFlowCallback, PrinterCallback, ProgressCallback,
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from moka.config import OWN_TRAINING_KEYS
+from moka.data.streaming import EncodedStream
 from moka.distributed import all_gather_object, is_main, run_on_all, run_on_main
 from moka.errors import MokaError
 from moka.io import disk_full_errors
@@ -40,7 +41,7 @@ from moka.modeling.sharding import fsdp_requested, full_state_dict, loading_full
 from .alignment import EmbeddingAlignment, share_captions
 from .callbacks import Watcher
 from .checkpointing import CheckpointMetadata, complete, file_sizes, rotate
-from .dataloading import dismiss_workers, divided, loader_settings, prepare_loader, sampler
+from .dataloading import dismiss_workers, divided, loader_settings, prepare_loader, sampler, stream_loader
 from .distributed_backend import describe, leave_frozen_out, load_checkpoint, place, use_deepspeed
 from .gradients import GradientReader
 from .launch import check_deepspeed
@@ -96,6 +97,11 @@ class MokaTrainer(Trainer):
         """
         if checkpoint is not None:
             run_on_all(lambda: self._check_engine(checkpoint))
+            if isinstance(self.train_dataset, EncodedStream):
+                # The stream itself passes over what was consumed; transformers would decode it again.
+                step = CheckpointMetadata.read(checkpoint).step
+                self.train_dataset.start = step * self.args.gradient_accumulation_steps
+                self.args.ignore_data_skip = True
         try:
             self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         finally:
@@ -191,7 +197,10 @@ class MokaTrainer(Trainer):
         if own is not None or not is_training:
             # transformers would group validation data too, by the lengths of decoded samples.
             sampler_fn = None if own is None else lambda _: own
-        loader = super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
+        if isinstance(dataset, EncodedStream):
+            loader: Any = stream_loader(dataset, self.args, self.data_collator)
+        else:
+            loader = super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
         if prepare_loader(loader).persistent_workers:
             self._loaders.append(loader)
         return loader

@@ -66,6 +66,18 @@ def same_run(curve):
 
 
 @pytest.fixture(scope="session")
+def same_adapter():
+    """``same_adapter(folder, reference)``: the adapter of another run, bit for bit."""
+
+    def check(folder, reference):
+        ours, theirs = (load_file(f / "adapter/adapter_model.safetensors") for f in (folder, reference))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+    return check
+
+
+@pytest.fixture(scope="session")
 def as_one():
     """Changes to ``tiny_config`` under which runs on one process and on two take the same steps; for two also ``halves``."""
     dropouts = ("adapter__dropout", *(f"model__modalities__{name}__encoder__dropout" for name in ("visual", "audio")))

@@ -320,3 +320,44 @@ def test_a_full_disk_ends_both_processes_and_keeps_the_last_good_checkpoint(
     stage = tmp_path / "run/checkpoints/stage2"
     assert [path.name for path in stage.iterdir()] == ["checkpoint-2"]
     assert problem(stage / "checkpoint-2") is None
+
+
+def streamed(mixed, **changes):
+    source = [{"source": str(mixed), "streaming": True, "buffer": 8}]
+    data = {f"data__{name}": str(mixed) for name in ("alignment", "validation", "test")}
+    return {**data, "data__train_size": None, "data__train": source, "stages": [2], "training__max_steps": 6, **changes}
+
+
+def test_a_streamed_run_resumes_where_it_stopped(tiny_config, tmp_path, mixed, same_adapter):
+    whole = run_training(config_from_dict(tiny_config(tmp_path / "whole", **streamed(mixed))))
+    folder = killed(whole, tmp_path / "run", 2, 4)
+    resume(tiny_config, folder, **streamed(mixed))
+    same_adapter(folder, whole)
+
+
+@pytest.mark.slow
+def test_a_streamed_run_on_two_processes_takes_the_steps_of_one(
+    tiny_config, tmp_path, mixed, launch, write_yaml, as_one, same_weights
+):
+    own = {key: value for key, value in as_one.items() if not key.startswith("alignment")}
+    changes = {**streamed(mixed), **own, "training__max_steps": 6}
+    one = run_training(config_from_dict(tiny_config(tmp_path / "one", **changes)))
+    changes["training__per_device_train_batch_size"] = 2
+    two = write_yaml(tmp_path / "two.yaml", tiny_config(tmp_path / "two", **changes))
+    done = launch("torchrun", "train", two)
+    assert done.returncode == 0, done.stderr[-3000:]
+    same_weights(tmp_path / "two", one, names=("adapter/adapter_model.safetensors",))
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"training__max_steps": -1}, "training.max_steps"),
+        ({"training__packing": True, "model__max_length": 200}, "training.packing"),
+        ({"training__train_sampling_strategy": "group_by_length"}, "training.train_sampling_strategy"),
+        ({"data__feature_cache": "features"}, "streamed"),
+    ],
+)
+def test_what_a_stream_cannot_do_is_refused_by_key(tiny_config, tmp_path, mixed, changes, word):
+    with pytest.raises(MokaError, match=word):
+        run_training(config_from_dict(tiny_config(tmp_path / "run", **{**streamed(mixed), **changes})))

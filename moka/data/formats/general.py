@@ -120,6 +120,13 @@ def _read(name: str, make: Callable[[dict[str, Any]], dict[str, Any]], root: Pat
     return Rows(items, make, items.where, media_root)
 
 
+# Format -> how a row of a table becomes a sample.
+ROW_MAKERS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "messages": _messages,
+    "llava-conversations": llava,
+    "sharegpt": _sharegpt,
+}
+
 FORMATS = (
     Format(
         name="messages",
@@ -133,7 +140,7 @@ FORMATS = (
             "messages": "role and content; content is text or a list of parts",
             "images, audios, videos": "in tables: media of the parts that have a type alone, in order, optional",
         },
-        read=partial(_read, "messages", _messages),
+        read=partial(_read, "messages", ROW_MAKERS["messages"]),
         options=OPTIONS,
     ),
     Format(
@@ -151,7 +158,7 @@ FORMATS = (
             "mark the media, one each. The only medium of a turn goes before its text, several stay where they are; "
             "in other turns, and beyond the media listed, the characters are text",
         },
-        read=partial(_read, "llava-conversations", llava),
+        read=partial(_read, "llava-conversations", ROW_MAKERS["llava-conversations"]),
         options=OPTIONS,
     ),
     Format(
@@ -167,7 +174,7 @@ FORMATS = (
             "images, videos, audios": "lists of paths, optional",
             "system": "the system message, optional",
         },
-        read=partial(_read, "sharegpt", _sharegpt),
+        read=partial(_read, "sharegpt", ROW_MAKERS["sharegpt"]),
         options=OPTIONS,
     ),
 )
