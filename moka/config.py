@@ -182,13 +182,45 @@ class RunConfig:
         return dataclasses.asdict(self)
 
 
+def configs_folder() -> Path:
+    """Return the folder of the shipped configurations: in the package of a wheel, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
+
+
+def config_names() -> list[str]:
+    """Return the names of the shipped runs, such as "quickstart/audio_visual_text"."""
+    folder = configs_folder()
+    found = (path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+    return sorted(name for name in found if name.split("/")[0] not in ("accelerate", "shared"))
+
+
+def find_config(path: str | Path) -> Path:
+    """Return the file of a configuration: a path, or the name of a shipped one.
+
+    Raises:
+        MokaError: there is no such file, and no such name.
+    """
+    path = Path(path)
+    if path.exists():
+        return path
+    named = configs_folder() / f"{path}.yaml"
+    if path.suffix not in (".yaml", ".yml") and named.is_file():
+        return named
+    names = config_names()
+    raise MokaError(
+        f"No configuration file {path}, and none of the {len(names)} shipped ones has that name, such as "
+        f"quickstart/audio_visual_text.{nearest(str(path), names)}"
+    )
+
+
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
-    """Read a YAML file on top of those that its ``base`` names, apply ``section.key=value`` overrides, check every key.
+    """Read a YAML file, or a shipped one by its name, on top of those that its ``base`` names; apply overrides, check every key.
 
     Raises:
         MokaError: unreadable file, unknown key (with the nearest name), or a value of the wrong type.
     """
-    path = Path(path)
+    path = find_config(path)
     raw = _read(path, ())
     for override in overrides or []:
         _apply(raw, override)
@@ -255,7 +287,7 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         raise MokaError(f"{path} is a folder; give one of the YAML files in it.") from None
     except FileNotFoundError:
         where = f"{above[-1]}: base: no" if above else "No"
-        raise MokaError(f"{where} configuration file {path}; shipped ones lie in configs/.") from None
+        raise MokaError(f"{where} configuration file {path}; shipped ones are in configs/.") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise MokaError(f"{path} cannot be read as YAML: {_reason(error)}. Correct the file.") from error
     if not isinstance(raw, dict):

@@ -1,6 +1,6 @@
 """Train what a YAML file says. Any key can be overridden:
 
-moka train configs/quickstart/audio_visual_text.yaml training.max_steps=200 output.dir=runs/longer
+moka train quickstart/audio_visual_text training.max_steps=200 output.dir=runs/longer
 moka train CONFIG.yaml --launcher zero2 --num-processes 4        # several GPUs; see docs/launching.md
 """
 
@@ -22,7 +22,9 @@ from .launching import add_launching, launch_of_command
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", nargs="?", help="YAML file; see configs/")
+    parser.add_argument(
+        "config", nargs="?", help="YAML file, or the name of a shipped one, such as quickstart/audio_visual_text"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example training.learning_rate=1e-4")
     parser.add_argument("--resume", action="store_true", help="go on from the run folder's newest checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="replace a run that is already in output.dir")

@@ -1,7 +1,4 @@
-"""``moka train --launcher NAME``: one command for `accelerate launch`, checked before processes are started.
-
-``launchers/`` holds links to the repository's ``configs/accelerate`` and ``configs/deepspeed``; a wheel holds the files.
-"""
+"""``moka train --launcher NAME``: one command for `accelerate launch`, checked before processes are started."""
 
 from __future__ import annotations
 
@@ -25,9 +22,9 @@ from accelerate.commands.config.config_args import ClusterConfig, load_config_fr
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import parse_flag_from_env
 
+from moka.config import configs_folder
 from moka.errors import MokaError, nearest
 
-_FILES = Path(__file__).parent / "launchers"
 _DEEPSPEED = "pip install 'moka-peft[deepspeed]'"
 
 
@@ -41,7 +38,7 @@ class Launch:
     lacks: list[str]
 
     def __str__(self) -> str:
-        """As it can be pasted into a shell."""
+        """Return the command as it can be pasted into a shell."""
         settings = (f"{key}={shlex.quote(value)}" for key, value in self.environment.items())
         return " ".join([*settings, shlex.join(self.command)])
 
@@ -53,8 +50,8 @@ class Launch:
 
 
 def launcher_names() -> list[str]:
-    """What ``--launcher`` takes besides paths."""
-    return sorted(path.stem for path in (_FILES / "accelerate").glob("*.yaml"))
+    """Return what ``--launcher`` takes besides paths."""
+    return sorted(path.stem for path in (configs_folder() / "accelerate").glob("*.yaml"))
 
 
 def launch_of(launcher: str, words: Sequence[str], processes: int | None = None, extra: Sequence[str] = ()) -> Launch:
@@ -103,7 +100,7 @@ def require_deepspeed(what: str) -> None:
         importlib.import_module("deepspeed")
     except Exception as error:  # built for another torch or CUDA, it raises whatever its compiled parts do
         raise MokaError(
-            f"{what} needs DeepSpeed, which is installed and cannot be imported ({error!r}). {_DEEPSPEED} anew."
+            f"{what} needs DeepSpeed, which is installed and cannot be imported ({error!r}). Install it again: {_DEEPSPEED}."
         ) from error
 
 
@@ -152,7 +149,7 @@ def tell_launcher(message: str) -> None:
 
 def _find(launcher: str) -> Path:
     if launcher in launcher_names():
-        return (_FILES / "accelerate" / f"{launcher}.yaml").resolve()
+        return (configs_folder() / "accelerate" / f"{launcher}.yaml").resolve()
     if Path(launcher).is_file():
         return Path(launcher)
     if os.sep in launcher or launcher.endswith((".yaml", ".yml", ".json")):
@@ -181,7 +178,7 @@ def _read(launcher: str, file: Path) -> ClusterConfig:
             raise ValueError("compute_environment is not LOCAL_MACHINE")
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
-        raise MokaError(f"--launcher {launcher}: accelerate cannot use {file}: {reason}. Mend the file.") from error
+        raise MokaError(f"--launcher {launcher}: accelerate cannot use {file}: {reason}. Correct the file.") from error
     return config
 
 
@@ -204,13 +201,13 @@ def _checked_processes(launcher: str, config: ClusterConfig, told: argparse.Name
     machines = config.num_machines if told.num_machines is None else told.num_machines
     if config.distributed_type == "MULTI_CPU":
         raise MokaError(
-            f"--launcher {launcher}: for distributed_type MULTI_CPU accelerate starts one process, without a word. "
+            f"--launcher {launcher}: for distributed_type MULTI_CPU accelerate starts one process, silently. "
             "Write MULTI_GPU with use_cpu: true, or take --launcher cpu."
         )
     if config.distributed_type == "NO" and processes > 1:
         raise MokaError(f"--launcher {launcher} is one process; {processes} are asked for. Take ddp, zero2 or cpu.")
     if processes < 1:
-        raise MokaError(f"--num-processes: {processes} is too small; at least 1 is due.")
+        raise MokaError(f"--num-processes: {processes} is too small; give at least 1.")
     if processes % machines:
         raise MokaError(f"--num-processes: {processes} processes cannot be spread evenly over {machines} machines.")
     if machines > 1 and not (told.main_process_ip or config.main_process_ip):

@@ -399,6 +399,5 @@ def test_installed_command_and_module_say_the_same(tmp_path):
             [*command, "train", tmp_path / "none.yaml"], capture_output=True, text=True, check=False, timeout=120
         )
         assert done.returncode == 2
-        assert done.stderr.strip().splitlines()[-1] == (  # libraries may say things of their own before
-            f"moka: error: No configuration file {tmp_path / 'none.yaml'}; shipped ones lie in configs/."
-        )
+        last = done.stderr.strip().splitlines()[-1]  # libraries may print lines of their own before
+        assert last.startswith(f"moka: error: No configuration file {tmp_path / 'none.yaml'}")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ import yaml
 import moka
 from moka.data import open_source
 from moka.demo.wheels import cache_dir
+from moka.errors import MokaError
 from moka.evaluation import BENCHMARKS, evaluate, evaluate_benchmark
 from moka.training import load_config, run_training
 
@@ -128,3 +131,31 @@ def test_recipe_runs_its_stages_under_a_launcher(workplace):
     run = workplace / "runs/qwen2_7b/speech_text/stage2-tiny"
     assert {path.name for path in (run / "benchmarks").iterdir()} == {"asr", "mmau", "air-bench"}
     assert (run / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_a_wheel_has_the_configurations_and_finds_them_by_name(tmp_path):
+    """Built from a copy without links, installed without its dependencies, and asked from another folder."""
+    source = tmp_path / "source"
+    shutil.copytree(
+        ROOT, source, ignore=shutil.ignore_patterns(".git", ".venv*", "runs", "build", "*.egg-info", "__pycache__")
+    )
+    assert not [path for path in source.rglob("*") if path.is_symlink()]
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target"]
+    built = subprocess.run([*pip, str(tmp_path / "there"), str(source)], capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr[-2000:]
+    ask = (
+        "import moka.config as c; from moka.training.launch import launcher_names; print(c.__file__); "
+        "print(c.find_config('quickstart/audio_visual_text')); print(launcher_names())"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "there")}
+    done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    module, config, launchers = done.stdout.strip().splitlines()
+    assert module.startswith(str(tmp_path / "there"))
+    assert config == str(tmp_path / "there/moka/configs/quickstart/audio_visual_text.yaml")
+    assert "zero2" in launchers
+
+
+def test_an_unknown_name_has_the_nearest_as_a_hint():
+    with pytest.raises(MokaError, match="quickstart/audio_visual_text"):
+        load_config("quickstart/audio_visual_txt")
