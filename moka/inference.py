@@ -181,6 +181,9 @@ def _model_config(folder: Path) -> dict[str, Any]:
     lost = {"format_version", "backbone", "backbone_fingerprint", "modalities", "fill_token_id", "parts"} - {*config}
     if lost:
         raise MokaError(f"{path} lacks {', '.join(sorted(lost))}; it is damaged. Copy the folder again.")
+    absent = [name for name in config.get("files", []) if not (folder / name).is_file()]
+    if absent:
+        raise MokaError(f"{folder} lacks {', '.join(absent)}, which was written with it. Copy the folder again.")
     if config["format_version"] > FORMAT_VERSION:
         raise MokaError(f"{path} was written by a newer moka (format {config['format_version']}); upgrade moka-peft.")
     if config.get("backbone_relative"):

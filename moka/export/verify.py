@@ -144,7 +144,7 @@ def verify(source: Source, folder: Path, probes: Sequence[Probe], expected: Sequ
         _note_all(checks, probes, expected, live_logits(back, probes), strict=True)
         return checks
     if source.format == HF_BACKBONE:
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
         _compare_weights(source, model, checks)
     else:
         model = _with_lora(source, folder)
@@ -210,7 +210,9 @@ def _tied(model: Any) -> bool:
 
 def _with_lora(source: Source, folder: Path) -> Any:
     """The bare backbone from where it lies, under the LoRA that was written."""
-    model: Any = AutoModelForCausalLM.from_pretrained(source.backbone_place, dtype=source.dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        source.backbone_place, dtype=source.dtype, trust_remote_code=False
+    )
     if getattr(model, "is_quantized", False):
         model = model.dequantize(dtype=source.dtype)
     return PeftModel.from_pretrained(model.float(), str(folder))

@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import parse_flag_from_env
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import AutoConfig, AutoTokenizer, TrainingArguments
+from transformers import TrainingArguments
 
 from moka.adapter import MokaConfig
 from moka.adapter.config import DEFAULT_MODALITIES, TEXT
@@ -24,6 +24,7 @@ from moka.errors import MokaError
 from moka.modeling import MokaForConditionalGeneration, MokaProcessor
 from moka.modeling.configuration import MokaModelConfig
 from moka.modeling.encoders import Encoder, build_encoder
+from moka.modeling.language_models import load_config, load_tokenizer, loading_errors
 from moka.modeling.quantization import logical_numel
 
 from .artifacts import load_connector, trained_parts
@@ -54,8 +55,8 @@ def build_model(
     extra: dict[str, Any] = {}
     if section.attn_implementation:
         extra["attn_implementation"] = section.attn_implementation
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder, name=section.backbone)
+    with loading_errors("model.backbone", section.backbone):
         model = MokaForConditionalGeneration.from_backbone(
             str(folder),
             section.modalities,
@@ -66,12 +67,6 @@ def build_model(
             dtype=choose_dtype(section.dtype),
             **extra,
         )
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise MokaError(
-            f"model.backbone: {section.backbone!r} cannot be loaded ({reason}). Give a folder of a causal language model, "
-            "a hub name that this machine can reach, or embedded:smollm2-135m."
-        ) from error
     # Encoders and projectors compute in float32, whatever the backbone's type: they are small and newly trained.
     model.encoders.float()
     model.projectors.float()
@@ -228,8 +223,8 @@ def build_processor(section: ModelSection) -> tuple[MokaForConditionalGeneration
     """
     folder = resolve_backbone(section.backbone)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        text_config = AutoConfig.from_pretrained(folder)
+        tokenizer = load_tokenizer(folder)
+        text_config = load_config(folder)
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise MokaError(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +12,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoTokenizer,
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
@@ -18,6 +22,18 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLPreTrainedModel
 
+from moka.errors import MokaError, counted
+
+# Files of which a folder with a tokenizer has at least one.
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+_LFS = b"version https://git-lfs"
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
@@ -25,7 +41,7 @@ class QwenVLForCausalLM(Qwen2_5_VLPreTrainedModel, GenerationMixin):
     """The decoder and the head of a Qwen2.5-VL checkpoint, without its vision tower.
 
     Its tensors have the names that published checkpoints give them. The tower is an encoder of the composed model
-    (``qwen2.5-vl``), so its weights are not held twice and no adapter is put into it by mistake.
+    (``qwen2.5-vl``), so its weights are not loaded twice and no adapter is put into it by mistake.
     """
 
     config: Qwen2_5_VLTextConfig  # type: ignore[assignment]
@@ -82,7 +98,7 @@ DECODERS: dict[str, type[PreTrainedModel]] = {"qwen2_5_vl_text": QwenVLForCausal
 
 
 def decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The configuration of the text decoder: of a multimodal checkpoint its part, of a language model itself."""
+    """Return the configuration of the text decoder: of a multimodal checkpoint its part, of a language model itself."""
     if config.model_type != "qwen2_5_vl":
         return config
     text_config = config.get_text_config()
@@ -90,19 +106,92 @@ def decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
     return text_config
 
 
+@contextmanager
+def loading_errors(what: str, name: str) -> Iterator[None]:
+    """Turn whatever goes wrong in loading a model, a configuration or a tokenizer into one clear error.
+
+    Args:
+        what: the setting that names it, such as "model.backbone".
+        name: its value, a folder or a hub name.
+    Raises:
+        MokaError: the folder has no model, is damaged, or has code of its own, which is never run.
+    """
+    try:
+        yield
+    except MokaError:
+        raise
+    except (
+        Exception
+    ) as error:  # of files, JSON, safetensors, tokenizers, and of what transformers makes of wrong values
+        reason = " ".join(str(error).split()) or type(error).__name__
+        folder = Path(name)
+        if "trust_remote_code" in reason:
+            reason = "its configuration names code of its own (auto_map), which moka never runs"
+        elif folder.is_dir() and (pointer := _lfs_pointer(folder)):
+            reason = f"{pointer} is a pointer of git-lfs and not the file; run `git lfs pull`"
+        elif (folder / "adapter").is_dir():
+            reason = "it is a run of `moka train`, and not a language model"
+        else:
+            reason = reason[:300]
+        raise MokaError(
+            f"{what}: {name!r} cannot be loaded: {reason.rstrip('.')}. Give a folder of a causal language model, a hub name "
+            "that this machine can reach, or embedded:smollm2-135m."
+        ) from error
+
+
+def _lfs_pointer(folder: Path) -> str | None:
+    for path in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("tokenizer*")):
+        with open(path, "rb") as file:
+            if file.read(len(_LFS)) == _LFS:
+                return path.name
+    return None
+
+
+def load_tokenizer(folder: str | Path, what: str = "model.backbone", name: str | None = None) -> Any:
+    """Load a tokenizer; transformers makes an empty one of a folder whose tokenizer was lost.
+
+    Raises:
+        MokaError: it cannot be loaded, or its files are not there.
+    """
+    path, name = Path(folder), name or str(folder)
+    if path.is_dir() and not any((path / file).is_file() for file in _TOKENIZER_FILES):
+        raise MokaError(
+            f"{what}: {name!r} has no tokenizer (none of {', '.join(_TOKENIZER_FILES)}). Copy the folder again."
+        )
+    with loading_errors(what, name):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def load_config(backbone: str | Path, **hub: Any) -> PreTrainedConfig:
+    """Load the configuration of a language model, without running code of its own."""
+    return AutoConfig.from_pretrained(backbone, trust_remote_code=False, **hub)
+
+
 def load_language_model(backbone: str, **kwargs: Any) -> PreTrainedModel:
-    """The language model of a folder or hub name; ``kwargs`` as for ``AutoModelForCausalLM.from_pretrained``."""
+    """Load the language model of a folder or hub name; ``kwargs`` as for ``AutoModelForCausalLM.from_pretrained``.
+
+    Raises:
+        MokaError: its file lacks tensors, which would stay random.
+    """
     hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-    config = decoder_config(AutoConfig.from_pretrained(backbone, **hub))
-    decoder = DECODERS.get(config.model_type)
+    config = decoder_config(load_config(backbone, **hub))
+    decoder: Any = DECODERS.get(config.model_type)
     if decoder is None:
-        return AutoModelForCausalLM.from_pretrained(backbone, **kwargs)
-    # transformers 5 names the parts of a checkpoint otherwise in memory; a file may have either.
-    renamed = {r"^model\.language_model\.": "model."}
-    return decoder.from_pretrained(backbone, config=config, key_mapping=renamed, **kwargs)
+        decoder, kwargs = AutoModelForCausalLM, {**kwargs, "trust_remote_code": False}
+    else:
+        # transformers 5 names the parts of a checkpoint otherwise in memory; a file may have either.
+        kwargs = {**kwargs, "config": config, "key_mapping": {r"^model\.language_model\.": "model."}}
+    model, found = decoder.from_pretrained(backbone, output_loading_info=True, **kwargs)
+    lost = sorted(found["missing_keys"])
+    if lost:
+        raise MokaError(
+            f"{backbone}: its files lack {counted(len(lost), 'tensor')} of {type(model).__name__} ({lost[0]}, ...), which would "
+            "stay random. Copy the folder again; config.json and weights must be of one model."
+        )
+    return model
 
 
 def create_language_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The language model of a configuration, with random weights."""
+    """Create the language model of a configuration, with random weights."""
     decoder = DECODERS.get(config.model_type)
     return AutoModelForCausalLM.from_config(config) if decoder is None else decoder._from_config(config)

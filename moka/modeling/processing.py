@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, BatchFeature
+from transformers import BatchFeature
 
 from moka.errors import MokaError
 
@@ -18,6 +18,7 @@ from .chat import Segment, resolve_template, segments
 from .configuration import MEDIA_TYPE_IDS, MokaModelConfig
 from .encoders import ENCODERS, features_name
 from .frontends import build_front_end, front_end_from_dict
+from .language_models import load_tokenizer
 from .media import Features
 from .placeholders import check_token_ids, token_beyond_vocabulary
 
@@ -254,7 +255,7 @@ class MokaProcessor:
         if not path.is_file():
             raise MokaError(f"{folder} holds no {CONFIG_NAME}: it is no folder of a moka processor.")
         settings = json.loads(path.read_text(encoding="utf-8"))
-        return cls(AutoTokenizer.from_pretrained(folder), **{**settings, **kwargs})
+        return cls(load_tokenizer(folder, "adapter folder"), **{**settings, **kwargs})
 
     def _input_names(self, modality: str) -> tuple[str, str]:
         """What the model calls the encoder's input, and its features."""

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.utils import is_bitsandbytes_available
 
 from moka.errors import MokaError, nearest
 
-from .language_models import HUB_ARGUMENTS, create_language_model, decoder_config, load_language_model
+from .language_models import HUB_ARGUMENTS, create_language_model, decoder_config, load_config, load_language_model
 from .sharding import full_shape
 
 QUANTIZATIONS = ("nf4", "int8")
@@ -59,7 +59,7 @@ def load_quantized(
     # At every call of every layer: that 8-bit layers compute in float16 beside a backbone in another type.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-    config = AutoConfig.from_pretrained(backbone, **hub)
+    config = load_config(backbone, **hub)
     if getattr(config, "quantization_config", None) is not None:
         raise MokaError(f"model.quantization: {backbone} is quantised already; set model.quantization: null.")
     settings: dict[str, Any] = {"load_in_8bit": True}

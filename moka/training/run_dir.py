@@ -206,6 +206,10 @@ def save_adapter(model: PeftModel, processor: Any, folder: str | Path, state_dic
         "fill_token_id": base.config.fill_token_id,
         "parts": trained_parts(base),
     }
+    # A lost tokenizer or chat template would go unnoticed.
+    description["files"] = sorted(
+        path.name for path in folder.iterdir() if path.name not in (MODEL_CONFIG, "README.md")
+    )
     write_json(folder / MODEL_CONFIG, description)
     saved = load_file(folder / "adapter_model.safetensors")
     if state_dict is not None and len(saved) < len(state_dict):
