@@ -9,6 +9,8 @@ from __future__ import annotations
 import io
 import os
 import stat
+import time
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,9 +27,41 @@ from moka.modeling.media import AudioFeatures, Waveform
 _STATES_LENGTH = ("flac", "aiff", "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 _PEAK_LIMIT = 10.0  # float sound overshoots 1.0 a little; beyond this its samples are integers in disguise
 _SLACK = 0.1  # share of the length, and seconds, that may lack before a file counts as cut
-# What lies in memory may not send FFmpeg to a file or an address; nor may a file of these formats, which lists others.
-_NO_REFERENCES = {"protocol_whitelist": "none"}
-_PLAYLISTS = ("hls", "concat", "dash", "imf", "sdp")
+# Formats are recognised by content and only these are opened: none that names other files (playlists), none that is a program
+# for an interpreter (EPS, PDF).
+_IMAGE_FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+_CONTAINERS = (
+    *("wav", "w64", "flac", "mp3", "ogg", "aac", "ac3", "aiff", "au", "caf", "amr", "opus", "wv", "tta"),
+    *(
+        "mov",
+        "mp4",
+        "matroska",
+        "webm",
+        "avi",
+        "mpegts",
+        "mpeg",
+        "mpegvideo",
+        "flv",
+        "asf",
+        "3gp",
+        "gif",
+        "h264",
+        "hevc",
+        "m4v",
+    ),
+)
+# Larger ones would take gigabytes once they are decoded or resized. They may be changed, as Pillow's MAX_IMAGE_PIXELS.
+MAX_AUDIO_SECONDS = 3600.0
+MAX_ASPECT_RATIO = 200.0
+MAX_DECODING_SECONDS = 600.0  # on one file
+_STREAMED_HEADER = 1 << 30  # bytes that a WAV header states if its writer did not know the length
+# Of each channel in a downmix to mono, by FFmpeg's defaults (ITU-R BS.775): the centre in full, low-frequency effects not.
+_DOWNMIX = {"FL": 0.7071, "FR": 0.7071, "FC": 1.0, "LFE": 0.0}
+_DOWNMIX_OTHERS = 0.5
+# The layouts that FFmpeg takes for files that name no channels, by their number.
+_USUAL_LAYOUTS = {3: "2.1", 4: "4.0", 5: "5.0", 6: "5.1", 7: "6.1", 8: "7.1"}
+_LEAD_S = 0.05  # silence before the first sound that is restored; codecs' own delays are shorter
+_AUDIBLE = 1e-3
 _SEEK_OVER_S = 2.0  # nearer targets usually share a group of pictures, which a seek would decode again
 
 
@@ -64,29 +98,34 @@ def file_problem(path: MediaFile) -> str | None:
 
 
 def load_image(path: MediaFile) -> Image.Image:
-    """An image file (path or bytes), fully decoded, upright by its EXIF orientation, in its own mode; of an animation, frame one.
+    """Load an image file (path or bytes), upright by its EXIF orientation, in its own mode; of an animation, the first frame.
 
     Raises:
-        BadMediaError: absent, empty, not an image, truncated, or with more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``.
+        BadMediaError: absent, empty, not an image, truncated, with more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``, or longer
+            than `MAX_ASPECT_RATIO` times its width.
     """
     _check_file(path)
     try:
-        with Image.open(_opening(path)) as image:
+        Image.init()  # registers all formats
+        with Image.open(_opening(path), formats=[one for one in _IMAGE_FORMATS if one in Image.OPEN]) as image:
             _check_pixels(path, *image.size)
             image.load()
-            return ImageOps.exif_transpose(image)
+            try:
+                return ImageOps.exif_transpose(image)
+            except Exception:  # damaged metadata; the pixels are there
+                return image.copy()
     except (BadMediaError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
         raise _bad(path, f"is too large: {error}") from error
     except Image.UnidentifiedImageError as error:
-        raise _bad(path, "is not an image that Pillow can read, whatever its name says") from error
+        raise _bad(path, f"is not an image in one of the formats that are read: {', '.join(_IMAGE_FORMATS)}") from error
     except Exception as error:  # on damaged data Pillow's readers raise SyntaxError, struct.error, KeyError and more
         raise _bad(path, f"is a damaged or truncated image ({_one_line(error)})") from error
 
 
 def load_audio(path: MediaFile, rate: int | None = None, rates: Counter[int] | None = None) -> Waveform:
-    """The first audio stream of a sound or video file, as the mean of its channels.
+    """Load the first audio stream of a sound or video file, mixed down to one channel.
 
     Args:
         path: a file, or its bytes, of any container and codec that FFmpeg reads (wav, flac, mp3, ogg, mp4, ...).
@@ -104,13 +143,25 @@ def load_audio(path: MediaFile, rate: int | None = None, rates: Counter[int] | N
     if rate is not None and (not isinstance(rate, int) or rate <= 0):
         raise MokaError(f"rate is {rate!r}; a positive integer in Hz is due, such as 16000.")
     with _opened(path, "audio") as (container, stream):
-        # The channels are averaged below: the resampler's own downmix to mono makes float sound 3 dB louder.
         resampler = _av().AudioResampler(format="fltp", rate=rate or stream.rate)
-        seconds, chunks = 0.0, []
-        for frame in _frames(container, stream):
-            seconds += frame.samples / frame.sample_rate
-            chunks += [out.to_ndarray().mean(axis=0) for out in resampler.resample(frame)]  # [channels, n] -> [n]
-        chunks += [out.to_ndarray().mean(axis=0) for out in resampler.resample(None) if out is not None]
+        limit = MAX_AUDIO_SECONDS
+        chunks: list[np.ndarray] = []
+        seconds = loudest = 0.0
+        for frame in (*_frames(container, stream), None):
+            if frame is not None:
+                if not chunks and seconds == 0.0:
+                    # What begins later than the file's other streams has silence before it.
+                    lead = frame.time - (container.start_time or 0) / 1e6
+                    if lead > _LEAD_S:
+                        chunks.append(np.zeros(round(min(lead, limit) * (rate or stream.rate)), np.float32))
+                seconds += frame.samples / frame.sample_rate
+            if seconds > limit:
+                raise _bad(path, f"is longer than MAX_AUDIO_SECONDS ({limit:g} s)")
+            for out in resampler.resample(frame):
+                if out is not None:
+                    channels = out.to_ndarray()  # [channels, n]
+                    loudest = max(loudest, float(np.abs(channels).max(initial=0)))
+                    chunks.append(_to_mono(channels, [channel.name for channel in out.layout.channels]))
         if stream.duration is not None:
             _check_length(path, container, float(stream.duration * stream.time_base), seconds)
         elif len(container.streams) == 1:  # mkv states only the length of the longest stream
@@ -121,9 +172,23 @@ def load_audio(path: MediaFile, rate: int | None = None, rates: Counter[int] | N
     peak = np.abs(samples).max()
     if not peak <= _PEAK_LIMIT:  # also true of NaN
         raise _bad(path, f"has samples up to {peak:g}, where -1 ... 1 is due: scale float sound before it is saved")
+    if loudest > _AUDIBLE and peak < _AUDIBLE * loudest:
+        warnings.warn(
+            f"{_name(path)}: its channels cancel each other in the downmix to mono, and leave silence.", stacklevel=2
+        )
     if rates is not None:
         rates[stream.rate] += 1
     return Waveform(np.clip(samples, -1.0, 1.0), rate or stream.rate)
+
+
+def _to_mono(channels: np.ndarray, names: list[str]) -> np.ndarray:
+    """Return [channels, n] as [n]: the mean of one or two channels, of more the weighted mean of FFmpeg's downmix."""
+    if len(channels) <= 2:
+        return channels.mean(axis=0)
+    if set(names) <= {"NONE"} and len(channels) in _USUAL_LAYOUTS:
+        names = [channel.name for channel in _av().AudioLayout(_USUAL_LAYOUTS[len(channels)]).channels]
+    weights = np.array([_DOWNMIX.get(name, _DOWNMIX_OTHERS) for name in names], np.float32)
+    return np.average(channels, axis=0, weights=weights if weights.any() else None)
 
 
 def load_features(path: MediaFile, kind: str = "mfcc") -> AudioFeatures:
@@ -136,7 +201,7 @@ def load_features(path: MediaFile, kind: str = "mfcc") -> AudioFeatures:
     try:
         # Mapping compares the shape in the header with the size of the file before any memory is taken.
         mapped = np.load(_opening(path), mmap_mode=None if isinstance(path, bytes) else "r", allow_pickle=False)
-    except (OSError, ValueError, EOFError, SyntaxError, MemoryError) as error:
+    except Exception as error:  # of the header's parser, of zip files, of the file system
         raise _bad(path, f"is not a readable .npy array ({_one_line(error)})") from error
     if not isinstance(mapped, np.ndarray):
         mapped.close()
@@ -169,9 +234,9 @@ def load_video(path: MediaFile, frames: int = 10) -> list[Image.Image]:
     taken = None
     with _opened(path, "video") as (container, stream):
         _check_pixels(path, stream.width, stream.height)
-        for wanted, frame in zip(times, _frames_near(container, stream, times), strict=False):
+        for wanted, (frame, is_last) in zip(times, _frames_near(container, stream, times), strict=False):
             stops = frame.time + float((frame.duration or 0) * frame.time_base)
-            if stops < wanted - _SLACK * (end - start) - _SLACK:
+            if is_last and stops < wanted - _SLACK * (end - start) - _SLACK:
                 raise _bad(path, f"is truncated: its video ends at {stops - start:.1f} s of {end - start:.1f} s")
             images.append(images[-1] if frame is taken else _upright(frame))
             taken = frame
@@ -180,8 +245,10 @@ def load_video(path: MediaFile, frames: int = 10) -> list[Image.Image]:
     return images
 
 
-def _frames_near(container: Any, stream: Any, times: list[float]) -> Iterator[Any]:
-    """The frame nearest to each of the ascending ``times`` (seconds); nothing when none can be decoded."""
+def _frames_near(container: Any, stream: Any, times: list[float]) -> Iterator[tuple[Any, bool]]:
+    """Yield the frame nearest to each of the ascending ``times`` (seconds), and whether none follows it; nothing if none can
+    be decoded.
+    """
     decoded = _frames(container, stream)
     before = after = None  # the frames on both sides of the wanted time
     for wanted in times:
@@ -195,7 +262,7 @@ def _frames_near(container: Any, stream: Any, times: list[float]) -> Iterator[An
         sides = [frame for frame in (before, after) if frame is not None]
         if not sides:
             return
-        yield min(sides, key=lambda frame: abs(frame.time - wanted))
+        yield min(sides, key=lambda frame: abs(frame.time - wanted)), after is None
 
 
 def _sought(container: Any, stream: Any, wanted: float) -> tuple[Iterator[Any], Any]:
@@ -209,9 +276,13 @@ def _sought(container: Any, stream: Any, wanted: float) -> tuple[Iterator[Any], 
     return frames, first
 
 
+def _name(path: MediaFile) -> str:
+    return f"{len(path)} bytes in memory" if isinstance(path, bytes) else os.fspath(path)
+
+
 def _bad(path: MediaFile, reason: str) -> BadMediaError:
-    file = f"{len(path)} bytes in memory" if isinstance(path, bytes) else os.fspath(path)
-    return BadMediaError(f"{file}: {reason}. Mend or replace the file, or remove the sample.", file, reason)
+    file = _name(path)
+    return BadMediaError(f"{file}: {reason}. Repair or replace the file, or remove the sample.", file, reason)
 
 
 def _opening(path: MediaFile) -> Any:
@@ -233,6 +304,10 @@ def _check_pixels(path: MediaFile, width: int, height: int) -> None:
     limit = Image.MAX_IMAGE_PIXELS  # Pillow's own knob: above it Pillow only warns
     if limit is not None and width * height > limit:
         raise _bad(path, f"has {width} x {height} pixels, more than PIL.Image.MAX_IMAGE_PIXELS ({limit})")
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise _bad(
+            path, f"has {width} x {height} pixels, an aspect ratio above MAX_ASPECT_RATIO ({MAX_ASPECT_RATIO:g})"
+        )
 
 
 def _av() -> Any:
@@ -252,10 +327,11 @@ def _opened(path: MediaFile, kind: str) -> Iterator[tuple[Any, Any]]:
     _check_file(path)
     _check_riff(path)
     try:
-        options = _NO_REFERENCES if isinstance(path, bytes) else {}
-        with av.open(_opening(path), metadata_errors="ignore", options=options) as container:
-            if container.format.name in _PLAYLISTS:
-                raise _bad(path, "is a playlist, which names other files; give the files themselves")
+        in_memory = isinstance(path, bytes)
+        # "file:": a name with a colon is no address. Neither may the content name other files or addresses.
+        source = io.BytesIO(path) if isinstance(path, bytes) else f"file:{os.fspath(path)}"
+        options = {"protocol_whitelist": "none" if in_memory else "file", "format_whitelist": ",".join(_CONTAINERS)}
+        with av.open(source, metadata_errors="ignore", options=options) as container:
             # The cover picture of a song is a video stream too.
             cover = av.stream.Disposition.attached_pic
             streams = [s for s in container.streams if s.type == kind and not s.disposition & cover]
@@ -267,18 +343,22 @@ def _opened(path: MediaFile, kind: str) -> Iterator[tuple[Any, Any]]:
                 raise _bad(path, f"holds {kind} of a codec that this FFmpeg cannot decode")
             stream.codec_context.thread_count = 1  # loader workers are the parallelism; threads on top slow all down
             yield container, stream
-    except BadMediaError:
+    except (MokaError, MemoryError):
         raise
-    except (av.error.FFmpegError, ValueError, OSError) as error:
+    except Exception as error:  # of FFmpeg, and of PyAV on values that it does not expect
         raise _bad(
-            path, f"cannot be decoded as {kind}: damaged, truncated or not media ({_one_line(error)})"
+            path,
+            f"cannot be decoded as {kind}: damaged, truncated, or not in a format that is read ({_one_line(error)})",
         ) from error
 
 
 def _frames(container: Any, stream: Any) -> Iterator[Any]:
     """Decoded frames with time stamps. Like FFmpeg's own tools, passes over packets that are damaged."""
     invalid = _av().error.InvalidDataError
+    deadline = time.monotonic() + MAX_DECODING_SECONDS
     for packet in container.demux(stream):
+        if time.monotonic() > deadline:
+            raise ValueError(f"decoding took longer than MAX_DECODING_SECONDS ({MAX_DECODING_SECONDS:g} s)")
         try:
             frames = packet.decode()
         except invalid:
@@ -292,9 +372,11 @@ def _upright(frame: Any) -> Image.Image:
 
 
 def _video_span(path: MediaFile) -> tuple[float, float]:
-    """When the video stream begins and ends, in seconds; from its packets where the header does not say (mkv, webm)."""
+    """Return when the video stream begins and ends, in seconds: by its packets' time stamps, if the container gives no times of
+    each stream (mkv, webm: FFmpeg fills in those of the longest).
+    """
     with _opened(path, "video") as (container, stream):
-        if stream.duration:
+        if stream.duration and "matroska" not in container.format.name:
             start = float((stream.start_time or 0) * stream.time_base)
             return start, start + float(stream.duration * stream.time_base)
         spans, last = [], 0.0  # of the video packets; the end of all streams
@@ -325,6 +407,7 @@ def _check_riff(path: MediaFile) -> None:
         with open(path, "rb") as file:
             head, size = file.read(8), os.path.getsize(path)
     stated = int.from_bytes(head[4:], "little")
-    # Streamed files state a size near the maximum, or none.
-    if head[:4] == b"RIFF" and stated < 0x7FFFF000 and size < (1 - _SLACK) * stated:
+    # A writer that does not know the length states a size far beyond any, or none.
+    streamed = stated >= _STREAMED_HEADER or stated == 0
+    if head[:4] == b"RIFF" and not streamed and size < (1 - _SLACK) * stated:
         raise _bad(path, f"is truncated: it has {size} bytes of the {stated + 8} that its header states")

@@ -40,6 +40,8 @@ CONFIG, ADAPTER, CONNECTOR, METRICS, SUMMARY = "config.yaml", "adapter", "connec
 MODEL_CONFIG = "moka_model.json"
 DIVERGED = "diverged.json"
 FORMAT_VERSION = 1
+# Of an adapter folder: files whose loss is an error of its own, and a text for people.
+_NOT_LISTED = (MODEL_CONFIG, "adapter_model.safetensors", "README.md")
 _MARK = "# Resolved by moka "
 # All that a run and its evaluation write; --overwrite removes these and nothing else.
 _ARTEFACTS = (
@@ -207,9 +209,7 @@ def save_adapter(model: PeftModel, processor: Any, folder: str | Path, state_dic
         "parts": trained_parts(base),
     }
     # A lost tokenizer or chat template would go unnoticed.
-    description["files"] = sorted(
-        path.name for path in folder.iterdir() if path.name not in (MODEL_CONFIG, "README.md")
-    )
+    description["files"] = sorted(path.name for path in folder.iterdir() if path.name not in _NOT_LISTED)
     write_json(folder / MODEL_CONFIG, description)
     saved = load_file(folder / "adapter_model.safetensors")
     if state_dict is not None and len(saved) < len(state_dict):

@@ -274,7 +274,7 @@ def bad_files(folder):
         "cut.mkv": (load_video, "is truncated"),
         "cut.avi": (load_video, "truncated"),
         "cut.npy": (load_features, "not a readable .npy"),
-        "image.wav": (load_audio, "no audio stream (it has video)"),
+        "image.wav": (load_audio, "not in a format that is read"),
         "silent.mp4": (load_audio, "no audio stream (it has video)"),
         "song.wav": (load_video, "no video stream (it has audio)"),
         "flat.npy": (load_features, "float64 [5]; audio features are floats [frames, bins]"),
@@ -516,7 +516,7 @@ def test_playlists_cannot_send_ffmpeg_to_another_file(tmp_path, monkeypatch):
     playlist = f"#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\nfile://{tmp_path}/secret.ts\n#EXT-X-ENDLIST\n"
     for name, content in (("x.m3u8", playlist), ("x.ffconcat", "ffconcat version 1.0\nfile secret.wav\n")):
         (tmp_path / name).write_text(content)
-        with pytest.raises(BadMediaError, match="is a playlist, which names other files"):
+        with pytest.raises(BadMediaError, match="not in a format that is read"):
             load_audio(tmp_path / name)
         with pytest.raises(BadMediaError):
             load_audio(content.encode())
@@ -615,3 +615,122 @@ def test_decoding_counts_clips_by_their_own_rate(tmp_path, rate):
         [rate] * 4 if rate else [8000, 44100, 8000, 16000]
     )
     assert dataset.sampling_rates == {8000: 2, 16000: 1, 44100: 1}
+
+
+def write_with_times(path, frame_times, sound_span=None, rate=5):
+    """A video whose frames [k] of a grey ramp have these time stamps (seconds), with sound from and to given times."""
+    with av.open(str(path), "w") as container:
+        video = container.add_stream("libx264", rate=rate)
+        video.width, video.height, video.pix_fmt, video.gop_size = 64, 48, "yuv420p", 1
+        video.codec_context.time_base = Fraction(1, 1000)
+        audio = container.add_stream("aac", rate=16000, layout="mono") if sound_span else None
+        for picture, at in zip(grey_ramp(len(frame_times)), frame_times, strict=True):
+            frame = av.VideoFrame.from_ndarray(picture)
+            frame.pts, frame.time_base = round(at * 1000), Fraction(1, 1000)
+            container.mux(video.encode(frame))
+        container.mux(video.encode(None))
+        if audio is not None:
+            first, last = (round(16000 * at) for at in sound_span)
+            samples = tone((last - first) / 16000, 16000)[None]
+            for at in range(0, samples.shape[1], 1024):
+                block = np.ascontiguousarray(samples[:, at : at + 1024])
+                frame = av.AudioFrame.from_ndarray(block, format="fltp", layout="mono")
+                frame.rate, frame.pts, frame.time_base = 16000, first + at, Fraction(1, 16000)
+                container.mux(audio.encode(frame))
+            container.mux(audio.encode(None))
+    return path
+
+
+def expected_means(frame_times, wanted):
+    ramp = [20 + 200 * k // len(frame_times) for k in range(len(frame_times))]
+    return [ramp[int(np.argmin(np.abs(np.array(frame_times) - at)))] for at in wanted]
+
+
+@pytest.mark.parametrize("name", ["x.mkv", "x.mp4"])
+def test_a_gap_between_frames_is_not_the_end(tmp_path, name):
+    times = [*(k / 5 for k in range(10)), *(20 + k / 5 for k in range(10))]
+    images = load_video(write_with_times(tmp_path / name, times), frames=5)
+    wanted = [(k + 0.5) * 22 / 5 for k in range(5)]
+    np.testing.assert_allclose(means(images), expected_means(times, wanted), atol=6)
+
+
+def test_frames_are_chosen_by_their_own_time_stamps(tmp_path):
+    """The file is as long as its sound, and its video only the last part of that."""
+    times = [5 + k / 5 for k in range(10)]
+    path = write_with_times(tmp_path / "x.mkv", times, sound_span=(0, 7))
+    wanted = [5 + (k + 0.5) * 2 / 5 for k in range(5)]
+    np.testing.assert_allclose(means(load_video(path, frames=5)), expected_means(times, wanted), atol=6)
+
+
+def test_silence_before_a_late_sound_is_kept(tmp_path):
+    path = write_with_times(tmp_path / "x.mkv", [k / 5 for k in range(20)], sound_span=(1.5, 4))
+    samples = load_audio(path, 16000).samples
+    assert len(samples) / 16000 == pytest.approx(4, abs=0.1)
+    assert np.abs(samples[: 16000 * 14 // 10]).max() < 0.01
+    assert np.abs(samples[16000 * 17 // 10 :]).max() > 0.2
+
+
+def test_a_wav_header_that_states_far_too_much_is_one_of_a_stream(tmp_path):
+    soundfile.write(tmp_path / "x.wav", tone(1.0, 16000), 16000)
+    raw = bytearray((tmp_path / "x.wav").read_bytes())
+    for claim in (2_000_000_000, 0xFFFFFFFF, 0):
+        raw[4:8] = raw[40:44] = claim.to_bytes(4, "little")
+        (tmp_path / "x.wav").write_bytes(raw)
+        assert len(load_audio(tmp_path / "x.wav").samples) == 16000
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
+def test_broken_metadata_do_not_make_a_broken_picture(tmp_path, format):
+    path = tmp_path / "x"
+    Image.new("RGB", (8, 6), (10, 200, 30)).save(path, format, exif=b"Exif\x00\x00II*\x00\xff\xff\xff\x7f broken")
+    assert load_image(path).size == (8, 6)
+
+
+def test_a_name_with_a_colon_is_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    soundfile.write("12:30.wav", tone(0.5, 16000), 16000)
+    assert len(load_audio("12:30.wav").samples) == 8000
+
+
+def test_surround_sound_keeps_its_centre(tmp_path):
+    channels = np.zeros((16000, 6), np.float32)
+    channels[:, 2] = tone(1.0, 16000)  # front centre
+    soundfile.write(tmp_path / "x.wav", channels, 16000)
+    centre = np.abs(load_audio(tmp_path / "x.wav").samples).max()
+    assert centre == pytest.approx(0.5 / (2 * 0.7071 + 1 + 2 * 0.5), rel=0.02)  # FFmpeg's: 1 of 3.41
+
+
+def test_channels_that_cancel_are_reported(tmp_path):
+    soundfile.write(tmp_path / "x.wav", np.stack([tone(1.0, 16000), -tone(1.0, 16000)], 1), 16000)
+    with pytest.warns(UserWarning, match=r"x\.wav"):
+        load_audio(tmp_path / "x.wav")
+
+
+def test_sizes_are_bounded_before_they_are_made(tmp_path, monkeypatch):
+    monkeypatch.setattr("moka.data.media_io.MAX_AUDIO_SECONDS", 5.0)
+    soundfile.write(tmp_path / "slow.wav", np.zeros(100, np.float32), 1)
+    soundfile.write(tmp_path / "long.flac", np.zeros(16000 * 8, np.float32), 16000)
+    Image.new("L", (1, 5000)).save(tmp_path / "thin.png")
+    for name, load, word in (
+        ("slow.wav", load_audio, "MAX_AUDIO_SECONDS"),
+        ("long.flac", load_audio, "MAX_AUDIO_SECONDS"),
+        ("thin.png", load_image, "MAX_ASPECT_RATIO"),
+    ):
+        with pytest.raises(BadMediaError, match=rf"{name}.*{word}"):
+            load(tmp_path / name)
+
+
+def test_programs_are_not_pictures(tmp_path):
+    """Pillow would start Ghostscript."""
+    (tmp_path / "x.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
+    with pytest.raises(BadMediaError, match=r"x\.png: is not an image"):
+        load_image(tmp_path / "x.png")
+
+
+@pytest.mark.parametrize(
+    "content", [b"PK\x03\x04" + b"\x00" * 40, b"\x93NUMPY\x01\x00\xff\xff{'descr'", b"\x93NUMPY\x09\x00"]
+)
+def test_arrays_that_cannot_be_read_are_bad_media(tmp_path, content):
+    (tmp_path / "x.npy").write_bytes(content)
+    with pytest.raises(BadMediaError, match=r"x\.npy"):
+        load_features(tmp_path / "x.npy")
