@@ -200,6 +200,10 @@ class DecodedDataset:
     def __len__(self) -> int:
         return len(self.dataset)
 
+    def where(self, index: int) -> str:
+        """Return file and line of a sample."""
+        return self.dataset.where(index)
+
     @property
     def report(self) -> list[dict[str, Any]]:
         """One record a bad sample, in the order met: ``index``, ``id``, ``file``, ``reason`` and ``action`` (policy)."""

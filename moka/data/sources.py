@@ -303,6 +303,14 @@ def notes_of(samples: Any) -> tuple[str, ...]:
     return notes_of(samples.dataset) if hasattr(samples, "dataset") else ()
 
 
+def where_of(samples: Any, index: int) -> str:
+    """Return file and line of a sample, of a data set that may decode or select others."""
+    while not hasattr(samples, "where") and hasattr(samples, "dataset"):
+        index = int(samples.indices[index]) if hasattr(samples, "indices") else index
+        samples = samples.dataset
+    return samples.where(index) if hasattr(samples, "where") else f"sample {index}"
+
+
 class Joined:
     """Several data sets as one, one after another."""
 
@@ -372,8 +380,9 @@ def stand_ins(seed: int, index: int, size: int) -> Iterator[int]:
 class EncodedDataset:
     """Samples as model inputs, for training.
 
-    Text is shortened to fit ``max_length``; a sample that cannot be (its media alone are too long) or that has nothing to
-    learn from is replaced by another, chosen by (seed, index) alone, and counted in ``dropped``. The report names both.
+    Text is shortened to fit ``max_length``; a sample that cannot be (its media are too long) or that has nothing to learn from
+    is replaced by another, chosen only by (seed, index), and counted in ``dropped``. So is, unless ``on_bad_media`` is "error",
+    one that the chat template or a front end refuses.
     """
 
     lengths: Any = None  # of the samples (`moka.data.lengths`), where batches are grouped by them
@@ -385,8 +394,10 @@ class EncodedDataset:
         max_length: int | None,
         seed: int = 0,
         report_path: str | Path | None = None,
+        on_bad_media: str = "error",
     ) -> None:
         self.samples, self.processor, self.max_length, self.seed = samples, processor, max_length, seed
+        self.on_bad_media = on_bad_media
         self.report_path = None if report_path is None else Path(report_path)
         self._dropped: dict[int, str] = {}
         self._shortened: set[int] = set()
@@ -416,6 +427,12 @@ class EncodedDataset:
                 reason = "no supervised token: the assistant's text is empty"
             except TooLongError as error:
                 reason = str(error)
+            except Exception as error:  # a template that refuses the chat, a tokenizer, features of another width
+                reason = " ".join(str(error).split())
+                if self.on_bad_media == "error":
+                    raise MokaError(
+                        f"{where_of(self.samples, tried)}: sample {sample.get('id')!r}: {reason}"
+                    ) from error
             self._drop(tried, sample.get("id", str(tried)), reason)
         raise MokaError(f"{_TRIES} samples in a row cannot be used; the last, {sample.get('id')}: {reason}")
 

@@ -138,6 +138,20 @@ class MokaProcessor:
         encoded = [self.encode(c, add_generation_prompt=add_generation_prompt, max_length=max_length) for c in chats]
         return self.pad(encoded, padding_side=padding_side)
 
+    def check_chat(self, messages: list[dict]) -> None:
+        """Refuse a chat that the template or the tokenizer would refuse; media need not be decoded.
+
+        Raises:
+            MokaError: the template's reason, or text with a lone surrogate.
+        """
+        for segment in segments(messages, self.tokenizer, self.chat_template, False):
+            try:
+                segment.text.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise MokaError(
+                    f"text with half of a surrogate pair ({segment.text[error.start : error.end]!r})"
+                ) from error
+
     def encode(
         self,
         messages: list[dict],

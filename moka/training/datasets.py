@@ -11,13 +11,14 @@ from tqdm import tqdm
 from moka.config import RunConfig
 from moka.data import open_source, sources
 from moka.data.media import DecodedDataset
-from moka.data.media_validation import SkipReport, find_usable, read_usable
+from moka.data.media_validation import SkipReport, Subset, find_usable, read_usable
 from moka.data.records import BAR_AFTER_S
 from moka.data.streaming import SampleStream
 from moka.demo.embedded import PREFIX
-from moka.errors import MokaError
+from moka.errors import MokaError, counted
 from moka.features.cache import FeatureCache
 from moka.features.setup import check_features, note_moved, with_features
+from moka.modeling import MokaProcessor
 
 # Decoding every file of a large data set would take longer than its first epoch; a data set of this size is tried whole.
 _TRIED = 200
@@ -127,3 +128,32 @@ def check_media(datasets: dict[str, Any], config: RunConfig, share: tuple[int, i
         for index in tqdm(mine, f"trying media of data.{name}", unit="sample", delay=BAR_AFTER_S, leave=False):
             samples[int(index)]
     note_moved(datasets.values(), share)
+
+
+def check_chats(datasets: dict[str, Any], config: RunConfig, processor: MokaProcessor, share: tuple[int, int]) -> None:
+    """Render every chat of this process's share with the template, media undecoded.
+
+    Raises:
+        MokaError: under ``on_bad_media: error``, the first one that the template or the tokenizer refuses. Otherwise they are
+            counted in a printed line, and replaced when they come.
+    """
+    for name, samples in datasets.items():
+        if isinstance(samples, SampleStream) or str(getattr(config.data, name)).startswith(PREFIX):
+            continue
+        chosen = samples.indices if isinstance(samples, Subset) else range(len(samples))
+        undecoded = samples.dataset if isinstance(samples, Subset) else samples
+        while isinstance(undecoded, DecodedDataset):
+            undecoded = undecoded.dataset
+        refused, first = 0, ""
+        numbers = [int(index) for index in chosen[share[0] :: share[1]]]
+        for index in tqdm(numbers, f"checking chats of data.{name}", unit="sample", delay=BAR_AFTER_S, leave=False):
+            try:
+                processor.check_chat(undecoded[index]["messages"])
+            except MokaError as error:
+                refused, first = refused + 1, first or f"{sources.where_of(undecoded, index)}: {error}"
+                if config.data.on_bad_media == "error":
+                    raise MokaError(first) from error
+        if refused:
+            print(
+                f"note: data.{name}: {counted(refused, 'sample')} cannot be used and will be replaced; the first: {first}"
+            )

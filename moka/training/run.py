@@ -96,7 +96,9 @@ def _trainer(run: Run, stage: int, module: torch.nn.Module, step: int) -> MokaTr
 def _encoded(run: Run, samples: Any, arguments: Any, report: Path) -> EncodedDataset | EncodedStream:
     """Return the training samples of a stage as model inputs."""
     if not isinstance(samples, SampleStream):
-        return EncodedDataset(samples, run.processor, run.max_length, data_seed(arguments), report)
+        return EncodedDataset(
+            samples, run.processor, run.max_length, data_seed(arguments), report, run.config.data.on_bad_media
+        )
     data = run.config.data
     return EncodedStream(
         samples,

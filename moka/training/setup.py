@@ -40,7 +40,7 @@ from moka.modeling.build import (
 )
 
 from .dataloading import check_packing
-from .datasets import check_files, check_media, open_data, try_media, write_reports
+from .datasets import check_chats, check_files, check_media, open_data, try_media, write_reports
 from .preemption import Interruption
 from .run_dir import SUMMARY, RunFolder
 from .trainer import training_arguments
@@ -122,6 +122,7 @@ def _open_run(config: RunConfig, folder: RunFolder, resume: bool, overwrite: boo
     run = run_on_all(lambda: _prepare(config, folder, arguments, resume, datasets))
     tried = _leave_out(run.datasets, config, folder, resume)
     run_on_all(lambda: _try_first(run))
+    run_on_all(lambda: check_chats(run.datasets, config, run.processor, rank_and_world_size()))
     run_on_all(lambda: check_media(run.datasets, config, rank_and_world_size()))
     run.started = started
     if not resume:

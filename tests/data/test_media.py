@@ -136,7 +136,7 @@ def test_other_sound_formats(tmp_path, extension):
     assert waveform.samples.size == pytest.approx(16000, rel=0.05)
 
 
-@pytest.mark.parametrize("channels", [1, 2, 3, 6])
+@pytest.mark.parametrize("channels", [1, 2])
 @pytest.mark.parametrize("rate", [None, 8000])
 def test_channels_are_averaged(tmp_path, channels, rate):
     sound = np.stack([tone(0.5, 16000) * (c + 1) / channels for c in range(channels)], axis=1)

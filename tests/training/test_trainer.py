@@ -298,3 +298,51 @@ def test_best_checkpoint_is_the_result_where_asked(tiny_config, tmp_path):
         last = load_file(folder / f"checkpoints/stage{stage}/checkpoint-6" / file)
         assert all(torch.equal(result[key], expected[key]) for key in expected)
         assert step == 6 or not all(torch.equal(result[key], last[key]) for key in last)
+
+
+REFUSING = (
+    "{% for m in messages %}{% if loop.first and m['role'] != 'user' %}{{ raise_exception('user first') }}{% endif %}"
+    "{{ m['content'] + eos_token }}{% endfor %}"
+)
+
+
+@pytest.fixture
+def odd_rows(tmp_path):
+    """A data set whose line 12 begins with an answer, or has half of a surrogate pair."""
+
+    def write(odd):
+        lines = []
+        for number in range(1, 25):
+            messages = [{"role": "user", "content": f"question {number}"}, {"role": "assistant", "content": "one"}]
+            lines.append(json.dumps({"messages": odd if number == 12 else messages}))
+        path = tmp_path / "odd.jsonl"
+        path.write_text("\n".join(lines))
+        return str(path)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        [
+            {"role": "assistant", "content": "one"},
+            {"role": "user", "content": "what"},
+            {"role": "assistant", "content": "two"},
+        ],
+        [{"role": "user", "content": "half \ud800 pair"}, {"role": "assistant", "content": "two"}],
+    ],
+    ids=["template", "tokenizer"],
+)
+def test_a_row_that_the_template_or_tokenizer_refuses_is_named_before_the_first_step(
+    tiny_config, tmp_path, odd_rows, odd, capsys
+):
+    own = {"data__train": odd_rows(odd), "data__train_size": None, "data__validation": None, "stages": [2]}
+    raw = tiny_config(tmp_path / "run", **own, model__chat_template=REFUSING)
+    with pytest.raises(MokaError, match=r"odd\.jsonl:12"):
+        train(raw)
+    assert not (tmp_path / "run").exists()
+    raw["data"]["on_bad_media"] = "skip"
+    run = train(raw)
+    assert "1 sample" in capsys.readouterr().out
+    assert (run / "summary.json").exists()
