@@ -22,18 +22,16 @@ from moka.modeling.encoders import CachedEncoder, bring_back, set_aside
 from moka.modeling.sharding import is_sharded
 
 from .alignment import EmbeddingAlignment
-from .callbacks import MetricsWriter
+from .callbacks import Meter, MetricsWriter, ProgressBar, add_tensorboard
 from .checkpointing import last_checkpoint, print_changes
 from .dataloading import build_train_dataset, data_seed
 from .datasets import bad_media_report
 from .distributed_backend import EngineNote, forget_engine, in_words
 from .model_card import plot_balance, plot_loss, write_card, write_samples
 from .preemption import SaveAndLeave
-from .progress import Meter, ProgressBar
 from .run_dir import ADAPTER, CONNECTOR, SUMMARY, save_result
 from .sanity_callbacks import ADAPTED_SAMPLES, DivergenceGuard, GradientGuard, check_dtypes, logits_change
 from .setup import Run, draw_seed, open_run
-from .trackers import place_tensorboard
 from .trainer import MokaTrainer
 
 _BAD_MEDIA = {
@@ -87,7 +85,7 @@ def _trainer(run: Run, stage: int, module: torch.nn.Module, step: int) -> MokaTr
         callbacks=_callbacks(run, stage),
         rates=rates,
     )
-    place_tensorboard(trainer, run.folder, stage, step, section.get("report_to"))
+    add_tensorboard(trainer, run.folder, stage, step, section.get("report_to"))
     return trainer
 
 
@@ -115,11 +113,11 @@ def _train(run: Run, stage: int, module: torch.nn.Module) -> dict[str, torch.Ten
     trainer.add_callback(EngineNote(trainer, stage, run.engines))
     trainer.add_callback(SaveAndLeave(run.interruption, trainer))
     run.interruption.defer()
-    state = trainer.run(checkpoint)
+    trainer.run(checkpoint)
     _say_replaced(run, stage)
     if stage == 2:
         run.logits_change = logits_change(trainer)
-    return state
+    return trainer.trained_state()
 
 
 def _say_batch(run: Run, stage: int, going_on: bool) -> None:

@@ -3,9 +3,10 @@
 Overridden methods of ``Trainer``, and why:
 
 - ``create_optimizer``: encoders and projectors have learning rates of their own.
-- ``compute_loss``: watchers are shown each batch with the ids of its samples, and its loss; no logits are computed.
-- ``get_batch_samples``: watchers time the wait for data; embedding alignment sees the captions of the full step; a run that
-  was resumed after its last step trains no other.
+- ``compute_loss``: callbacks see each batch with the ids of its samples, and its loss; no logits are computed.
+- ``get_batch_samples``: the wait for data is timed; embedding alignment sees the captions of the full step; a run that was
+  resumed after its last step trains no other.
+- ``log``: figures are added to the loss before anything reads them.
 - ``save_model``: a checkpoint has what is trained, never the frozen backbone.
 - ``_get_dataloader``: samples grouped by length, validation data in their own order, and loaders that resume exactly.
 - ``_prepare_for_training``: DeepSpeed's engine saves only what is trained, and resumes with another number of processes.
@@ -26,7 +27,7 @@ import torch
 import transformers.trainer
 from accelerate.utils import DistributedType
 from peft import PeftModel
-from transformers import DefaultFlowCallback, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from moka.config import OWN_TRAINING_KEYS
@@ -38,14 +39,13 @@ from moka.modeling.artifacts import connector_state, load_connector, save_connec
 from moka.modeling.sharding import fsdp_requested, full_state_dict, loading_full_tensors, without_wrappers
 
 from .alignment import EmbeddingAlignment, share_captions
-from .callbacks import Watcher
+from .callbacks import check_reports
 from .checkpointing import CheckpointMetadata, complete, file_sizes, rotate
 from .dataloading import dismiss_workers, divided, loader_settings, prepare_loader, sampler
 from .distributed_backend import describe, leave_frozen_out, load_checkpoint, place, use_deepspeed
 from .gradients import GradientReader
 from .launch import check_deepspeed
 from .run_dir import save_adapter
-from .trackers import check_reports
 
 # Files of the optimizer's state in a checkpoint, by what wrote it.
 _PLAIN = "neither DeepSpeed nor FSDP"
@@ -72,24 +72,20 @@ class MokaTrainer(Trainer):
         self._save_error: Exception | None = None
         self._loaders: list[Any] = []
         self.remove_callback(PrinterCallback if self.args.disable_tqdm else ProgressCallback)
-        for watcher in self.watchers:
-            watcher.trainer = self
-        # What adds to a log comes after transformers' own decisions and before all that read the log.
-        self.callback_handler.callbacks.sort(
-            key=lambda one: 0 if isinstance(one, DefaultFlowCallback) else 2 - getattr(one, "adds_to_log", False)
-        )
         self.add_callback(GradientReader(self))
         model: Any = self.model
         model.train()  # encoders freeze again what peft let train and can have no gradient
         run_on_all(self._check_fsdp)
 
-    @property
-    def watchers(self) -> list[Watcher]:
-        """Return the callbacks that are shown batches, losses and gradients."""
-        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, Watcher)]
+    def notify(self, event: str, *values: Any) -> None:
+        """Call ``event`` of each callback that has it (see ``callbacks``)."""
+        for callback in self.callback_handler.callbacks:
+            method = getattr(callback, event, None)
+            if method is not None:
+                method(self, *values)
 
-    def run(self, checkpoint: Path | None = None) -> dict[str, torch.Tensor]:
-        """Train from the beginning or from ``checkpoint``; return what was trained: full tensors, on the CPU.
+    def run(self, checkpoint: Path | None = None) -> None:
+        """Train from the beginning or from ``checkpoint``; afterwards the model is the best one, if that was asked for.
 
         Raises:
             MokaError: the checkpoint was written under another engine.
@@ -107,7 +103,6 @@ class MokaTrainer(Trainer):
                 load_checkpoint(self.model_wrapped, Path(best), self.args.world_size)
             else:
                 self._load_from_checkpoint(best)
-        return self.trained_state()
 
     def trained_state(self) -> dict[str, torch.Tensor]:
         """Return the full tensors of what is trained, on the CPU; every process has to call it."""
@@ -137,14 +132,13 @@ class MokaTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Compute the loss without logits, in training with the watchers looking on."""
+        """Compute the loss without logits, and in training show batch and loss to the callbacks."""
         sample_ids = inputs.pop("sample_ids", [])
-        watchers = self.watchers if model.training else []
-        for watcher in watchers:
-            watcher.on_batch(inputs, sample_ids)
+        if model.training:
+            self.notify("on_batch", inputs, sample_ids)
         found: Any = super().compute_loss(model, {**inputs, "loss_only": True}, return_outputs, num_items_in_batch)
-        for watcher in watchers:
-            watcher.on_loss((found[0] if return_outputs else found).detach(), sample_ids)
+        if model.training:
+            self.notify("on_loss", (found[0] if return_outputs else found).detach(), sample_ids)
         return found
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, Any]:
@@ -152,12 +146,18 @@ class MokaTrainer(Trainer):
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return [], None
-        for watcher in self.watchers:
-            epoch_iterator = watcher.watched(epoch_iterator)
+        self.notify("on_fetch_begin")
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.notify("on_fetch_end")
         if batches and isinstance(self.model, EmbeddingAlignment):
             share_captions(batches)
         return batches, items
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add figures to a log with the loss."""
+        if "loss" in logs:
+            self.notify("on_measure", logs)
+        super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save what is trained: an adapter folder, or a connector."""
