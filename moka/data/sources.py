@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import bisect
 import itertools
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from moka.demo.digit_tasks import EmbeddedTask
 from moka.demo.embedded import ATTRIBUTION, PREFIX, Split
 from moka.demo.stamp_tasks import PhotographsTask
 from moka.errors import MokaError
+from moka.io import append_jsonl, read_jsonl
 from moka.modeling.encoders import RESOLVERS
 from moka.modeling.processing import IGNORE, TooLongError
 
@@ -282,8 +282,8 @@ class EncodedDataset:
     @property
     def dropped(self) -> dict[int, str]:
         """Index -> reason of every sample replaced so far; with a report also by the other loader workers and ranks."""
-        if self.report_path is not None and self.report_path.exists():
-            for record in map(json.loads, self.report_path.read_text("utf-8").splitlines()):
+        if self.report_path is not None:
+            for record in read_jsonl(self.report_path):
                 if record["action"] == "replaced":
                     self._dropped.setdefault(record["index"], record["reason"])
         return self._dropped
@@ -319,8 +319,7 @@ class EncodedDataset:
 
     def _report(self, record: dict[str, Any]) -> None:
         if self.report_path is not None:
-            with open(self.report_path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            append_jsonl(self.report_path, record)
 
 
 class Collator:

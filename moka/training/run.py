@@ -26,7 +26,7 @@ from .callbacks import Meter, MetricsWriter, ProgressBar, add_tensorboard
 from .checkpointing import last_checkpoint, print_changes
 from .dataloading import build_train_dataset, data_seed
 from .datasets import bad_media_report
-from .distributed_backend import EngineNote, forget_engine, in_words
+from .distributed_backend import BackendNote, forget_engine, in_words
 from .model_card import plot_balance, plot_loss, write_card, write_samples
 from .preemption import SaveAndLeave
 from .run_dir import ADAPTER, CONNECTOR, SUMMARY, save_result
@@ -106,14 +106,15 @@ def _train(run: Run, stage: int, module: torch.nn.Module) -> dict[str, torch.Ten
         print_main(
             f"stage {stage}: " + (f"resuming from {checkpoint}" if checkpoint else "no checkpoint; from its beginning")
         )
-    if checkpoint is not None and is_main():
-        print_changes(checkpoint, arguments.world_size)
     _say_batch(run, stage, going_on=checkpoint is not None)
     trainer = _trainer(run, stage, module, step)
-    trainer.add_callback(EngineNote(trainer, stage, run.engines))
+    if checkpoint is not None and is_main():
+        name = f"data.{'alignment' if stage == 1 else 'train'}"
+        print_changes(checkpoint, arguments.world_size, trainer.data_fingerprint, name)
+    trainer.add_callback(BackendNote(trainer, stage, run.engines))
     trainer.add_callback(SaveAndLeave(run.interruption, trainer))
     run.interruption.defer()
-    trainer.run(checkpoint)
+    trainer.run(checkpoint, SECTIONS[stage])
     _say_replaced(run, stage)
     if stage == 2:
         run.logits_change = logits_change(trainer)
@@ -258,5 +259,5 @@ def _write_artefacts(run: Run, result: PeftModel | None, seconds: float) -> None
         summary["adapter changes logits by"] = f"{100 * run.logits_change:.3g} %"
     plot_loss(folder)
     plot_balance(folder)
-    write_card(folder, config, summary | {f"stage {n}": in_words(engine) for n, engine in run.engines.items()})
+    write_card(folder, config, summary | {f"stage {n}": in_words(backend) for n, backend in run.engines.items()})
     write_json(folder / SUMMARY, summary | {"engines": run.engines})
