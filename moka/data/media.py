@@ -6,7 +6,6 @@ file before a run in `moka.data.media_validation`; all but the last are offered 
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections import Counter
@@ -19,6 +18,7 @@ import numpy as np
 from moka.data.schema import map_media
 from moka.errors import MokaError, nearest
 from moka.features.cache import FeatureCache, NotCachedError
+from moka.io import append_jsonl, read_jsonl
 from moka.modeling.media import AudioFeatures, Waveform
 
 from .audio_segments import AudioWindows, audio_windows
@@ -207,8 +207,8 @@ class DecodedDataset:
     @property
     def report(self) -> list[dict[str, Any]]:
         """One record a bad sample, in the order met: ``index``, ``id``, ``file``, ``reason`` and ``action`` (policy)."""
-        if self.report_path is not None and self.report_path.exists():
-            for record in map(json.loads, self.report_path.read_text("utf-8").splitlines()):
+        if self.report_path is not None:
+            for record in read_jsonl(self.report_path):
                 if "index" in record:  # the first line of what `SkipReport.write` wrote has totals
                     self._seen.setdefault(record["index"], record)
         return list(self._seen.values())
@@ -239,8 +239,7 @@ class DecodedDataset:
         action = "substitute" if self.policy.policy == "substitute" else "error"
         self._seen[index] = bad_media_record(index, sample_id, error.file, error.reason, action)
         if self.report_path is not None:
-            with open(self.report_path, "a", encoding="utf-8") as file:  # one short write: lines of workers do not mix
-                file.write(json.dumps(self._seen[index]) + "\n")
+            append_jsonl(self.report_path, self._seen[index])  # one short write: lines of workers do not mix
         report = self.report
         allowed = self.policy.allowed(len(self))
         if self.policy.policy == "substitute" and len(report) > allowed:

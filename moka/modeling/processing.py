@@ -144,7 +144,13 @@ class MokaProcessor:
         Raises:
             MokaError: the template's reason, or text with a lone surrogate.
         """
-        for segment in segments(messages, self.tokenizer, self.chat_template, False):
+        blank = [
+            {**m, "content": [p if p["type"] == "text" else {**p, p["type"]: (None,)} for p in m["content"]]}
+            if isinstance(m["content"], list)
+            else m
+            for m in messages
+        ]  # no template looks at a medium
+        for segment in segments(blank, self.tokenizer, self.chat_template, False):
             try:
                 segment.text.encode("utf-8")
             except UnicodeEncodeError as error:

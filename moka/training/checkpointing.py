@@ -24,6 +24,8 @@ import moka
 from moka.errors import MokaError, counted
 from moka.io import read_json, write_json
 
+from .distributed_backend import UNIVERSAL
+
 METADATA = "checkpoint.json"
 FORMAT_VERSION = 2
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP)  # of file systems without fsync
@@ -39,12 +41,14 @@ class CheckpointMetadata:
         step: optimizer steps of its stage.
         world_size: processes.
         zero_stage: DeepSpeed's, 0 to 3; None without DeepSpeed.
+        data: `dataloading.data_fingerprint` of the training data; None if unknown.
         files: name -> bytes.
     """
 
     step: int
     world_size: int = 1
     zero_stage: int | None = None
+    data: dict[str, Any] | None = None
     files: dict[str, int] = field(default_factory=dict)
     moka_version: str = moka.__version__
     torch_version: str = torch.__version__
@@ -128,6 +132,8 @@ def last_checkpoint(folder: Path) -> tuple[Path | None, int]:
     Raises:
         MokaError: there are checkpoints, and every one is damaged.
     """
+    for path in folder.glob(f"{UNIVERSAL}*"):  # of a conversion that was killed
+        shutil.rmtree(path, ignore_errors=True)
     damaged = []
     for step, path in reversed(checkpoints(folder)):
         if not (path / METADATA).is_file():
@@ -160,22 +166,33 @@ def rotate(folder: Path, limit: int | None, newest: Path, best: str | None) -> N
         shutil.rmtree(path, ignore_errors=True)
 
 
-def print_changes(checkpoint: Path, processes: int) -> None:
-    """Print what differs from the run that wrote the checkpoint, and so may change the loss curve."""
+def print_changes(checkpoint: Path, processes: int, data: dict[str, Any] | None, name: str) -> None:
+    """Print what differs from the run that wrote the checkpoint, and so may change the loss curve.
+
+    Args:
+        data: the fingerprint of the training data now.
+        name: of these data, for messages.
+    """
     metadata = CheckpointMetadata.read(checkpoint)
     if metadata.world_size != processes:
         print(
             f"note: {checkpoint.name} was written by {counted(metadata.world_size, 'process', 'processes')}, and the run "
             f"resumes with {processes}: data order, optimizer and schedule are kept; dropout draws other numbers."
         )
-    for name, then, now in (
+    if metadata.data is not None and data is not None and metadata.data != data:
+        then, now = metadata.data.get("samples"), data["samples"]
+        print(
+            f"note: {name} has {now} samples, and had {then} when {checkpoint.name} was written"
+            f"{'; their ids differ' if then == now else ''}: the run resumes on other data."
+        )
+    for library, then, now in (
         ("torch", metadata.torch_version, torch.__version__),
         ("transformers", metadata.transformers_version, transformers.__version__),
         ("moka", metadata.moka_version, moka.__version__),
     ):
         if then != now:
             print(
-                f"note: {checkpoint.name} was written with {name} {then}, and this is {now}: losses may differ a little."
+                f"note: {checkpoint.name} was written with {library} {then}, and this is {now}: losses may differ a little."
             )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Iterable
 from functools import partial
@@ -17,7 +19,7 @@ from transformers import TrainingArguments
 from moka.config import RunConfig
 from moka.data import EncodedDataset
 from moka.data.batching import LengthGroupedSampler, grouped_order, padding_share
-from moka.data.lengths import Lengths, count_lengths, joined_lengths, lengths_key, read_lengths, save_lengths
+from moka.data.lengths import Lengths, count_lengths, joined_lengths, lengths_key, read_lengths, save_lengths, undecoded
 from moka.data.media_validation import usable_cores
 from moka.data.packing import PackedDataset
 from moka.data.streaming import EncodedStream
@@ -40,6 +42,7 @@ from .preemption import outlive
 BY_LENGTH = "group_by_length"
 # Enough to decode pictures and sound for one GPU; more cost memory, as each keeps the batches that it has prepared.
 _MOST_WORKERS = 4
+_FINGERPRINTED = 1000  # samples, evenly spaced
 
 
 def check_packing(config: RunConfig, model: MokaForConditionalGeneration, device: torch.device) -> None:
@@ -118,6 +121,17 @@ def _step(arguments: TrainingArguments) -> int:
 def data_seed(arguments: TrainingArguments) -> int:
     """What the order of samples is drawn by."""
     return arguments.seed if arguments.data_seed is None else arguments.data_seed
+
+
+def data_fingerprint(dataset: Any) -> dict[str, Any] | None:
+    """Return what tells training data from others: the number of samples, and a hash of the ids of up to 1,000 of them."""
+    encoded = dataset.dataset if isinstance(dataset, PackedDataset) else dataset
+    if not isinstance(encoded, EncodedDataset):
+        return None
+    samples, _ = undecoded(encoded.samples)
+    chosen = np.unique(np.linspace(0, len(samples) - 1, min(_FINGERPRINTED, len(samples))).astype(int))
+    ids = [str(samples[int(index)].get("id", index)) for index in chosen]
+    return {"samples": len(samples), "ids": hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]}
 
 
 def _lengths(dataset: EncodedDataset, path: Path, resume: bool, workers: int, name: str) -> Lengths:

@@ -1,10 +1,10 @@
-"""Norms of the gradients of one optimizer step, by parameter and by part of the model, whatever engine holds them."""
+"""Norms of the gradients of one optimizer step, by parameter and by part of the model, also of sharded parameters."""
 
 from __future__ import annotations
 
+import functools
 import math
 import re
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,18 +13,23 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 _MEDIA_PART = re.compile(r"(?:^|\.)(encoder|projector)s\.([^.]+)\.")
-_UPS, _DOWNS = (".moka_B.", ".lora_B."), (".moka_A.", ".lora_A.")
 
 
 def gradient_norms(trainer: Any) -> dict[str, list[float] | None]:
-    """Norm of each trainable parameter's gradient, averaged over the processes. All processes take part.
+    """Return the norm of each trainable parameter's gradient, averaged over the processes. All processes have to call it.
 
-    Between the backward pass and the optimizer step alone. Under DeepSpeed before ``engine.step``, which frees them.
+    Only between the backward pass and the optimizer step. Under DeepSpeed before ``engine.step``, which frees them.
 
     Returns:
-        parameter name -> [norm]; of ``moka_A`` [M, r, in] one for each modality; None where there is no gradient.
+        parameter name -> [norm]; of ``moka_A`` [M, r, in] one for each modality; None if there is no gradient.
     """
-    read = _reader(trainer)
+    if trainer.is_deepspeed_enabled:
+        from deepspeed.utils import safe_get_full_grad as read
+    else:
+
+        def read(parameter: torch.nn.Parameter) -> torch.Tensor | None:
+            return parameter.grad
+
     squares: dict[str, torch.Tensor | None] = {}
     for name, parameter in trainer.model.named_parameters():
         if parameter.requires_grad:
@@ -39,90 +44,67 @@ def gradient_norms(trainer: Any) -> dict[str, list[float] | None]:
     }
 
 
-def _reader(trainer: Any) -> Callable[[torch.nn.Parameter], torch.Tensor | None]:
-    if trainer.is_deepspeed_enabled:
-        from deepspeed.utils import safe_get_full_grad
-
-        return safe_get_full_grad
-    return lambda parameter: parameter.grad
-
-
 def _squares(gradient: torch.Tensor, by_row: bool) -> torch.Tensor:
-    """Sums of squares [rows] or [1], float32; those of a sharded gradient over all its shards."""
+    """Return sums of squares [rows] or [1], float32; of a sharded gradient over all its shards."""
     squares = gradient.detach().float().pow(2)
     total = squares.flatten(1).sum(1) if by_row and squares.dim() == 3 else squares.sum().reshape(1)
     return total.full_tensor() if isinstance(total, DTensor) else total
 
 
-def before_engine_step(accelerator: Any, action: Callable[[], None]) -> None:
-    """Have DeepSpeed's engine do ``action`` before each optimizer step: accelerate's ``backward`` takes the step too, and
-    has no hook in between.
-    """
-    engine = accelerator.deepspeed_engine_wrapped.engine
-    step = engine.step
-
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        action()
-        return step(*args, **kwargs)
-
-    engine.step = watched
-
-
 class GradientReader(TrainerCallback):
-    """Shows the gradient norms to the trainer's watchers at the steps at which one wants them."""
+    """Calls ``on_gradients`` of the trainer's callbacks before each optimizer step."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.is_deepspeed_enabled:
-            before_engine_step(self.trainer.accelerator, self.show)
+        if not self.trainer.is_deepspeed_enabled:
+            return
+        # accelerate's ``backward`` also takes DeepSpeed's optimizer step, and has no hook before it.
+        engine = self.trainer.accelerator.deepspeed_engine_wrapped.engine
+        step = engine.step
+
+        def read_and_step(*args: Any, **kwargs: Any) -> Any:
+            self.read()
+            return step(*args, **kwargs)
+
+        engine.step = read_and_step
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self.trainer.is_deepspeed_enabled:  # its engine has taken the step already
-            self.show()
+            self.read()
 
-    def show(self) -> None:
-        wanting = [watcher for watcher in self.trainer.watchers if watcher.wants_gradients()]
-        norms = gradient_norms(self.trainer) if wanting else {}
-        for watcher in wanting:
-            watcher.on_gradients(norms)
+    def read(self) -> None:
+        """Offer the norms to every callback; they are computed if one asks for them."""
+        self.trainer.notify("on_gradients", functools.cache(lambda: gradient_norms(self.trainer)))
 
 
 def modality_rows(model: Any) -> list[str]:
-    """The modalities of the rows of ``moka_A``; none without a MokA adapter."""
+    """Return the modalities of the rows of ``moka_A``; none without a MokA adapter."""
     if not isinstance(model, PeftModel):
         return []
     return list(getattr(model.peft_config[model.active_adapter], "modalities", []))
 
 
-def is_up(name: str) -> bool:
-    """Whether the parameter is a B of the adapter."""
-    return any(key in f".{name}" for key in _UPS)
-
-
-def is_down(name: str) -> bool:
-    """Whether the parameter is an A of the adapter."""
-    return any(key in f".{name}" for key in _DOWNS)
-
-
 def media_part(name: str) -> tuple[str, str] | None:
-    """("encoder" or "projector", modality) of a parameter outside the language model."""
+    """Return ("encoder" or "projector", modality) of a parameter outside the language model."""
     found = _MEDIA_PART.search(name)
     return None if found is None else (found[1], found[2])
 
 
 def norms_by_part(norms: dict[str, list[float] | None], rows: list[str]) -> dict[str, float]:
-    """Norm of the gradient by part: A/MODALITY (A alone with LoRA), B, projector/MODALITY, encoder/MODALITY, other."""
+    """Return the norm of the gradient by part: A/MODALITY (A with LoRA), B, projector/MODALITY, encoder/MODALITY, other."""
     squares: dict[str, float] = {}
     for name, values in norms.items():
+        media, dotted = media_part(name), f".{name}"
         for index, value in enumerate(values or []):
-            media = media_part(name)
             if media is not None:
                 part = "/".join(media)
-            elif is_down(name):
-                part = f"A/{rows[index]}" if ".moka_A." in name else "A"
+            elif ".moka_A." in dotted:
+                part = f"A/{rows[index]}"
+            elif ".lora_A." in dotted:
+                part = "A"
             else:
-                part = "B" if is_up(name) else "other"
+                part = "B" if ".moka_B." in dotted or ".lora_B." in dotted else "other"
             squares[part] = squares.get(part, 0.0) + value**2
     return {part: math.sqrt(square) for part, square in squares.items()}

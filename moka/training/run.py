@@ -24,18 +24,16 @@ from moka.modeling.encoders import CachedEncoder, bring_back, set_aside
 from moka.modeling.sharding import is_sharded
 
 from .alignment import EmbeddingAlignment
-from .callbacks import MetricsWriter
+from .callbacks import Meter, MetricsWriter, ProgressBar, add_tensorboard
 from .checkpointing import last_checkpoint, print_changes
 from .dataloading import build_train_dataset, data_seed
 from .datasets import bad_media_report
-from .distributed_backend import EngineNote, forget_engine, in_words
+from .distributed_backend import BackendNote, forget_engine, in_words
 from .model_card import plot_balance, plot_loss, write_card, write_samples
 from .preemption import SaveAndLeave
-from .progress import Meter, ProgressBar
 from .run_dir import ADAPTER, CONNECTOR, SUMMARY, save_result
 from .sanity_callbacks import ADAPTED_SAMPLES, DivergenceGuard, GradientGuard, check_dtypes, logits_change
 from .setup import Run, draw_seed, open_run
-from .trackers import place_tensorboard
 from .trainer import MokaTrainer
 
 _BAD_MEDIA = {
@@ -89,7 +87,7 @@ def _trainer(run: Run, stage: int, module: torch.nn.Module, step: int) -> MokaTr
         callbacks=_callbacks(run, stage),
         rates=rates,
     )
-    place_tensorboard(trainer, run.folder, stage, step, section.get("report_to"))
+    add_tensorboard(trainer, run.folder, stage, step, section.get("report_to"))
     return trainer
 
 
@@ -129,14 +127,15 @@ def _train(run: Run, stage: int, module: torch.nn.Module) -> dict[str, torch.Ten
         print_main(
             f"stage {stage}: " + (f"resuming from {checkpoint}" if checkpoint else "no checkpoint; from its beginning")
         )
-    if checkpoint is not None and is_main():
-        print_changes(checkpoint, arguments.world_size)
     _say_batch(run, stage, going_on=checkpoint is not None)
     trainer = _trainer(run, stage, module, step)
-    trainer.add_callback(EngineNote(trainer, stage, run.engines))
+    if checkpoint is not None and is_main():
+        name = f"data.{'alignment' if stage == 1 else 'train'}"
+        print_changes(checkpoint, arguments.world_size, trainer.data_fingerprint, name)
+    trainer.add_callback(BackendNote(trainer, stage, run.engines))
     trainer.add_callback(SaveAndLeave(run.interruption, trainer))
     run.interruption.defer()
-    trainer.run(checkpoint)
+    trainer.run(checkpoint, SECTIONS[stage])
     _say_replaced(run, stage)
     if stage == 2:
         run.logits_change = logits_change(trainer)
@@ -281,5 +280,5 @@ def _write_artefacts(run: Run, result: PeftModel | None, seconds: float) -> None
         summary["adapter changes logits by"] = f"{100 * run.logits_change:.3g} %"
     plot_loss(folder)
     plot_balance(folder)
-    write_card(folder, config, summary | {f"stage {n}": in_words(engine) for n, engine in run.engines.items()})
+    write_card(folder, config, summary | {f"stage {n}": in_words(backend) for n, backend in run.engines.items()})
     write_json(folder / SUMMARY, summary | {"engines": run.engines})

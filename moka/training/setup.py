@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from transformers import TrainingArguments
 
@@ -28,7 +29,7 @@ from moka.distributed import (
     run_on_all,
     run_on_main,
 )
-from moka.errors import Interrupted
+from moka.errors import Interrupted, MokaError
 from moka.features.cache import FeatureCache
 from moka.features.setup import describe, open_features, with_features
 from moka.modeling import MokaForConditionalGeneration, MokaProcessor
@@ -167,13 +168,25 @@ def _prepare(
     processor.decoding = {"video_frames": config.data.video_frames, "audio_windows": config.data.audio_windows}
     run = Run(config, folder, arguments, resume, datasets, model, processor)
     if 2 in config.stages:
-        adapter_parameters(model, config.adapter)
+        _check_adapter_size(config, adapter_parameters(model, config.adapter), arguments[2])
     if config.data.feature_cache is not None:
         run.features = open_features(config.data, model, processor)
         run.datasets = {name: with_features(samples, run.features) for name, samples in datasets.items()}
         for line in describe(run.features):
             print_main(line)
     return run
+
+
+def _check_adapter_size(config: RunConfig, parameters: int, arguments: TrainingArguments) -> None:
+    """Refuse an adapter whose weights alone, in float32, need more memory than the machine has."""
+    device, memory = arguments.device, psutil.virtual_memory().total
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory * arguments.world_size
+    if 4 * parameters > memory:
+        raise MokaError(
+            f"adapter.r: {config.adapter.r} makes an adapter of {parameters:,} parameters, {4 * parameters / 2**30:,.0f} GiB, and "
+            f"{device} has {memory / 2**30:,.0f} GiB. Lower it, or name fewer adapter.target_modules."
+        )
 
 
 def _try_first(run: Run) -> None:

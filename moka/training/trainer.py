@@ -3,9 +3,10 @@
 Overridden methods of ``Trainer``, and why:
 
 - ``create_optimizer``: encoders and projectors have learning rates of their own.
-- ``compute_loss``: watchers are shown each batch with the ids of its samples, and its loss; no logits are computed.
-- ``get_batch_samples``: watchers time the wait for data; embedding alignment sees the captions of the full step; a run that
-  was resumed after its last step trains no other.
+- ``compute_loss``: callbacks see each batch with the ids of its samples, and its loss; no logits are computed.
+- ``get_batch_samples``: the wait for data is timed; embedding alignment sees the captions of the full step; a run that was
+  resumed after its last step trains no other.
+- ``log``: figures are added to the loss before anything reads them.
 - ``save_model``: a checkpoint has what is trained, never the frozen backbone.
 - ``_get_dataloader``: samples grouped by length, validation data in their own order, and loaders that resume exactly.
 - ``_prepare_for_training``: DeepSpeed's engine saves only what is trained, and resumes with another number of processes.
@@ -20,14 +21,15 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers.trainer
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, DynamoBackend
 from peft import PeftModel
-from transformers import DefaultFlowCallback, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments, get_scheduler
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
+from transformers.utils import is_liger_kernel_available
 
 from moka.config import OWN_TRAINING_KEYS
 from moka.data.streaming import EncodedStream
@@ -39,14 +41,22 @@ from moka.modeling.artifacts import connector_state, load_connector, save_connec
 from moka.modeling.sharding import fsdp_requested, full_state_dict, loading_full_tensors, without_wrappers
 
 from .alignment import EmbeddingAlignment, share_captions
-from .callbacks import Watcher
+from .callbacks import check_reports
 from .checkpointing import CheckpointMetadata, complete, file_sizes, rotate
-from .dataloading import dismiss_workers, divided, loader_settings, prepare_loader, sampler, stream_loader
-from .distributed_backend import describe, leave_frozen_out, load_checkpoint, place, use_deepspeed
+from .dataloading import (
+    data_fingerprint,
+    data_seed,
+    dismiss_workers,
+    divided,
+    loader_settings,
+    prepare_loader,
+    sampler,
+    stream_loader,
+)
+from .distributed_backend import describe, exclude_frozen, load_checkpoint, move_unsharded, use_deepspeed
 from .gradients import GradientReader
 from .launch import check_deepspeed
 from .run_dir import save_adapter
-from .trackers import check_reports
 
 # Files of the optimizer's state in a checkpoint, by what wrote it.
 _PLAIN = "neither DeepSpeed nor FSDP"
@@ -55,6 +65,7 @@ _OPTIMIZER_FILES = {
     "FSDP": ("optimizer.bin", "optimizer_0"),
     _PLAIN: ("optimizer.pt",),
 }
+_MANY_STEPS = 1_000_000  # to try a schedule before the number of steps is known
 
 
 class MokaTrainer(Trainer):
@@ -70,30 +81,29 @@ class MokaTrainer(Trainer):
         # Done here, after the metadata were written and the training has ended.
         self._save_limit, self.args.save_total_limit = self.args.save_total_limit, None
         self._loads_best, self.args.load_best_model_at_end = self.args.load_best_model_at_end, False
+        self.data_fingerprint = data_fingerprint(self.train_dataset) if is_main() else None
         self._save_error: Exception | None = None
         self._loaders: list[Any] = []
         self.remove_callback(PrinterCallback if self.args.disable_tqdm else ProgressCallback)
-        for watcher in self.watchers:
-            watcher.trainer = self
-        # What adds to a log comes after transformers' own decisions and before all that read the log.
-        self.callback_handler.callbacks.sort(
-            key=lambda one: 0 if isinstance(one, DefaultFlowCallback) else 2 - getattr(one, "adds_to_log", False)
-        )
         self.add_callback(GradientReader(self))
         model: Any = self.model
         model.train()  # encoders freeze again what peft let train and can have no gradient
         run_on_all(self._check_fsdp)
 
-    @property
-    def watchers(self) -> list[Watcher]:
-        """Return the callbacks that are shown batches, losses and gradients."""
-        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, Watcher)]
+    def notify(self, event: str, *values: Any) -> None:
+        """Call ``event`` of each callback that has it (see ``callbacks``)."""
+        for callback in self.callback_handler.callbacks:
+            method = getattr(callback, event, None)
+            if method is not None:
+                method(self, *values)
 
-    def run(self, checkpoint: Path | None = None) -> None:
+    def run(self, checkpoint: Path | None = None, section: str = "training") -> None:
         """Train from the beginning or from ``checkpoint``; afterwards the model is the best one, if that was asked for.
 
+        Args:
+            section: of the configuration, for messages.
         Raises:
-            MokaError: the checkpoint was written under another engine.
+            MokaError: the checkpoint was written under another engine; memory ran out.
         """
         if checkpoint is not None:
             run_on_all(lambda: self._check_engine(checkpoint))
@@ -103,7 +113,8 @@ class MokaTrainer(Trainer):
                 self.train_dataset.start = step * self.args.gradient_accumulation_steps
                 self.args.ignore_data_skip = True
         try:
-            self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            with _memory_errors(self.args, section):
+                self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         finally:
             for loader in self._loaders:
                 dismiss_workers(loader)
@@ -142,14 +153,13 @@ class MokaTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Compute the loss without logits, in training with the watchers looking on."""
+        """Compute the loss without logits, and in training show batch and loss to the callbacks."""
         sample_ids = inputs.pop("sample_ids", [])
-        watchers = self.watchers if model.training else []
-        for watcher in watchers:
-            watcher.on_batch(inputs, sample_ids)
+        if model.training:
+            self.notify("on_batch", inputs, sample_ids)
         found: Any = super().compute_loss(model, {**inputs, "loss_only": True}, return_outputs, num_items_in_batch)
-        for watcher in watchers:
-            watcher.on_loss((found[0] if return_outputs else found).detach(), sample_ids)
+        if model.training:
+            self.notify("on_loss", (found[0] if return_outputs else found).detach(), sample_ids)
         return found
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, Any]:
@@ -157,12 +167,18 @@ class MokaTrainer(Trainer):
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return [], None
-        for watcher in self.watchers:
-            epoch_iterator = watcher.watched(epoch_iterator)
+        self.notify("on_fetch_begin")
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.notify("on_fetch_end")
         if batches and isinstance(self.model, EmbeddingAlignment):
             share_captions(batches)
         return batches, items
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add figures to a log with the loss."""
+        if "loss" in logs:
+            self.notify("on_measure", logs)
+        super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save what is trained: an adapter folder, or a connector."""
@@ -208,9 +224,9 @@ class MokaTrainer(Trainer):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         if not self.is_deepspeed_enabled:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        place(self.model, self.args.device)
+        move_unsharded(self.model, self.args.device)
         model, train_dataloader = super()._prepare_for_training(max_steps, train_dataloader, None)
-        leave_frozen_out(model)
+        exclude_frozen(model)
         if resume_from_checkpoint is not None:
             load_checkpoint(model, Path(resume_from_checkpoint), self.args.world_size)
             self._load_optimizer_and_scheduler(resume_from_checkpoint)
@@ -239,7 +255,8 @@ class MokaTrainer(Trainer):
 
         def finish() -> None:
             with disk_full_errors(checkpoint):
-                complete(checkpoint, CheckpointMetadata(step, self.args.world_size, zero_stage), written)
+                metadata = CheckpointMetadata(step, self.args.world_size, zero_stage, self.data_fingerprint)
+                complete(checkpoint, metadata, written)
             rotate(folder, self._save_limit, checkpoint, self.state.best_model_checkpoint)
 
         try:
@@ -302,6 +319,28 @@ def _without_fsdp_model_copy() -> Iterator[None]:
             module.save_fsdp_model = original
 
 
+@contextmanager
+def _memory_errors(arguments: TrainingArguments, section: str) -> Iterator[None]:
+    """Turn exhausted memory, of the device, the host or a data loader's worker, into an error that names what to change."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        reason = str(error).splitlines()[0] if str(error) else "no memory left"
+        if "DataLoader worker (pid" in str(error):
+            raise MokaError(
+                f"{section}.dataloader_num_workers: {arguments.dataloader_num_workers}: a worker was killed ({reason}). "
+                "Probably memory ran out: use fewer workers, a lower dataloader_prefetch_factor, or more shared memory (docker "
+                "--shm-size)."
+            ) from error
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
+            raise MokaError(
+                f"{section}.per_device_train_batch_size: {arguments.per_device_train_batch_size} does not fit into the memory "
+                f"of {arguments.device} ({reason}). Lower it ({section}.global_batch_size keeps the step), set "
+                f"{section}.gradient_checkpointing: true or a lower model.max_length, or quantize the backbone."
+            ) from error
+        raise
+
+
 def trained_state(model: Any) -> dict[str, torch.Tensor]:
     """Return the adapter with its saved modules, or the connector: full tensors, on the CPU; every process has to call it."""
     composed_of(model).backbone_fingerprint()  # what is saved names it; of shards, one process could not compute it
@@ -355,16 +394,46 @@ def training_arguments(
     for key in ("bf16", "fp16", "tf32"):
         if settings.get(key) and (settings.get("use_cpu") or not torch.cuda.is_available()):
             raise MokaError(f"{name}.{key}: true needs a GPU, and this run is on the CPU. Take it out.")
-    try:
+    with _refused_settings(name):
         arguments = TrainingArguments(output_dir=str(output_dir), **settings)
-        Trainer.get_optimizer_cls_and_kwargs(arguments)  # an optimizer whose library is missing
-    except (ValueError, TypeError, KeyError, ImportError, OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise MokaError(f"{name}: transformers refuses these settings: {reason}") from error
+    _try_settings(arguments, name)
     run_on_all(lambda: _check_processes(arguments))
     run_on_all(lambda: _set_accumulation(arguments, section, name))
     run_on_all(lambda: use_deepspeed(arguments, name))
     return arguments
+
+
+@contextmanager
+def _refused_settings(name: str, fields: str = "") -> Iterator[None]:
+    """Turn any error of transformers or torch about settings into one that names the section and the fields."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        of = f" of {fields}" if fields else ""
+        raise MokaError(f"{name}: transformers refuses these settings{of}: {reason}") from error
+
+
+def _try_settings(arguments: TrainingArguments, name: str) -> None:
+    """Build, for one small parameter, what transformers builds from the settings only when a stage starts."""
+    with _refused_settings(name, "optim, optim_args, learning_rate, adam_beta1, adam_beta2, adam_epsilon"):
+        optimizer_class, settings = Trainer.get_optimizer_cls_and_kwargs(arguments)
+        optimizer = optimizer_class([torch.nn.Parameter(torch.zeros(2, 2, device=arguments.device))], **settings)
+    with _refused_settings(name, "lr_scheduler_type, lr_scheduler_kwargs, warmup_steps"):
+        warmup, given = arguments.get_warmup_steps(_MANY_STEPS), cast("dict | None", arguments.lr_scheduler_kwargs)
+        get_scheduler(arguments.lr_scheduler_type, optimizer, warmup, _MANY_STEPS, given)
+    with _refused_settings(name, "seed, data_seed"):
+        torch.Generator().manual_seed(data_seed(arguments))
+    with _refused_settings(name, "log_level"):
+        arguments.get_process_log_level()
+    with _refused_settings(name, "torch_compile_backend"):
+        DynamoBackend((arguments.torch_compile_backend or "no").upper())
+    if arguments.neftune_noise_alpha is not None and not arguments.neftune_noise_alpha >= 0:
+        raise MokaError(f"{name}.neftune_noise_alpha: {arguments.neftune_noise_alpha} is negative; 5 is usual.")
+    if arguments.use_liger_kernel and not is_liger_kernel_available():
+        raise MokaError(f"{name}.use_liger_kernel: liger-kernel is not installed. Install it, or set it to false.")
+    if arguments.save_strategy == SaveStrategy.BEST and arguments.metric_for_best_model is None:
+        raise MokaError(f"{name}.save_strategy: best needs {name}.metric_for_best_model, for example eval_loss.")
 
 
 def _check_processes(arguments: TrainingArguments) -> None:

@@ -5,10 +5,10 @@ import warnings
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from moka.training import config_from_dict, dataloading, run_training
 from moka.training import run as run_module
-from moka.training.callbacks import Watcher
 from moka.training.trainer import training_arguments
 
 SHORT = {
@@ -29,13 +29,13 @@ def gpu(monkeypatch):
     monkeypatch.setattr(dataloading, "usable_cores", lambda: 16)
 
 
-class Seen(Watcher):
+class Seen(TrainerCallback):
     """The batches of each step; the processes that help, after each."""
 
     def __init__(self):
         self.batches, self.workers = [], []
 
-    def on_batch(self, inputs, sample_ids):
+    def on_batch(self, trainer, inputs, sample_ids):
         kept = {name: value.clone() for name, value in inputs.items() if isinstance(value, torch.Tensor)}
         self.batches.append((sample_ids, kept))
 

@@ -140,6 +140,35 @@ def test_resume_with_another_global_batch_is_refused(trained_run, tiny_config, t
         resume(tiny_config, folder)
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_resume_on_other_data_is_noted(tiny_config, tmp_path, capsys, packing):
+    turns = [{"role": "user", "content": "which digit"}, {"role": "assistant", "content": "one"}]
+    lines = [json.dumps({"id": str(number), "messages": turns}) + "\n" for number in range(8)]
+    data = tmp_path / "data.jsonl"
+    changes = {"stages": [2], "data__train": str(data), "data__train_size": None, "training__max_steps": 6}
+    changes |= {"training__train_sampling_strategy": "sequential", "training__packing": packing}
+    changes |= {"model__max_length": 96} if packing else {}
+    data.write_text("".join(lines))
+    full = run_training(config_from_dict(tiny_config(tmp_path / "full", **changes)))
+    for name, kept, words in (("same", lines, []), ("cut", lines[:5], ["data.train", "5", "8"])):
+        if packing and name == "cut":
+            continue  # other rows are an error
+        data.write_text("".join(kept))
+        folder = killed(full, tmp_path / name, 2, 4)
+        capsys.readouterr()
+        resume(tiny_config, folder, **changes)
+        notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: data.train")]
+        assert len(notes) == bool(words)
+        assert all(word in note for note in notes for word in words)
+
+
+def test_a_report_that_was_cut_off_in_a_line_does_not_stop_a_resume(trained_run, tiny_config, tmp_path, same_run):
+    folder = killed(trained_run, tmp_path / "run", 2, 4)
+    (folder / "dropped-stage2.jsonl").write_text('{"index": 1, "id": "a", "rea')
+    resume(tiny_config, folder)
+    same_run(folder, trained_run)
+
+
 def test_resume_of_a_complete_run_changes_nothing(trained_run, tiny_config, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(trained_run, folder)

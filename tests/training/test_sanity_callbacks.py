@@ -1,4 +1,4 @@
-"""Guards: a training that cannot come to anything is stopped, and the message names what is wrong."""
+"""Checks of a training: what cannot succeed is stopped by name, and what can is never stopped or discarded."""
 
 import json
 import wave
@@ -6,6 +6,7 @@ import wave
 import numpy as np
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from moka.adapter.layer import MokaLinear
 from moka.data import Collator, EncodedDataset
@@ -15,8 +16,7 @@ from moka.modeling import MokaForConditionalGeneration
 from moka.modeling.build import attach_adapter, build_model
 from moka.training import config_from_dict, run_training
 from moka.training import run as run_module
-from moka.training.callbacks import Watcher
-from moka.training.sanity_callbacks import check_dtypes, logits_change, reached
+from moka.training.sanity_callbacks import DivergenceGuard, check_dtypes, logits_change, supervised_type_ids, unreached
 from moka.training.trainer import MokaTrainer, training_arguments
 
 SHORT = {"stages": [2], "training__max_steps": 3, "training__save_strategy": "no", "data__validation": None}
@@ -27,38 +27,35 @@ def train(raw):
 
 
 @pytest.fixture
-def watch(monkeypatch):
-    """Adds a watcher to the next run."""
+def add_callback(monkeypatch):
+    """Adds a callback to the next runs."""
 
-    def add(watcher):
+    def add(callback):
         own = run_module._callbacks
-        monkeypatch.setattr(run_module, "_callbacks", lambda run, stage: [watcher, *own(run, stage)])
-        return watcher
+        monkeypatch.setattr(run_module, "_callbacks", lambda run, stage: [callback, *own(run, stage)])
+        return callback
 
     return add
 
 
-class Seen(Watcher):
-    """step -> ids of its samples; the parameters whose gradients were read, by step."""
+class Seen(TrainerCallback):
+    """step -> ids of its samples; step -> norms of its gradients."""
 
     def __init__(self):
         self.ids, self.norms = {}, {}
 
-    def on_batch(self, inputs, sample_ids):
+    def on_batch(self, trainer, inputs, sample_ids):
         assert len(sample_ids) == len(inputs["input_ids"])
-        self.ids.setdefault(self.trainer.state.global_step + 1, []).extend(sample_ids)
+        self.ids.setdefault(trainer.state.global_step + 1, []).extend(sample_ids)
 
-    def wants_gradients(self):
-        return True
-
-    def on_gradients(self, norms):
-        self.norms[self.trainer.state.global_step + 1] = norms
+    def on_gradients(self, trainer, norms):
+        self.norms[trainer.state.global_step + 1] = norms()
 
 
-def test_diverging_run_names_the_first_bad_step_and_its_samples(tiny_config, tmp_path, watch, monkeypatch):
+def test_diverging_run_names_the_first_bad_step_and_its_samples(tiny_config, tmp_path, add_callback, monkeypatch):
     """One sample with a broken picture makes the loss NaN, and everything after it, long before the next log."""
     whole = EncodedDataset.__getitem__
-    seen = watch(Seen())
+    seen = add_callback(Seen())
     changes = {
         **SHORT,
         "training__max_steps": 12,
@@ -108,15 +105,15 @@ def test_what_has_diverged_is_told_before_it_is_used(tiny_config, tmp_path, use)
     assert not list((tmp_path / "run").rglob("checkpoint-*"))
 
 
-def test_a_loss_of_zero_stops_too_and_one_bad_step_does_not(tiny_config, tmp_path, watch, monkeypatch):
+def test_a_loss_of_zero_stops_too_and_one_bad_step_does_not(tiny_config, tmp_path, add_callback, monkeypatch):
     step = MokaTrainer.training_step
     factors = iter([1, 0, 0, 1, float("nan"), 1, 0, 0, 0, 1, 1, 1])
 
     def training_step(self, *args, **kwargs):
         loss = step(self, *args, **kwargs)
-        guard = next(w for w in self.watchers if type(w).__name__ == "DivergenceGuard")
-        where, value, ids = guard.window[-1]
-        guard.window[-1] = (where, value * next(factors), ids)
+        guard = next(c for c in self.callback_handler.callbacks if isinstance(c, DivergenceGuard))
+        when, value, ids = guard.window[-1]
+        guard.window[-1] = (when, value * next(factors), ids)
         return loss
 
     monkeypatch.setattr(MokaTrainer, "training_step", training_step)
@@ -158,48 +155,57 @@ def test_an_adapter_outside_the_forward_is_named(tiny_config, tmp_path, monkeypa
         train(tiny_config(tmp_path / "run", **SHORT))
 
 
-@pytest.mark.parametrize(("warmup", "step"), [(0, 2), (1, 3)])
-def test_the_a_of_one_modality_without_a_gradient_is_named(tiny_config, tmp_path, monkeypatch, warmup, step):
-    """At step 1 no A has one, as B is zero; a warm-up's rate of zero at step 1 keeps B zero for one more."""
-
-    def deaf(model, section):
-        adapted = attach_adapter(model, section)
-        row = list(adapted.peft_config["default"].modalities).index("audio")
-        for name, parameter in adapted.named_parameters():
-            if "layers.0.self_attn.v_proj.moka_A" in name:
-                keep = torch.ones(len(parameter), 1, 1)
-                keep[row] = 0
-                parameter.register_hook(keep.mul)
-        return adapted
-
-    monkeypatch.setattr(run_module, "attach_adapter", deaf)
-    changes = {**SHORT, "training__warmup_steps": warmup, "training__max_steps": 8}
-    with pytest.raises(
-        MokaError, match=rf"Step {step}: .*layers\.0\.self_attn\.v_proj\.moka_A\.default\.weight\[audio\]"
-    ) as caught:
-        train(tiny_config(tmp_path / "run", **changes))
-    assert "[visual]" not in str(caught.value)
-
-
 @pytest.mark.parametrize("changes", [{"adapter__method": "lora"}, {"adapter__adapt": ["visual", "audio"]}])
-def test_healthy_variants_pass(tiny_config, tmp_path, watch, changes):
-    seen = watch(Seen())
+def test_healthy_variants_pass(tiny_config, tmp_path, add_callback, changes):
+    seen = add_callback(Seen())
     summary = json.loads((train(tiny_config(tmp_path / "run", **SHORT, **changes)) / "summary.json").read_text())
     assert summary["adapter changes logits by"].endswith(" %")
-    ups = [name for name in seen.norms[1] if "moka_B" in name or "lora_B" in name]
-    assert len(ups) == 4
-    # The queries of media positions in the last block reach no answer.
-    adapted = changes.get("adapter__adapt", ["text"])
-    assert [name for name in ups if seen.norms[1][name] == [0.0]] == [n for n in ups if "1.self_attn.q" in n][
-        : len(adapted) - 1
-    ]
-    assert reached({**seen.norms[1], ups[0]: [0.0]}, adapted, {"text", "visual"}) == [f"{ups[0]} (all zero)"]
-    assert reached({**seen.norms[1], ups[1]: None}, adapted, {"text", "visual"}) == [ups[1]]
+    norms = seen.norms[1]
+    up = next(name for name in norms if "moka_B" in name or "lora_B" in name)
+    projector = [name for name in norms if ".projectors." in name and ".audio." in name]
+    assert unreached(norms, {"visual", "audio"}) == []
+    assert unreached({**norms, up: None}, {"visual"}) == [up]
+    silent = {**norms, **{key: [0.0] for key in projector}}
+    assert (unreached(silent, {"visual"}), len(unreached(silent, {"audio"}))) == ([], 1)
 
 
-def test_an_adapter_on_the_head_trains(tiny_config, tmp_path, watch, capsys):
+def late_media(folder):
+    """Samples whose picture and sound come after the only answer, as in a chat that ends with a user's turn."""
+    with wave.open(str(folder / "a.wav"), "wb") as file:
+        file.setparams((1, 2, 16000, 0, "NONE", ""))
+        file.writeframes(np.random.default_rng(0).integers(-9000, 9000, 8000).astype("<i2").tobytes())
+    turns = [("user", "What is seven?"), ("assistant", "seven"), ("user", [{"type": "audio", "audio": "a.wav"}])]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    path = folder / "late.jsonl"
+    path.write_text("".join(json.dumps({"id": str(i), "messages": messages}) + "\n" for i in range(8)))
+    return path
+
+
+def test_media_after_the_last_answer_need_no_gradient(tiny_config, tmp_path):
+    run = train(tiny_config(tmp_path / "run", **SHORT, data__train=str(late_media(tmp_path)), data__train_size=None))
+    assert (run / "adapter/adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("types", "labels", "positions", "ids"),
+    [
+        ([0, 1, 0, 0], [-100, -100, 5, 6], None, {0, 1}),
+        ([0, 0, 1, 3], [-100, 5, -100, -100], None, {0}),
+        ([1, 3, 0, 2], [5, -100, 6, -100], None, {1, 3}),
+        ([0, 0, 1, 0, 2, 0], [-100, 5, -100, -100, -100, 6], [0, 1, 2, 0, 1, 2], {0, 2}),  # two samples in a row
+        ([0, 1], [-100, -100], None, set()),
+    ],
+)
+def test_only_tokens_before_a_supervised_one_of_their_sample_count(types, labels, positions, ids):
+    inputs = {"mm_token_type_ids": torch.tensor([types]), "labels": torch.tensor([labels])}
+    if positions is not None:
+        inputs["position_ids"] = torch.tensor([positions])
+    assert supervised_type_ids(inputs) == ids
+
+
+def test_an_adapter_on_the_head_trains(tiny_config, tmp_path, add_callback, capsys):
     """Media positions give the head no gradient, and the interaction changes them only."""
-    seen = watch(Seen())
+    seen = add_callback(Seen())
     changes = {"adapter__target_modules": ["q_proj", "lm_head"], "training__per_device_train_batch_size": 2}
     run = train(tiny_config(tmp_path / "run", **{**SHORT, **changes}))
     (head,) = [name for name in seen.norms[3] if "lm_head.moka_A" in name]
@@ -293,8 +299,8 @@ sys.exit(main(sys.argv[2:]))
 
 
 @pytest.mark.slow
-def test_two_processes_name_the_samples_of_both(tiny_config, tmp_path, watch, launch, write_yaml):
-    seen = watch(Seen())
+def test_two_processes_name_the_samples_of_both(tiny_config, tmp_path, add_callback, launch, write_yaml):
+    seen = add_callback(Seen())
     changes = {**SHORT, "training__max_steps": 8, "training__logging_steps": 4}
     train(tiny_config(tmp_path / "healthy", **changes))
     script = tmp_path / "broken.py"

@@ -1,15 +1,19 @@
 """The trainer: equal losses however a batch is cut, checkpoints of what is trained, no half-written result."""
 
+import importlib.util
 import json
 import os
 import resource
 import shutil
+import signal
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.data import get_worker_info
 from transformers import Trainer
 
+from moka.data import EncodedDataset
 from moka.errors import MokaError
 from moka.modeling.build import attach_adapter, build_model
 from moka.modeling.encoders import ENCODERS
@@ -117,26 +121,64 @@ def test_each_part_gets_its_learning_rate(tiny_config, tmp_path):
     assert {group["weight_decay"] for group in of.values()} == {0.0, 0.1}
 
 
-@pytest.mark.parametrize("key", ["bf16", "fp16"])
-def test_half_precision_on_a_cpu_is_refused(tmp_path, key):
-    with pytest.raises(MokaError, match=f"training.{key}: true needs a GPU"):
-        training_arguments({key: True, "use_cpu": True}, tmp_path)
-
-
 @pytest.mark.parametrize(
-    ("section", "word"),
+    ("section", "words"),
     [
-        ({"optim": "adamw_torchy"}, "adamw_torchy"),
-        ({"lr_scheduler_type": "cosin"}, "cosin"),
-        ({"load_best_model_at_end": True, "eval_strategy": "no"}, "strateg"),
-        ({"optim": "lomo"}, "lomo"),
+        ({"optim": "adamw_torchy"}, ["adamw_torchy"]),
+        ({"optim": "lomo"}, ["optim", "lomo"]),
+        ({"adam_beta1": 2}, ["adam_beta1", "2"]),
+        ({"adam_epsilon": -1.0}, ["adam_epsilon", "-1"]),
+        ({"lr_scheduler_type": "cosin"}, ["cosin"]),
+        ({"lr_scheduler_kwargs": {"foo": 1}}, ["lr_scheduler_kwargs", "foo"]),
+        ({"load_best_model_at_end": True, "eval_strategy": "no"}, ["strateg"]),
+        ({"save_strategy": "best"}, ["save_strategy", "metric_for_best_model"]),
+        ({"data_seed": 10**20}, ["data_seed"]),
+        ({"log_level": "foo"}, ["log_level", "foo"]),
+        ({"torch_compile_backend": "nope"}, ["torch_compile_backend", "NOPE"]),
+        ({"neftune_noise_alpha": -5.0}, ["neftune_noise_alpha", "-5"]),
+        ({"use_liger_kernel": True}, ["use_liger_kernel"]),
+        ({"bf16": True, "use_cpu": True}, ["training.bf16"]),
+        ({"fp16": True, "use_cpu": True}, ["training.fp16"]),
     ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_what_transformers_refuses_is_told_before_training(tmp_path, section, word):
-    with pytest.raises(MokaError, match=r"training: transformers refuses these settings") as caught:
+def test_settings_that_cannot_work_are_refused_before_training(tmp_path, section, words):
+    if "use_liger_kernel" in section and importlib.util.find_spec("liger_kernel"):
+        pytest.skip("it is installed")
+    with pytest.raises(MokaError) as caught:
         training_arguments(section, tmp_path / "x")
-    assert word in str(caught.value)
+    assert all(word in str(caught.value) for word in ["training", *words])
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(("key", "value"), [("training__adam_beta1", 2), ("adapter__r", 10**9)])
+def test_settings_of_stage_2_are_tried_before_stage_1_is_trained(tiny_config, tmp_path, key, value):
+    with pytest.raises(MokaError, match=key.rpartition("__")[2]):
+        train(tiny_config(tmp_path / "run", **{key: value}))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError()])
+def test_exhausted_memory_names_the_batch_size(tiny_config, tmp_path, monkeypatch, error):
+    def fail(self, *args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(MokaTrainer, "compute_loss", fail)
+    with pytest.raises(MokaError, match=r"training.per_device_train_batch_size: 4 .*memory"):
+        train(tiny_config(tmp_path / "run", **NO_DROPOUT, stages=[2]))
+
+
+def test_a_killed_worker_names_the_number_of_workers(tiny_config, tmp_path, monkeypatch):
+    get = EncodedDataset.__getitem__
+
+    def killed(self, index):
+        if get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return get(self, index)
+
+    monkeypatch.setattr(EncodedDataset, "__getitem__", killed)
+    with pytest.raises(MokaError, match=r"training.dataloader_num_workers: 1: "):
+        train(tiny_config(tmp_path / "run", **NO_DROPOUT, stages=[2], training__dataloader_num_workers=1))
 
 
 def test_diverging_run_stops_and_leaves_no_adapter(tiny_config, tmp_path):

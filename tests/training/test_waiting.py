@@ -16,11 +16,11 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+from transformers import TrainerCallback
 
 import moka
 from moka.training import config_from_dict, run_training
 from moka.training import run as run_module
-from moka.training.callbacks import Watcher
 from moka.training.trainer import MokaTrainer
 
 MOKA = str(Path(moka.__file__).parent)
@@ -85,7 +85,7 @@ class Copies(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class Between(Watcher):
+class Between(TrainerCallback):
     """Counts the reads of all steps from the first to the last given."""
 
     def __init__(self, first, last):
@@ -95,7 +95,7 @@ class Between(Watcher):
     def on_step_begin(self, args, state, control, **kwargs):
         step = state.global_step + 1
         if step == self.first:
-            model = self.trainer.model
+            model = kwargs["model"]
             self.reads.put(*model.parameters(), *(b for b in model.buffers() if b.numel()))
             self.modes.enter_context(self.reads)
             self.modes.enter_context(Copies(self.reads))

@@ -13,10 +13,9 @@ from safetensors.torch import load_file
 
 from moka.data import Collator
 from moka.errors import MokaError
-from moka.training import config_from_dict, progress, run_training
+from moka.training import callbacks, config_from_dict, run_training
 from moka.training import run as run_module
-from moka.training.callbacks import MetricsWriter
-from moka.training.progress import ProgressBar, StepClock
+from moka.training.callbacks import MetricsWriter, ProgressBar, StepClock
 
 SHORT = {"stages": [2], "training__max_steps": 4, "training__save_strategy": "no", "data__validation": None}
 NO_DROPOUT = {
@@ -118,31 +117,26 @@ def test_training_is_the_same_unobserved(trained_run, tiny_config, tmp_path, mon
     assert not (alone / "balance.png").exists()
 
 
-def test_waiting_and_pauses_are_told_apart(monkeypatch):
+def test_waiting_and_pauses_are_separate(monkeypatch):
     now = SimpleNamespace(time=0.0)
-    monkeypatch.setattr(progress.time, "perf_counter", lambda: now.time)
+    monkeypatch.setattr(callbacks.time, "perf_counter", lambda: now.time)
     clock = StepClock()
 
-    def batches(seconds):
-        for one in seconds:
-            now.time += one
-            yield one
+    def step(fetching, computing):
+        clock.fetch_began()
+        now.time += fetching
+        clock.fetch_ended()
+        now.time += computing
+        clock.step_ended()
 
-    source = batches([1.0, 2.0, 3.0])
-    assert list(map(next, [clock.waiting(source)] * 2)) == [1.0, 2.0]
-    now.time += 5.0  # forward and backward
-    clock.step_ended()
+    step(3.0, 5.0)
     now.time += 100.0  # an evaluation
-    assert next(clock.waiting(source)) == 3.0
-    now.time += 1.0
-    clock.step_ended()
+    step(3.0, 1.0)
     now.time += 0.5  # the device ends its work
     assert clock.read() == (12.5, 6.0)
     now.time += 50.0  # a checkpoint
-    with pytest.raises(StopIteration):
-        next(clock.waiting(source))
-    now.time += 2.0
-    assert clock.read() == (2.0, 0.0)
+    step(2.0, 0.0)
+    assert clock.read() == (2.0, 2.0)
 
 
 def test_lines_at_logs_where_there_is_no_terminal(tiny_config, tmp_path, capfd):
