@@ -74,7 +74,7 @@ class ModelSection:
     )
     attn_implementation: str | None = field(default=None, metadata=_help("sdpa, eager, flash_attention_2, ..."))
     tiny: bool = field(
-        default=False, metadata=_help("Tiny random parts of the same architecture: the whole run in seconds.")
+        default=False, metadata=_help("Tiny random parts of the same architecture: the full run in seconds.")
     )
 
 
@@ -129,7 +129,7 @@ class DataSection:
     )
     bad_media_budget: float = field(default=0.01, metadata=_help("Share of samples that may be bad.", 0))
     feature_cache: str | None = field(
-        default=None, metadata=_help("Folder of `moka cache`: frozen encoders' features, read in the place of media.")
+        default=None, metadata=_help("Folder of `moka cache`: frozen encoders' features, read instead of media.")
     )
 
 
@@ -154,7 +154,7 @@ class OutputSection:
 
 @dataclass
 class RunConfig:
-    """A whole run. ``training`` and ``alignment`` take the names of ``transformers.TrainingArguments``, and ours."""
+    """A full run. ``training`` and ``alignment`` take the names of ``transformers.TrainingArguments``, and ours."""
 
     stages: list[int] = field(default_factory=lambda: [2], metadata=_help("[1], [2] or [1, 2]."))
     model: ModelSection = field(default_factory=ModelSection)
@@ -183,7 +183,7 @@ class RunConfig:
 
 
 def configs_folder() -> Path:
-    """Return the folder of the shipped configurations: in the package of a wheel, or beside it in a checkout."""
+    """Return the folder of the shipped configurations: in the package of a wheel, or next to it in a checkout."""
     package = Path(__file__).resolve().parent
     return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
 
@@ -248,7 +248,7 @@ _TINY_STEPS = 20  # at most, where a configuration asks for more; 2 where it ask
 
 
 def make_tiny(config: RunConfig) -> None:
-    """Put tiny random parts of the same architecture in the place of published ones; a second time changes nothing."""
+    """Put tiny random parts of the same architecture instead of published ones; a second time changes nothing."""
     model = config.model
     model.backbone = tiny.PREFIX + tiny.tiny_kind(model.backbone)
     model.dtype = "float32"
@@ -268,13 +268,13 @@ def make_tiny(config: RunConfig) -> None:
 
 
 def _beside(folder: str) -> str:
-    """Tiny runs lie beside the real ones, whose folders they must not take: RUN-tiny, RUN-tiny/connector."""
+    """Tiny runs are next to the real ones, whose folders they must not take: RUN-tiny, RUN-tiny/connector."""
     path = Path(folder)
     run = path.parent if path.name == "connector" else path
     if path.suffix in (".bin", ".safetensors") or any(part.endswith("-tiny") for part in path.parts):
         return folder
-    beside = run.with_name(f"{run.name}-tiny")
-    return str(beside / path.name if path.name == "connector" else beside)
+    tiny_run = run.with_name(f"{run.name}-tiny")
+    return str(tiny_run / path.name if path.name == "connector" else tiny_run)
 
 
 def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
@@ -320,7 +320,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_MAX_NODES = 100_000  # an alias of an alias of an alias may stand for more than fits into memory
+_MAX_NODES = 100_000  # an alias of an alias of an alias may mean more than fits into memory
 
 
 def load_yaml(text: str) -> Any:
@@ -335,7 +335,7 @@ def load_yaml(text: str) -> Any:
         nonlocal nodes
         nodes += 1
         if nodes > _MAX_NODES:
-            raise yaml.YAMLError(f"it stands for more than {_MAX_NODES:,} values")
+            raise yaml.YAMLError(f"it expands to more than {_MAX_NODES:,} values")
         if isinstance(value, dict):
             return {key: copied(one) for key, one in value.items()}
         return [copied(one) for one in value] if isinstance(value, list) else value
@@ -349,7 +349,7 @@ def load_yaml(text: str) -> Any:
 
 
 def _merge(below: Any, above: Any) -> Any:
-    """``above`` over ``below``, mappings key by key. One that names another ``type`` or ``format`` replaces the whole:
+    """``above`` over ``below``, mappings key by key. One that names another ``type`` or ``format`` replaces the full:
     the fields of an encoder mean nothing to another.
     """
     if not isinstance(below, dict) or not isinstance(above, dict):
@@ -404,7 +404,7 @@ def _check_together(config: RunConfig, where: str) -> None:
         if section.get("packing") and config.model.max_length is None:
             raise MokaError(
                 f"{where}: {name}.packing fills rows up to model.max_length, which is not set. Set it to the tokens of a "
-                "row, at least as many as the longest sample has (`moka data check` tells), for example 2048."
+                "row, at least as many as the longest sample has (`moka data check` says), for example 2048."
             )
     if config.adapter.method == "lora":
         for name in ("share_b", *LORA_HAS_NOT):
@@ -414,7 +414,7 @@ def _check_together(config: RunConfig, where: str) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """What is wrong and where, on one line."""
+    """Return what is wrong and where, on one line."""
     mark = getattr(error, "problem_mark", None)
     if mark is None:
         return str(error).splitlines()[0]
@@ -439,7 +439,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         node = node[parent]
         if isinstance(node, list):
             raise MokaError(
-                f"Override {override!r}: {parent!r} is a list; give the whole of it, as {parent}=[{{...}}, {{...}}]."
+                f"Override {override!r}: {parent!r} is a list; give all of it, as {parent}=[{{...}}, {{...}}]."
             )
         if not isinstance(node, dict):
             raise MokaError(f"Override {override!r}: {parent!r} is a value, not a section.")
@@ -454,7 +454,7 @@ def _build(cls: type, raw: Any, where: str, prefix: str) -> Any:
     if raw is None:
         raw = {}
     if not isinstance(raw, dict):
-        raise MokaError(f"{where}: {prefix.rstrip('.')}: a section of keys is due, got {raw!r}.")
+        raise MokaError(f"{where}: {prefix.rstrip('.')}: a section of keys is expected, got {raw!r}.")
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     values = {}
@@ -516,7 +516,7 @@ _OWN_TYPES = {
     "projector_learning_rate": float,
     "objective": str,
     "packing": bool,
-    "fsdp": bool | str,  # annotated as text for the command line alone
+    "fsdp": bool | str,  # annotated as text for the command line only
 }
 
 _ALWAYS = "moka sets it as its batches need it"
@@ -530,8 +530,8 @@ _RESERVED = {
     "save_only_model": "a checkpoint without the optimizer could not be resumed from",
     "ignore_data_skip": "a resumed run would train on the same samples again",
     "auto_find_batch_size": "it would change the global batch, and on several processes stop them; lower the batch size",
-    "average_tokens_across_devices": "moka always averages over the tokens of the whole batch",
-    "label_smoothing_factor": "moka computes the loss at the answer's positions alone, which cannot be smoothed",
+    "average_tokens_across_devices": "moka always averages over the tokens of the full batch",
+    "label_smoothing_factor": "moka computes the loss at the answer's positions only, which cannot be smoothed",
 }
 # What would otherwise fail late, or mean something else: max_steps: 0 trains for three epochs.
 _AT_LEAST = {
@@ -564,9 +564,9 @@ def one_of(where: str, value: Any, allowed: tuple[str, ...]) -> None:
 def at_least(where: str, value: Any, minimum: float, zero: bool = True) -> None:
     """Refuse numbers below ``minimum`` (and zero itself without ``zero``), NaN too; what is no number passes."""
     if isinstance(value, (int, float)) and not isinstance(value, bool) and not value >= minimum:
-        raise MokaError(f"{where}: {value!r} is too small; at least {minimum} is due.")
+        raise MokaError(f"{where}: {value!r} is too small; at least {minimum} is expected.")
     if not zero and value == 0:
-        raise MokaError(f"{where}: {value!r} is too small; a number above 0 is due.")
+        raise MokaError(f"{where}: {value!r} is too small; a number above 0 is expected.")
 
 
 def convert(value: Any, hint: Any, where: str) -> Any:
@@ -578,7 +578,7 @@ def convert(value: Any, hint: Any, where: str) -> Any:
             return converted
     due = " or ".join(dict.fromkeys(_type_name(option) for option in options))
     hint = " Quote it." if "text" in due and isinstance(value, (int, float)) else ""
-    raise MokaError(f"{where}: {value!r} is {_type_name(type(value))}; {due} is due.{hint}")
+    raise MokaError(f"{where}: {value!r} is {_type_name(type(value))}; {due} is expected.{hint}")
 
 
 def _as(value: Any, option: Any) -> tuple[bool, Any]:
@@ -606,7 +606,7 @@ def _as(value: Any, option: Any) -> tuple[bool, Any]:
 
 
 _NAMES = {
-    int: "a whole number",
+    int: "an integer",
     float: "a number",
     bool: "true or false",
     str: "text",

@@ -26,7 +26,7 @@ from moka.modeling.build import build_model, choose_dtype, context_length
 from moka.modeling.quantization import check_quantization
 from moka.training.run_dir import ADAPTER, FORMAT_VERSION, MODEL_CONFIG
 
-# Beside what `moka merge` and `moka export` write: the format, its checks, and where it came from.
+# Next to what `moka merge` and `moka export` write: the format, its checks, and where it came from.
 EXPORT = "export.json"
 # The backbone quantised as the run says, or not at all.
 AS_TRAINED = "as-trained"
@@ -54,8 +54,8 @@ class LoadedModel:
         Args:
             question: the text.
             image, audio, video: a path or decoded medium each, or a list of them; they come before the question.
-            messages: a whole chat instead, in the format of ``moka.data.schema``.
-            kwargs: for ``generate`` (``num_beams``, ``do_sample``, ...). Decoding is greedy unless told otherwise.
+            messages: a full chat instead, in the format of ``moka.data.schema``.
+            kwargs: for ``generate`` (``num_beams``, ``do_sample``, ...). Decoding is greedy by default.
         Raises:
             MokaError: nothing to answer, a medium that cannot be read or has no encoder, a question that is too long.
         """
@@ -83,7 +83,7 @@ class LoadedModel:
         """Answer several chats at once; each ends in a user's turn. ``names`` are what errors call them."""
         for name, value in (("max_new_tokens", max_new_tokens), ("num_beams", kwargs.get("num_beams", 1))):
             if value < 1:
-                raise MokaError(f"generate: {name} is {value}; at least 1 is due.")
+                raise MokaError(f"generate: {name} is {value}; at least 1 is expected.")
         room = None
         if self.context is not None:
             room = self.context - max_new_tokens
@@ -122,7 +122,7 @@ class LoadedModel:
 
     @property
     def weights_sha256(self) -> str:
-        """Of the adapter's file: tells two trainings into the same folder apart."""
+        """Of the adapter's file: says two trainings into the same folder apart."""
         return sha256_of(self.folder / "adapter_model.safetensors")
 
     @property
@@ -150,7 +150,7 @@ def find_adapter(run: str | Path) -> Path:
     kind = export_kind(path)
     if kind not in (None, "text-merged"):
         raise MokaError(
-            f"{path} is an export in the format {kind}, which needs no moka: its README.md tells how to load it. Here give a "
+            f"{path} is an export in the format {kind}, which needs no moka: its README.md says how to load it. Here give a "
             "run folder of `moka train`, an adapter folder, or the folder of `moka merge`."
         )
     for folder in (path / ADAPTER, path):
@@ -159,8 +159,8 @@ def find_adapter(run: str | Path) -> Path:
     if not path.exists():
         raise MokaError(f"{path} does not exist; give a run folder of `moka train`, or an adapter folder.")
     if (path / "connector" / "connector.json").is_file():
-        raise MokaError(f"{path} holds a stage-1 run alone, without an adapter; train stage 2 from {path}/connector.")
-    raise MokaError(f"{path} holds no adapter (no adapter/adapter_config.json); give a finished run of `moka train`.")
+        raise MokaError(f"{path} has a stage-1 run only, without an adapter; train stage 2 from {path}/connector.")
+    raise MokaError(f"{path} has no adapter (no adapter/adapter_config.json); give a finished run of `moka train`.")
 
 
 def export_kind(path: str | Path) -> str | None:
@@ -174,8 +174,8 @@ def _model_config(folder: Path) -> dict[str, Any]:
     path = folder / MODEL_CONFIG
     if not path.is_file():
         raise MokaError(
-            f"{folder} has no {MODEL_CONFIG}, which tells the encoders and projectors: it was not written by `moka train`, or "
-            "not copied whole. Build the base model yourself and use PeftModel.from_pretrained."
+            f"{folder} has no {MODEL_CONFIG}, which names the encoders and projectors: it was not written by `moka train`, or "
+            "not copied full. Build the base model yourself and use PeftModel.from_pretrained."
         )
     config = read_json(path)
     lost = {"format_version", "backbone", "backbone_fingerprint", "modalities", "fill_token_id", "parts"} - {*config}
@@ -208,10 +208,10 @@ def load_base(
     Args:
         run: a run folder or an adapter folder.
         dtype: float32, bfloat16 or auto.
-        backbone: where the language model lies here, if not at the recorded name.
+        backbone: where the language model is here, if not at the recorded name.
         dequantize: ordinary weights: not quantised as in training, and turned into such where they are quantised on disk.
-        quantization: how the language model is held: as in training, "nf4", "int8", or None for its own weights.
-        device: where a quantised model lies; default: the accelerator if there is one. Others lie on the CPU.
+        quantization: how the language model is kept: as in training, "nf4", "int8", or None for its own weights.
+        device: where a quantised model is; default: the accelerator if there is one. Others are on the CPU.
     Raises:
         MokaError: the backbone is another than the adapter was trained on.
     """
@@ -219,7 +219,7 @@ def load_base(
     if config.get("backbone_relative") and backbone is None and not Path(config["backbone"]).is_dir():
         raise MokaError(
             f"{run} belongs to the backbone in {config['backbone']}, which is not there: an export of `moka merge` is moved "
-            "as a whole. Copy both folders, or say where the backbone lies."
+            "in full. Copy both folders, or say where the backbone is."
         )
     modalities = {name: dict(spec) for name, spec in config["modalities"].items()}
     if quantization == AS_TRAINED:
@@ -323,7 +323,7 @@ def _device(name: str | None) -> str:
 def _tensor_names(folder: Path) -> set[str]:
     weights = folder / "adapter_model.safetensors"
     if not weights.is_file():
-        raise MokaError(f"{folder} has no {weights.name}; moka.load reads safetensors alone. Save the adapter as such.")
+        raise MokaError(f"{folder} has no {weights.name}; moka.load reads safetensors only. Save the adapter as such.")
     with safe_open(weights, "pt") as file:
         return set(file.keys())
 

@@ -1,6 +1,6 @@
 """Write files and folders atomically: each is complete or absent, also on a full disk.
 
-A temporary name is unique and made by moka (``.NAME.RANDOM.tmp`` beside the target), so that no user's file is ever taken
+A temporary name is unique and made by moka (``.NAME.RANDOM.tmp`` next to the target), so that no user's file is ever taken
 for one of ours, and two processes that write the same target do not disturb each other.
 """
 

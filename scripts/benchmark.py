@@ -1,14 +1,14 @@
 """Time, memory and FLOPs of MokA, peft's LoRA, the bare backbone and a plain reference: one process, interleaved.
 
-    python scripts/benchmark.py bars                        # what the method is held to, one line a bar
+    python scripts/benchmark.py bars                        # what the method is kept to, one line a bar
     python scripts/benchmark.py step                        # a training step of the embedded 135M backbone
     python scripts/benchmark.py decode --backbone FOLDER --rounds 20 --json decode.json
     python scripts/benchmark.py LEVEL --help
 
-Each round runs every variant once, in an order drawn anew; ratios are taken within a round, so that what else the
-machine does falls on all of them alike. Printed: median [lower quartile, upper quartile] over the rounds. "bare again"
+Each round runs every variant once, in an order drawn again; ratios are taken within a round, so that what else the
+machine does falls on all of them equally. Printed: median [lower quartile, upper quartile] over the rounds. "bare again"
 is a second copy of the bare backbone: what its ratio is off 1 is the measurement's own error. Before anything is
-measured, MokA and the plain reference must give the same numbers. docs/speed.md tells more.
+measured, MokA and the plain reference must give the same numbers. docs/speed.md says more.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that counts memory tells of each start
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that counts memory says of each start
 
 import torch
 import transformers

@@ -5,8 +5,8 @@
     python scripts/benchmark_training.py --config CONFIG.yaml model.max_length=2048 --steps 30 --rows 4
 
 Every measurement is a `moka train` (under torchrun for several processes, one thread each) of the same data and global
-batch; of packed runs the batch is ``--rows`` rows. A round makes each measurement once, in an order drawn anew, and ratios
-are taken within a round, so that what else the machine does falls on all alike. Tokens are those of samples, not padding,
+batch; of packed runs the batch is ``--rows`` rows. A round makes each measurement once, in an order drawn again, and ratios
+are taken within a round, so that what else the machine does falls on all equally. Tokens are those of samples, not padding,
 over the steps after the first two. Printed: a Markdown table of medians over the rounds, with the smallest and largest.
 """
 
@@ -43,7 +43,7 @@ SHAPES = {  # hidden size, layers; of the language model and of the picture enco
 
 
 def made_up(folder: Path, shape: dict[str, int]) -> Path:
-    """A configuration on made-up data: text alone, one picture, or six, with texts of many lengths; random weights."""
+    """A configuration on made-up data: text only, one picture, or six, with texts of many lengths; random weights."""
     source = np.random.default_rng(0)
     write_tiny_backbone("llama-3", folder / "backbone")
     tokenizer = AutoTokenizer.from_pretrained(folder / "backbone")
@@ -95,7 +95,7 @@ def made_up(folder: Path, shape: dict[str, int]) -> Path:
 
 
 def variants(packed: bool, cache: Path | None, rows: int) -> dict[str, list[str]]:
-    """What is changed in the configuration, by the name of a line of the table."""
+    """Return what is changed in the configuration, by the name of a line of the table."""
     pack = ["training.packing=true", "training.per_device_train_batch_size=1", f"training.global_batch_size={rows}"]
     made: dict[str, list[str]] = {"as they come": [], "grouped by length": GROUPED}
     if packed:

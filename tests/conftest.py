@@ -31,7 +31,7 @@ LAUNCHERS = {
         *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
     ],
     "torchrun one": [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "1"],
-    # `--cpu --num_processes 2` would start one process, and say nothing.
+    # `--cpu --num_processes 2` would start one process, and are silent.
     "accelerate": [
         *(str(BIN / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
         *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
@@ -212,7 +212,7 @@ def write_zero():
             zero["stage3_param_persistence_threshold"] = 0
         if mode.endswith("offload"):
             zero |= {key: {"device": "cpu"} for key in ("offload_optimizer", "offload_param")}
-        # torch's AdamW in the place of DeepSpeed's, which would be compiled first.
+        # torch's AdamW instead of DeepSpeed's, which would be compiled first.
         settings = {**dict.fromkeys(sizes, "auto"), "zero_optimization": zero, "zero_force_ds_cpu_optimizer": False}
         path = folder / f"{mode}.json"
         path.write_text(json.dumps({**settings, **more}))

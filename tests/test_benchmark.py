@@ -55,7 +55,7 @@ def test_sizes_that_need_a_gpu_are_said_to_be_left_out(tmp_path, capsys, monkeyp
     assert capsys.readouterr().out.count("not run: no GPU") == 2
 
 
-def test_a_profile_tells_the_adapter_from_the_backbone(tmp_path):
+def test_a_profile_says_the_adapter_from_the_backbone(tmp_path):
     words = ["profile", *TINY, "--batch", "2", "--seq", "32", "--variants", "lora", "moka", *SHORT]
     found = benchmark.main([*words, "--json", str(tmp_path / "profile.json")])["profile"]
     groups = {name: own["groups_ms"] for name, own in found.items()}
@@ -171,7 +171,7 @@ def point(**times):
     return measure.Point({}, 1, {name: [t, t, t] for name, t in names.items()}, peak)
 
 
-def test_bars_are_met_or_not_by_the_median_and_missing_ones_are_told():
+def test_bars_are_met_or_not_by_the_median_and_missing_ones_are_reported():
     found = {command: [point()] for command in dict.fromkeys(bar.command for bar in bars.BARS)}
     found[bars.GROWTH] = [point(moka=1.25), point(moka=1.5)]  # its share rises from 1/5 to 1/3
     found[bars.DECODE] = [point(merged=1.1)]  # 0.91 of the bare backbone's speed

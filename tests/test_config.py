@@ -1,4 +1,4 @@
-"""The configuration: every mistake is told with its key, what was given, and what is allowed."""
+"""The configuration: every mistake is reported with its key, what was given, and what is allowed."""
 
 import dataclasses
 
@@ -50,11 +50,11 @@ def test_unknown_key_names_the_nearest(raw, key, near):
 @pytest.mark.parametrize(
     ("raw", "words"),
     [
-        ({"stages": 2}, ["stages", "2", "a list of whole numbers is due"]),
+        ({"stages": 2}, ["stages", "2", "a list of integers is expected"]),
         ({"stages": [2, 1]}, ["stages", "[1, 2]"]),
         ({"stages": []}, ["stages"]),
         ({"stages": [3]}, ["stages", "3"]),
-        ({"model": []}, ["model", "a section of keys is due"]),
+        ({"model": []}, ["model", "a section of keys is expected"]),
         ({"model": {"modalities": {"visual": None}}}, ["model.modalities"]),
         ({"model": {"connectors": [1]}}, ["model.connectors", "list of texts"]),
         ({"model": {"backbone": 7}}, ["model.backbone", "Quote it"]),
@@ -64,20 +64,20 @@ def test_unknown_key_names_the_nearest(raw, key, near):
         ({"adapter": {"preset": "papr"}}, ["adapter.preset", "Did you mean 'paper'"]),
         ({"adapter": {"method": "lora", "share_b": False}}, ["adapter.share_b", "lora"]),
         ({"adapter": {"method": "lora", "interaction": "none"}}, ["adapter.interaction", "lora"]),
-        ({"adapter": {"r": True}}, ["adapter.r", "whole number"]),
+        ({"adapter": {"r": True}}, ["adapter.r", "integer"]),
         ({"adapter": {"r": "eight"}}, ["adapter.r", "'eight' is text"]),
         ({"stages": [1, 2], "model": {"connectors": ["x"]}}, ["model.connectors", "stages: [2]"]),
         ({"data": {"on_bad_media": "skp"}}, ["data.on_bad_media", "error, skip, substitute", "Did you mean 'skip'"]),
-        ({"training": {"learning_rate": "fast"}}, ["training.learning_rate", "a number is due"]),
+        ({"training": {"learning_rate": "fast"}}, ["training.learning_rate", "a number is expected"]),
         ({"training": {"bf16": "yes please"}}, ["training.bf16", "true or false"]),
-        ({"training": {"eval_strategy": 5}}, ["training.eval_strategy", "text is due"]),
+        ({"training": {"eval_strategy": 5}}, ["training.eval_strategy", "text is expected"]),
         ({"training": {"output_dir": "x"}}, ["training.output_dir", "output.dir"]),
         ({"training": {"label_smoothing_factor": 0.1}}, ["training.label_smoothing_factor"]),
         ({"training": {"objective": "embedding"}}, ["training.objective", "alignment.objective"]),
         ({"alignment": {"objective": "clip"}}, ["alignment.objective", "language_modeling, embedding"]),
     ],
 )
-def test_wrong_value_is_told_with_what_is_due(raw, words):
+def test_wrong_value_is_reported_with_what_is_expected(raw, words):
     refused(raw, *words)
 
 
@@ -137,7 +137,7 @@ def test_overrides_reach_any_depth(config_file):
         ("adapter.rr=1", "unknown key 'adapter.rr'"),
     ],
 )
-def test_wrong_overrides_are_told(config_file, override, words):
+def test_wrong_overrides_are_reported(config_file, override, words):
     with pytest.raises(MokaError) as caught:
         load_config(config_file("adapter: {r: 4}"), [override])
     assert words in str(caught.value)
@@ -152,7 +152,7 @@ def test_wrong_overrides_are_told(config_file, override, words):
         ("a:\t1\n\t b: 1", ["cannot be read as YAML", "line"]),
     ],
 )
-def test_wrong_yaml_is_told_with_its_line(config_file, text, words):
+def test_wrong_yaml_is_reported_with_its_line(config_file, text, words):
     path = config_file(text)
     with pytest.raises(MokaError) as caught:
         load_config(path)
@@ -161,7 +161,7 @@ def test_wrong_yaml_is_told_with_its_line(config_file, text, words):
         assert word in str(caught.value)
 
 
-def test_absent_and_unreadable_files_are_told(tmp_path):
+def test_absent_and_unreadable_files_are_reported(tmp_path):
     with pytest.raises(MokaError, match="No configuration file"):
         load_config(tmp_path / "none.yaml")
     with pytest.raises(MokaError, match="is a folder; give one of the YAML files in it"):
@@ -193,7 +193,7 @@ def test_help_lists_every_key():
     }
 
 
-def test_file_stands_on_its_bases(config_file):
+def test_file_is_on_its_bases(config_file):
     config_file("adapter: {r: 2, alpha: 4}\ntraining: {seed: 1, learning_rate: 1e-3}\n", "low.yaml")
     config_file("base: low.yaml\nadapter: {r: 3}\n", "high.yaml")
     config_file("data: {train: other.jsonl}\n", "side.yaml")
@@ -229,7 +229,7 @@ def test_mapping_of_another_type_or_format_replaces_the_one_below(config_file):
         ("base: [7]\n", ["base: 7 is no path"]),
     ],
 )
-def test_base_that_cannot_be_read_is_told(config_file, text, words):
+def test_base_that_cannot_be_read_is_reported(config_file, text, words):
     path = config_file(text)
     with pytest.raises(MokaError) as caught:
         load_config(path)
@@ -273,7 +273,7 @@ def test_tiny_made_tiny_again_is_the_same():
     assert config_from_dict(once).to_dict() == once
 
 
-def test_backbone_without_a_stand_in_is_told():
+def test_backbone_without_a_stand_in_is_reported():
     with pytest.raises(MokaError, match=r"bigscience/bloom.*tiny:llama-2, tiny:llama-3, tiny:qwen2"):
         config_from_dict({"model": {"backbone": "bigscience/bloom", "tiny": True}})
 
@@ -284,7 +284,7 @@ def test_override_reaches_one_of_two_sections_that_a_file_shares_by_an_alias(con
     assert (config.alignment["learning_rate"], config.training["learning_rate"]) == (1e-3, 5e-4)
 
 
-def test_tiny_leaves_files_and_folders_below_a_tiny_one_alone():
+def test_tiny_leaves_files_and_folders_below_a_tiny_one_only():
     config = tiny_config(output={"dir": "runs/two-tiny/seed1/stage1"})
     assert config.model.connectors[1] == "visual.bin"
     assert config.output.dir == "runs/two-tiny/seed1/stage1"

@@ -17,7 +17,7 @@ def is_distributed():
 
 
 def test_leave_is_taken_of_every_connection(connected):
-    """One that is still held when the interpreter ends may abort it, after a run that went well."""
+    """One that is still kept when the interpreter ends may abort it, after a run that went well."""
     assert processes.all_gather_object("here") == ["here"]
     assert processes.all_reduce_any(True)
     assert processes.broadcast_from_main(lambda: 3) == 3

@@ -92,7 +92,7 @@ def test_every_missing_tensor_is_noticed(adapter):
     assert tried == 4
 
 
-def test_whole_projector_gone_is_noticed(adapter):
+def test_full_projector_gone_is_noticed(adapter):
     saved = load_file(adapter / WEIGHTS)
     save_file({key: t for key, t in saved.items() if "projectors.visual" not in key}, adapter / WEIGHTS)
     assert "projectors.visual" in refused(adapter)
@@ -122,10 +122,10 @@ def test_damaged_files_are_named(adapter, name, content, words):
         assert word in message, message
 
 
-def test_weights_in_a_pickle_alone_are_refused(adapter):
+def test_weights_in_a_pickle_only_are_refused(adapter):
     torch.save(load_file(adapter / WEIGHTS), adapter / "adapter_model.bin")
     (adapter / WEIGHTS).unlink()
-    assert "moka.load reads safetensors alone" in refused(adapter)
+    assert "moka.load reads safetensors only" in refused(adapter)
 
 
 def test_values_that_are_not_finite_are_refused(adapter):

@@ -96,7 +96,7 @@ def _ids_of_prompt(model: RoutedModel, depth: int, arguments: dict) -> GivenIds 
     ids = read(embedded_ids(model, tokens) if ids is None else ids)
     if own.types is not None:
         for config in model.configs().values():
-            modality_rows(config, own.types)  # before the model meets an id that is nobody's
+            modality_rows(config, own.types)  # before the model meets an id that is of no use
     cached = cache_length(cache_of(arguments))
     given = own if own.types is not None else outside
     types = given.types

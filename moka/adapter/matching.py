@@ -66,7 +66,7 @@ def match_layers(saved: Iterable[str], candidates: Iterable[str]) -> set[str] | 
 def without_others(names: Iterable[str]) -> list[str]:
     """Return ``names`` less those of other adapters, of which peft 0.19 writes the tensors into every adapter's folder.
 
-    There they keep their adapter's name, ``moka_A.other.weight`` beside ``moka_A.weight``, also when peft inserts another.
+    There they keep their adapter's name, ``moka_A.other.weight`` next to ``moka_A.weight``, also when peft inserts another.
     """
     names = list(names)
     depth = {name: len(found[1].split(".")) for name in names if (found := _ADAPTER_NAMES.search(name))}

@@ -128,7 +128,7 @@ class MokaModel(BaseTuner):
         saved = {name: shape for name, shape in shapes.items() if ".moka_" in name}
         layers = self._matched(model, config)
         if not layers and saved:
-            # A pattern of full paths, saved under another version of transformers: the names in the file tell the layers.
+            # A pattern of full paths, saved under another version of transformers: the names in the file say the layers.
             candidates = [name for name, module in named_modules(model) if is_linear(module)]
             self._saved_layers = match_layers(saved, candidates) or set()
             layers = self._matched(model, config)

@@ -62,7 +62,7 @@ class View:
 
     @property
     def uniform(self) -> bool:
-        """Whether all tokens are treated in one way."""
+        """Return whether all tokens are treated in one way."""
         return self.rows is None and self.adapter_mask is None
 
     def to(self, device: torch.device) -> View:

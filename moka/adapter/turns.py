@@ -23,7 +23,7 @@ _PLAIN = ["742 of 9", "stone quay", "Où été"]
 # Contents whose borders merge with the template's own text: "\n" + "\n\n" and "?" + "\n\n" are single tokens of many models.
 _MERGING = ["\n\nlime\n\n", "\nfig\n", "  pine  ", '"oak?', " elm: "]
 _CHECKED = [  # user, assistant, user, assistant, user
-    ["Who is here", "Nobody now", "Where then", "Far away", "Since when"],
+    ["Who is here", "No one now", "Where then", "Far away", "Since when"],
     ["Is it so? ", " Yes ", " Then why? ", " A guess. ", "Good. "],
     ["Time: 5:30 [or 6], yes?", "\n\nNone (x): 7.", "\nlist:\n- b\n\n- c\n", '"So," it said\n', "  d / e. "],
 ]

@@ -3,7 +3,7 @@
 moka cache CONFIG.yaml data.feature_cache=features     then: moka train CONFIG.yaml data.feature_cache=features
 accelerate launch -m moka cache CONFIG.yaml key=value ...
 
-Training then reads features in the place of decoding media and running the encoder. Killed and started again, it goes on.
+Training then reads features instead of decoding media and running the encoder. Killed and started again, it continues.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
     for name in ("batch_size", "shard_mib", "workers"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
-            raise MokaError(f"--{name.replace('_', '-')}: {value} is too small; at least 1 is due.")
+            raise MokaError(f"--{name.replace('_', '-')}: {value} is too small; at least 1 is expected.")
     lines = cache_features(
         load_config(arguments.config, with_tiny(arguments)),
         splits=None if arguments.split == "all" else [arguments.split],

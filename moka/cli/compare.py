@@ -3,7 +3,7 @@
   moka compare configs/quickstart/audio_visual_text.yaml --methods lora,uni_modal_lora,moka --seeds 3 --match-params
   moka compare --show runs/compare                         the table so far, and which runs are missing; trains nothing
 
-Finished runs are kept and not repeated, so an interrupted comparison goes on where it was.
+Finished runs are kept and not repeated, so an interrupted comparison continues where it was.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format", choices=["table", "markdown", "latex"], default="table", help="how to print it (default table)"
     )
-    parser.add_argument("--show", metavar="DIR", help="print the table of a comparison that lies there, and stop")
+    parser.add_argument("--show", metavar="DIR", help="print the table of a comparison that is there, and stop")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -62,4 +62,4 @@ def _print(result: dict, format: str) -> None:
         return
     table.show()
     if result.get("missing") and table.command:
-        print(f"to go on: {table.command}")
+        print(f"to continue: {table.command}")

@@ -67,7 +67,7 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--limit", type=_positive, default=20, metavar="N", help="problems printed a split (default 20)"
     )
-    parser.add_argument("--json", metavar="FILE", help="write the whole report")
+    parser.add_argument("--json", metavar="FILE", help="write the full report")
 
 
 def check(arguments: argparse.Namespace) -> None:
@@ -75,7 +75,7 @@ def check(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, with_tiny(arguments))
     splits = _splits(config.data, arguments.split)
     if arguments.manifest and len(splits) > 1:
-        raise MokaError(f"--manifest holds one split, and {', '.join(splits)} are to be checked. Name one by --split.")
+        raise MokaError(f"--manifest has one split, and {', '.join(splits)} are checked. Name one by --split.")
     if arguments.manifest and Path(arguments.manifest).exists():
         raise MokaError(f"--manifest: {arguments.manifest} is there already. Name another file, or delete it.")
     skeleton, processor = build_processor(config.model)
@@ -263,7 +263,7 @@ def _decoding(data: DataSection) -> dict[str, Any]:
 def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is too small; at least 1 is due")
+        raise argparse.ArgumentTypeError(f"{text} is too small; at least 1 is expected")
     return number
 
 

@@ -46,9 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--blank-size", type=int, help="questions repeated with a modality blanked")
     parser.add_argument("--no-blank", action="store_true", help="leave the blanked repetitions out")
     parser.add_argument("--batch-size", type=int, help="questions generated at once")
-    parser.add_argument(
-        "--backbone", metavar="FOLDER", help="where the language model lies, if not where it was trained"
-    )
+    parser.add_argument("--backbone", metavar="FOLDER", help="where the language model is, if not where it was trained")
     parser.add_argument("--device", help="cpu, cuda, ... (default: an accelerator if there is one)")
     add_quantization(parser)
     add_launching(parser)
@@ -85,7 +83,7 @@ def run(arguments: argparse.Namespace) -> None:
     if source is None:
         raise MokaError(f"data.{split} is not set in {folder / CONFIG}; give --data FILE.")
     find_adapter(folder)
-    # The media of another file are beside it, not where those of the run are.
+    # The media of another file are next to it, not where those of the run are.
     media_root = None if arguments.data else config.data.media_root
     samples = run_on_all(lambda: open_questions(source, split, media_root), main_first=True)
     result = evaluate(

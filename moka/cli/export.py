@@ -27,9 +27,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to write; it must not hold anything")
     parser.add_argument("--samples", metavar="FILE", help="JSONL file of chats to compare on, besides random inputs")
     parser.add_argument("--overwrite", action="store_true", help="replace an export that is there")
-    parser.add_argument(
-        "--backbone", metavar="FOLDER", help="where the language model lies, if not where it was trained"
-    )
+    parser.add_argument("--backbone", metavar="FOLDER", help="where the language model is, if not where it was trained")
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "auto"], default="float32", help="of the weights (default float32)"
     )

@@ -23,9 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{kind}", action="append", metavar="FILE", help=f"{kind} file; may be repeated")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer, in tokens (default 64)")
     parser.add_argument("--num-beams", type=int, default=1, help="beam search with that many beams (default 1: greedy)")
-    parser.add_argument(
-        "--backbone", metavar="FOLDER", help="where the language model lies, if not where it was trained"
-    )
+    parser.add_argument("--backbone", metavar="FOLDER", help="where the language model is, if not where it was trained")
     parser.add_argument("--device", help="cpu, cuda, ... (default: an accelerator if there is one)")
     add_quantization(parser)
 
@@ -38,13 +36,13 @@ def add_quantization(parser: argparse.ArgumentParser) -> None:
 
 
 def quantization(arguments: argparse.Namespace) -> str | None:
-    """What ``moka.load`` takes."""
+    """Return what ``moka.load`` takes."""
     return {None: AS_TRAINED, "none": None}.get(arguments.quantization, arguments.quantization)
 
 
 def run(arguments: argparse.Namespace) -> None:
     transformers.utils.logging.disable_progress_bar()
-    # Loading a model takes seconds; a wrong path is told before.
+    # Loading a model takes seconds; a wrong path is reported before.
     for path in [*(arguments.image or []), *(arguments.audio or []), *(arguments.video or [])]:
         problem = file_problem(path)
         if problem:

@@ -79,7 +79,7 @@ def _run(words: list[str]) -> int | None:
         top.error(f"unrecognized arguments: {' '.join(extra)}")
     if extra:
         arguments.overrides += extra
-    # peft asks transformers 5.23 for an attribute by its old name; nobody at the command line can change that.
+    # peft asks transformers 5.23 for an attribute by its old name; no one at the command line can change that.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     if arguments.command not in _DISTRIBUTED and os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
         raise MokaError(f"moka {arguments.command} runs as one process; start it without a launcher.")

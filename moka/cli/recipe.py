@@ -11,15 +11,15 @@ from .train import with_tiny
 
 
 def recipe_arguments(description: str, modalities: set[str]) -> tuple[list[RunConfig], bool]:
-    """The configurations of a recipe's stages, in order, and whether interrupted runs are to go on.
+    """The configurations of a recipe's stages, in order, and whether interrupted runs are to continue.
 
     Raises:
         MokaError: a configuration that cannot be read, or is of another scenario; none is trained then.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", nargs="+", required=True, metavar="YAML", help="stages, in the order of training")
-    parser.add_argument("--resume", action="store_true", help="go on with runs that were interrupted")
-    parser.add_argument("--tiny", action="store_true", help="tiny random parts: the whole path in a minute")
+    parser.add_argument("--resume", action="store_true", help="continue with runs that were interrupted")
+    parser.add_argument("--tiny", action="store_true", help="tiny random parts: the full path in a minute")
     parser.add_argument(
         "--set", dest="overrides", nargs="+", default=[], metavar="key=value", help="changes to every configuration"
     )

@@ -6,7 +6,7 @@
   moka score --list                                        the benchmarks, their record fields and figures
 
 A prediction is one JSON object a line: id (unique), prediction (the generated text), reference, and what the benchmark
-needs besides. An answer that cannot be parsed counts as wrong; the figure over parsable records stands beside it.
+needs besides. An answer that cannot be parsed counts as wrong; the figure over parsable records is next to it.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _target(format: str | None, output: str | None) -> tuple[str, Path | None]:
-    """What to write, and where to; refused before any work is done."""
+    """Return what to write, and where to; refused before any work is done."""
     if output is None:
         return format or "table", None
     if not output.strip():

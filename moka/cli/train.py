@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "config", nargs="?", help="YAML file, or the name of a shipped one, such as quickstart/audio_visual_text"
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example training.learning_rate=1e-4")
-    parser.add_argument("--resume", action="store_true", help="go on from the run folder's newest checkpoint")
+    parser.add_argument("--resume", action="store_true", help="continue from the run folder's newest checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="replace a run that is already in output.dir")
     parser.add_argument(
         "--tiny",
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def with_tiny(arguments: argparse.Namespace) -> list[str]:
-    """The overrides of a command line, and what its ``--tiny`` stands for."""
+    """The overrides of a command line, and what its ``--tiny`` means."""
     return [*arguments.overrides, *(["model.tiny=true"] if arguments.tiny else [])]
 
 
@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _check_folder(path: str, arguments: argparse.Namespace) -> None:
-    """What every process would refuse in half a minute."""
+    """Return what every process would refuse in half a minute."""
     folder = RunFolder(path)
     try:
         folder.check(arguments.resume, arguments.overwrite)

@@ -42,14 +42,16 @@ class AudioWindows:
 
     def __post_init__(self) -> None:
         if isinstance(self.count, bool) or not isinstance(self.count, int) or self.count < 1:
-            raise MokaError(f"audio_windows.count is {self.count!r}; a positive integer is due, such as 10.")
+            raise MokaError(f"audio_windows.count is {self.count!r}; a positive integer is expected, such as 10.")
         for name, least in (("seconds", "above 0"), ("every", "0 or more"), ("first", "0 or more")):
             value = getattr(self, name)
             if name == "first" and value is None:
                 continue
             number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
             if not number or value < 0 or (name == "seconds" and value == 0):
-                raise MokaError(f"audio_windows.{name} is {value!r}; a number of seconds {least} is due, such as 1.0.")
+                raise MokaError(
+                    f"audio_windows.{name} is {value!r}; a number of seconds {least} is expected, such as 1.0."
+                )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any] | None) -> AudioWindows | None:

@@ -24,13 +24,13 @@ _ALIKE = 1.1
 class LengthGroupedSampler(Sampler[int]):
     """Indices of one epoch, grouped; those of ``batch_size`` in a row belong together.
 
-    The order depends on (seed, epoch) alone, so all processes and a resumed run draw the same. Every index comes once an
+    The order depends on (seed, epoch) only, so all processes and a resumed run draw the same. Every index comes once an
     epoch; an incomplete batch comes last.
 
     Args:
         lengths: of the data set's items.
         batch_size: items of one optimizer step, over all processes and accumulated batches. Within it they are sorted,
-            so that the batches that processes get in turn are alike too.
+            so that the batches that processes get in turn are as equal.
         seed: with the epoch, of the order.
     """
 
@@ -49,7 +49,7 @@ class LengthGroupedSampler(Sampler[int]):
 
 
 def grouped_order(tokens: np.ndarray, media: np.ndarray, batch_size: int, seed: int, epoch: int) -> np.ndarray:
-    """All indices of ``tokens`` [items] as int64 [items], those of a batch alike in length and, where that is equal, in ``media`` [items].
+    """All indices of ``tokens`` [items] as int64 [items], those of a batch of about the same length and, where that is the same, in ``media`` [items].
 
     The batch with the longest item comes first: what does not fit into memory is known at once.
     """

@@ -2,7 +2,7 @@
 
     samples --schema, ids--> media --decode, front end--> placeholders and text --processor--> lengths, labels
 
-Nothing is computed by a model: the processor alone tells what each sample would become.
+Nothing is computed by a model: the processor only reports what each sample would become.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ PROBLEMS = {
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong with one sample: ``kind`` of `PROBLEMS`; ``text`` says where and what; ``file`` for media."""
+    """Return what is wrong with one sample: ``kind`` of `PROBLEMS`; ``text`` says where and what; ``file`` for media."""
 
     kind: str
     index: int
@@ -55,7 +55,7 @@ class Problem:
 
 @dataclass
 class CheckReport:
-    """What `check_samples` found.
+    """Return what `check_samples` found.
 
     Attributes:
         name: of the data set.
@@ -63,7 +63,7 @@ class CheckReport:
         max_length: tokens that a sample may have, if limited.
         problems: at most one of a kind for each sample.
         categories: samples of each category ("-": none).
-        layouts: samples with each combination of media, such as "1 image, 1 audio" ("text alone": none).
+        layouts: samples with each combination of media, such as "1 image, 1 audio" ("text only": none).
         sampling_rates: sound files by their own rate (Hz); each file counts once.
         resampled: those whose rate is not the encoder's.
         cut: sound files longer than what the encoder takes, whose rest it never hears.
@@ -97,7 +97,7 @@ class CheckReport:
         return [problem for problem in self.problems if problem.kind == kind]
 
     def to_dict(self) -> dict[str, Any]:
-        """The whole report, fit for JSON."""
+        """The full report, fit for JSON."""
         return {
             "name": self.name,
             "samples": self.samples,
@@ -198,13 +198,13 @@ def _readable(samples: Any, report: CheckReport, bar: Any) -> Iterator[tuple[int
             report.problems.append(Problem("duplicate", index, text))
         report.categories[sample.get("category") or "-"] += 1
         kinds = Counter(kind for kind, _ in media_parts(sample))
-        report.layouts[", ".join(f"{n} {kind}" for kind, n in kinds.items()) or "text alone"] += 1
+        report.layouts[", ".join(f"{n} {kind}" for kind, n in kinds.items()) or "text only"] += 1
         yield index, sample
 
 
 @dataclass(frozen=True)
 class _Facts:
-    """What is known of one medium: items for the encoder, or a problem's (kind, reason, file)."""
+    """Return what is known of one medium: items for the encoder, or a problem's (kind, reason, file)."""
 
     items: int = 0
     rate: int | None = None
@@ -293,7 +293,7 @@ def _media_problem(where: str, index: int, sample: dict[str, Any], seen: list[_F
 
 
 def _count_tokens(report: CheckReport, counter: MokaProcessor, where: str, index: int, sample: dict[str, Any]) -> None:
-    """What the sample becomes in training: its length, and what is left when it has to be shortened."""
+    """Return what the sample becomes in training: its length, and what is left when it has to be shortened."""
     try:
         encoded = counter.encode(sample["messages"])
         report.lengths.append(len(encoded["input_ids"]))

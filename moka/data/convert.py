@@ -1,4 +1,4 @@
-"""Samples of any source written as our JSONL: a manifest beside media that stay, or a folder with the media in it.
+"""Samples of any source written as our JSONL: a manifest next to media that stay, or a folder with the media in it.
 
 open_samples(...)  ->  write_manifest: FILE.jsonl, paths relative to the media root
                    ->  convert: FOLDER/data.jsonl and FOLDER/media/...
@@ -40,7 +40,7 @@ _RIFF = {b"WAVE": ".wav", b"WEBP": ".webp", b"AVI ": ".avi"}
 
 
 def media_root(samples: Any) -> Path | None:
-    """The folder that holds all media of a data set, by its own word or those of its parts; None where none is named."""
+    """The folder that has all media of a data set, by its own word or those of its parts; None where none is named."""
     if hasattr(samples, "parts"):
         roots = [media_root(part) for part in samples.parts]
         found = [str(root) for root in roots if root is not None]
@@ -86,7 +86,7 @@ def write_manifest(path: str | os.PathLike[str], samples: Any, indices: Sequence
 
 
 def convert(samples: Any, output: str | os.PathLike[str], media: str = "copy") -> Path:
-    """Writes every sample to ``output/data.jsonl``, and the media as ``media`` says; the folder appears when it is whole.
+    """Writes every sample to ``output/data.jsonl``, and the media as ``media`` says; the folder appears when it is full.
 
     Args:
         samples: map-style, of checked samples with media as paths, bytes or decoded (drawings as PNG, MFCC as .npy,
@@ -99,7 +99,7 @@ def convert(samples: Any, output: str | os.PathLike[str], media: str = "copy") -
         The path of data.jsonl.
 
     Raises:
-        MokaError: the folder holds something, a sample is bad, a medium is not there, or it cannot be linked to.
+        MokaError: the folder has something, a sample is bad, a medium is not there, or it cannot be linked to.
     """
     if media not in MEDIA_MODES:
         raise MokaError(f"media is {media!r}; allowed are {', '.join(MEDIA_MODES)}.")
@@ -211,7 +211,7 @@ def _wav(waveform: Waveform) -> bytes:
 
 
 def _relative(path: str, root: Path | None) -> str:
-    """``path`` from ``root`` on, with forward slashes, where it lies inside."""
+    """``path`` from ``root`` on, with forward slashes, where it is inside."""
     inside = root is not None and Path(path).is_relative_to(root)
     return Path(path).relative_to(root).as_posix() if root and inside else path
 

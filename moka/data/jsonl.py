@@ -44,11 +44,11 @@ class JsonlDataset(RecordDataset):
         self.path = Path(path)
         self.require_answer = require_answer
         if problem := file_problem(self.path):
-            raise MokaError(f"{self.path}: {problem}. A JSONL file is due, one sample a line.")
+            raise MokaError(f"{self.path}: {problem}. A JSONL file is expected, one sample a line.")
         self.media_root = checked_root(self.path.parent if media_root is None else Path(media_root))
         self._offsets, self._lines = index_lines(self.path)
         if not self._offsets:
-            raise MokaError(f"{self.path}: holds blank lines only. A JSONL file is due, one sample a line.")
+            raise MokaError(f"{self.path}: has blank lines only. A JSONL file is expected, one sample a line.")
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -101,9 +101,9 @@ def parse_line(line: bytes, where: str) -> Any:
     except UnicodeDecodeError as error:
         raise MokaError(f"{where}: is not UTF-8 text ({error.reason}). Save the file as plain UTF-8 JSONL.") from error
     except RecursionError as error:
-        raise MokaError(f"{where}: is not valid JSON: nested too deep. Mend or remove the line.") from error
+        raise MokaError(f"{where}: is not valid JSON: nested too deep. Correct or remove the line.") from error
     except json.JSONDecodeError as error:
-        hint = "Mend or remove the line."
+        hint = "Correct or remove the line."
         if line.strip() in (b"[", b"{") or line.lstrip().startswith(b"[{"):
-            hint = "Each line must hold one whole object: this looks like indented JSON or a JSON array."
+            hint = "Each line must be one complete object: this looks like indented JSON or a JSON array."
         raise MokaError(f"{where}: is not valid JSON: {error.msg} at column {error.colno}. {hint}") from error

@@ -42,7 +42,7 @@ _UNUSABLE = -1
 
 @dataclass(frozen=True)
 class Lengths:
-    """What the samples of a data set take.
+    """Return what the samples of a data set take.
 
     Attributes:
         tokens: int64 [samples] tokens of each, media expanded, after its text was shortened to fit.
@@ -70,7 +70,7 @@ def count_lengths(
     are; no front end runs.
 
     Args:
-        workers: processes that count; 0: this one alone.
+        workers: processes that count; 0: this one only.
         share: (k, n): of n processes that count a part each, this is the k-th.
         name: of the data set, for the progress bar.
 
@@ -105,8 +105,8 @@ def joined_lengths(dataset: EncodedDataset, parts: Sequence[np.ndarray]) -> Leng
         found = next((own[one] for one in tried if own[one, 0] != _UNUSABLE), None)
         if found is None:
             raise MokaError(
-                f"Sample {index} cannot be used, nor can those that would stand in for it: too long, or no answer to "
-                "learn. See `moka data check`; raise model.max_length, or mend the data."
+                f"Sample {index} cannot be used, nor can those that would replace it: too long, or no answer to "
+                "learn. See `moka data check`; raise model.max_length, or fix the data."
             )
         resolved[index] = found
     items = {name: resolved[:, 1 + k] for k, name in enumerate(modalities)}
@@ -121,7 +121,7 @@ def token_counter(processor: MokaProcessor) -> MokaProcessor:
 
 
 def _nothing(medium: Any) -> np.ndarray:
-    """In the place of a front end: the number of tokens does not depend on the values."""
+    """Used instead of a front end: the number of tokens does not depend on the values."""
     return np.zeros(0, np.float32)
 
 
@@ -206,14 +206,14 @@ _PROBE_TEXT = "Which of these 12345 tokens are mine? Señor, 東京, naïve; <|x
 
 
 def save_lengths(path: str | os.PathLike[str], lengths: Lengths, key: str) -> None:
-    """Write them for `read_lengths`, whole or not at all."""
+    """Write them for `read_lengths`, complete or not at all."""
     items = {f"items.{name}": values for name, values in lengths.items.items()}
     with atomic_file(path) as part, open(part, "wb") as file:
         np.savez_compressed(file, key=np.array(key), tokens=lengths.tokens, **items)  # type: ignore[arg-type]
 
 
 def read_lengths(path: str | os.PathLike[str], dataset: EncodedDataset) -> Lengths:
-    """What `save_lengths` wrote of this data set.
+    """Return what `save_lengths` wrote of this data set.
 
     Raises:
         MokaError: no such file, a damaged one, or one of other data or settings.
@@ -224,12 +224,10 @@ def read_lengths(path: str | os.PathLike[str], dataset: EncodedDataset) -> Lengt
             key, tokens = str(file["key"]), file["tokens"]
             items = {name: file[f"items.{name}"] for name in modalities if f"items.{name}" in file}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise MokaError(
-            f"{path} holds no lengths of samples ({error}). Delete it to have them counted again."
-        ) from error
+        raise MokaError(f"{path} has no lengths of samples ({error}). Delete it to have them counted again.") from error
     if key != lengths_key(dataset) or set(items) != set(modalities):
         raise MokaError(
-            f"{path} tells the lengths of other data or settings than these, so the order of the samples would differ from "
+            f"{path} has the lengths of other data or settings than these, so the order of the samples would differ from "
             "the one the run began with. Restore the data, or start another run."
         )
     return Lengths(tokens, items)

@@ -130,13 +130,13 @@ def decode_sample(
 
 @dataclass(frozen=True)
 class BadMediaPolicy:
-    """What to do about media files that cannot be used.
+    """Return what to do about media files that cannot be used.
 
     Attributes:
         policy: ``"error"`` stops at the first; ``"skip"`` leaves bad samples out before the run begins (see
             `moka.data.media_validation.find_usable`), so that one met later stops it; ``"substitute"`` puts another sample,
             text and media, in its place, so that every rank still sees the same number of samples.
-        budget: the share of the data set's samples that may be left out or substituted (0 ... 1, rounded up to whole
+        budget: the share of the data set's samples that may be left out or substituted (0 ... 1, rounded up to complete
             samples).
     """
 
@@ -148,7 +148,9 @@ class BadMediaPolicy:
             hint = nearest(str(self.policy), POLICIES)
             raise MokaError(f"Bad-media policy {self.policy!r} is not known; allowed are {', '.join(POLICIES)}.{hint}")
         if not 0 <= self.budget <= 1:
-            raise MokaError(f"data.bad_media_budget is {self.budget!r}; a share of the samples from 0 to 1 is due.")
+            raise MokaError(
+                f"data.bad_media_budget is {self.budget!r}; a share of the samples from 0 to 1 is expected."
+            )
 
     def allowed(self, samples: int) -> int:
         """How many of ``samples`` may be bad."""
@@ -158,7 +160,7 @@ class BadMediaPolicy:
 class DecodedDataset:
     """Wraps a map-style dataset of checked samples; indexing decodes the media.
 
-    The substitute of a bad sample depends on ``seed`` and the index alone, so each rank, run and resume draws the same.
+    The substitute of a bad sample depends on ``seed`` and the index only, so each rank, run and resume draws the same.
 
     Args:
         dataset: anything with ``len`` and indexing that gives checked samples, such as `JsonlDataset`.
@@ -230,7 +232,7 @@ class DecodedDataset:
                     raise
             tried = int(draw.integers(len(self)))
         raise MokaError(
-            f"No usable substitute for sample {index} in {_TRIES} draws. Mend the media files in the report."
+            f"No usable substitute for sample {index} in {_TRIES} draws. Correct the media files in the report."
         )
 
     def _record(self, index: int, sample_id: str, error: BadMediaError) -> None:
@@ -245,10 +247,10 @@ class DecodedDataset:
         if self.policy.policy == "substitute" and len(report) > allowed:
             raise MokaError(
                 f"{len(report)} of {len(self)} samples have media that cannot be used, more than the budget of "
-                f"{self.policy.budget:g} allows ({allowed}). The last: {error} Mend the files, or raise the budget."
+                f"{self.policy.budget:g} allows ({allowed}). The last: {error} Correct the files, or raise the budget."
             ) from error
 
 
 def bad_media_record(index: int, sample_id: str, file: str, reason: str, action: str) -> dict[str, Any]:
-    """One line of a report; ``action`` tells what was done: "error", "skip" or "substitute"."""
+    """One line of a report; ``action`` says what was done: "error", "skip" or "substitute"."""
     return {"index": index, "id": sample_id, "file": file, "reason": reason, "action": action}

@@ -23,7 +23,7 @@ from moka.errors import MokaError
 from moka.modeling.media import AudioFeatures, Waveform
 
 # Containers whose header states the length, so that a shorter stream means a cut file. Ogg, MP3 and ADTS state none:
-# there a cut file cannot be told from a shorter recording.
+# there a cut file cannot be reported from a shorter recording.
 _STATES_LENGTH = ("flac", "aiff", "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 _PEAK_LIMIT = 10.0  # float sound overshoots 1.0 a little; beyond this its samples are integers in disguise
 _SLACK = 0.1  # share of the length, and seconds, that may lack before a file counts as cut
@@ -85,7 +85,7 @@ def file_problem(path: MediaFile) -> str | None:
     try:
         info = os.stat(path)
         if stat.S_ISDIR(info.st_mode):
-            return "is a folder, a file is due"
+            return "is a folder, a file is expected"
         if not stat.S_ISREG(info.st_mode):
             return "is not a regular file"
         if info.st_size == 0:
@@ -141,7 +141,7 @@ def load_audio(path: MediaFile, rate: int | None = None, rates: Counter[int] | N
         MokaError: PyAV is not installed, or ``rate`` is not a positive integer.
     """
     if rate is not None and (not isinstance(rate, int) or rate <= 0):
-        raise MokaError(f"rate is {rate!r}; a positive integer in Hz is due, such as 16000.")
+        raise MokaError(f"rate is {rate!r}; a positive integer in Hz is expected, such as 16000.")
     with _opened(path, "audio") as (container, stream):
         resampler = _av().AudioResampler(format="fltp", rate=rate or stream.rate)
         limit = MAX_AUDIO_SECONDS
@@ -168,10 +168,12 @@ def load_audio(path: MediaFile, rate: int | None = None, rates: Counter[int] | N
             _check_length(path, container, (container.duration or 0) / 1e6, seconds)
     samples = np.concatenate(chunks).astype(np.float32, copy=False) if chunks else np.zeros(0, np.float32)
     if not samples.size:
-        raise _bad(path, "holds no sound that can be decoded")
+        raise _bad(path, "has no sound that can be decoded")
     peak = np.abs(samples).max()
     if not peak <= _PEAK_LIMIT:  # also true of NaN
-        raise _bad(path, f"has samples up to {peak:g}, where -1 ... 1 is due: scale float sound before it is saved")
+        raise _bad(
+            path, f"has samples up to {peak:g}, where -1 ... 1 is expected: scale float sound before it is saved"
+        )
     if loudest > _AUDIBLE and peak < _AUDIBLE * loudest:
         warnings.warn(
             f"{_name(path)}: its channels cancel each other in the downmix to mono, and leave silence.", stacklevel=2
@@ -210,9 +212,9 @@ def load_features(path: MediaFile, kind: str = "mfcc") -> AudioFeatures:
     values = np.array(mapped, dtype=np.float32) if mapped.ndim == 2 and mapped.dtype.kind == "f" else None
     del mapped  # the traceback of an error would keep the file open
     if values is None or not values.size:
-        raise _bad(path, f"holds {given}; audio features are floats [frames, bins]")
+        raise _bad(path, f"has {given}; audio features are floats [frames, bins]")
     if not np.isfinite(values).all():
-        raise _bad(path, "holds values that are not finite")
+        raise _bad(path, "has values that are not finite")
     return AudioFeatures(values, kind)
 
 
@@ -220,14 +222,14 @@ def load_video(path: MediaFile, frames: int = 10) -> list[Image.Image]:
     """``frames`` RGB images from the first video stream of a file or its bytes, upright, at the middles of as many equal stretches of time.
 
     Each is the frame nearest in time; a video with fewer frames repeats them. Long videos are sought through, not
-    decoded whole.
+    decoded full.
 
     Raises:
         BadMediaError: absent, empty, no video stream, damaged, or ending before its header says.
         MokaError: PyAV is not installed, or ``frames`` is not a positive integer.
     """
     if not isinstance(frames, int) or frames <= 0:
-        raise MokaError(f"frames is {frames!r}; a positive integer is due, such as 10.")
+        raise MokaError(f"frames is {frames!r}; a positive integer is expected, such as 10.")
     start, end = _video_span(path)
     times = [start + (k + 0.5) * (end - start) / frames for k in range(frames)]
     images: list[Image.Image] = []
@@ -241,7 +243,7 @@ def load_video(path: MediaFile, frames: int = 10) -> list[Image.Image]:
             images.append(images[-1] if frame is taken else _upright(frame))
             taken = frame
     if not images:
-        raise _bad(path, "holds no video frame that can be decoded")
+        raise _bad(path, "has no video frame that can be decoded")
     return images
 
 
@@ -286,7 +288,7 @@ def _bad(path: MediaFile, reason: str) -> BadMediaError:
 
 
 def _opening(path: MediaFile) -> Any:
-    """What Pillow, NumPy and PyAV open: the path, or a file object over the bytes."""
+    """Return what Pillow, NumPy and PyAV open: the path, or a file object over the bytes."""
     return io.BytesIO(path) if isinstance(path, bytes) else os.fspath(path)
 
 
@@ -340,7 +342,7 @@ def _opened(path: MediaFile, kind: str) -> Iterator[tuple[Any, Any]]:
                 raise _bad(path, f"has no {kind} stream (it has {found})")
             stream = streams[0]
             if stream.codec_context is None:
-                raise _bad(path, f"holds {kind} of a codec that this FFmpeg cannot decode")
+                raise _bad(path, f"has {kind} of a codec that this FFmpeg cannot decode")
             stream.codec_context.thread_count = 1  # loader workers are the parallelism; threads on top slow all down
             yield container, stream
     except (MokaError, MemoryError):
@@ -388,7 +390,7 @@ def _video_span(path: MediaFile) -> tuple[float, float]:
                 if packet.stream.index == stream.index:
                     spans.append((begins, ends))
         if not spans:
-            raise _bad(path, "holds no video with time stamps")
+            raise _bad(path, "has no video with time stamps")
         _check_length(path, container, (container.duration or 0) / 1e6, last)
         return min(begins for begins, _ in spans), max(ends for _, ends in spans)
 

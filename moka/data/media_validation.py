@@ -37,7 +37,7 @@ _AHEAD = 4  # samples in work per worker: keeps all busy, and few decoded media 
 
 @dataclass(frozen=True)
 class SkipReport:
-    """What was left out of a data set.
+    """Return what was left out of a data set.
 
     Attributes:
         name: of the data set, for messages.
@@ -68,7 +68,7 @@ class SkipReport:
         )
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """The report as JSONL for `read_usable`, whole or not at all: another process never reads half of it."""
+        """The report as JSONL for `read_usable`, complete or not at all: another process never reads half of it."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = [{"tried": self.tried, "skipped": len(self.skipped)}, *self.skipped]
@@ -81,11 +81,11 @@ class SkipReport:
             return
         first = "; ".join(f"sample {r['id']!r}: {r['file']}: {r['reason']}" for r in self.skipped[:_SHOWN])
         listed = f" All are listed in {self.path}." if self.path is not None else ""
-        whole = len(self.skipped) == self.tried
-        remedy = "Mend the files." if whole else "Mend the files, or raise data.bad_media_budget."
+        full = len(self.skipped) == self.tried
+        remedy = "Correct the files." if full else "Correct the files, or raise data.bad_media_budget."
         raise MokaError(
             f"{self.name}: {len(self.skipped)} of {self.tried} samples have media that cannot be used, and "
-            + ("none is left" if whole else f"the budget allows {self.allowed}")
+            + ("none is left" if full else f"the budget allows {self.allowed}")
             + f". The first: {first}.{listed} {remedy}"
         )
 
@@ -120,7 +120,7 @@ def find_usable(
 ) -> SkipReport:
     """The samples of which every medium can be used; all are tried, each file once.
 
-    The result depends on the files alone, not on ``workers``.
+    The result depends on the files only, not on ``workers``.
 
     Args:
         dataset: map-style, of checked samples with media as paths or bytes.
@@ -172,15 +172,15 @@ def joined(reports: Sequence[SkipReport]) -> SkipReport:
         MokaError: more bad samples than the budget allows.
     """
     found = {record["index"]: record for report in reports for record in report.skipped}
-    whole = dataclasses.replace(reports[0], skipped=[found[index] for index in sorted(found)])
-    whole.check()
-    return whole
+    full = dataclasses.replace(reports[0], skipped=[found[index] for index in sorted(found)])
+    full.check()
+    return full
 
 
 def read_usable(
     report_path: str | os.PathLike[str], samples: int, *, budget: float = 0.01, name: str = "data"
 ) -> SkipReport:
-    """What `find_usable` found and `SkipReport.write` wrote, without trying the files again.
+    """Return what `find_usable` found and `SkipReport.write` wrote, without trying the files again.
 
     Args:
         samples: of the data set; a report of another number of samples is refused.
@@ -208,7 +208,7 @@ def read_usable(
 def try_media(
     samples: Iterable[tuple[int, dict[str, Any]]], look: Callable[[str, Any], T], workers: int | None = None
 ) -> Iterator[tuple[int, dict[str, Any], list[T]]]:
-    """What ``look(kind, medium)`` says of every medium, in parallel; results come in the order of the samples.
+    """Return what ``look(kind, medium)`` says of every medium, in parallel; results come in the order of the samples.
 
     A path is looked at once, however many samples name it. Bytes and decoded media are let go as soon as they were
     looked at: the sample comes back with None in their place.

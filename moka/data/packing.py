@@ -1,12 +1,12 @@
-"""Packing: several samples in one row, each as if it were alone.
+"""Packing: several samples in one row, each as if it were only.
 
     samples      a a a   b b   c c c c          row   a a a b b c c c c
     position_ids 0 1 2   0 1   0 1 2 3                0 1 2 0 1 0 1 2 3     attention stays within each restart
     interaction  1 1 0   1 1   1 2 2 0                1 1 0 2 2 3 4 4 0     groups of different samples stay apart
     labels       . . A   . B   . . . C                . . A . B . . . C     nothing predicts the first token of a sample
 
-The rows are made once, from the lengths alone (`moka.data.lengths`): best fit, longest samples first, within shuffled
-windows of the data set. They depend on the seed and stay the same in all epochs, which shuffle whole rows.
+The rows are made once, from the lengths only (`moka.data.lengths`): best fit, longest samples first, within shuffled
+windows of the data set. They depend on the seed and stay the same in all epochs, which shuffle full rows.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Rows:
 
 
 def pack_rows(tokens: Sequence[int] | np.ndarray, capacity: int, seed: int = 0, window: int = _WINDOW) -> Rows:
-    """Which samples share a row: every index once, at most ``capacity`` tokens a row (a longer sample stands alone).
+    """Which samples share a row: every index once, at most ``capacity`` tokens a row (a longer sample is only).
 
     Args:
         tokens: [samples] length of each.
@@ -112,7 +112,7 @@ class PackedDataset:
 
     @property
     def fill(self) -> float:
-        """Share of the rows' room that holds tokens."""
+        """Share of the rows' room that has tokens."""
         return float(self.lengths.tokens.sum()) / (len(self.rows) * self.capacity)
 
     def summary(self) -> str:
@@ -130,7 +130,7 @@ class PackedDataset:
 
 
 def join_samples(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Encoded samples (``MokaProcessor.encode``) as one row, with ``position_ids`` that begin anew at each.
+    """Encoded samples (``MokaProcessor.encode``) as one row, with ``position_ids`` that begin again at each.
 
     Returns the fields of one encoded sample: lists end to end, media [items, ...] in the order of their placeholders,
     ``sample_id`` the ids joined by commas.

@@ -1,4 +1,4 @@
-"""What a model is shown of a sample, token by token: ``moka data show``.
+"""A sample as the model sees it, token by token: ``moka data show``.
 
     encoded sample --> spans (token | medium's placeholders): text, modality, interaction group, supervised --> terminal
 
@@ -36,7 +36,7 @@ class Span:
 
     Attributes:
         start: position of its first token.
-        count: tokens it stands for; 1 for text.
+        count: tokens it means; 1 for text.
         text: the decoded token, or such as ``"<image x64>"``.
         token_id: of each of its tokens.
         modality: "text", "image", "video" or "audio".
@@ -59,7 +59,7 @@ def spans(encoded: dict[str, Any], processor: MokaProcessor, sample: dict[str, A
     Args:
         encoded: from ``MokaProcessor.encode``.
         processor: the same one.
-        sample: the decoded sample; tells where one medium ends and the next of its kind begins.
+        sample: the decoded sample; says where one medium ends and the next of its kind begins.
     """
     rows = zip(*(encoded[key] for key in ("input_ids", "mm_token_type_ids", "interaction_ids", "labels")), strict=True)
     sizes = _sizes(processor, sample) if sample is not None else {}

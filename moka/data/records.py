@@ -1,5 +1,5 @@
-"""What data sets of records with media paths share: paths that stay inside one folder, the check before
-training, and files that are there whole or not at all."""
+"""Shared by data sets of records with media paths: paths that stay inside one folder, the check before
+training, and files that are there complete or not at all."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class RecordDataset:
         raise NotImplementedError
 
     def missing_media(self, limit: int = 20, share: tuple[int, int] = (0, 1)) -> list[str]:
-        """What a run would stumble over: media files that are absent, empty or folders. Empty when all is well.
+        """Return what a run would stumble over: media files that are absent, empty or folders. Empty when all is well.
 
         Reads and checks every sample but opens no medium; meant for the moment before training starts.
 
@@ -46,7 +46,7 @@ class RecordDataset:
 
         Returns:
             One line a file, in the order of the samples, with the place that first names it; when there are more than
-            ``limit``, a last line tells how many in all.
+            ``limit``, a last line says how many in all.
 
         Raises:
             MokaError: as for indexing.
@@ -85,7 +85,7 @@ class RecordDataset:
         if not path.is_relative_to(self.media_root):
             raise MokaError(
                 f"{where}: {kind} path {medium!r} leads to {path}, outside the media root {self.media_root}. "
-                "Give a path inside it, or set media_root to a folder that holds all the media."
+                "Give a path inside it, or set media_root to a folder that has all the media."
             )
         return str(path)
 

@@ -5,7 +5,7 @@
                                      {"type": "text", "text": "How many bells ring?"}]},
         {"role": "assistant", "content": "Three."}]}
 
-The layout is the one that chat templates of `transformers` use. Media are counted by their parts alone: the characters
+The layout is the one that chat templates of `transformers` use. Media are counted by their parts only: the characters
 ``<image>`` inside a text are text. A medium is a path, the bytes of an encoded file (what Parquet tables hold), or a decoded
 object. Everything here is a pure function; paths are neither opened nor resolved.
 """
@@ -33,7 +33,7 @@ _DUE = {
     "video": "a path, the bytes of a file or a list of PIL images",
 }
 _DECODED = {"image": (Image.Image,), "audio": (Waveform, AudioFeatures), "video": ()}
-# Where other formats list media beside the text. Kept as unknown keys they would train a model that sees nothing.
+# Where other formats list media next to the text. Kept as unknown keys they would train a model that sees nothing.
 _MEDIA_LISTS = ("image", "images", "audio", "audios", "video", "videos")
 
 
@@ -55,22 +55,22 @@ def check_sample(sample: Any, where: str, require_answer: bool = True) -> dict[s
         MokaError: names ``where``, the field, what was given, what is allowed and the remedy.
     """
     if not isinstance(sample, dict):
-        _fail(where, "sample", f"is {_show(sample)}; an object with a 'messages' list is due")
+        _fail(where, "sample", f"is {_show(sample)}; an object with a 'messages' list is expected")
     for key in _MEDIA_LISTS:
         if sample.get(key):
-            _fail(where, key, f"stands beside the messages and would be ignored. {_REMEDY_MEDIA_LIST}")
+            _fail(where, key, f"is next to the messages and would be ignored. {_REMEDY_MEDIA_LIST}")
     messages = sample.get("messages")
     if messages is None:
         _fail(where, "messages", f"is missing; the sample has {_keys(sample)}. {_REMEDY_MESSAGES}")
     if not isinstance(messages, list):
-        _fail(where, "messages", f"is {_show(messages)}; a list is due. {_REMEDY_MESSAGES}")
+        _fail(where, "messages", f"is {_show(messages)}; a list is expected. {_REMEDY_MESSAGES}")
     if not messages:
         _fail(where, "messages", f"is empty. {_REMEDY_MESSAGES}")
 
     checked = {key: value for key, value in sample.items() if value is not None}
     checked["id"] = _id(sample.get("id"), where)
     if not isinstance(checked.get("category", ""), str):
-        _fail(where, "category", f"is {_show(checked['category'])}; a string is due. Quote it, or leave it out")
+        _fail(where, "category", f"is {_show(checked['category'])}; a string is expected. Quote it, or leave it out")
     checked["messages"] = [_message(message, where, f"messages[{i}]") for i, message in enumerate(messages)]
     if require_answer and not any(_has_answer(message) for message in checked["messages"]):
         roles = [message["role"] for message in checked["messages"]]
@@ -79,7 +79,7 @@ def check_sample(sample: Any, where: str, require_answer: bool = True) -> dict[s
             where,
             "messages",
             f"has no assistant message with text ({given}), so there is nothing to learn. Add the answer as a message "
-            "with role 'assistant', or leave the sample out (in Python require_answer=False reads questions alone)",
+            "with role 'assistant', or leave the sample out (in Python require_answer=False reads questions only)",
         )
     return checked
 
@@ -109,17 +109,17 @@ def _id(given: Any, where: str) -> str:
     if isinstance(given, int) and not isinstance(given, bool):
         return str(given)
     if not isinstance(given, str) or not given:
-        _fail(where, "id", f"is {_show(given)}; a string is due. Leave it out to have it made from file and line")
+        _fail(where, "id", f"is {_show(given)}; a string is expected. Leave it out to have it made from file and line")
     return given
 
 
 def _message(message: Any, where: str, field: str) -> dict[str, Any]:
     if not isinstance(message, dict):
-        _fail(where, field, f"is {_show(message)}; an object with 'role' and 'content' is due")
+        _fail(where, field, f"is {_show(message)}; an object with 'role' and 'content' is expected")
     message = {key: value for key, value in message.items() if value is not None}
     for key in message:
         if key in _MEDIA_LISTS:
-            _fail(where, f"{field}.{key}", f"stands beside the content and would be ignored. {_REMEDY_MEDIA_LIST}")
+            _fail(where, f"{field}.{key}", f"is next to the content and would be ignored. {_REMEDY_MEDIA_LIST}")
         if key not in ("role", "content"):
             hint = nearest(str(key), ("role", "content"))
             _fail(where, f"{field}.{key}", f"is not known; a message has 'role' and 'content'.{hint} Remove it")
@@ -133,7 +133,7 @@ def _message(message: Any, where: str, field: str) -> dict[str, Any]:
         content = [{"type": "text", "text": content}]
     if not isinstance(content, list):
         given = "is missing" if content is None else f"is {_show(content)}"
-        _fail(where, f"{field}.content", f"{given}; a string or a list of parts is due")
+        _fail(where, f"{field}.content", f"{given}; a string or a list of parts is expected")
     if not content:
         _fail(where, f"{field}.content", "is an empty list. Add a part, or remove the message")
     return {
@@ -146,7 +146,7 @@ def _part(part: Any, where: str, field: str) -> dict[str, Any]:
     if isinstance(part, str):
         _fail(where, field, f'is {_show(part)}; a part is an object. Write {{"type": "text", "text": ...}}')
     if not isinstance(part, dict):
-        _fail(where, field, f"is {_show(part)}; an object with 'type' is due")
+        _fail(where, field, f"is {_show(part)}; an object with 'type' is expected")
     # Tables (Parquet, `datasets`) give every part every column, the unused ones as null.
     part = {key: value for key, value in part.items() if value is not None}
     kind = part.get("type")
@@ -168,7 +168,7 @@ def _content(kind: str, value: Any, where: str, field: str) -> Any:
     """The text or medium of a part, paths as strings."""
     if kind == "text":
         if not isinstance(value, str):
-            _fail(where, field, f"is {_show(value)}; a string is due. Quote it")
+            _fail(where, field, f"is {_show(value)}; a string is expected. Quote it")
         return value
     if isinstance(value, _DECODED[kind]) or (isinstance(value, bytes) and value):
         return value
@@ -180,12 +180,12 @@ def _content(kind: str, value: Any, where: str, field: str) -> Any:
         return list(value)  # one clip cut into windows, as video is into frames
     if isinstance(value, (list, tuple)):
         remedy = f"Write one part of type {kind!r} for each {kind}, in the order in which they are to be seen"
-        _fail(where, field, f"is a list of {len(value)}; {_DUE[kind]} is due. {remedy}")
+        _fail(where, field, f"is a list of {len(value)}; {_DUE[kind]} is expected. {remedy}")
     if not isinstance(value, (str, os.PathLike)) or not str(value):
-        _fail(where, field, f"is {_show(value)}; {_DUE[kind]} is due")
+        _fail(where, field, f"is {_show(value)}; {_DUE[kind]} is expected")
     path = os.fspath(value)
     if "://" in path or path.startswith("data:"):
-        _fail(where, field, f"is the address {_show(path)}; a local path is due. Save the file and give its path")
+        _fail(where, field, f"is the address {_show(path)}; a local path is expected. Save the file and give its path")
     return path
 
 
@@ -198,7 +198,7 @@ def _keys(mapping: dict[Any, Any]) -> str:
 
 
 def _show(value: Any) -> str:
-    """What was given, short enough for one line."""
+    """Return what was given, short enough for one line."""
     text = repr(value)
     return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
 

@@ -122,7 +122,7 @@ def mixture_of(source: Source) -> list[dict[str, Any]] | None:
         for key in entry:
             if key not in _ENTRY:
                 raise MokaError(
-                    f"data source: unknown key {key!r} beside 'source'; known: {', '.join(_ENTRY)}.{nearest(str(key), _ENTRY)}"
+                    f"data source: unknown key {key!r} next to 'source'; known: {', '.join(_ENTRY)}.{nearest(str(key), _ENTRY)}"
                 )
         weight, buffer = entry.get("weight", 1.0), entry.get("buffer", 1)
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
@@ -203,13 +203,13 @@ def _open_mapping(source: dict[str, Any], split: Split, require_answer: bool) ->
         colon = " YAML wants a space after each colon." if any(":" in str(key) for key in source) else ""
         raise MokaError(f"A data source has no 'format': {source!r}.{colon} Known: {', '.join(FORMATS)}.")
     if root is None and "hub" not in options:
-        raise MokaError(f"A data source of format {name} has no 'root', the folder that holds it: {source!r}.")
+        raise MokaError(f"A data source of format {name} has no 'root', the folder that has it: {source!r}.")
     chosen = options.pop("split", None) or _default_split(str(name), split)
     return open_format(name, root, chosen, require_answer=require_answer, **options)
 
 
 def _default_split(name: str, split: Split) -> str | None:
-    """What format ``name`` calls our split; None leaves the complaint about an unknown format to ``open_format``."""
+    """Return what format ``name`` calls our split; None leaves the complaint about an unknown format to ``open_format``."""
     if name not in FORMATS:
         return None
     splits = FORMATS[name].splits
@@ -297,7 +297,7 @@ def attribution(source: Source) -> str:
 
 
 def notes_of(samples: Any) -> tuple[str, ...]:
-    """What the readers left out of a data set and why, a line each; decoded or not."""
+    """Return what the readers left out of a data set and why, a line each; decoded or not."""
     if hasattr(samples, "notes"):
         return tuple(samples.notes)
     return notes_of(samples.dataset) if hasattr(samples, "dataset") else ()

@@ -3,7 +3,7 @@
     JSONL lines | tar shards (WebDataset) | tables (`datasets`) | any map-style data set
         -> an endless pass over each, shuffled in a buffer -> mixed by weight -> encoded, a share for each process and worker
 
-The mixed stream is one sequence of samples, the same for a seed whatever reads it. Process ``rank`` of R and worker w of W
+The mixed stream is one sequence of samples, the same for a seed, regardless of what reads it. Process ``rank`` of R and worker w of W
 take from it the batches that are theirs, so that no sample is read twice, every process gets as many, and a run resumes at
 the batch where it stopped, also with other numbers of processes and workers. What belongs to others is passed over without
 being decoded.
@@ -44,7 +44,7 @@ class Source(Protocol):
     """One source of a stream."""
 
     def references(self, order: np.random.Generator) -> Iterator[Any]:
-        """Yield what stands for each sample, once; ``order`` shuffles the files of the source."""
+        """Yield what means each sample, once; ``order`` shuffles the files of the source."""
 
     def read(self, reference: Any) -> dict[str, Any]:
         """Return the checked sample, media undecoded."""
@@ -156,7 +156,7 @@ def _key(name: str) -> str:
 
 
 def expand_shards(pattern: str) -> list[str]:
-    """Return the paths that a pattern with ``*`` or ``{000..099}`` stands for, in order.
+    """Return the paths that a pattern with ``*`` or ``{000..099}`` means, in order.
 
     Raises:
         MokaError: a file that is not there, or no match.
@@ -356,9 +356,9 @@ class EncodedStream(IterableDataset):
 
     def of_one_process(self) -> EncodedStream:
         """Return the same stream from its beginning, as a single process would see it."""
-        alone = EncodedStream(self.stream, self.processor, self.max_length, self.batch_size, self.decoding)
-        alone.share = (0, 1)
-        return alone
+        single = EncodedStream(self.stream, self.processor, self.max_length, self.batch_size, self.decoding)
+        single.share = (0, 1)
+        return single
 
     def summary(self, samples: int = 64) -> str:
         """Return what the first samples take, as no length of a stream is counted."""

@@ -52,14 +52,14 @@ class DebianPackage:
 
 
 def fetch_deb(package: DebianPackage) -> Path:
-    """The path of the package in the cache; downloaded, with a progress bar, when it is not there, or not whole.
+    """The path of the package in the cache; downloaded, with a progress bar, when it is not there, or not full.
 
     Safe for several processes at once: each downloads into a folder of its own, and the rename is atomic. The sha256
     makes the file trustworthy, so plain http is as good as https.
 
     Raises:
         MokaError: the mirror cannot be reached, the file is not the pinned one, no space, or the cache cannot be
-            written. Nothing half-written stays behind.
+            written. Nothing half-written stays after.
     """
     target = cache_dir() / "packages" / package.filename
     if target.is_file() and sha256_of(target) == package.sha256:
@@ -91,7 +91,7 @@ def package_files(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[s
         with open(path, "rb") as file:
             name = _seek_data(file, path)
             if not name.endswith((".tar", ".tar.xz", ".tar.gz", ".tar.bz2")):
-                raise MokaError(f"{path.name} holds {name}, which this Python cannot unpack; xz, gz and bz2 are known")
+                raise MokaError(f"{path.name} has {name}, which this Python cannot unpack; xz, gz and bz2 are known")
             with tarfile.open(fileobj=file, mode="r|*") as archive:
                 for member in archive:
                     safe = _safe_name(member.name)
@@ -143,7 +143,7 @@ def _seek_data(file: IO[bytes], path: Path) -> str:
         if name.startswith("data.tar"):
             return name
         file.seek(int(size) + int(size) % 2, 1)  # members begin at even places
-    raise MokaError(f"{path} is not a Debian package (it holds no data.tar); delete it and run again")
+    raise MokaError(f"{path} is not a Debian package (it has no data.tar); delete it and run again")
 
 
 def _safe_name(name: str) -> str:

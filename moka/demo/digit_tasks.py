@@ -77,8 +77,8 @@ def _both(a: int, b: int) -> str:
     return f"{WORDS[a]} {WORDS[b]}"
 
 
-# Task -> its two media, and the maker of each category. "Larger" is asked of two drawings only: beside a sound, one
-# medium alone would already answer 78 % of it.
+# Task -> its two media, and the maker of each category. "Larger" is asked of two drawings only: next to a sound, one
+# medium only would already answer 78 % of it.
 TASKS: dict[str, tuple[tuple[str, str], dict[str, Maker]]] = {
     "audio-visual-text": (
         ("drawing", "recording"),
@@ -112,21 +112,21 @@ TASKS: dict[str, tuple[tuple[str, str], dict[str, Maker]]] = {
     ),
 }
 DEFAULT_SIZES = {"train": 20000, "validation": 400, "test": 1000}
-# Validation and test are drawn from these alone, whatever the seed.
+# Validation and test are drawn from these only, whatever the seed.
 _FIXED_SEEDS = {"validation": 31, "test": 32}
 
 
 class EmbeddedTask:
     """A map-style data set of chat samples, the format of ``moka.data.schema``.
 
-    A sample is ``{"id": str, "category": str, "messages": [user, assistant]}``. The user's content holds the media,
+    A sample is ``{"id": str, "category": str, "messages": [user, assistant]}``. The user's content has the media,
     ``{"type": "image", "image": PIL image, mode "L", 28 x 28}`` or ``{"type": "audio", "audio": AudioFeatures [frames,
     13] of kind "mfcc"}``, and then the question; the assistant's content is the answer, in words.
 
     Args:
         name: ``"audio-visual-text"`` (one drawing, one recording), ``"visual-text"`` (two drawings) or
             ``"speech-text"`` (two recordings).
-        split: ``"train"``, ``"validation"`` or ``"test"``. Each item of train depends on (seed, index) alone; the
+        split: ``"train"``, ``"validation"`` or ``"test"``. Each item of train depends on (seed, index) only; the
             other two are fixed lists, of which a smaller ``size`` takes the beginning.
         size: number of samples; 20000, 400 and 1000 when left out. Categories take turns, so any beginning is balanced.
         seed: of the training questions.

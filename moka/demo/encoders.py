@@ -19,7 +19,7 @@ from moka.modeling.fields import about
 
 @dataclass
 class PictureConfig(Encoder.Config):
-    """What the small image encoders and their front end share."""
+    """Return what the small image encoders and their front end share."""
 
     image_size: int = field(default=28, metadata=about("height and width of the picture, in pixels", minimum=1))
     grey: bool = field(default=True, metadata=about("one grey channel; False: red, green, blue"))
@@ -38,7 +38,7 @@ class ConvImageEncoder(Encoder):
     """Small convolutional network for pictures such as 28 x 28 drawings; about 98,000 parameters by default.
 
     Each stage halves height and width. The last map is pooled to a grid of `num_tokens` cells of 3 x 3 features; a cell
-    keeps its nine places apart, as where a stroke lies tells digits apart.
+    keeps its nine places apart, as where a stroke is says digits apart.
     """
 
     @dataclass

@@ -5,7 +5,7 @@ equally likely, so that p(y | x_S) is a softmax over classes of -sum_{m in S} |x
 A hint in the question, which is right with a known probability, makes text a source too.
 
 Knobs of the task are those of balanced multimodal learning: the noise of each modality, corrupted samples, missing media, and
-how much the question tells.
+how much the question says.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ class GaussianTask:
             noise = torch.randn(number, self.width, generator=generator)
             features[name] = self.templates[name][shown] + sigma * noise
             corrupted[name] = wrong
-        told = torch.rand(number, generator=generator) < self.leak
-        return GaussianSamples(labels, features, torch.where(told, labels, -1), corrupted)
+        hinted = torch.rand(number, generator=generator) < self.leak
+        return GaussianSamples(labels, features, torch.where(hinted, labels, -1), corrupted)
 
     def log_posterior(self, samples: GaussianSamples, coalition: Collection[str]) -> torch.Tensor:
         """Return log p(class | features of the coalition, question) [n, classes], corruption unknown to the observer.

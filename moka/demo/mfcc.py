@@ -81,7 +81,7 @@ def resample(samples: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
     resampler = AudioResampler(format="flt", layout="mono", rate=to_rate)
     frame = AudioFrame.from_ndarray(np.ascontiguousarray(samples)[None], format="flt", layout="mono")
     frame.sample_rate = from_rate
-    # The second call, with None, empties what the filter still holds.
+    # The second call, with None, empties what the filter still has.
     frames = [*resampler.resample(frame), *resampler.resample(None)]
     # A handful of samples may give none at a lower rate, hence the empty array to begin with.
     return np.concatenate([np.zeros(0, np.float32), *(frame.to_ndarray()[0] for frame in frames)])
@@ -97,7 +97,7 @@ def _checked(samples: np.ndarray, rate: int) -> np.ndarray:
             "the sound has no samples: the clip is empty; give a recording that holds sound, or leave it out"
         )
     if not np.isfinite(samples).all():
-        raise MokaError("the sound holds samples that are not finite (nan or infinity); decode the recording again")
+        raise MokaError("the sound has samples that are not finite (nan or infinity); decode the recording again")
     if rate < 1:
         raise MokaError(f"the sound's sample rate is {rate} Hz; it must be 1 or more")
     return samples

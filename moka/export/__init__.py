@@ -1,4 +1,4 @@
-"""What leaves moka: merged models, plain LoRA folders, the authors' checkpoints."""
+"""Export: merged models, plain LoRA folders, the authors' checkpoints."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING

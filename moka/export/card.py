@@ -49,7 +49,7 @@ Differences are those of the logits, as a part of the largest logit; {checks.tol
 
 _SUMMARIES = {
     TEXT_MERGED: "`{base}` with the text path of a MokA adapter merged in (`backbone/`), and the residual adapter for media "
-    "(`adapter/`). Steps of text alone do no adapter work. The two folders belong together.",
+    "(`adapter/`). Steps of text only do no adapter work. The two folders belong together.",
     HF_BACKBONE: "`{base}` with the text path of an adapter merged into its weights: an ordinary language model, for text.",
     LORA: "{path} as a plain LoRA for the bare `{base}`.",
 }

@@ -2,7 +2,7 @@
 
     text-merged   OUT/backbone  the language model, text path merged in      nothing is lost; `moka.load(OUT)`
                   OUT/adapter   what media tokens have beyond the text path
-    hf-backbone   OUT           the language model, text path merged in      text alone; transformers
+    hf-backbone   OUT           the language model, text path merged in      text only; transformers
     lora          OUT           one modality's path as a LoRA                one path for all tokens; peft
 
 For text tokens MokA is a constant update ``s B A_text`` of each weight, which a merged weight or a LoRA contains exactly. Media tokens
@@ -43,7 +43,7 @@ _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cut
 
 @dataclass(frozen=True)
 class Update:
-    """One linear map's constant update ``scale * B @ A``, as the adapter holds it for one modality."""
+    """One linear map's constant update ``scale * B @ A``, as the adapter has it for one modality."""
 
     name: str  # in the bare language model
     A: torch.Tensor  # [r, in] float32
@@ -60,7 +60,7 @@ class Update:
 
 
 class Source:
-    """A live model and the updates of the modality that is to be exported.
+    """A live model and the updates of the modality that must be exported.
 
     Raises:
         MokaError: an adapter, modality or layer that cannot leave in this format.
@@ -94,11 +94,11 @@ class Source:
 
     @property
     def lossless_for_media(self) -> bool:
-        """Whether the format keeps outputs for media tokens, too."""
+        """Return whether the format keeps outputs for media tokens, too."""
         return self.format == TEXT_MERGED or not self.is_moka
 
     def lost(self) -> list[str]:
-        """What the export does not hold, in words."""
+        """Return what the export does not hold, in words."""
         if self.format == TEXT_MERGED:
             return []
         parts = []
@@ -121,7 +121,7 @@ class Source:
             raise MokaError(f"{folder}: an adapter of type {config.peft_type} cannot be exported; MokA and LoRA can.")
         if modality is not None and self.format != LORA:
             raise MokaError(
-                f"modality: {modality!r} goes with the format {LORA} alone; {self.format} keeps the text path."
+                f"modality: {modality!r} goes with the format {LORA} only; {self.format} keeps the text path."
             )
         if self.is_moka:
             if config.text_merged:
@@ -133,13 +133,13 @@ class Source:
                 )
             if self.modality not in config.adapted:
                 raise MokaError(
-                    f"modality: this adapter leaves {self.modality} tokens alone (adapt is {config.adapt}), so there is no "
+                    f"modality: this adapter leaves {self.modality} tokens only (adapt is {config.adapt}), so there is no "
                     f"{self.modality} path to export. `moka export --format lora --modality {config.adapted[0]}` exports "
                     "another."
                 )
         elif self.format == TEXT_MERGED:
             raise MokaError(
-                f"{folder} holds a plain LoRA, which has one path for all tokens: there is nothing to keep apart. Use `moka "
+                f"{folder} has a plain LoRA, which has one path for all tokens: there is nothing to keep apart. Use `moka "
                 f"export --format {HF_BACKBONE}`, which merges all of it, or --format {LORA}."
             )
         elif modality not in (None, TEXT):
@@ -161,7 +161,7 @@ class Source:
                 continue
             if not path.startswith(INSIDE):
                 if self.is_moka:
-                    raise MokaError(f"{path} is adapted, and lies outside the language model; it cannot be exported.")
+                    raise MokaError(f"{path} is adapted, and is outside the language model; it cannot be exported.")
                 continue  # lost with the encoders
             name, layer = path.removeprefix(INSIDE), module  # type: Any, Any
             transposed = isinstance(layer.get_base_layer(), Conv1D)
@@ -195,13 +195,13 @@ class Source:
 def merged_copy(language_model: nn.Module) -> Any:
     """Return a copy of an adapted language model with the text path (of a LoRA: all of it) in its weights, and no adapter.
 
-    peft's ``merge_and_unload`` (0.21) fails if a whole encoder is in ``modules_to_save``.
+    peft's ``merge_and_unload`` (0.21) fails if a full encoder is in ``modules_to_save``.
     """
     routed = {id(m.moka_model): m.moka_model for m in language_model.modules() if isinstance(m, MokaLinear)}
     for one in routed.values():
         one.detach()  # the copy has no routing, so it gets no hooks
     try:
-        # Given as copied already: each refers to the whole composed model, with its encoders.
+        # Given as copied already: each refers to the full composed model, with its encoders.
         copied: Any = copy.deepcopy(language_model, dict(routed))
     finally:
         for one in routed.values():
@@ -302,7 +302,7 @@ def _whole_number(alpha: float) -> Any:
 
 
 def _target_modules(model: nn.Module, names: list[str]) -> list[str]:
-    """The layers' plain names where these match no other, as serving engines like them; else their whole paths."""
+    """The layers' plain names where these match no other, as serving engines like them; else their full paths."""
     plain = {name.rpartition(".")[2] for name in names}
     matched = {
         path.removesuffix(".base_layer")

@@ -4,7 +4,7 @@
     official-avt  lora_A0, lora_A1, lora_A2     lora_B0            official-avt
     official-vt   lora_A.text, lora_A.image     lora_B.text        official-vt
 
-A moka folder written here also holds ``official.json`` (the original names and settings), ``projectors.safetensors`` (their
+A moka folder written here also has ``official.json`` (the original names and settings), ``projectors.safetensors`` (their
 Q-Former projectors under our names) and ``extra.safetensors`` (whatever else was in ``non_lora_trainables.bin``), so that
 going back gives every tensor under its own name, bit for bit.
 """
@@ -30,7 +30,7 @@ from moka.io import atomic_dir, read_json, write_json
 from moka.modeling.projectors import import_official
 
 RECORD, PROJECTORS, EXTRA = "official.json", "projectors.safetensors", "extra.safetensors"
-OTHERS = "non_lora_trainables"  # LLaVA's name for what is trained beside the adapter
+OTHERS = "non_lora_trainables"  # LLaVA's name for what is trained next to the adapter
 
 Tensors = dict[str, torch.Tensor]
 
@@ -71,7 +71,7 @@ LAYOUTS = {
 
 @dataclass
 class Summary:
-    """What a conversion did, to be printed."""
+    """Return what a conversion did, to be printed."""
 
     source: Path
     output: Path
@@ -116,7 +116,7 @@ def convert(
         raise MokaError(f"--to: {to!r} is not one of {', '.join(LAYOUTS)}.{nearest(to, LAYOUTS)}")
     if not source.is_dir():
         state = "is a file" if source.exists() else "does not exist"
-        raise MokaError(f"{source} {state}; give the folder that holds {WEIGHTS_NAME} and {CONFIG_NAME}.")
+        raise MokaError(f"{source} {state}; give the folder that has {WEIGHTS_NAME} and {CONFIG_NAME}.")
     if not (source / CONFIG_NAME).is_file() and (source / "adapter" / CONFIG_NAME).is_file():
         source = source / "adapter"  # a run folder
     _check_output(source, output, overwrite)
@@ -125,13 +125,13 @@ def convert(
     if to is not None:
         if not ours:
             raise MokaError(
-                f"{source} holds {_kind_of(source, settings)}; --to takes a moka adapter folder (peft_type MOKA in "
+                f"{source} has {_kind_of(source, settings)}; --to takes a moka adapter folder (peft_type MOKA in "
                 f"{CONFIG_NAME}). To read the authors' checkpoint, leave --to out."
             )
         return _to_official(source, output, LAYOUTS[to], backbone)
     if ours:
         raise MokaError(
-            f"{source} holds a moka adapter already. To write it in the authors' layout, add --to {' or --to '.join(LAYOUTS)}."
+            f"{source} has a moka adapter already. To write it in the authors' layout, add --to {' or --to '.join(LAYOUTS)}."
         )
     return _to_moka(source, output, settings, backbone)
 
@@ -144,8 +144,8 @@ def _to_moka(source: Path, output: Path, settings: dict[str, Any], backbone: str
     if weights is None:
         found = some(sorted(path.name for path in source.iterdir())) or "nothing"
         raise MokaError(
-            f"{source} holds neither {WEIGHTS_NAME} nor {SAFETENSORS_WEIGHTS_NAME}; found: {found}. Give the folder of the "
-            "authors' checkpoint that holds one of them."
+            f"{source} has neither {WEIGHTS_NAME} nor {SAFETENSORS_WEIGHTS_NAME}; found: {found}. Give the folder of the "
+            "authors' checkpoint that has one of them."
         )
     tensors = read_tensors(weights)
     layout = _layout_of(weights, tensors)
@@ -160,7 +160,7 @@ def _to_moka(source: Path, output: Path, settings: dict[str, Any], backbone: str
     for module, keys in parts.items():
         name = _our_module(module)
         if name in names:
-            raise MokaError(f"{weights} holds {name} with and without the prefix {PREFIX!r}; one adapter is allowed.")
+            raise MokaError(f"{weights} has {name} with and without the prefix {PREFIX!r}; one adapter is allowed.")
         adapter[f"{name}.moka_A.weight"] = torch.stack([tensors[keys[part]] for part in layout.a])  # [M, r, in]
         adapter[f"{name}.moka_B.weight"] = tensors[keys[layout.b]]  # [out, r]
         names[name] = keys
@@ -205,13 +205,13 @@ def _layout_of(weights: Path, tensors: Tensors) -> Layout:
             f"{weights} mixes the layouts {' and '.join(fitting)} ({some(tensors)}); allowed is one: {allowed}."
         )
     if not tensors:
-        raise MokaError(f"{weights} holds no tensors; allowed: {allowed}. Copy the checkpoint again.")
+        raise MokaError(f"{weights} has no tensors; allowed: {allowed}. Copy the checkpoint again.")
     if any(re.search(r"\.lora_[AB](\.\w+)?(\.weight)?$", key) for key in tensors):
         raise MokaError(
-            f"{weights} holds a plain LoRA adapter ({some(sorted(tensors))}), which knows no modalities; allowed: {allowed}. "
+            f"{weights} has a plain LoRA adapter ({some(sorted(tensors))}), which knows no modalities; allowed: {allowed}. "
             "Load it with peft itself: PeftModel.from_pretrained(backbone, folder)."
         )
-    raise MokaError(f"{weights} holds other tensors ({some(sorted(tensors))}); allowed: {allowed}.")
+    raise MokaError(f"{weights} has other tensors ({some(sorted(tensors))}); allowed: {allowed}.")
 
 
 def _gather(weights: Path, layout: Layout, tensors: Tensors) -> dict[str, dict[str, str]]:
@@ -226,11 +226,11 @@ def _gather(weights: Path, layout: Layout, tensors: Tensors) -> dict[str, dict[s
         module, part = slot
         keys = parts.setdefault(module, {})
         if part in keys:
-            raise MokaError(f"{weights} holds {part} of {module} twice ({keys[part]}, {key}); one adapter is allowed.")
+            raise MokaError(f"{weights} has {part} of {module} twice ({keys[part]}, {key}); one adapter is allowed.")
         keys[part] = key
     if unknown:
         raise MokaError(
-            f"{weights} holds {len(unknown)} tensors that layout {layout.preset} does not know: {', '.join(sorted(unknown))}. "
+            f"{weights} has {len(unknown)} tensors that layout {layout.preset} does not know: {', '.join(sorted(unknown))}. "
             f"Known: {', '.join((*layout.a, layout.b))}. Nothing was written."
         )
     lacking = [
@@ -254,7 +254,7 @@ def _check_shapes(weights: Path, layout: Layout, parts: dict[str, dict[str, str]
         fits = len(a) == 2 and len(b) == 2 and 0 not in (*a, *b) and b[1] == a[0]
         if not fits or any(shapes[part] != a for part in layout.a):
             raise MokaError(
-                f"{weights}: the shapes of {module} do not belong together: {shapes}. Each A must be [r, in], alike, and B "
+                f"{weights}: the shapes of {module} do not belong together: {shapes}. Each A must be [r, in], equally, and B "
                 "[out, r]; gather a sharded (ZeRO-3) checkpoint first."
             )
         dtypes = {tensors[key].dtype for key in keys.values()}
@@ -274,7 +274,7 @@ def _check_finite(path: Path, tensors: Tensors) -> None:
     damaged = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if damaged:
         raise MokaError(
-            f"{path} holds values that are not finite ({some(damaged)}); copy it again, or take an earlier one."
+            f"{path} has values that are not finite ({some(damaged)}); copy it again, or take an earlier one."
         )
 
 
@@ -334,7 +334,7 @@ def _basic(settings: dict[str, Any]) -> dict[str, Any]:
             raise MokaError(f"{CONFIG_NAME}: r is {r!r}; all modalities share one rank, so the numbers must agree.")
         r = r[0]
     checks = (
-        ("r", "r", r, (int,), "a whole number, or a list of one number repeated"),
+        ("r", "r", r, (int,), "an integer, or a list of one number repeated"),
         ("alpha", "lora_alpha", settings.get("lora_alpha"), (int, float), "a number"),
         ("dropout", "lora_dropout", settings.get("lora_dropout"), (int, float), "a number"),
         (
@@ -357,7 +357,7 @@ def _basic(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _split(path: Path) -> tuple[Tensors, dict[str, str], Tensors]:
-    """Tensors trained beside the adapter: projectors under our names, those names -> the original ones, and the rest."""
+    """Tensors trained next to the adapter: projectors under our names, those names -> the original ones, and the rest."""
     tensors = read_tensors(path)
     _check_finite(path, tensors)
     projectors: Tensors = {}
@@ -373,9 +373,7 @@ def _split(path: Path) -> tuple[Tensors, dict[str, str], Tensors]:
         if match and state:
             name = f"projectors.{match[1] or match[2]}.{next(iter(state))}"
             if name in projectors:
-                raise MokaError(
-                    f"{path} holds {names[name]} and {key}, which are one tensor of one projector; keep one."
-                )
+                raise MokaError(f"{path} has {names[name]} and {key}, which are one tensor of one projector; keep one.")
             projectors[name], names[name] = tensor, key
         else:
             extra[key] = tensor
@@ -393,7 +391,7 @@ def _to_official(source: Path, output: Path, layout: Layout, backbone: str | Non
     names = record.get("adapter", {}) if same else {}
     weights = _file(source, Path(WEIGHTS_NAME).stem)
     if weights is None:
-        raise MokaError(f"{source} has no {SAFETENSORS_WEIGHTS_NAME}; copy the whole adapter folder.")
+        raise MokaError(f"{source} has no {SAFETENSORS_WEIGHTS_NAME}; copy the full adapter folder.")
     tensors = read_tensors(weights)
     official: Tensors = {}
     others: Tensors = {}
@@ -415,7 +413,7 @@ def _to_official(source: Path, output: Path, layout: Layout, backbone: str | Non
     summary = Summary(source, output, layout.preset, len(modules), list(config.modalities), config.r, len(official))
     if others:
         summary.notes.append(
-            f"{len(others)} tensors beside the adapter ({some(others)}) go to {OTHERS}.bin as they are"
+            f"{len(others)} tensors next to the adapter ({some(others)}) go to {OTHERS}.bin as they are"
         )
     for file in (PROJECTORS, EXTRA):
         if (source / file).is_file():
@@ -424,7 +422,7 @@ def _to_official(source: Path, output: Path, layout: Layout, backbone: str | Non
             lost = [key for key in found if file == PROJECTORS and key not in renamed]
             if lost:
                 raise MokaError(
-                    f"{source / RECORD} does not tell the original names of {some(lost)}; copy the whole folder as "
+                    f"{source / RECORD} does not say the original names of {some(lost)}; copy the full folder as "
                     "`moka convert` wrote it."
                 )
             others |= {renamed.get(key, key): tensor for key, tensor in found.items()}
@@ -525,13 +523,13 @@ def _check_targets(targets: str | list) -> None:
         except re.error as error:
             raise MokaError(f"{CONFIG_NAME}: target_modules {targets!r} is no regular expression ({error}).") from error
     elif not all(isinstance(name, str) for name in targets):
-        raise MokaError(f"{CONFIG_NAME}: target_modules {targets!r} holds what is no name; it is a list of strings.")
+        raise MokaError(f"{CONFIG_NAME}: target_modules {targets!r} has what is no name; it is a list of strings.")
 
 
 def _check_output(source: Path, output: Path, overwrite: bool) -> None:
     inside, place = source.resolve(), output.resolve()
     if place == inside or place in inside.parents or inside in place.parents:
-        raise MokaError(f"--output {output} is the source, holds it or lies in it; give another folder.")
+        raise MokaError(f"--output {output} is the source, has it or is in it; give another folder.")
     for folder in (output, *output.parents):
         if folder.is_file():
             raise MokaError(f"--output {output}: {folder} is a file; give a folder.")
@@ -540,7 +538,7 @@ def _check_output(source: Path, output: Path, overwrite: bool) -> None:
             raise MokaError(f"--output {output} is not empty; give another folder, or add --overwrite to replace it.")
         if not (output / CONFIG_NAME).is_file():
             raise MokaError(
-                f"--output {output} holds no adapter ({CONFIG_NAME}), so it is not replaced; give another folder."
+                f"--output {output} has no adapter ({CONFIG_NAME}), so it is not replaced; give another folder."
             )
 
 
@@ -549,7 +547,7 @@ def _read_settings(source: Path) -> dict[str, Any]:
     settings = read_json(path) if path.is_file() else {}
     if not isinstance(settings, dict):
         raise MokaError(
-            f"{path} holds a {type(settings).__name__}; an object with peft's fields is due. Copy the folder again."
+            f"{path} has a {type(settings).__name__}; an object with peft's fields is expected. Copy the folder again."
         )
     return settings
 

@@ -28,7 +28,7 @@ from .verify import Checks, make_probes
 
 @dataclass
 class ExportReport:
-    """What was exported. Differences are those of the logits, as a part of the largest one."""
+    """Return what was exported. Differences are those of the logits, as a part of the largest one."""
 
     format: str
     output: Path
@@ -64,7 +64,7 @@ def export(
         modality: for "lora": whose path to export (default: text).
         samples: JSONL file of chats to compare on besides random inputs (the first 32).
         overwrite: replace an export that is there.
-        backbone: where the language model lies here, if not at the recorded name.
+        backbone: where the language model is here, if not at the recorded name.
         dtype: of the written weights: float32, bfloat16 or auto. A backbone that is quantised on disk is turned into it.
             One that was quantised for training (``model.quantization``) is read as it is on disk: merging into
             quantised weights would round them again.
@@ -82,7 +82,7 @@ def export(
     source = Source(live, format, modality)
     name = source.base.config.backbone
     if Path(source.backbone_place).resolve().is_relative_to(out):
-        raise MokaError(f"--output: {out} holds the backbone {name} of this run; choose another folder.")
+        raise MokaError(f"--output: {out} has the backbone {name} of this run; choose another folder.")
     probes = make_probes(live, own)
     with atomic_dir(out) as part:
         formats.write(source, part)
@@ -130,19 +130,19 @@ def _check_output(output: Path, run: Path, adapter: Path, overwrite: bool) -> Pa
         if place.exists() and not place.is_dir():
             raise MokaError(f"--output: {place} is a file; name a folder.")
     if out.is_relative_to(adapter):
-        raise MokaError(f"--output: {output} lies inside the adapter folder {adapter}; choose another folder.")
+        raise MokaError(f"--output: {output} is inside the adapter folder {adapter}; choose another folder.")
     if run.is_relative_to(out) or adapter.is_relative_to(out):
-        raise MokaError(f"--output: {output} holds the run itself; choose another folder.")
+        raise MokaError(f"--output: {output} has the run itself; choose another folder.")
     if out.is_dir() and any(out.iterdir()):
         if export_kind(out) is None:
-            raise MokaError(f"--output: {output} is not empty and holds no export; choose another folder.")
+            raise MokaError(f"--output: {output} is not empty and has no export; choose another folder.")
         if not overwrite:
-            raise MokaError(f"--output: {output} holds an export already; choose another folder, or give --overwrite.")
+            raise MokaError(f"--output: {output} has an export already; choose another folder, or give --overwrite.")
     return out
 
 
 def _keep_config(adapter: Path, folder: Path, format: str) -> None:
-    """The run's configuration tells `moka eval` its questions. Without its first line it marks no run of training."""
+    """The run's configuration has the questions of `moka eval`. Without its first line it marks no run of training."""
     config = adapter.parent / CONFIG
     if format == TEXT_MERGED and adapter.name == ADAPTER and config.is_file():
         text = config.read_text(encoding="utf-8")

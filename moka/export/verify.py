@@ -27,7 +27,7 @@ _ROWS = ((5, 7), (3, 4), (8, 2))
 
 
 class VerificationError(MokaError):
-    """What was written is not what it should be."""
+    """Return what was written is not what it should be."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class Checks:
     expected: int
     changed: int = 0
     tolerance: float = 0.0
-    differences: dict[str, float] = field(default_factory=dict)  # must lie within the tolerance
-    losses: dict[str, float] = field(default_factory=dict)  # of a lossy format, told and not judged
+    differences: dict[str, float] = field(default_factory=dict)  # must are within the tolerance
+    losses: dict[str, float] = field(default_factory=dict)  # of a lossy format, reported and not judged
     unchanged_tensors: int = 0
 
     @property
@@ -78,7 +78,7 @@ def _random_probe(base: Any, name: str, media: list[str], generator: torch.Gener
     counts = dict.fromkeys(media, 0)
     for number, (before, after) in enumerate(_ROWS):
         ids, types, groups = _words(base, before, generator), [0] * before, [1] * before
-        # The last row is text alone, also beside rows with media.
+        # The last row is text only, also next to rows with media.
         for one in media if number < len(_ROWS) - 1 else []:
             tokens, type_id = base.projectors[one].num_tokens, base.config.type_ids[one][0]
             ids += [base.config.placeholder_id(type_id)] * tokens
@@ -185,7 +185,7 @@ def _compare_weights(source: Source, back: Any, checks: Checks) -> None:
         due = not torch.equal(want.to(source.dtype).float(), tensor)
         checks.changed += changed
         if due and not changed:
-            raise VerificationError(f"{name} was to change, and holds the weight from before")
+            raise VerificationError(f"{name} was to change, and still has the weight from before")
         if not bool(((got.float() - want).abs() <= room).all()):
             raise VerificationError(f"{name} is not the backbone's weight plus the {source.modality} path")
     if checks.changed == 0:
@@ -209,7 +209,7 @@ def _tied(model: Any) -> bool:
 
 
 def _with_lora(source: Source, folder: Path) -> Any:
-    """The bare backbone from where it lies, under the LoRA that was written."""
+    """The bare backbone from where it is, under the LoRA that was written."""
     model: Any = AutoModelForCausalLM.from_pretrained(
         source.backbone_place, dtype=source.dtype, trust_remote_code=False
     )

@@ -44,7 +44,7 @@ def cache_features(
     """Compute the features that ``config`` needs and ``data.feature_cache`` has not; returns a summary, line by line.
 
     Run by several processes (torchrun, `accelerate launch`), each takes a share of the media. Started again after it
-    was killed, it goes on.
+    was killed, it continues.
 
     Args:
         splits: of "train", "alignment", "validation"; all that the stages read by default.
@@ -154,11 +154,11 @@ def _check_budget(name: str, samples: DecodedDataset, found: dict[tuple[str, Any
         allowed = BadMediaPolicy(data.on_bad_media, data.bad_media_budget).allowed(len(samples))
         sample_id, reason = bad[spoiled[0]]
         first = f"the first: sample {sample_id!r}, {spoiled[0][0]} {_place(spoiled[0][1])}: {reason}"
-        told = f"data.{name}: {len(spoiled)} of {len(samples)} samples have media that cannot be used"
-        print(f"{told} ({first})")
+        reported = f"data.{name}: {len(spoiled)} of {len(samples)} samples have media that cannot be used"
+        print(f"{reported} ({first})")
         if len(spoiled) > allowed:
             raise MokaError(
-                f"{told}, and the budget allows {allowed}; {first}. Mend the files, or raise data.bad_media_budget. What was "
+                f"{reported}, and the budget allows {allowed}; {first}. Correct the files, or raise data.bad_media_budget. What was "
                 "computed stays."
             )
 

@@ -1,9 +1,9 @@
-"""Features of frozen encoders on disk: computed once by `moka cache`, read in training in the place of media.
+"""Features of frozen encoders on disk: computed once by `moka cache`, read in training instead of media.
 
     FOLDER/clip-1f0c3b9a5d7e2468/     one for each encoder and its settings, by their hash
         settings.json                 what the features depend on, and their type
         shard-00001-000.safetensors   features [items, tokens, width] of many media, under the ids of the media
-        shard-00001-000.json          its size, sha256 and ids, written after it: a shard without one is not whole
+        shard-00001-000.json          its size, sha256 and ids, written after it: a shard without one is not full
         media-00001-000.jsonl         path, size and times of each file, and the id of its content; what is bad, and why
 
 A medium's id is the hash of its content, so files may be moved, copied and repeated. The content of a file whose path, size
@@ -76,7 +76,7 @@ def _hash_value(digest: Any, medium: Any) -> None:
         for one in medium:
             _hash_value(digest, one)
     elif isinstance(medium, Image.Image):
-        # What front ends read beside the pixels: how the picture is turned, its colours, what is transparent.
+        # What front ends read next to the pixels: how the picture is turned, its colours, what is transparent.
         look = (medium.mode, medium.size, medium.getpalette(), medium.info.get("transparency"))
         digest.update(f"image {look} {medium.getexif().get(0x0112)}".encode() + medium.tobytes())
     elif isinstance(medium, (Waveform, AudioFeatures)):
@@ -114,13 +114,13 @@ def open_set(cache: str | Path, name: str, settings: Mapping[str, Any]) -> Featu
     others = [read_settings(path) for path in sorted(Path(cache).glob(f"{name}-*/{SETTINGS}"))]
     remedy = "Compute them with `moka cache` and this configuration"
     if not others:
-        raise MokaError(f"data.feature_cache: {cache} holds no features of encoder {name!r}. {remedy}.")
+        raise MokaError(f"data.feature_cache: {cache} has no features of encoder {name!r}. {remedy}.")
     ours = {"format_version": FORMAT_VERSION, **settings}
     theirs = [{"format_version": other["format_version"], **other["settings"]} for other in others]
     nearest = min((_differences(other, ours) for other in theirs), key=len)
     shown = "; ".join(f"{key} is {there} there and {here} here" for key, (there, here) in list(nearest.items())[:4])
     raise MokaError(
-        f"data.feature_cache: {cache} holds features of encoder {name!r} with other settings: {shown}. {remedy}, or use "
+        f"data.feature_cache: {cache} has features of encoder {name!r} with other settings: {shown}. {remedy}, or use "
         "the settings they were made with."
     )
 
@@ -147,7 +147,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 def read_seal(path: Path) -> dict[str, Any]:
     return _read_record(
-        path, {"bytes", "sha256", "media"}, "is damaged ({}). Run `moka cache` again: it makes such shards anew."
+        path, {"bytes", "sha256", "media"}, "is damaged ({}). Run `moka cache` again: it makes such shards again."
     )
 
 
@@ -168,7 +168,7 @@ class FeatureSet:
     The index takes about 150 bytes a medium, in arrays that forked loader workers share.
 
     Raises:
-        MokaError: a shard that is absent or not whole; in reading, one that is damaged.
+        MokaError: a shard that is absent or incomplete; in reading, one that is damaged.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -182,7 +182,7 @@ class FeatureSet:
             record = read_seal(seal)
             shard = seal.with_suffix(".safetensors")
             if problem := shard_problem(shard, record):
-                raise MokaError(f"{shard} {problem}. Run `moka cache` again: it makes such shards anew.")
+                raise MokaError(f"{shard} {problem}. Run `moka cache` again: it makes such shards again.")
             ids += record["media"]
             places += [len(self._shards)] * len(record["media"])
             self._shards.append(shard)
@@ -221,7 +221,7 @@ class FeatureSet:
         return _NOWHERE if found is None else int(self._places[found])
 
     def noted(self, kind: str, path: str) -> tuple[Stamp, str] | None:
-        """What was noted of a file, its stamp and the id of its content then; None if it was never seen."""
+        """Return what was noted of a file, its stamp and the id of its content then; None if it was never seen."""
         key = _path_key(kind, path)
         found = _last(self._files, key)
         if found is None:
@@ -250,13 +250,13 @@ class FeatureSet:
         """
         name = medium if isinstance(medium, str) else f"{kind} in memory"
         if isinstance(medium, str) and (problem := file_problem(medium)):
-            raise BadMediaError(f"{name}: {problem}. Mend or replace the file.", name, problem)
+            raise BadMediaError(f"{name}: {problem}. Correct or replace the file.", name, problem)
         identity = self.identify(kind, medium)
         if identity in self:
             return identity
         if identity in self.bad:
             reason = self.bad[identity]
-            raise BadMediaError(f"{name}: {reason}. Mend or replace the file, or remove the sample.", name, reason)
+            raise BadMediaError(f"{name}: {reason}. Correct or replace the file, or remove the sample.", name, reason)
         before = self.noted(kind, medium) if isinstance(medium, str) else None
         remedy = "Run `moka cache` again: it computes what is not there."
         if before is not None and before[1] != identity:
@@ -276,7 +276,7 @@ class FeatureSet:
             tensor = opened.get(self._shards[place]).get_tensor(identity)
         except (SafetensorError, OSError) as error:
             raise MokaError(
-                f"{self._shards[place]} cannot be read ({error}). Run `moka cache` again: it makes damaged shards anew."
+                f"{self._shards[place]} cannot be read ({error}). Run `moka cache` again: it makes damaged shards again."
             ) from error
         return tensor.float().numpy()
 
@@ -307,7 +307,7 @@ class _OpenShards:
 
 
 class FeatureCache:
-    """What training reads: for each kind of medium whose encoder is frozen, the set that holds its features."""
+    """Return what training reads: for each kind of medium whose encoder is frozen, the set that has its features."""
 
     def __init__(self, sets: Mapping[str, FeatureSet]) -> None:
         self.sets = dict(sets)
@@ -335,7 +335,7 @@ def shard_problem(shard: Path, record: Mapping[str, Any]) -> str | None:
     size = shard.stat().st_size if shard.is_file() else None
     if size is None:
         return "is not there"
-    return None if size == record["bytes"] else f"is not whole: it has {size} of {record['bytes']} bytes"
+    return None if size == record["bytes"] else f"is not full: it has {size} of {record['bytes']} bytes"
 
 
 def _path_key(kind: str, path: str) -> str:
@@ -350,7 +350,7 @@ def _sorted(keys: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _last(keys: np.ndarray, key: str) -> int | None:
-    """Where the key stands last in sorted keys."""
+    """Where the key is last in sorted keys."""
     wanted = np.bytes_(key)
     found = int(np.searchsorted(keys, wanted, side="right")) - 1
     return found if found >= 0 and keys[found] == wanted else None

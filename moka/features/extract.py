@@ -34,7 +34,7 @@ _AHEAD = 4  # media in work per thread: keeps all busy, and few decoded media in
 
 @dataclass
 class Done:
-    """What was done for one modality, by one process or by all."""
+    """Return what was done for one modality, by one process or by all."""
 
     media: int = 0
     computed: int = 0
@@ -75,7 +75,7 @@ class Job:
             self.encode(batch_size)
 
     def encode(self, batch_size: int) -> None:
-        """What waits, to the writer."""
+        """Return what waits, to the writer."""
         if not self._waiting:
             return
         device = next(self.encoder.parameters()).device
@@ -101,7 +101,7 @@ class _Medium:
     """One medium of a sample, before a thread looks at it."""
 
     job: Job
-    key: tuple[str, Any]  # kind; path, or where it lies: data set, index
+    key: tuple[str, Any]  # kind; path, or where it is: data set, index
     sample_id: str
     kind: str
     value: Any
@@ -109,7 +109,7 @@ class _Medium:
 
 @dataclass
 class _Seen:
-    """What a thread found of a medium; ``values`` are for the encoder, None where its features are there."""
+    """Return what a thread found of a medium; ``values`` are for the encoder, None where its features are there."""
 
     at: Stamp | None = None
     identity: str | None = None
@@ -244,7 +244,7 @@ class Filler:
         return seen
 
     def _values(self, medium: _Medium) -> np.ndarray:
-        """What the encoder takes of a medium: float32 [items, ...]."""
+        """Return what the encoder takes of a medium: float32 [items, ...]."""
         source = self.samples
         decoded = decode_medium(medium.kind, medium.value, source.video_frames, source.audio_rate, source.audio_windows)
         items = decoded if isinstance(decoded, (list, tuple)) else [decoded]

@@ -1,6 +1,6 @@
 """`data.feature_cache`: features of frozen encoders, computed once (`moka cache`) and read in training.
 
-medium -> features from the cache; the encoder is set aside, and the model runs its projector alone. `filling` makes them.
+medium -> features from the cache; the encoder is set aside, and the model runs its projector only. `filling` makes them.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def kinds_of(spec: dict[str, Any]) -> list[str]:
 
 
 def feature_settings(encoder: Encoder, front_end: Any, kinds: list[str], data: DataSection) -> dict[str, Any]:
-    """All that a medium's features depend on beside the medium, fit for JSON."""
+    """All that a medium's features depend on next to the medium, fit for JSON."""
     configuration = {key: value for key, value in plain(encoder.to_dict()).items() if key not in _NOT_IN_KEY}
     decoding: dict[str, Any] = {}
     if "video" in kinds:
@@ -87,7 +87,7 @@ def open_features(data: DataSection, model: MokaForConditionalGeneration, proces
 
 
 def with_features(samples: Any, features: FeatureCache | None) -> Any:
-    """The data set with the features in the place of the media that they are of."""
+    """The data set with the features instead of the media that they are of."""
     if features is None:
         return samples
     if not isinstance(samples, DecodedDataset):
@@ -130,7 +130,7 @@ def note_moved(datasets: Iterable[Any], share: tuple[int, int]) -> None:
     if moved:
         print_main(
             f"note: {'at least ' if share[1] > 1 else ''}{counted(moved, 'file')} moved, copied or touched since the "
-            "features were computed: known by reading them alone. `moka cache` notes them as they are now."
+            "features were computed: known by reading them only. `moka cache` notes them as they are now."
         )
 
 

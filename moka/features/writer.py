@@ -1,4 +1,4 @@
-"""Writing features of frozen encoders to disk, as `moka.features.cache` reads them: what is there is always whole."""
+"""Writing features of frozen encoders to disk, as `moka.features.cache` reads them: what is there is always full."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ _SHARD_MEDIA = 20_000  # a shard's header names each of them
 
 
 class FeatureWriter:
-    """Adds features to a set, in shards of bounded size that appear whole or not at all.
+    """Adds features to a set, in shards of bounded size that appear complete or not at all.
 
     Args:
-        known: the set as it was opened; what it holds is not added again.
+        known: the set as it was opened; what it has is not added again.
         number, rank: of this writer, for the names of its files: a number that no file of the set has, and the process.
         shard_bytes: a shard is written when it has as many.
 
@@ -120,7 +120,7 @@ def create_set(cache: str | Path, name: str, settings: Mapping[str, Any], dtype:
     kept = read_settings(path)["dtype"]
     if kept != dtype:
         raise MokaError(
-            f"{folder} holds {kept} features, and {dtype} is asked for. Use --dtype {kept}, or another data.feature_cache."
+            f"{folder} has {kept} features, and {dtype} is asked for. Use --dtype {kept}, or another data.feature_cache."
         )
     return folder
 
@@ -160,7 +160,7 @@ def next_number(folder: str | Path) -> int:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """A file that is there whole or not at all, also after a power failure."""
+    """A file that is there complete or not at all, also after a power failure."""
     try:
         with atomic_file(path) as part, open(part, "wb") as file:
             file.write(data)
@@ -168,6 +168,6 @@ def _write(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
     except OSError as error:
         raise MokaError(
-            f"{path} cannot be written ({error.strerror}). What was written before stays: free space or mend the folder, and "
-            "run the same command again; it goes on from there."
+            f"{path} cannot be written ({error.strerror}). What was written before stays: free space or fix the folder, and "
+            "run the same command again; it continues from there."
         ) from error

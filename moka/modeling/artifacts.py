@@ -103,7 +103,7 @@ def _load_folder(model: MokaForConditionalGeneration, folder: Path) -> list[str]
         )
     if not (folder / METADATA).is_file() or not (folder / WEIGHTS).is_file():
         raise MokaError(
-            f"{folder} holds no stage-1 result ({METADATA}, {WEIGHTS}); give RUN/connector of a stage-1 run, or a "
+            f"{folder} has no stage-1 result ({METADATA}, {WEIGHTS}); give RUN/connector of a stage-1 run, or a "
             "published projector file."
         )
     meta = read_json(folder / METADATA)
@@ -171,12 +171,12 @@ def _differences(model: MokaForConditionalGeneration, name: str, key: str, their
     return sorted(field for field in {*theirs, *ours} if theirs.get(field) != ours.get(field))
 
 
-# What transformers notes in a configuration beside the architecture; it changes with its version.
+# What transformers notes in a configuration next to the architecture; it changes with its version.
 _NOTES = ("transformers_version", "_name_or_path", "architectures", "dtype", "id2label", "label2id", "problem_type")
 
 
 def plain(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration as JSON gives it back, the fields of ``model_config`` beside the others, notes left out."""
+    """A configuration as JSON gives it back, the fields of ``model_config`` next to the others, notes left out."""
     flat = json.loads(json.dumps(config))
     inner = flat.pop("model_config", None) or {}
     return {**{f"model_config.{field}": value for field, value in inner.items() if field not in _NOTES}, **flat}
@@ -202,7 +202,7 @@ def _load_published(model: MokaForConditionalGeneration, path: Path) -> list[str
         name = next((n for n, encoder in model.encoders.items() if encoder.kind == kind), None)
         if name is None or name in filled:
             why = f"has no modality of that medium, only {', '.join(model.encoders)}" if name is None else "takes one"
-            raise MokaError(f"{path} holds a projector of {kind} features; this model {why}. Leave the file out.")
+            raise MokaError(f"{path} has a projector of {kind} features; this model {why}. Leave the file out.")
         try:
             state, projector = import_llava(tensors) if whose == "llava" else (import_official(tensors)[0], "qformer")
         except MokaError as error:
@@ -215,7 +215,7 @@ def _load_published(model: MokaForConditionalGeneration, path: Path) -> list[str
 
 
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file of safetensors, or of a pickle that holds nothing else."""
+    """The tensors of a file of safetensors, or of a pickle that has nothing else."""
     try:
         if path.suffix == ".safetensors":
             state = load_file(path)
@@ -223,14 +223,14 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise MokaError(
-            f"{path} is no file of plain tensors: loading it would run code that it holds, or it is damaged. Get it from "
+            f"{path} is no file of plain tensors: loading it would run code that it has, or it is damaged. Get it from "
             "its authors, or save its tensors as safetensors where you trust it."
         ) from error
     except Exception as error:  # of bytes that are no pickle torch's reader raises KeyError and more
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise MokaError(f"{path} cannot be read ({reason}); it is truncated or damaged.") from error
     if not isinstance(state, Mapping) or not state or not all(isinstance(t, torch.Tensor) for t in state.values()):
-        raise MokaError(f"{path} holds no mapping of names to tensors; give a published projector file.")
+        raise MokaError(f"{path} has no mapping of names to tensors; give a published projector file.")
     for key, tensor in state.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise MokaError(f"{path}: {key} is not finite; the file is damaged. Get it again.")
@@ -245,7 +245,7 @@ def _check_published(
     where = f"model.modalities.{name}"
     if ours.name != projector or (projector == "linear" and ours.config.tokens):
         raise MokaError(
-            f"{path} holds a projector of type {projector!r}, and this run's {name} projector is {ours.to_dict()}. Set "
+            f"{path} has a projector of type {projector!r}, and this run's {name} projector is {ours.to_dict()}. Set "
             f"{where}.projector: {{type: {projector}}}."
         )
     expected = {key: tensor.shape for key, tensor in ours.state_dict().items()}

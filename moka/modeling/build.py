@@ -47,7 +47,7 @@ def build_model(
     """The composed model with fresh projectors, and its processor.
 
     Args:
-        device: where a quantised model lies; default: this process's GPU if there is one. Others lie on the CPU.
+        device: where a quantised model is; default: this process's GPU if there is one. Others are on the CPU.
     Raises:
         MokaError: a backbone that is not there, an unknown encoder or projector.
     """
@@ -201,14 +201,12 @@ def build_for_stage_two(config: RunConfig) -> tuple[MokaForConditionalGeneration
             filled[part] = folder
     empty = [part for part in trained_parts(model) if part not in filled]
     if empty and config.model.connectors:
-        raise MokaError(
-            f"model.connectors: none of {config.model.connectors} holds {', '.join(empty)}; add its stage 1."
-        )
+        raise MokaError(f"model.connectors: none of {config.model.connectors} has {', '.join(empty)}; add its stage 1.")
     return model, processor
 
 
 def _training_device(config: RunConfig) -> str | None:
-    """Where a run keeps to the CPU, also beside a GPU; None: the default."""
+    """Where a run keeps to the CPU, also next to a GPU; None: the default."""
     on_cpu = all(config.section(stage).get("use_cpu") for stage in config.stages)
     return "cpu" if on_cpu or parse_flag_from_env("ACCELERATE_USE_CPU") else None
 
@@ -216,7 +214,7 @@ def _training_device(config: RunConfig) -> str | None:
 def build_processor(section: ModelSection) -> tuple[MokaForConditionalGeneration, MokaProcessor]:
     """As ``build_model``, but the model is a skeleton without memory: only configurations and the tokenizer are read.
 
-    For what needs no weights, such as counting tokens; the skeleton tells sizes and the context length.
+    For what needs no weights, such as counting tokens; the skeleton says sizes and the context length.
 
     Raises:
         MokaError: a backbone that is not there, an unknown encoder or projector.

@@ -1,6 +1,6 @@
 """From chat messages to segments with known roles, through any Jinja chat template.
 
-The template is rendered with a mark in the place of every content part, and the text between the marks is the
+The template is rendered with a mark instead of every content part, and the text between the marks is the
 template's own scaffold. So each token's role is known by construction: nothing is found again by comparing strings,
 and what a user types can neither imitate a placeholder nor a special token.
 """
@@ -60,7 +60,7 @@ def segments(messages: list[dict], tokenizer, template: str | None, add_generati
         MokaError: a part without its medium, an unknown part type, or a template that refuses the messages.
     """
     _check_messages(messages)
-    # What stands before an answer is rendered with an answer in its place: the template's own generation prompt is
+    # What is before an answer is rendered with an answer in its place: the template's own generation prompt is
     # often shorter (a space, an empty thought), and what it leaves out would be in training and not in inference.
     opens_answer = add_generation_prompt and messages[-1]["role"] != "assistant"
     if opens_answer:
@@ -129,7 +129,7 @@ def _segment(part: dict, role: str, turn: int) -> Segment:
         raise MokaError(f'A content part of type {kind!r} has no {kind!r}: write {{"type": "{kind}", "{kind}": ...}}.')
     if kind == "text":
         if not isinstance(value, str):
-            raise MokaError(f"A content part of type 'text' holds {value!r}; a string is due.")
+            raise MokaError(f"A content part of type 'text' has {value!r}; a string is expected.")
         return Segment(role, turn, text=value)
     for one in value if isinstance(value, (list, tuple)) else [value]:
         if isinstance(one, (str, os.PathLike)):

@@ -20,12 +20,12 @@ class MokaModelConfig(PreTrainedConfig):
     """Configuration of ``MokaForConditionalGeneration``.
 
     Args:
-        text_config: configuration of the decoder-only language model, or of a checkpoint that holds it (Qwen2.5-VL).
+        text_config: configuration of the decoder-only language model, or of a checkpoint that has it (Qwen2.5-VL).
         modalities: name -> {"encoder": {...}, "projector": {...}, "type_ids": [...]}; see ``moka.modeling.encoders``
             and ``moka.modeling.projectors`` for the fields. ``type_ids`` are the values of ``mm_token_type_ids`` that
             this encoder serves (default: visual 1 and 2, audio 3).
         backbone: where the language model came from (a hub name, a folder, or ``embedded:...``).
-        fill_token_id: an ordinary token that stands for a placeholder where only ordinary ids may go (the ids that
+        fill_token_id: an ordinary token that means a placeholder where only ordinary ids may go (the ids that
             ``generate`` returns and that its logits processors see).
 
     Placeholders have ids beyond the vocabulary (``vocab_size + type id - 1``): no token is added to the embedding table.
@@ -60,7 +60,7 @@ class MokaModelConfig(PreTrainedConfig):
 
     @property
     def uses_grid_positions(self) -> bool:
-        """Whether the language model takes positions in time, height and width (M-RoPE)."""
+        """Return whether the language model takes positions in time, height and width (M-RoPE)."""
         return "mrope_section" in (getattr(self.text_config, "rope_parameters", None) or {})
 
     def placeholder_id(self, type_id: int) -> int:

@@ -20,7 +20,7 @@ def about(
     """Metadata of a configuration field: help text, and what `read_config` allows (bounds hold for each list item).
 
     `weightless`: no weight of the encoder depends on the field, only how much of a medium it takes and gives. Trained
-    weights fit an encoder that differs in such fields alone.
+    weights fit an encoder that differs in such fields only.
     """
     return {"help": help, "minimum": minimum, "maximum": maximum, "choices": tuple(choices), "weightless": weightless}
 

@@ -1,8 +1,8 @@
 """Whether a language model keeps the samples of a packed row apart, tried on the model itself.
 
-transformers builds the mask of a packed row from ``position_ids`` that begin anew. Models that take no mask from there
+transformers builds the mask of a packed row from ``position_ids`` that begin again. Models that take no mask from there
 (OPT, Falcon, Bloom, MPT), and layers that carry a state along the row (Mamba, short convolutions, linear attention),
-read past the beginning of a sample, and say nothing.
+read past the beginning of a sample, and are silent.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _ROUNDING, _COARSE_ROUNDING = 1e-4, 0.02
 
 
 def check_confined(model: MokaForConditionalGeneration, device: torch.device | str | None = None) -> None:
-    """Compare the logits of a sample behind one other and behind another, packed and not: one small forward.
+    """Compare the logits of a sample after one other and after another, packed and not: one small forward.
 
-    The model is left as it was. Where it is held in parts (ZeRO-3) every process has to call it.
+    The model is left as it was. Where it is kept in parts (ZeRO-3) every process has to call it.
 
     Args:
         device: what computes; the weights go there layer by layer. Default: where they are.
@@ -67,7 +67,7 @@ def check_confined(model: MokaForConditionalGeneration, device: torch.device | s
 
 @contextmanager
 def _at_work(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Inside, a block has its weights on the device, and whole, while it computes."""
+    """Inside, a block has its weights on the device, and full, while it computes."""
     names = getattr(model, "_no_split_modules", None) or ()
     units: list[tuple[nn.Module, bool]] = []
     inside: set[nn.Module] = set()  # of a block

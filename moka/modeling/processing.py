@@ -38,7 +38,7 @@ class MokaProcessor:
         tokenizer: the backbone's tokenizer.
         modalities: name -> {"encoder": its configuration, "type_ids": [...], "tokens": placeholders per item}, and
             "front_end": its settings where they are known (else they are those of the encoder). Where an encoder names
-            marks that the tokenizer has (Qwen2.5-VL's own), they stand around each of its items.
+            marks that the tokenizer has (Qwen2.5-VL's own), they are around each of its items.
         vocab_size: of the backbone; placeholder ids start there, so no token of the tokenizer may have an id beyond.
         chat_template: "chatml", "bare", "plain", Jinja text, or None for the tokenizer's own.
         interaction: "own_turn": a medium interacts with the question of its own user turn (default);
@@ -73,7 +73,7 @@ class MokaProcessor:
         marks = {name: ENCODERS[spec["encoder"]["type"]].marks for name, spec in modalities.items()}
         self._marks = {name: pair for name, pair in marks.items() if words.issuperset(pair)}
         self._scaffold_ids: dict[str, list[int]] = {}
-        # What can end an answer. Many tokenizers name a few of their special tokens alone; bos opens what follows.
+        # What can end an answer. Many tokenizers name a few of their special tokens only; bos opens what follows.
         special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
         special |= set(tokenizer.all_special_ids)
         self._ending_ids = special - {tokenizer.bos_token_id, tokenizer.unk_token_id} | {tokenizer.eos_token_id}
@@ -206,7 +206,7 @@ class MokaProcessor:
         return out
 
     def pad(self, encoded: Sequence[dict[str, Any]], padding_side: str = "left") -> BatchFeature:
-        """Encoded chats to one batch: ids padded to the longest, media stacked over the whole batch."""
+        """Encoded chats to one batch: ids padded to the longest, media stacked over the full batch."""
         longest = max(len(one["input_ids"]) for one in encoded)
         fill = {"input_ids": self.tokenizer.pad_token_id, "labels": IGNORE}
         batch: dict[str, torch.Tensor] = {}
@@ -273,12 +273,12 @@ class MokaProcessor:
         """Read what ``save_pretrained`` wrote; keyword arguments override saved settings."""
         path = Path(folder) / CONFIG_NAME
         if not path.is_file():
-            raise MokaError(f"{folder} holds no {CONFIG_NAME}: it is no folder of a moka processor.")
+            raise MokaError(f"{folder} has no {CONFIG_NAME}: it is no folder of a moka processor.")
         settings = json.loads(path.read_text(encoding="utf-8"))
         return cls(load_tokenizer(folder, "adapter folder"), **{**settings, **kwargs})
 
     def _input_names(self, modality: str) -> tuple[str, str]:
-        """What the model calls the encoder's input, and its features."""
+        """Return what the model calls the encoder's input, and its features."""
         encoder = ENCODERS[self.modalities[modality]["encoder"]["type"]]
         return encoder.input_name, features_name(encoder)
 

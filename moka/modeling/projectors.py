@@ -73,7 +73,7 @@ class Projector(nn.Module):
 
     @property
     def takes_any_number(self) -> bool:
-        """Whether the weights fit any number of features per item; each is then read alone, averaged or attended to."""
+        """Return whether the weights fit any number of features per item; each is then read only, averaged or attended to."""
         return True
 
     @classmethod
@@ -177,7 +177,7 @@ class QFormerProjector(Projector):
         features -> layer norm -> | queries: self-attention, cross-attention, MLP |  x layers -> MLP with GELU -> tokens
 
     For several frames of one video, or windows of one recording, give them as items, as the MokA authors do: `queries`
-    tokens for each frame or window, which reads that one alone.
+    tokens for each frame or window, which reads that one only.
 
     Source: Li et al., BLIP-2 (2023); `transformers`' `Blip2QFormerModel`.
     """

@@ -56,7 +56,7 @@ def load_quantized(
         MokaError: an unknown kind, no bitsandbytes, or a backbone that is quantised already or cannot be.
     """
     check_quantization(kind)
-    # At every call of every layer: that 8-bit layers compute in float16 beside a backbone in another type.
+    # At every call of every layer: that 8-bit layers compute in float16 next to a backbone in another type.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
     config = load_config(backbone, **hub)
@@ -85,7 +85,7 @@ def load_quantized(
     layer: Any
     for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
-            # In evaluation it would pack the weights anew, with rounded scales, in a form that no gradient goes through.
+            # In evaluation it would pack the weights again, with rounded scales, in a form that no gradient goes through.
             layer.support_avx512bf16_for_cpu = False
     return model
 
@@ -106,9 +106,9 @@ def _left_out(backbone: str, config: Any) -> list[str] | None:
 
 
 def mark_quantized(model: Any, kind: str) -> None:
-    """Tell peft and the trainer what the composed model holds.
+    """Tell peft and the trainer what the composed model has.
 
-    ``hf_quantizer`` and ``is_quantized`` stay the language model's: a trainer refuses a model that is quantised as a whole
+    ``hf_quantizer`` and ``is_quantized`` stay the language model's: a trainer refuses a model that is quantised completely
     and has no adapter, and here projectors train without one in stage 1.
     """
     model.quantization = kind
@@ -121,6 +121,6 @@ def mark_quantized(model: Any, kind: str) -> None:
 
 
 def logical_numel(parameter: torch.Tensor) -> int:
-    """Values that a parameter stands for: a byte of a 4-bit weight holds two."""
+    """Values that a parameter means: a byte of a 4-bit weight has two."""
     state = getattr(parameter, "quant_state", None)
     return math.prod(full_shape(parameter) if state is None else state.shape)

@@ -1,4 +1,4 @@
-"""Parameters of which each process holds a part: DeepSpeed's ZeRO-3, and FSDP2.
+"""Parameters of which each process has a part: DeepSpeed's ZeRO-3, and FSDP2.
 
 Under ZeRO-3 a parameter is an empty tensor outside a forward. What reads parameters elsewhere has to gather them, on all
 processes and in the same order.
@@ -19,23 +19,23 @@ from transformers import TrainingArguments
 
 
 def is_sharded_tensor(parameter: torch.Tensor) -> bool:
-    """Whether this process holds a part of the parameter."""
+    """Return whether this process has a part of the parameter."""
     return hasattr(parameter, "ds_id") or isinstance(parameter, DTensor)
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether a parameter of the module is held in parts."""
+    """Return whether a parameter of the module is kept in parts."""
     return any(is_sharded_tensor(parameter) for parameter in module.parameters())
 
 
 def full_shape(parameter: torch.Tensor) -> torch.Size:
-    """The shape of the whole parameter."""
+    """The shape of the full parameter."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
 @contextmanager
 def gathered(parameters: Iterable[torch.Tensor]) -> Iterator[None]:
-    """ZeRO-3's parameters are whole inside the block, to be read; every process has to enter it. Without ZeRO-3 nothing
+    """ZeRO-3's parameters are complete inside the block, to be read; every process has to enter it. Without ZeRO-3 nothing
     happens.
     """
     parts = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
@@ -49,9 +49,9 @@ def gathered(parameters: Iterable[torch.Tensor]) -> Iterator[None]:
 
 
 def full_state_dict(module: nn.Module, wanted: Callable[[str, torch.Tensor], bool]) -> dict[str, torch.Tensor]:
-    """Whole copies, on the CPU, of the wanted tensors of the module's state; every process has to call it.
+    """Full copies, on the CPU, of the wanted tensors of the module's state; every process has to call it.
 
-    What DeepSpeed trains in bfloat16 comes as the float32 values that its optimizer holds.
+    What DeepSpeed trains in bfloat16 comes as the float32 values that its optimizer has.
     """
     state = {}
     for key, tensor in module.state_dict(keep_vars=True).items():
@@ -61,7 +61,7 @@ def full_state_dict(module: nn.Module, wanted: Callable[[str, torch.Tensor], boo
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole of a tensor that may be held in parts; every process has to call it."""
+    """The full of a tensor that may be kept in parts; every process has to call it."""
     if isinstance(tensor, DTensor):
         return tensor.full_tensor()
     if hasattr(tensor, "_z3_optimizer") or hasattr(tensor, "_hp_mapping"):
@@ -78,7 +78,7 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def loading_full_tensors(module: nn.Module) -> Iterator[None]:
-    """Inside, whole tensors that all processes have may be loaded into FSDP's parts: each process keeps its own."""
+    """Inside, full tensors that all processes have may be loaded into FSDP's parts: each process keeps its own."""
     if not any(isinstance(parameter, DTensor) for parameter in module.parameters()):
         yield
         return
@@ -90,7 +90,7 @@ def loading_full_tensors(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_wrappers(module: nn.Module) -> Iterator[None]:
-    """Inside, blocks stand in the place of torch's checkpointing wrappers around them, whose names peft does not know.
+    """Inside, blocks stand instead of torch's checkpointing wrappers around them, whose names peft does not know.
 
     FSDP's own activation checkpointing puts them there; peft would save and load nothing of an adapter inside them.
     """
@@ -111,7 +111,7 @@ def without_wrappers(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_sharding() -> Iterator[None]:
-    """Models built or loaded inside are whole on every process, also where the run partitions its backbone.
+    """Models built or loaded inside are full on every process, also where the run partitions its backbone.
 
     transformers partitions whatever it builds once a ZeRO-3 configuration exists. Encoders are small, and some read
     their weights when they are built; DeepSpeed partitions them later.
@@ -137,5 +137,5 @@ def zero_stage(arguments: TrainingArguments) -> int:
 
 
 def fsdp_requested() -> bool:
-    """Whether `accelerate launch` was told to use FSDP."""
+    """Return whether `accelerate launch` was asked to use FSDP."""
     return parse_flag_from_env("ACCELERATE_USE_FSDP")

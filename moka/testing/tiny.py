@@ -1,7 +1,7 @@
-"""Tiny random stand-ins of published backbones, to run a configuration's whole code path in seconds.
+"""Tiny random stand-ins of published backbones, to run a configuration's full code path in seconds.
 
 Same architecture, same kind of tokenizer, same chat template; two layers of random weights. ``model.tiny: true`` puts
-``tiny:KIND`` in the place of the backbone and shrinks the encoders and projectors the same way.
+``tiny:KIND`` instead of the backbone and shrinks the encoders and projectors the same way.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def tiny_kind(backbone: str) -> str:
     """Which stand-in a published backbone has, by its name.
 
     Raises:
-        MokaError: a backbone that none stands for.
+        MokaError: a backbone without a stand-in.
     """
     if backbone.startswith(PREFIX):
         kind = backbone.removeprefix(PREFIX)
@@ -81,7 +81,7 @@ def write_tiny_backbone(kind: str, folder: Path) -> None:
     """A Hugging Face model folder: configuration, random weights (the same every time), tokenizer with chat template.
 
     Raises:
-        MokaError: the package sentencepiece is missing (LLaMA-2 alone needs it).
+        MokaError: the package sentencepiece is missing (LLaMA-2 only needs it).
     """
     from transformers import AutoTokenizer, GenerationConfig
 
@@ -123,7 +123,7 @@ def _model(kind: str, tokenizer: Any, special: dict[str, Any]) -> Any:
 
 
 def _qwen_vl(kind: str, tokenizer: Any, special: dict[str, Any]) -> Any:
-    """The whole checkpoint: language model, vision tower and merger."""
+    """The full checkpoint: language model, vision tower and merger."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     from moka.modeling.encoders.qwen2_5_vl import QwenVlEncoder
@@ -218,7 +218,7 @@ def _corpus() -> Iterator[str]:
     yield from _CORPUS
 
 
-# Kind -> parts of the published names that it stands for; the first that fits is taken.
+# Kind -> parts of the published names that it means; the first that fits is taken.
 KINDS: dict[str, tuple[str, ...]] = {
     "llama-2": ("llama-2", "llama2"),
     "llama-3": ("llama-3", "llama3", "smollm2"),

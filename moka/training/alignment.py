@@ -44,7 +44,7 @@ class EmbeddingAlignment(nn.Module):
         wanted: torch.Tensor | None = None,
         **batch: Any,
     ) -> ModelOutput:
-        """Return the loss. ``share_captions`` passes the targets of the whole optimizer step (`caption_targets`); without
+        """Return the loss. ``share_captions`` passes the targets of the full optimizer step (`caption_targets`); without
         them the loss is that of this batch only. ``batch`` has the media, and fields that are not used here.
         """
         types_on_host = mm_token_type_ids.cpu()
@@ -71,7 +71,7 @@ class EmbeddingAlignment(nn.Module):
 
 
 def caption_ids(labels: torch.Tensor) -> list[tuple[int, ...]]:
-    """The tokens of each row's caption, without the one that closes it: the same in all, it tells nothing."""
+    """The tokens of each row's caption, without the one that closes it: the same in all, it says nothing."""
     return [tuple(row[row != -100][:-1].tolist()) for row in labels]
 
 
@@ -88,7 +88,7 @@ def caption_targets(
 
     Args:
         labels, types: [batch, seq], in host memory.
-        captions: of the whole optimizer step.
+        captions: of the full optimizer step.
     Returns:
         [captions, longest]: `table`; [media tokens of the batch]: row * seq + column of each; likewise: its caption.
     """
@@ -99,7 +99,7 @@ def caption_targets(
 
 
 def share_captions(batches: list[dict[str, Any]]) -> None:
-    """Give each accumulated batch the captions and the number of media tokens of the whole optimizer step.
+    """Give each accumulated batch the captions and the number of media tokens of the full optimizer step.
 
     Over all batches and processes, so that the loss is that of one big batch, however it is cut up.
     """

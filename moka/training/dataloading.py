@@ -68,7 +68,7 @@ def build_train_dataset(
         path: where the lengths are kept; a resumed run reads them, and goes through the same rows.
         name: of the data set, for the progress bar.
     Raises:
-        MokaError: a sample of which the length cannot be told; data that are not those the run began with.
+        MokaError: a sample of which the length cannot be reported; data that are not those the run began with.
     """
     grouped = arguments.train_sampling_strategy == BY_LENGTH
     if isinstance(dataset, EncodedStream):
@@ -119,12 +119,12 @@ def _step(arguments: TrainingArguments) -> int:
 
 
 def data_seed(arguments: TrainingArguments) -> int:
-    """What the order of samples is drawn by."""
+    """Return what the order of samples is drawn by."""
     return arguments.seed if arguments.data_seed is None else arguments.data_seed
 
 
 def data_fingerprint(dataset: Any) -> dict[str, Any] | None:
-    """Return what tells training data from others: the number of samples, and a hash of the ids of up to 1,000 of them."""
+    """Return what says training data from others: the number of samples, and a hash of the ids of up to 1,000 of them."""
     encoded = dataset.dataset if isinstance(dataset, PackedDataset) else dataset
     if not isinstance(encoded, EncodedDataset):
         return None
@@ -149,7 +149,7 @@ def _lengths(dataset: EncodedDataset, path: Path, resume: bool, workers: int, na
 
 
 def _grouping(lengths: Lengths, arguments: TrainingArguments) -> str:
-    """What grouping saves: the padding of the first epoch, and that of an order without it."""
+    """Return what grouping saves: the padding of the first epoch, and that of an order without it."""
     batch = arguments.per_device_train_batch_size
     order = grouped_order(lengths.tokens, lengths.media_items, _step(arguments), data_seed(arguments), epoch=0)
     mixed = np.random.default_rng(0).permutation(len(lengths))
@@ -158,7 +158,7 @@ def _grouping(lengths: Lengths, arguments: TrainingArguments) -> str:
 
 
 def loader_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """What a section of the configuration leaves open of ``TrainingArguments`` about data loaders.
+    """Return what a section of the configuration leaves open of ``TrainingArguments`` about data loaders.
 
     On a GPU: workers, as many as cores are to spare, up to 4 a process; pinned memory, and copies from it that the host
     does not wait for. On a CPU, whose cores the training itself uses, no workers. Workers stay from epoch to epoch.

@@ -20,7 +20,7 @@ from moka.features.cache import FeatureCache
 from moka.features.setup import check_features, note_moved, with_features
 from moka.modeling import MokaProcessor
 
-# Decoding every file of a large data set would take longer than its first epoch; a data set of this size is tried whole.
+# Decoding every file of a large data set would take longer than its first epoch; a data set of this size is tried full.
 _TRIED = 200
 
 
@@ -29,7 +29,7 @@ def open_data(config: RunConfig, reports: Path | None = None, features: FeatureC
 
     Args:
         reports: folder for the reports of bad media.
-        features: computed before, in the place of the media that they are of.
+        features: computed before, instead of the media that they are of.
     """
     data = config.data
     datasets: dict[str, Any] = {}
@@ -92,7 +92,7 @@ def try_media(
 
 
 def write_reports(tried: dict[str, SkipReport], folder: Path) -> None:
-    """What ``try_media`` found, into the run folder, for people and for resumed runs."""
+    """Return what ``try_media`` found, into the run folder, for people and for resumed runs."""
     for name, report in tried.items():
         report.write(bad_media_report(folder, name))
 
@@ -109,7 +109,7 @@ def check_files(datasets: dict[str, Any], config: RunConfig, share: tuple[int, i
 
 
 def check_media(datasets: dict[str, Any], config: RunConfig, share: tuple[int, int] = (0, 1)) -> None:
-    """Decode the media of up to 200 samples of each set, so that a damaged file is told before training; and of every sample
+    """Decode the media of up to 200 samples of each set, so that a damaged file is reported before training; and of every sample
     look for its features, where they come from a cache.
 
     Args:

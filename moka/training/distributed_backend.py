@@ -25,7 +25,7 @@ from moka.distributed import all_gather_object, broadcast_from_main, run_on_main
 from moka.errors import MokaError, counted
 from moka.modeling.sharding import is_sharded, is_sharded_tensor, zero_settings, zero_stage
 
-UNIVERSAL = ".universal."  # prefix of a temporary folder beside the checkpoints
+UNIVERSAL = ".universal."  # prefix of a temporary folder next to the checkpoints
 
 
 def describe(trainer: Any) -> dict[str, Any]:

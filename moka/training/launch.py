@@ -68,21 +68,21 @@ def launch_of(launcher: str, words: Sequence[str], processes: int | None = None,
     if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
         raise MokaError(
             "--launcher: this process was itself started by a launcher (RANK or WORLD_SIZE is set), and each would "
-            "launch all of them again. Take --launcher out, or start moka alone."
+            "launch all of them again. Take --launcher out, or start moka without a launcher."
         )
     file = _find(launcher)
     options = ["--config_file", _short(file)]
     if processes is not None:
         options += ["--num_processes", str(processes)]
     options += extra
-    told = _parsed([*options, "-m", "moka", *words])
+    parsed = _parsed([*options, "-m", "moka", *words])
     config = _read(launcher, file)
-    processes, machines = _checked_processes(launcher, config, told)
+    processes, machines = _checked_processes(launcher, config, parsed)
     lacks = [] if config.use_cpu else _lacking_gpus(launcher, processes, machines)
-    if uses_deepspeed := config.distributed_type == "DEEPSPEED" or told.use_deepspeed:
+    if uses_deepspeed := config.distributed_type == "DEEPSPEED" or parsed.use_deepspeed:
         lacks += _lacking_deepspeed(f"--launcher {launcher}")
     settings = config.deepspeed_config.get("deepspeed_config_file") if uses_deepspeed else None
-    if settings and told.deepspeed_config_file is None and not Path(settings).exists():
+    if settings and parsed.deepspeed_config_file is None and not Path(settings).exists():
         # accelerate takes the path from the current folder on; a named launcher works from anywhere.
         options += ["--deepspeed_config_file", _short(_beside(file, settings))]
     program = Path(sys.executable).with_name("accelerate")
@@ -115,7 +115,7 @@ def check_deepspeed(section: Mapping[str, Any], name: str) -> None:
     """Where a section of the configuration, or the launcher, asks for DeepSpeed: that it is there, and was launched.
 
     Raises:
-        MokaError: it is not installed, or no launcher has told this process its rank.
+        MokaError: it is not installed, or no launcher has reported this process its rank.
     """
     if section.get("deepspeed"):
         require_deepspeed(f"{name}.deepspeed")
@@ -191,14 +191,14 @@ def _beside(file: Path, settings: str) -> Path:
 
 
 def _short(path: Path) -> str:
-    """Relative where it lies below the current folder."""
+    """Relative where it is below the current folder."""
     return str(path.relative_to(Path.cwd())) if path.is_absolute() and path.is_relative_to(Path.cwd()) else str(path)
 
 
-def _checked_processes(launcher: str, config: ClusterConfig, told: argparse.Namespace) -> tuple[int, int]:
+def _checked_processes(launcher: str, config: ClusterConfig, parsed: argparse.Namespace) -> tuple[int, int]:
     """The numbers of processes and of machines, where as many will start; refuses what would fail late or silently."""
-    processes = config.num_processes if told.num_processes is None else told.num_processes
-    machines = config.num_machines if told.num_machines is None else told.num_machines
+    processes = config.num_processes if parsed.num_processes is None else parsed.num_processes
+    machines = config.num_machines if parsed.num_machines is None else parsed.num_machines
     if config.distributed_type == "MULTI_CPU":
         raise MokaError(
             f"--launcher {launcher}: for distributed_type MULTI_CPU accelerate starts one process, silently. "
@@ -210,7 +210,7 @@ def _checked_processes(launcher: str, config: ClusterConfig, told: argparse.Name
         raise MokaError(f"--num-processes: {processes} is too small; give at least 1.")
     if processes % machines:
         raise MokaError(f"--num-processes: {processes} processes cannot be spread evenly over {machines} machines.")
-    if machines > 1 and not (told.main_process_ip or config.main_process_ip):
+    if machines > 1 and not (parsed.main_process_ip or config.main_process_ip):
         raise MokaError(
             f"--launcher {launcher}: {machines} machines need the first one's address, and each its number from 0: "
             "--launcher-args='--machine_rank 0 --main_process_ip 10.0.0.1'."

@@ -1,4 +1,4 @@
-"""One run folder, one run: a lock that the operating system gives back when the process that holds it dies."""
+"""One run folder, one run: a lock that the operating system gives back when the process that has it dies."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if hasattr(os, "register_at_fork"):
 
 
 class FolderLock:
-    """``FOLDER/.lock``, held by the main process from ``take`` to ``release``; the file is there only meanwhile.
+    """``FOLDER/.lock``, kept by the main process from ``take`` to ``release``; the file is there only meanwhile.
 
     Args:
         use, key: what is done to the folder, and the setting that names it, for the message.
@@ -42,10 +42,10 @@ class FolderLock:
         self._taken = False  # also where there is no lock to hold
 
     def take(self) -> bool:
-        """Whether it was free, and is now ours; False where we hold it already.
+        """Return whether it was free, and is now ours; False where we hold it already.
 
         Raises:
-            MokaError: another process holds it.
+            MokaError: another process has it.
         """
         if self._taken:
             return False

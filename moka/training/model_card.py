@@ -1,4 +1,4 @@
-"""What a person looks at after a run: a plot of the loss, and a model card."""
+"""Files for people, written after a run: a plot of the loss, and a model card."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ model = moka.load("{run}")
 print(model.generate("Your question?"{_media_arguments(config)}))
 ```
 
-With peft alone, after `import moka`: `PeftModel.from_pretrained(moka.load_base("{run}"), "{run}/{ADAPTER}")`.
+With peft only, after `import moka`: `PeftModel.from_pretrained(moka.load_base("{run}"), "{run}/{ADAPTER}")`.
 
 ## Training
 
@@ -132,7 +132,7 @@ The resolved configuration is in `config.yaml`, every logged number in `metrics.
 
 
 def _media_arguments(config: RunConfig) -> str:
-    """The media that the trained model takes, as arguments of ``generate``; a picture stands for video too."""
+    """The media that the trained model takes, as arguments of ``generate``; a picture means video too."""
     files = {"image": "picture.png", "video": "clip.mp4", "audio": "sound.wav"}
     kinds = {type_id: kind for kind, type_id in MEDIA_TYPE_IDS.items()}
     first = (

@@ -26,7 +26,7 @@ from moka.distributed import all_reduce_any, is_main
 from moka.errors import Interrupted
 
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
-# A cluster signals launcher and processes alike, and the launcher sends its own on: that is one signal.
+# A cluster signals launcher and processes equally, and the launcher sends its own on: that is one signal.
 _SAME_WITHIN_S = 3.0
 _OUTLIVE_S = 60
 
@@ -75,7 +75,7 @@ class Interruption:
             raise Interrupted(agreed=True)
 
     def agreed(self) -> bool:
-        """Whether any process of the run was signalled: every process asks at the same place, and gets one answer.
+        """Return whether any process of the run was signalled: every process asks at the same place, and gets one answer.
 
         The hosts ask each other, so that no device is waited for.
         """
@@ -110,7 +110,7 @@ class SaveAndLeave(TrainerCallback):
             raise Interrupted(state.global_step, agreed=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # What the last step of an epoch saves goes on after what the epoch's end logs and evaluates.
+        # What the last step of an epoch saves continues after what the epoch's end logs and evaluates.
         if state.epoch != int(state.epoch):
             self._leave(control)
         elif control.should_save:

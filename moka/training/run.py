@@ -47,7 +47,7 @@ def run_training(config: RunConfig, resume: bool = False, overwrite: bool = Fals
     """Train what ``config`` says; returns the run folder.
 
     Raises:
-        MokaError: anything in the configuration, data or folder that must be mended first; nothing is written then.
+        MokaError: anything in the configuration, data or folder that must be corrected first; nothing is written then.
     """
     with open_run(config, resume, overwrite) as run:
         if run is not None:
@@ -117,7 +117,7 @@ def _callbacks(run: Run, stage: int) -> list[Any]:
 
 
 def _train(run: Run, stage: int, module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """One stage, from the newest checkpoint where the run is resumed; returns what was trained, whole."""
+    """One stage, from the newest checkpoint where the run is resumed; returns what was trained, in full tensors."""
     arguments = run.arguments[stage]
     checkpoint, step = None, 0
     if run.resume:
@@ -164,7 +164,7 @@ def _say_batch(run: Run, stage: int, going_on: bool) -> None:
 
         def refuse() -> None:
             raise MokaError(
-                f"--resume: stage {stage} began with {began} samples a step, and would go on with {total}. Launch as many "
+                f"--resume: stage {stage} began with {began} samples a step, and would continue with {total}. Launch as many "
                 f"processes as before; in a new run {SECTIONS[stage]}.global_batch_size keeps the number."
             )
 

@@ -1,4 +1,4 @@
-"""The run folder: what a run leaves behind, and the self-contained adapter folder in it.
+"""The run folder: what a run leaves after, and the self-contained adapter folder in it.
 
 RUN/config.yaml         the resolved configuration
 RUN/connector/          stage 1: trained encoders and projectors
@@ -67,34 +67,34 @@ class RunFolder:
         self.lock = FolderLock(self.path)
 
     def check(self, resume: bool, overwrite: bool) -> None:
-        """Refuse a folder that already holds a run, unless it is to be resumed or replaced; one run is locked."""
-        holds = self.holds_run()
-        if holds:
+        """Refuse a folder that already has a run, unless it must be resumed or replaced; one run is locked."""
+        is_run = self.is_run()
+        if is_run:
             self.lock.take()
         for place in (self.path, *self.path.parents):
             if place.exists() and not place.is_dir():
                 raise MokaError(f"output.dir: {place} is a file; name a folder.")
         if resume and overwrite:
-            raise MokaError("--resume goes on with a run and --overwrite replaces it; give one of them.")
-        if resume and not holds:
-            raise MokaError(f"--resume: {self.path} holds no run; leave --resume out to start one.")
-        if holds and not resume and not overwrite:
+            raise MokaError("--resume continues with a run and --overwrite replaces it; give one of them.")
+        if resume and not is_run:
+            raise MokaError(f"--resume: {self.path} has no run; leave --resume out to start one.")
+        if is_run and not resume and not overwrite:
             raise MokaError(
-                f"output.dir: {self.path} already holds a run. Choose another with output.dir=..., go on with --resume, or "
+                f"output.dir: {self.path} already has a run. Choose another with output.dir=..., continue with --resume, or "
                 "replace it with --overwrite."
             )
-        if not holds and self.path.is_dir() and not all(map(_is_leftover, self.path.iterdir())):
+        if not is_run and self.path.is_dir() and not all(map(_is_leftover, self.path.iterdir())):
             raise MokaError(f"output.dir: {self.path} is not empty and contains no run of moka; choose another folder.")
 
-    def holds_run(self) -> bool:
-        """Whether a run of ours is there; somebody else's config.yaml is none."""
+    def is_run(self) -> bool:
+        """Return whether a run of ours is there; someone else's config.yaml is none."""
         try:
             return (self.path / CONFIG).read_text(encoding="utf-8").startswith(_MARK)
         except (OSError, UnicodeDecodeError):
             return False
 
     def check_same(self, config: RunConfig) -> None:
-        """A resumed run trains on with the settings it began with, or its result would be nobody's."""
+        """A resumed run trains on with the settings it began with, or its result would be of no use."""
         raw = load_yaml((self.path / CONFIG).read_text(encoding="utf-8"))
         began = _flat(_without_secrets(config_from_dict(raw, str(self.path / CONFIG)).to_dict()))
         now = _flat(_without_secrets(config.to_dict()))
@@ -112,7 +112,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise MokaError(f"output.dir: {self.path} cannot be made ({error.strerror}); choose another.") from error
-        if self.lock.take() and self.holds_run():
+        if self.lock.take() and self.is_run():
             raise MokaError(f"output.dir: another run was begun in {self.path} meanwhile; choose another folder.")
         self._clear()
         text = yaml.safe_dump(_without_secrets(config.to_dict()), sort_keys=False, allow_unicode=True)
@@ -135,7 +135,7 @@ class RunFolder:
                 old.unlink(missing_ok=True)
 
     def discard(self) -> None:
-        """Remove a run that has nothing to go on from."""
+        """Remove a run that has nothing to continue from."""
         if not (self.path / CONNECTOR).exists() and not any(self.path.glob("checkpoints/*/checkpoint-*")):
             self._clear()
             self.lock.release()

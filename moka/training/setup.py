@@ -49,7 +49,7 @@ from .trainer import training_arguments
 
 @dataclass
 class Run:
-    """What the stages of one run share: its configuration and folder, the data, the model and its processor."""
+    """Return what the stages of one run share: its configuration and folder, the data, the model and its processor."""
 
     config: RunConfig
     folder: RunFolder
@@ -78,7 +78,7 @@ def open_run(config: RunConfig, resume: bool = False, overwrite: bool = False) -
     """Everything that can be tried before training is tried; the run folder is made; then the run is yours.
 
     None where a run to be resumed is complete. What is refused before training leaves no folder, and neither does a medium
-    that cannot be read before there is anything to go on from.
+    that cannot be read before there is anything to continue from.
 
     Raises:
         MokaError: as ``run_training``.
@@ -111,7 +111,7 @@ def _open_run(config: RunConfig, folder: RunFolder, resume: bool, overwrite: boo
     if resume:
         run_on_all(lambda: folder.check_same(config))
         if broadcast_from_main((folder / SUMMARY).exists):
-            print_main(f"note: {folder.path} is complete; there is nothing to go on with.")
+            print_main(f"note: {folder.path} is complete; there is nothing to continue with.")
             yield None
             return
     # What has to be downloaded and prepared is so once.
@@ -142,7 +142,7 @@ def _open_run(config: RunConfig, folder: RunFolder, resume: bool, overwrite: boo
 
 
 def _leave_out(datasets: dict[str, Any], config: RunConfig, folder: RunFolder, resume: bool) -> dict[str, SkipReport]:
-    """``on_bad_media: skip``: put the samples that can be used in the place of each data set, the same on every process."""
+    """``on_bad_media: skip``: replace each data set by its samples that can be used, the same on every process."""
     if config.data.on_bad_media != "skip":
         return {}
     parts = all_gather_object(
@@ -178,7 +178,7 @@ def _prepare(
 
 
 def _check_adapter_size(config: RunConfig, parameters: int, arguments: TrainingArguments) -> None:
-    """Refuse an adapter whose weights alone, in float32, need more memory than the machine has."""
+    """Refuse an adapter whose weights only, in float32, need more memory than the machine has."""
     device, memory = arguments.device, psutil.virtual_memory().total
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory * arguments.world_size

@@ -262,7 +262,7 @@ class MokaTrainer(Trainer):
         try:
             run_on_main(lambda: shutil.rmtree(checkpoint, ignore_errors=True))
             if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-                # These write together: one that fails in the middle can tell the others only by ending.
+                # These write together: one that fails in the middle can say the others only by ending.
                 write()
                 run_on_all(fail)
             else:
@@ -376,7 +376,7 @@ def training_arguments(
         "logging_steps": 10,
         "report_to": "none",
         "logging_first_step": True,
-        # The filter would put the mean of earlier steps in the place of NaN, and hide a run that diverged.
+        # The filter would put the mean of earlier steps instead of NaN, and hide a run that diverged.
         "logging_nan_inf_filter": False,
         "disable_tqdm": False,
         # Every parameter has a gradient in every step; to look for others breaks reentrant checkpointing.
@@ -440,7 +440,7 @@ def _check_processes(arguments: TrainingArguments) -> None:
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != arguments.world_size:
         raise MokaError(
-            f"The launcher started {started} processes, and each would train alone (device {arguments.device.type}, world "
+            f"The launcher started {started} processes, and each would train only (device {arguments.device.type}, world "
             f"size {arguments.world_size}). Take use_cpu out of the settings, or launch one process."
         )
     if arguments.n_gpu > 1:

@@ -1,4 +1,4 @@
-"""What the method is held to, each bar measured by a command of this benchmark."""
+"""The bars of the method, each bar measured by a command of this benchmark."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ GROWTH = "growth --curves seq --shortest 512 --longest 4096 --variants moka --se
 LARGE = "ladder --sizes random:7b --variants lora moka --only-dtype bfloat16"
 BARS = (
     Bar("one layer, forward + backward", "MokA <= 0.85 x LoRA", LAYER, _time("moka", "lora"), 0.85),
-    Bar("whole training step", "MokA <= 0.92 x LoRA", STEP, _time("moka", "lora"), 0.92),
+    Bar("full training step", "MokA <= 0.92 x LoRA", STEP, _time("moka", "lora"), 0.92),
     Bar("extra peak memory over bare, same step", "MokA <= 0.40 x LoRA", STEP, _memory, 0.40),
     Bar("plain reference / MokA, same step", ">= 1.3", STEP, _time("reference", "moka"), 1.3, above=True),
     Bar("decode tokens/s, merged", ">= 0.98 x bare", DECODE, _speed("moka merged", "bare"), 0.98, above=True),

@@ -22,13 +22,13 @@ MODALITIES = {"text": [0], "visual": [1, 2], "audio": [3], "point": [4], "depth"
 def modalities(count: int) -> dict[str, list[int]]:
     """The first ``count`` modalities and their values in ``mm_token_type_ids``; text first."""
     if not 1 <= count <= len(MODALITIES):
-        raise MokaError(f"modalities: {count} was asked for; there are 1 (text alone) to {len(MODALITIES)}.")
+        raise MokaError(f"modalities: {count} was asked for; there are 1 (text only) to {len(MODALITIES)}.")
     return dict(list(MODALITIES.items())[:count])
 
 
 @dataclass
 class Batch:
-    """What a forward takes; ``keep`` and ``targets`` are of the supervised positions alone."""
+    """Return what a forward takes; ``keep`` and ``targets`` are of the supervised positions only."""
 
     ids: torch.Tensor  # [batch, seq]
     types: torch.Tensor  # [batch, seq] mm_token_type_ids
@@ -45,12 +45,12 @@ class Batch:
 
     @property
     def routing(self) -> dict[str, torch.Tensor]:
-        """What MokA's forward takes and no other does."""
+        """Return what MokA's forward takes and no other does."""
         return {"mm_token_type_ids": self.types, "interaction_ids": self.groups}
 
 
 def make_batch(arguments: Namespace, vocabulary: int, answer: bool = True) -> Batch:
-    """A batch of random tokens, all rows laid out alike.
+    """A batch of random tokens, all rows laid out equally.
 
     Args:
         arguments: ``batch``, ``seq``, ``media`` (share of the tokens), ``modalities``, ``question`` (share of the text

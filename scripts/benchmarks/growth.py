@@ -47,7 +47,7 @@ def growth(arguments: Namespace) -> list[Point]:
 
 
 def ladder(arguments: Namespace) -> list[Point]:
-    """A training step of each size; those of a billion parameters and more on a GPU alone."""
+    """A training step of each size; those of a billion parameters and more on a GPU only."""
     points = []
     for backbone, dtype, checkpointing, batch, seq in LADDER:
         if arguments.sizes and backbone not in arguments.sizes:

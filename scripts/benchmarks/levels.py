@@ -1,7 +1,7 @@
 """The levels: one layer, one block, a training step, prefill, decode.
 
 Every variant gets the same tokens and gives the gradient of its input too, as a trained projector before the backbone
-needs it; a frozen backbone alone has nothing else to give.
+needs it; a frozen backbone only has nothing else to give.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class OneLinear(nn.Module):
 
 
 def chosen(arguments: Namespace, known: tuple[str, ...] = ALL) -> list[str]:
-    """The variants to measure: those asked for, and always the bare backbone twice, which tells the noise."""
+    """The variants to measure: those asked for, and always the bare backbone twice, which says the noise."""
     return [name for name in known if name.startswith("bare") or not arguments.variants or name in arguments.variants]
 
 
@@ -107,7 +107,7 @@ def _forward_backward(model: nn.Module, call: Callable, x: torch.Tensor, argumen
 
 
 def step(arguments: Namespace) -> list[Point]:
-    """A whole training step, without gradient checkpointing and with it."""
+    """A full training step, without gradient checkpointing and with it."""
     backbone = open_backbone(arguments.backbone, arguments.dtype, arguments.device, arguments.seed)
     models, shared = make_variants(backbone, arguments, chosen(arguments))
     batch = make_batch(arguments, backbone.config.vocab_size)
@@ -138,7 +138,7 @@ def set_checkpointing(models: dict[str, nn.Module], on: bool) -> None:
 
 
 def check_step(models: dict[str, nn.Module], batch: Batch, arguments: Namespace) -> None:
-    """Assert that MokA and the reference give the same logits and gradients; in float32 alone."""
+    """Assert that MokA and the reference give the same logits and gradients; in float32 only."""
     if arguments.dtype == "float32" and {"moka", "reference"} <= set(models):
         embeds = embedded(models["moka"], batch)
         check_same(models["moka"], models["reference"], embeds, partial(logits_of, batch))
@@ -151,7 +151,7 @@ def embedded(model: nn.Module, batch: Batch) -> torch.Tensor:
 
 
 def logits_of(batch: Batch, name: str, model: nn.Module, embeds: torch.Tensor) -> torch.Tensor:
-    """[batch, kept, vocabulary]: at the supervised positions alone."""
+    """[batch, kept, vocabulary]: at the supervised positions only."""
     given = forward_arguments(name, batch)
     return model(inputs_embeds=embeds, use_cache=False, logits_to_keep=batch.keep, **given).logits
 

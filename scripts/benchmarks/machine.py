@@ -1,4 +1,4 @@
-"""What a measurement ran on: machine, versions, commit."""
+"""The circumstances of a measurement: machine, versions, commit."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def describe() -> dict[str, Any]:
 
 
 def in_words(described: dict[str, Any] | None = None) -> str:
-    """The machine in one line, as it stands over a table."""
+    """The machine in one line, as it is over a table."""
     described = described or describe()
     machine, packages = described["machine"], described["versions"]
     parts = [machine["processor"], f"{machine['cores']} cores"]

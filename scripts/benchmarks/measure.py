@@ -1,7 +1,7 @@
 """Interleaved timing, peak memory, counted FLOPs.
 
-A round runs every variant once, in an order drawn anew; a ratio is that of two runs of one round, so that what else the
-machine does falls on all alike. What is told is the median over the rounds, with the quartiles.
+A round runs every variant once, in an order drawn again; a ratio is that of two runs of one round, so that what else the
+machine does falls on all equally. What is reported is the median over the rounds, with the quartiles.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ class Case:
 
 @dataclass
 class Point:
-    """What was measured of several variants in the same rounds."""
+    """Return what was measured of several variants in the same rounds."""
 
-    settings: dict[str, Any]  # what tells this point from the others of its level
+    settings: dict[str, Any]  # what says this point from the others of its level
     tokens: int = 0
     seconds: dict[str, list[float]] = field(default_factory=dict)  # variant -> by round
     peak: dict[str, int] = field(default_factory=dict)  # bytes beyond those that lived before the run
@@ -117,7 +117,7 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
     """Largest number of bytes that lived at once during the run, beyond those that lived before.
 
     On a CPU every allocation and release of PyTorch's allocator is counted (not what oneDNN or MKL take for themselves);
-    on a GPU ``max_memory_allocated`` tells.
+    on a GPU ``max_memory_allocated`` says.
     """
     gc.collect()
     if device.type == "cuda":

@@ -15,7 +15,7 @@ from .variants import ALL
 LEVELS: dict[str, tuple[str, dict]] = {
     "layer": ("one linear map, forward + backward, gradient of the input too", {"rounds": 30}),
     "block": ("one decoder block of the backbone's shape, forward + backward", {"rounds": 20}),
-    "step": ("a whole training step, without gradient checkpointing and with it", {"batch": 16, "seq": 64}),
+    "step": ("a full training step, without gradient checkpointing and with it", {"batch": 16, "seq": 64}),
     "prefill": ("a prompt of media and text", {"batch": 1, "rounds": 20}),
     "decode": ("tokens/s after a prompt, merged and live", {"batch": 1, "seq": 64, "rounds": 20}),
     "growth": (
@@ -24,7 +24,7 @@ LEVELS: dict[str, tuple[str, dict]] = {
     ),
     "ladder": ("training steps of tiny to 7B backbones (1B and 7B where there is a GPU)", {"rounds": 5}),
     "profile": ("where the time of a training step goes", {"batch": 16, "seq": 64, "rounds": 3, "checkpointing": "no"}),
-    "bars": ("what the method is held to, one line a bar: measured, met or not", {}),
+    "bars": ("what the method is kept to, one line a bar: measured, met or not", {}),
     "all": ("every level, in about --minutes", {}),
 }
 DEFAULTS = {
@@ -91,8 +91,8 @@ def _measuring(level: argparse.ArgumentParser, defaults: dict, name: str) -> Non
     if name in ("layer", "block", "step"):
         add("--compile", action="store_true", help="run under torch.compile (slow to start)")
     if not several:
-        add("--variants", nargs="+", choices=[*ALL, "moka merged"], help="beside the two bare backbones; None: all")
-    add("--json", type=Path, help="where to write; None: runs/benchmarks/LEVEL.json, with a plot beside it")
+        add("--variants", nargs="+", choices=[*ALL, "moka merged"], help="next to the two bare backbones; None: all")
+    add("--json", type=Path, help="where to write; None: runs/benchmarks/LEVEL.json, with a plot next to it")
     add("--format", choices=("text", "markdown"), default="text", help="of the table")
 
 

@@ -1,4 +1,4 @@
-"""A picture beside the JSON of a level; none where matplotlib is missing."""
+"""A picture next to the JSON of a level; none where matplotlib is missing."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ class Profile:
 
 
 class Grouping:
-    """Tells the group of an operator: by its name, by the shapes of its inputs, by the layer that ran it.
+    """Says the group of an operator: by its name, by the shapes of its inputs, by the layer that ran it.
 
     A matrix product with a side of r, M r, or that for several projections is the adapter's, unless the backbone has a
     side as narrow; one with the vocabulary's side makes logits. What else runs in an adapted layer, or in the backward

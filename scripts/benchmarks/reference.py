@@ -42,7 +42,7 @@ class ReferenceLinear(nn.Module):
         dropout: float,
         shared: dict[str, Masks],
     ) -> None:
-        """``A``: [M, r, in]; ``B``: [out, r]; ``shared``: holds the masks of the running forward under "masks"."""
+        """``A``: [M, r, in]; ``B``: [out, r]; ``shared``: has the masks of the running forward under "masks"."""
         super().__init__()
         self.base_layer, self.scaling, self.shared = base, scaling, shared
         self.A = nn.ModuleList(_linear(a) for a in A)
@@ -63,7 +63,7 @@ class ReferenceLinear(nn.Module):
 
 
 def _read_question(z: torch.Tensor, text: torch.Tensor, mask: torch.Tensor, question: torch.Tensor) -> torch.Tensor:
-    """What each media token of one modality takes from its question: [batch, seq, r], zeros elsewhere."""
+    """Return what each media token of one modality takes from its question: [batch, seq, r], zeros elsewhere."""
     read = torch.zeros_like(z)
     for sample in range(len(z)):
         queries, keys = z[sample, mask[sample]], text[sample, question[sample]]  # [queries, r], [keys, r]

@@ -16,7 +16,7 @@ SPEED = ("decode",)  # levels that compare tokens/s; the others compare times
 
 
 def figures(point: Point, level: str) -> dict[str, dict[str, Any]]:
-    """What is told of each variant: quartiles [low, median, high], bytes, FLOPs.
+    """Return what is reported of each variant: quartiles [low, median, high], bytes, FLOPs.
 
     ``of_bare`` and ``of_lora``: ratios of times, and of tokens/s where the level compares these.
     """

@@ -27,7 +27,7 @@ def _shape(hidden: int, inner: int, layers: int, heads: int, shared: int, vocabu
     }
 
 
-# LLaMA shapes; the names tell the parameters.
+# LLaMA shapes; the names say the parameters.
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": _shape(64, 160, 2, 4, 2, 256),
     "4m": _shape(256, 768, 3, 4, 2, 4096),

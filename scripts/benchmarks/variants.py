@@ -135,7 +135,7 @@ def check_same(moka: nn.Module, reference: nn.Module, given: torch.Tensor, forwa
     if not worst[0] <= TOLERANCE:
         raise MokaError(
             f"The plain reference and MokA do not compute the same: {worst[1]} differ by {worst[0]:.2g} of the largest "
-            f"magnitude, {TOLERANCE:g} is allowed. Times of different methods say nothing; nothing was measured."
+            f"magnitude, {TOLERANCE:g} is allowed. Times of different methods are silent; nothing was measured."
         )
     return worst[0]
 
@@ -157,6 +157,6 @@ def _adapter_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def forward_arguments(name: str, batch: Batch) -> dict[str, torch.Tensor]:
-    """What the variant's forward takes beside the embeddings."""
+    """Return what the variant's forward takes next to the embeddings."""
     given = {} if batch.mask is None else {"attention_mask": batch.mask}
     return given | (batch.routing if name.startswith("moka") else {})

@@ -106,7 +106,7 @@ def test_a_processor_without_a_chat_template(tiny_tokenizer):
 
 @pytest.mark.parametrize("training", [False, True])
 def test_markers_that_match_nothing_are_reported_once_with_the_first_ids(tiny, training):
-    """The labels, or the text of the prompt, tell the question then."""
+    """The labels, or the text of the prompt, say the question then."""
     batch = tiny.rows(["t i i q q t"])
     ids = batch.kwargs("input_ids", "attention_mask")
     ids["labels"] = batch.input_ids.where(torch.arange(6) == 5, -100)

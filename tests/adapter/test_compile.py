@@ -18,7 +18,7 @@ def _fresh_compiler():
 
 
 @pytest.mark.parametrize("merged", [False, True], ids=["live", "merged"])
-def test_whole_model_is_one_graph(tiny, batch, merged):
+def test_full_model_is_one_graph(tiny, batch, merged):
     model = tiny.adapted()
     if merged:
         model.merge_adapter()

@@ -152,7 +152,7 @@ def test_config_of_a_newer_format_is_refused(tmp_path, loader):
         loader.from_pretrained(tmp_path)
 
 
-def test_the_folders_readme_tells_how_to_load_it(tiny, tmp_path):
+def test_the_folders_readme_says_how_to_load_it(tiny, tmp_path):
     """Without `import moka` peft raises KeyError: 'MOKA', which does not tell what to do."""
     model = tiny.adapted()
     for _ in range(2):

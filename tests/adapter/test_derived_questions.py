@@ -95,7 +95,7 @@ def test_with_markers_the_answers_loss_as_trained_is_that_as_generated(tiny):
 ROWS = {
     "one turn": ["t u i i i q q q e s a a a e", "t t u q q i i i e s a a a e"],
     "two turns": ["t u i i q e s a a e u q i q e s a e", "t u i q q e s a a e u q q q e s a e"],
-    "image behind the question": ["t u q q q q i i e s a a a e"],
+    "image after the question": ["t u q q q q i i e s a a a e"],
     "image in the system turn": ["t i i t u q q e s a a a e u q e s a"],
 }
 

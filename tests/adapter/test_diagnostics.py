@@ -172,7 +172,7 @@ def test_diagnostics_leave_training_as_it_was(model, batch):
     assert not any(p.grad is not None for p in model.parameters())
 
 
-def test_a_forward_that_fails_leaves_nothing_behind(model, batch):
+def test_a_forward_that_fails_leaves_nothing_after(model, batch):
     with pytest.raises(moka.MokaError, match=r"interaction_ids.*\[4, 3\]"):
         modality_norms(model, {**batch.kwargs(*ROUTED), "interaction_ids": torch.zeros(4, 3, dtype=torch.long)})
 

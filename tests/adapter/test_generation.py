@@ -171,7 +171,7 @@ def test_second_turn_on_the_cache_equals_one_full_forward(pair, tiny):
 
 only_new = pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.3"),
-    reason="generate of transformers before 5.3 takes input_ids for the whole sequence, cached tokens included",
+    reason="generate of transformers before 5.3 takes input_ids for the full sequence, cached tokens included",
 )
 
 

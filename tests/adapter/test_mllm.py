@@ -664,7 +664,7 @@ class Embedded(tf.LlamaModel):
         self.vision = tf.CLIPVisionModel(tf.CLIPVisionConfig(**TOWER, image_size=8))
 
 
-def test_a_tower_within_the_decoder_is_left_alone():
+def test_a_tower_within_the_decoder_is_left_only():
     model = tf.LlamaForCausalLM(tf.LlamaConfig(**TEXT))
     model.model = Embedded(model.config)
     parents, count, _ = chosen(model)

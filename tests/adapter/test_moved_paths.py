@@ -65,7 +65,7 @@ def test_an_adapter_of_other_paths_loads(tiny, batch, tmp_path, old, targets, ve
 
 
 class Nested(nn.Module):
-    """The same language model at another path, beside a tower with blocks of the same names."""
+    """The same language model at another path, next to a tower with blocks of the same names."""
 
     def __init__(self, base):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Forwards inside forwards, and forwards that fail: each call has its own routing, and leaves none behind."""
+"""Forwards inside forwards, and forwards that fail: each call has its own routing, and leaves none after."""
 
 import types
 
@@ -58,7 +58,7 @@ def test_a_forward_that_calls_the_decoder_twice_with_other_tokens(model, tiny, b
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("verb", ["forward", "generate", "base", "decoder"])
-def test_an_exception_leaves_no_routing_behind(model, tiny, batch, error, verb):
+def test_an_exception_leaves_no_routing_after(model, tiny, batch, error, verb):
     base = model.get_base_model()
     run = {"forward": model, "generate": model.generate, "base": base, "decoder": base.model}[verb]
     layer, x = base.model.layers[0].self_attn.q_proj, torch.randn(*batch.input_ids.shape, 64)
@@ -82,7 +82,7 @@ def test_an_exception_leaves_no_routing_behind(model, tiny, batch, error, verb):
 
 
 @pytest.mark.parametrize("reach", ["model", "base", "decoder"])
-def test_a_refused_forward_leaves_no_routing_behind(model, tiny, batch, reach):
+def test_a_refused_forward_leaves_no_routing_after(model, tiny, batch, reach):
     base = model.get_base_model()
     run = {"model": model, "base": base, "decoder": base.model}[reach]
     layer, x = base.model.layers[0].self_attn.q_proj, torch.randn(*batch.input_ids.shape, 64)

@@ -41,11 +41,11 @@ def offloaded(model):
 @pytest.mark.filterwarnings("ignore:Current model requires")
 @pytest.mark.parametrize("settings", [{}, {"share_b": False}, {"scale_position": "input"}], ids=str)
 @pytest.mark.parametrize("offload", [cpu_offload, disk_offload, dispatch])
-@pytest.mark.parametrize("whole", [True, False], ids=["peft model", "base model"])
-def test_offloaded_weights_change_no_output(tiny, batch, tmp_path, offload, whole, settings):
+@pytest.mark.parametrize("full", [True, False], ids=["peft model", "base model"])
+def test_offloaded_weights_change_no_output(tiny, batch, tmp_path, offload, full, settings):
     model = tiny.adapted(**settings)
     expected = run(model, batch)
-    offload(model if whole else model.get_base_model(), tmp_path)
+    offload(model if full else model.get_base_model(), tmp_path)
     assert offloaded(model)
     for found, value in zip(run(model, batch), expected, strict=True):
         torch.testing.assert_close(found, value, atol=1e-5, rtol=1e-5)

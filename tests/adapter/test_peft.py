@@ -130,7 +130,7 @@ def test_two_active_adapters_add_up(tiny, batch):
     assert (a - b).abs().max() > 0.05
 
 
-def test_a_new_adapter_leaves_the_others_trainability_alone(model, tiny):
+def test_a_new_adapter_leaves_the_others_trainability_only(model, tiny):
     model.add_adapter("second", tiny.config())
     assert all(p.requires_grad == (".default." in name) for name, p in model.named_parameters() if "moka_" in name)
     model.set_adapter("second")
@@ -270,7 +270,7 @@ class Seeing(nn.Module):
 
 
 @pytest.mark.parametrize("verb", ["merge_and_unload", "unload"])
-def test_unloading_keeps_a_whole_encoder_of_modules_to_save(tiny, verb):
+def test_unloading_keeps_a_full_encoder_of_modules_to_save(tiny, verb):
     settings = {"target_modules": ["proj"], "modules_to_save": ["encoder"], "modalities": {"text": [0]}}
     model = get_peft_model(Seeing(), tiny.config(task_type=None, modality_token_ids=None, **settings)).eval()
     with torch.no_grad():

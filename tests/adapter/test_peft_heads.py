@@ -196,7 +196,7 @@ def test_tied_embeddings_that_no_adapter_touches_stay_tied(tiny, batch, tmp_path
     assert merged.config.tie_word_embeddings
 
 
-def test_merging_into_a_tied_head_leaves_the_embedding_alone(tiny, batch, tmp_path):
+def test_merging_into_a_tied_head_leaves_the_embedding_only(tiny, batch, tmp_path):
     """Head and embedding are one tensor: the head gets its own while it is merged, and the shared one back after."""
     model = tiny.adapted(backbone=tied(tiny), target_modules=["lm_head"])
     expected = result(model, batch)

@@ -78,7 +78,7 @@ def test_moka_then_a_saved_lora(tiny, batch, tmp_path, quiet, ending):
         assert torch.equal(with_lora, bare_logits(other, batch))
 
 
-def test_one_peft_model_holds_one_kind(tiny, batch, model):
+def test_one_peft_model_has_one_kind(tiny, batch, model):
     before = logits(model, batch)
     with pytest.raises(ValueError, match="Cannot combine"):
         model.add_adapter("lora", lora())

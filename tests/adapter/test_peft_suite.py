@@ -247,7 +247,7 @@ def test_loading_torch_files_as_lora_does(tiny, tmp_path):
     assert torch.equal(out(PeftModel.from_pretrained(net(), tmp_path)), out(model))
 
 
-def test_whole_model_through_pickle_torch_save_and_deepcopy(tiny):
+def test_full_model_through_pickle_torch_save_and_deepcopy(tiny):
     model = wrap(tiny)
     model.add_adapter("b", config(r=2))
     expected = out(model)

@@ -99,11 +99,11 @@ def test_pickle_in_a_process_that_has_not_imported_moka(model, batch, tmp_path):
     model.eval()
     expected = logits(model, batch)
     assert torch.equal(logits(pickle.loads(pickle.dumps(model)), batch), expected)
-    torch.save({"model": model, "ids": batch.kwargs(*ROUTED), "expected": expected}, tmp_path / "whole.pt")
+    torch.save({"model": model, "ids": batch.kwargs(*ROUTED), "expected": expected}, tmp_path / "full.pt")
     in_a_fresh_process(
         f"""
         import torch
-        saved = torch.load({str(tmp_path / "whole.pt")!r}, weights_only=False)
+        saved = torch.load({str(tmp_path / "full.pt")!r}, weights_only=False)
         with torch.no_grad():
             assert torch.equal(saved["model"](**saved["ids"]).logits, saved["expected"])
         """

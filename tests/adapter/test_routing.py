@@ -150,7 +150,7 @@ def test_keys_are_derived_from_the_labels(model, tiny):
     assert not torch.equal(model(**batch.kwargs("input_ids", "attention_mask"), labels=late).logits, given.logits)
 
 
-def test_without_labels_or_ids_the_whole_text_is_the_question(model, tiny):
+def test_without_labels_or_ids_the_full_text_is_the_question(model, tiny):
     batch = tiny.rows(["i i q q", "q a a q"])
     given = model(**batch.kwargs(*ROUTED)).logits
     assert torch.equal(model(**batch.kwargs("input_ids", "attention_mask")).logits, given)

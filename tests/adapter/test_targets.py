@@ -218,7 +218,7 @@ def test_a_path_or_a_pattern_reaches_the_tower(targets):
     assert hits(build(LLAVA), targets) == [TOWER]
 
 
-def test_paths_and_bare_names_keep_their_meaning_beside_each_other():
+def test_paths_and_bare_names_keep_their_meaning_next_to_each_other():
     names = hits(build(LLAVA), {"k_proj", TOWER})
     assert [name for name in names if "language_model" not in name] == [TOWER]
     assert leaves(names) == {"k_proj", "q_proj"}

@@ -112,7 +112,7 @@ TEMPLATES = {  # template, its special tokens
     "glm": (GLM, ["[gMASK]", "<sop>", *ROLES]),
 }
 CORPUS = [
-    "USER: What is it?\n\nASSISTANT: It is a cat. User: Who?\n\nAssistant: Nobody. [INST] x [/INST] y [INST] <<SYS>> <</SYS>>",
+    "USER: What is it?\n\nASSISTANT: It is a cat. User: Who?\n\nAssistant: No one. [INST] x [/INST] y [INST] <<SYS>> <</SYS>>",
     "<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\n\nThis.\n\n<|im_end|>\n system user model A chat :\n\n ?\n\n",
     "the cat sat on the tree:\n\nyes. no?\n what where when who  how   much ASSISTANT:\n\n USER:\n\n",
 ] * 5
@@ -162,8 +162,8 @@ IMG, SOI = 9000, 9001  # placeholder ids, put into the ids by hand, and a struct
 def build(template, kind, chat, prompt=False):
     """Tokenise a chat of (role, text) whose users' texts may hold one "<img>": arrays with the expectation by role.
 
-    Returns ids, media, keys_allowed, labels, roles: [1, seq], where roles holds for each token the index of the message
-    in whose content it lies, else -1.
+    Returns ids, media, keys_allowed, labels, roles: [1, seq], where roles is true for each token the index of the message
+    in whose content it is, else -1.
     """
     tokenizer = tokenizer_for(template, kind)
     parts = "part" in TEMPLATES[template][0]
@@ -218,7 +218,7 @@ def test_a_template_yields_markers_that_locate_the_turns_of_conversations(templa
         ids, media, keys, _, roles = build(template, kind, chat, prompt=chat[-1][0] == "user")
         groups, found = question_groups(ids, media, keys, np.zeros_like(ids), markers)
         want = expected(chat, media, keys, roles)
-        # A space of the template beside the content may be a token of its own: "USER: x ".
+        # A space of the template next to the content may be a token of its own: "USER: x ".
         outside = (want == 0) & (groups > 0)
         stray = tokenizer_for(template, kind).convert_ids_to_tokens(ids[outside].tolist())
         assert found, name
@@ -250,7 +250,7 @@ def test_a_system_turn_has_no_keys_and_its_image_belongs_to_the_first_user_turn(
     assert set(groups[media]) == {1, 2}
 
 
-def test_an_image_before_an_answer_that_opens_the_chat_does_not_read_the_question_behind_it():
+def test_an_image_before_an_answer_that_opens_the_chat_does_not_read_the_question_after_it():
     chat = [("system", "<img>be kind"), ("assistant", "hello"), ("user", "<img>what"), ("assistant", "that")]
     ids, media, keys, _, roles = build("chatml", "gpt4", chat)
     groups, _ = question_groups(ids, media, keys, np.zeros_like(ids), turn_markers(tokenizer_for("chatml", "gpt4")))
@@ -282,9 +282,9 @@ def test_a_marker_does_not_reach_over_two_samples():
     ids = np.array([[7, 8, 5, 5, 7, 8, 5, 5]])
     media, keys = np.arange(8)[None] == 6, np.arange(8)[None] != 6
     markers = {"user": [7, 8], "assistant": [9]}
-    whole, _ = question_groups(ids, media, keys, np.zeros_like(ids), markers)
+    full, _ = question_groups(ids, media, keys, np.zeros_like(ids), markers)
     split, _ = question_groups(ids, media, keys, np.array([[0] * 5 + [1] * 3]), markers)
-    assert whole.tolist() == [[0, 0, 1, 1, 0, 0, 2, 2]]
+    assert full.tolist() == [[0, 0, 1, 1, 0, 0, 2, 2]]
     assert split.tolist() == [[0, 0, 1, 1, 1, 0, 0, 0]]
 
 
@@ -339,7 +339,7 @@ def test_processors_yield_the_markers_of_what_they_write(tiny_tokenizer):
         "{{ raise_exception('only one turn') }}",
     ],
 )
-def test_a_template_whose_turns_cannot_be_told_apart_is_refused(template):
+def test_a_template_whose_turns_cannot_be_reported_apart_is_refused(template):
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer_for("llava", "gpt4").backend_tokenizer, eos_token="</s>", chat_template=template
     )
@@ -366,12 +366,12 @@ def test_padding_and_packing_change_no_sample(template):
             valid = padded(np.ones_like(media), left, right, False)
             where = segments(valid.shape, valid, np.cumsum(valid, axis=1) - 1 + (~valid))
             np.testing.assert_array_equal(where, np.where(valid, 0, -1))
-            for groups, alone in (
+            for groups, by_itself in (
                 (question_groups(*row[:3], where, markers)[0], alone_markers[-1]),
                 (groups_from_labels(row[3], *row[1:3], where)[0], alone_labels[-1]),
                 (groups_from_prompt(*row[1:3], where), groups_from_prompt(media, keys, zero)),
             ):
-                np.testing.assert_array_equal(groups, padded(alone, left, right, 0))
+                np.testing.assert_array_equal(groups, padded(by_itself, left, right, 0))
     packed = [np.concatenate(columns, axis=1) for columns in zip(*samples, strict=True)]
     lengths = [one[0].shape[1] for one in samples]
     positions = np.concatenate([np.arange(n) for n in lengths])[None]
@@ -379,12 +379,12 @@ def test_padding_and_packing_change_no_sample(template):
     where = segments(valid.shape, valid, positions)
     np.testing.assert_array_equal(where[0], np.repeat(np.arange(len(lengths)), lengths))
     np.testing.assert_array_equal(where, segments(valid.shape, valid, None, np.cumsum([0, *lengths])))
-    for groups, alone in (
+    for groups, by_itself in (
         (question_groups(*packed[:3], where, markers)[0], alone_markers),
         (groups_from_labels(packed[3], packed[1], packed[2], where)[0], alone_labels),
     ):
         pairs, used = [], set()
-        for part, single in zip(np.split(groups, np.cumsum(lengths)[:-1], axis=1), alone, strict=True):
+        for part, single in zip(np.split(groups, np.cumsum(lengths)[:-1], axis=1), by_itself, strict=True):
             pairs.append((part[0][:, None] == part[0]) & (part[0] > 0))
             np.testing.assert_array_equal(pairs[-1], (single[0][:, None] == single[0]) & (single[0] > 0))
             assert not used & set(part[part > 0].tolist())  # no two samples share a group
@@ -442,8 +442,8 @@ def numbers(text):
         ("qsisqaaqqiqaa", "1010100222200", False),
         ("qqaaiaaAaqqiaa", "11001001022200", False),  # media in an answer split nothing
         ("qqaasisaaqa", "11000100020", False),  # with their structure tokens either
-        ("qiaasiqa", "11000220", False),  # behind an answer and before the next question: of the next turn
-        ("qiaaqq", "110000", False),  # behind the last answer
+        ("qiaasiqa", "11000220", False),  # after an answer and before the next question: of the next turn
+        ("qiaaqq", "110000", False),  # after the last answer
         ("aaaiiaaa", "00011000", True),  # labels = input_ids, the image masked
         ("iiaaaqqa", "11000220", True),
         ("aaaaqqia", "00002220", True),

@@ -49,7 +49,7 @@ def test_sampled_values_approach_the_exact_ones_and_sum_exactly():
 @pytest.mark.parametrize(
     ("a", "b", "both", "unique_a", "unique_b", "redundant", "synergistic"),
     [
-        (1.0, 3.0, 3.0, 0.0, 2.0, 1.0, 0.0),  # a tells a part of what b tells
+        (1.0, 3.0, 3.0, 0.0, 2.0, 1.0, 0.0),  # a says a part of what b says
         (1.0, 2.0, 3.0, 0.0, 1.0, 1.0, 1.0),
         (0.0, 0.0, 2.0, 0.0, 0.0, 0.0, 2.0),  # only together, as a sum of two digits
         (-1.0, 2.0, 1.0, -1.0, 2.0, 0.0, 0.0),  # one misleads

@@ -42,7 +42,7 @@ def raw(tiny_config, media, tmp_path):
             },
             "alignment__max_steps": 3,
             **dict.fromkeys(("alignment__save_strategy", "training__save_strategy"), "no"),
-            # Features of other batches are rounded otherwise, and Adam makes whole steps of gradients near zero.
+            # Features of other batches are rounded otherwise, and Adam makes full steps of gradients near zero.
             **dict.fromkeys(("alignment__optim", "training__optim"), "sgd"),
             **dict.fromkeys(("alignment__learning_rate", "training__learning_rate"), 0.1),
         }
@@ -95,7 +95,7 @@ WHISPER = {"encoder": tiny_encoder({"type": "whisper", "model_config": {}}), "pr
 @pytest.mark.parametrize("objective", ["language_modeling", pytest.param("embedding", marks=pytest.mark.slow)])
 def test_training_from_cache_equals_training_from_media(moka, raw, write, tmp_path, objective):
     values = raw(alignment__objective=objective)
-    if objective == "embedding":  # and whole sounds
+    if objective == "embedding":  # and full sounds
         values["model"]["modalities"]["audio"] = WHISPER
         values["data"]["audio_windows"] = None
     path, cache = write(values), tmp_path / "cache"
@@ -177,7 +177,7 @@ def test_embedded_tasks_are_cached_by_their_values(moka, raw, write, tmp_path):
     assert not (tmp_path / "more").exists()
 
 
-def test_what_changed_is_told(moka, refused, raw, write, tmp_path):
+def test_what_changed_is_reported(moka, refused, raw, write, tmp_path):
     weights = tmp_path / "clip"
     small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
 
@@ -211,12 +211,12 @@ def test_what_changed_is_told(moka, refused, raw, write, tmp_path):
         "train", path, cache, f"model.modalities.visual.encoder={json.dumps(tiny_encoder({**CLIP, 'type': 'dinov2'}))}"
     )
     picture = tmp_path / "media/0.png"
-    whole = picture.read_bytes()
+    full = picture.read_bytes()
     Image.new("RGB", (30, 30), "red").save(picture)
     line = refused("train", path, cache)
     assert "sample 's0'" in line
     assert "0.png has changed since" in line
-    picture.write_bytes(whole)  # later times, the same content
+    picture.write_bytes(full)  # later times, the same content
     done = moka("train", path, cache, "training.max_steps=1")
     assert done.code == 0
     assert "note: 1 file moved, copied or touched since" in done.out
@@ -230,8 +230,8 @@ def test_what_changed_is_told(moka, refused, raw, write, tmp_path):
     assert not (tmp_path / "run").exists()
     shutil.copy(tmp_path / "media/new.png", tmp_path / "media/5.png")
     done = moka("cache", path, cache)
-    told = "visual: 5 media: 1 computed (1 items, 4 tokens, 0.00 MiB float32), 3 were there, 1 of the same content as others"
-    assert told in done.out
+    printed = "visual: 5 media: 1 computed (1 items, 4 tokens, 0.00 MiB float32), 3 were there, 1 of the same content as others"
+    assert printed in done.out
     done = moka("train", path, cache, "training.max_steps=1")
     assert done.code == 0
     assert "moved, copied" not in done.out
@@ -321,7 +321,7 @@ def many(raw, tmp_path):
 
 
 def features_in(cache):
-    """id -> features, of the only set of a cache; each is in one shard alone."""
+    """id -> features, of the only set of a cache; each is in one shard only."""
     (folder,) = cache.glob("clip-*")
     found = FeatureSet(folder)
     ids = [name for seal in folder.glob("shard-*.json") for name in json.loads(seal.read_text())["media"]]
@@ -334,7 +334,7 @@ def command(path, cache):
 
 
 @pytest.mark.slow
-def test_killed_and_started_again_it_goes_on(moka, many, write, launch, tmp_path):
+def test_killed_and_started_again_it_resumes(moka, many, write, launch, tmp_path):
     path, cache = write(many), tmp_path / "cache"
     killed = launch("one", *command(path, cache), start=True)
     deadline = time.monotonic() + 120
@@ -357,9 +357,9 @@ def test_killed_and_started_again_it_goes_on(moka, many, write, launch, tmp_path
     assert f"80 media: {80 - sealed} computed" in again.out
     assert f"{sealed} were there" in again.out
     assert not list(cache.rglob("*.part"))
-    whole = tmp_path / "whole"
-    assert moka(*command(path, whole)).code == 0
-    ours, theirs = features_in(cache), features_in(whole)
+    full = tmp_path / "full"
+    assert moka(*command(path, full)).code == 0
+    ours, theirs = features_in(cache), features_in(full)
     assert ours.keys() == theirs.keys()
     for identity in theirs:
         np.testing.assert_allclose(ours[identity], theirs[identity], rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""``moka compare``: one table of methods, that differ in the adapter alone."""
+"""``moka compare``: one table of methods, that differ in the adapter only."""
 
 import json
 import statistics
@@ -30,7 +30,7 @@ def test_comparison_is_fair_complete_and_resumable(moka, config_file):
     assert result["seeds"] == [42, 43]
     assert list(result["methods"]) == ["lora", "uni_modal_lora", "moka"]
 
-    # Parameters are matched as closely as whole ranks allow, and alpha / r is kept.
+    # Parameters are matched as closely as full ranks allow, and alpha / r is kept.
     wanted = result["methods"]["moka"]["parameters"]
     assert result["methods"]["moka"]["adapter"]["r"] == 3
     model, _ = build_model(config_from_dict(yaml.safe_load(path.read_text())).model)
@@ -42,7 +42,7 @@ def test_comparison_is_fair_complete_and_resumable(moka, config_file):
         assert summary["adapter"]["alpha"] / summary["adapter"]["r"] == pytest.approx(4 / 3)
     assert len({summary["adapter"]["r"] for summary in result["methods"].values()}) == 3
 
-    # The runs of one seed differ in the adapter section and their folder alone.
+    # The runs of one seed differ in the adapter section and their folder only.
     for seed in (42, 43):
         configs = {m: yaml.safe_load((root / f"seed{seed}/{m}/config.yaml").read_text()) for m in result["methods"]}
         for config in configs.values():
@@ -89,7 +89,7 @@ def test_comparison_is_fair_complete_and_resumable(moka, config_file):
     assert {p.parts[-4] for p in newest if newest[p] != after[p]} == {"seed42"}
 
 
-def test_interrupted_comparison_shows_what_is_done_and_goes_on(moka, config_file, monkeypatch):
+def test_interrupted_comparison_shows_what_is_done_and_resumes(moka, config_file, monkeypatch):
     path, root = config_file(**SHORT)
     command = ("compare", path, "--methods", "lora,moka", "--seeds", "1")
     train = comparing.run_training
@@ -105,7 +105,7 @@ def test_interrupted_comparison_shows_what_is_done_and_goes_on(moka, config_file
     shown = moka("compare", "--show", root)
     assert shown.code == 0
     assert "Missing: 1 of 2 runs: moka (seed 42)." in shown.out
-    assert f"to go on: moka compare {path}" in shown.out
+    assert f"to continue: moka compare {path}" in shown.out
     assert moka(*command).code == 0
     assert "Missing" not in moka("compare", "--show", root).out
 
@@ -114,7 +114,7 @@ def test_interrupted_comparison_shows_what_is_done_and_goes_on(moka, config_file
     ("arguments", "words"),
     [
         (["compare"], ["CONFIG.yaml", "--show"]),
-        (["compare", "--show", "nowhere"], ["nowhere", "holds no comparison"]),
+        (["compare", "--show", "nowhere"], ["nowhere", "has no comparison"]),
         (["compare", "some.yaml", "--show", "nowhere"], ["--show", "some.yaml"]),
     ],
 )
@@ -145,4 +145,4 @@ def test_bad_comparisons_are_one_line_and_leave_nothing(refused, config_file, ar
 
 def test_folder_of_a_single_run_is_refused(refused, config_file, trained_run):
     path, _ = config_file(**SHORT)
-    assert "holds a single run" in refused("compare", path, f"output.dir={trained_run}")
+    assert "has a single run" in refused("compare", path, f"output.dir={trained_run}")

@@ -24,7 +24,7 @@ def folder(media, tmp_path):
 
 @pytest.fixture
 def config(config_file, folder):
-    """A configuration on that folder alone."""
+    """A configuration on that folder only."""
     none = dict.fromkeys(("data__alignment", "data__validation", "data__test"))
     path, _ = config_file(**none, data__train=str(folder / "data.jsonl"), data__train_size=None)
     return path
@@ -79,7 +79,7 @@ def test_all_splits_are_checked_and_overrides_hold_wherever_they_stand(moka, con
     assert "data.train: 5 of 5" in done.out
     assert "data.test: 8 of 8" in done.out
     done = moka("data", "check", config, test, "--split", "test", "model.max_length=5")
-    assert done.code == 1  # media alone are longer
+    assert done.code == 1  # media only are longer
     assert "data.train" not in done.out
     assert "too long: " in done.out
 
@@ -91,7 +91,7 @@ def test_windows_and_frames_of_the_configuration_are_used(moka, config, tmp_path
     assert set(report["media_tokens"].values()) == {2 + 4 * 2}  # two tokens an item
 
 
-def test_what_a_format_leaves_out_is_told_of_joined_sources_too(moka, config, folder):
+def test_what_a_format_leaves_out_is_reported_of_joined_sources_too(moka, config, folder):
     talk = [{"from": "human", "value": "<image>\nwhich"}, {"from": "gpt", "value": "one"}]
     records = [{"id": f"r{kind}", kind: f"0.{kind}", "conversations": talk} for kind in ("image", "video")]
     records[0]["image"] = "0.png"

@@ -59,7 +59,7 @@ def test_evaluation_is_reproducible_and_options_hold(moka, run):
     assert "validation" in done.out
 
 
-def test_run_without_test_data_is_told(refused, run):
+def test_run_without_test_data_is_reported(refused, run):
     raw = yaml.safe_load((run / "config.yaml").read_text())
     raw["data"]["test"] = None
     (run / "config.yaml").write_text(yaml.safe_dump(raw, sort_keys=False))
@@ -69,13 +69,13 @@ def test_run_without_test_data_is_told(refused, run):
     assert not (run / "evaluation.json").exists()
 
 
-def test_what_cannot_be_evaluated_is_told(refused, run, tmp_path):
+def test_what_cannot_be_evaluated_is_reported(refused, run, tmp_path):
     assert "no run folder" in refused("eval", tmp_path)
     assert "none.jsonl" in refused("eval", run, "--data", tmp_path / "none.jsonl")
     assert "--size" in refused("eval", run, "--size", "0")
     assert "--batch-size" in refused("eval", run, "--batch-size", "-1")
     shutil.rmtree(run / "adapter")
-    assert "stage-1 run alone" in refused("eval", run)
+    assert "stage-1 run only" in refused("eval", run)
     assert not (run / "evaluation.json").exists()
 
 
@@ -116,7 +116,7 @@ def test_options_of_a_benchmark_need_a_benchmark(refused, run):
     assert "--benchmark" in refused("eval", run, "--root", "somewhere")
 
 
-def test_another_file_has_its_media_beside_it(moka, run, media, tmp_path):
+def test_another_file_has_its_media_next_to_it(moka, run, media, tmp_path):
     """Not where those of the run's own data are."""
     shutil.copytree(media, tmp_path / "elsewhere")
     assert moka("eval", run, "--data", tmp_path / "elsewhere/data.jsonl", "--no-blank", "--size", "2").code == 0

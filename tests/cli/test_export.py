@@ -38,9 +38,9 @@ def test_merged_run_answers_and_is_measured_as_the_run(moka, trained_run, media,
         lines = (folder / "predictions.jsonl").read_text().splitlines()
         results[folder.name] = [json.loads(line)["prediction"] for line in lines]
     assert results["run"] == results["moved"]
-    # It is no run that training could go on with, or replace.
+    # It is no run that training could continue with, or replace.
     assert (
-        "holds no run of ours"
+        "has no run of ours"
         in moka("train", copy / "config.yaml", "--overwrite", f"output.dir={tmp_path / 'moved'}").last
     )
 

@@ -1,4 +1,4 @@
-"""``moka generate``: a user's own media go through the front end of training; wrong ones are told."""
+"""``moka generate``: a user's own media go through the front end of training; wrong ones are reported."""
 
 import shutil
 
@@ -45,7 +45,7 @@ def test_question_without_media_is_answered(moka, trained_run):
     assert done.out == load(trained_run).generate("Which digit is written?", max_new_tokens=3) + "\n"
 
 
-def test_adapter_folder_alone_is_enough(moka, trained_run, tmp_path):
+def test_adapter_folder_only_is_enough(moka, trained_run, tmp_path):
     shutil.copytree(trained_run / "adapter", tmp_path / "mine")
     assert moka("generate", tmp_path / "mine", "Which?").out == moka("generate", trained_run, "Which?").out
 
@@ -101,8 +101,8 @@ def test_video_to_a_model_without_frames_is_a_file_error(refused, trained_run, t
     assert "does not exist" in refused("generate", trained_run, "Which?", "--video", tmp_path / "no.mp4")
 
 
-def test_what_is_no_run_is_told(refused, trained_run, tmp_path):
+def test_what_is_no_run_is_reported(refused, trained_run, tmp_path):
     assert "does not exist" in refused("generate", tmp_path / "none", "Which?")
-    assert "holds no adapter" in refused("generate", tmp_path, "Which?")
+    assert "has no adapter" in refused("generate", tmp_path, "Which?")
     shutil.copytree(trained_run / "connector", tmp_path / "one/connector")
-    assert "stage-1 run alone" in refused("generate", tmp_path / "one", "Which?")
+    assert "stage-1 run only" in refused("generate", tmp_path / "one", "Which?")

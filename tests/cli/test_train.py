@@ -1,4 +1,4 @@
-"""``moka train``: what a run leaves behind, and what it says to each kind of bad input."""
+"""``moka train``: what a run leaves after, and what it says to each kind of bad input."""
 
 import json
 import shutil
@@ -75,7 +75,7 @@ def test_stage_two_from_connectors_equals_both_at_once(moka, config_file, tmp_pa
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-def test_stage_two_alone_says_that_connectors_are_untrained(moka, config_file):
+def test_stage_two_only_says_that_connectors_are_untrained(moka, config_file):
     path, _ = config_file(stages=[2])
     done = moka("train", path, *QUIET)
     assert done.code == 0
@@ -126,7 +126,7 @@ def test_bad_configuration_is_one_line_and_leaves_nothing(refused, config_file, 
 
 
 @pytest.mark.parametrize("override", ["adapter.r=0", "adapter.dropout=1.5", "adapter.target_modules=[nothing]"])
-def test_bad_lora_is_told_before_stage_one(refused, config_file, override):
+def test_bad_lora_is_reported_before_stage_one(refused, config_file, override):
     path, run = config_file()
     assert "adapter" in refused("train", path, "adapter.method=lora", override)
     assert not run.exists()
@@ -135,7 +135,7 @@ def test_bad_lora_is_told_before_stage_one(refused, config_file, override):
 @pytest.mark.parametrize(
     ("text", "word"), [("stages: [1\nmodel:", "line 2"), ("- a list", "mapping"), ("stages: two", "stages")]
 )
-def test_wrong_yaml_is_told(refused, tmp_path, text, word):
+def test_wrong_yaml_is_reported(refused, tmp_path, text, word):
     path = tmp_path / "wrong.yaml"
     path.write_text(text)
     line = refused("train", path)
@@ -149,24 +149,24 @@ def test_debug_keeps_the_traceback(moka, config_file):
         moka("train", path, "adapter.rang=4", "--debug")
 
 
-def test_folder_that_holds_a_run_is_refused(refused, config_file, trained_run):
+def test_folder_that_has_a_run_is_refused(refused, config_file, trained_run):
     path, _ = config_file()
     before = sorted((p, p.stat().st_mtime_ns) for p in trained_run.rglob("*"))
     line = refused("train", path, f"output.dir={trained_run}")
-    assert "already holds a run" in line
+    assert "already has a run" in line
     assert "--resume" in line
     assert sorted((p, p.stat().st_mtime_ns) for p in trained_run.rglob("*")) == before
 
 
 @pytest.mark.parametrize("below", ["", "/deeper"])
-def test_output_folder_in_the_place_of_a_file_is_refused(refused, config_file, tmp_path, below):
+def test_output_folder_instead_of_a_file_is_refused(refused, config_file, tmp_path, below):
     path, _ = config_file()
     (tmp_path / "file").write_text("mine")
     assert "is a file" in refused("train", path, f"output.dir={tmp_path / 'file'}{below}")
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_output_folder_that_cannot_be_made_is_told(refused, config_file):
+def test_output_folder_that_cannot_be_made_is_reported(refused, config_file):
     path, _ = config_file()
     assert "output.dir: /proc/nope/run" in refused("train", path, "output.dir=/proc/nope/run")
 
@@ -250,7 +250,7 @@ def test_bad_media_can_be_left_out_before_training(moka, config_file, media, tmp
     assert totals == {"tried": 8, "skipped": 1}
     assert "samples of data.train left out for bad media | 1 |" in (run / "README.md").read_text("utf-8")
     assert (record["id"], record["action"]) == ("s3", "skip")
-    # The file was mended meanwhile: the run to be resumed keeps to the samples it began with.
+    # The file was corrected meanwhile: the run to be resumed keeps to the samples it began with.
     shutil.copy(tmp_path / "media" / "2.png", tmp_path / "media" / "3.png")
     (run / "summary.json").unlink()
     again = moka("train", path, *on(data), *skip, "--resume")
@@ -314,7 +314,7 @@ def test_damaged_or_partial_connectors_are_refused(refused, moka, config_file, t
         save_file(tensors, weights)
 
     assert "missing" in given(drop_one)
-    # One modality's stage 1 alone.
+    # One modality's stage 1 only.
     visual = [f"data.alignment={_pictures(tmp_path)}", f"model.modalities={_visual(path)}"]
     assert moka("train", path, "stages=[1]", *QUIET, *visual, f"output.dir={tmp_path / 'visual'}").code == 0
     line = refused("train", path, f"model.connectors=[{tmp_path / 'visual/connector'}]")
@@ -343,7 +343,7 @@ def _pictures(tmp_path):
     return folder / "a.jsonl"
 
 
-def test_no_space_for_the_cache_is_told(refused, config_file, tmp_path, monkeypatch):
+def test_no_space_for_the_cache_is_reported(refused, config_file, tmp_path, monkeypatch):
     path, run = config_file()
     monkeypatch.setenv("MOKA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 0))
@@ -354,7 +354,7 @@ def test_no_space_for_the_cache_is_told(refused, config_file, tmp_path, monkeypa
     assert not list((tmp_path / "cache").rglob("*.whl"))
 
 
-def test_model_card_holds_what_it_says(trained_run):
+def test_model_card_has_what_it_says(trained_run):
     text = (trained_run / "README.md").read_text()
     _, header, body = text.split("---\n", 2)
     front = yaml.safe_load(header)

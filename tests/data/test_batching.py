@@ -16,7 +16,7 @@ STEP = BATCH * WORLD * ACCUMULATED
 
 
 def mixed(size=1000, seed=0):
-    """Text alone, pictures, and films with sound: lengths over two orders of magnitude."""
+    """Text only, pictures, and films with sound: lengths over two orders of magnitude."""
     random = np.random.default_rng(seed)
     visual = random.choice([0, 0, 1, 1, 10], size)
     audio = np.where(visual == 10, random.integers(0, 11, size), 0)
@@ -51,13 +51,13 @@ def test_most_of_the_padding_goes(lengths):
     assert after < 0.1
 
 
-def test_padding_share_is_what_a_padded_batch_holds():
+def test_padding_share_is_what_a_padded_batch_has():
     assert padding_share(np.array([4, 2, 3, 3]), [0, 1, 2, 3], 2) == pytest.approx(2 / 14)
     assert padding_share(np.array([5, 5, 5]), [0, 1, 2], 2) == 0
 
 
 def test_steps_cost_their_processes_about_the_same(lengths):
-    """Batches that processes compute at the same time are alike in tokens, and in items for the encoders."""
+    """Batches that processes compute at the same time are equally in tokens, and in items for the encoders."""
     grouped, random = order(lengths), np.random.default_rng(1).permutation(len(lengths)).tolist()
 
     def unlike(indices, values):
@@ -83,7 +83,7 @@ def test_epochs_and_seeds_differ_and_are_repeatable(lengths):
         {tuple(sorted(one[k : k + STEP])) for k in range(0, 992, STEP)}
         for one in (order(lengths, 1), order(lengths, 2))
     ]
-    assert len(batches[0] & batches[1]) < 3  # who shares a batch is drawn anew
+    assert len(batches[0] & batches[1]) < 3  # who shares a batch is drawn again
 
 
 def test_the_longest_come_first_and_the_incomplete_batch_last(lengths):
@@ -138,11 +138,11 @@ def test_processes_see_different_samples_and_all_of_them(lengths):
 
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("epoch", [0, 2])
-def test_a_resumed_epoch_goes_on_where_it_was(lengths, epoch, world):
+def test_a_resumed_epoch_resumes_where_it_was(lengths, epoch, world):
     for rank in range(world):
         through = loader(lengths, rank, world)
         for earlier in range(epoch):
             epoch_of(through, earlier)
-        whole = epoch_of(through, epoch)
+        full = epoch_of(through, epoch)
         resumed = skip_first_batches(loader(lengths, rank, world), 5)
-        assert epoch_of(resumed, epoch) == whole[5:]
+        assert epoch_of(resumed, epoch) == full[5:]

@@ -1,4 +1,4 @@
-"""The check of a data set: each kind of problem is found, counted and placed, and what is good is told apart."""
+"""The check of a data set: each kind of problem is found, counted and placed, and what is good is reported apart."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_clips_longer_than_the_encoder_takes_are_counted_and_windows_cure_them(f
 
 def test_samples_too_long_for_shortening_and_samples_without_supervision_are_problems(folder, processor):
     root, lines = folder
-    report = check_samples(write(root, lines), processor, max_length=8)  # media and template alone are longer
+    report = check_samples(write(root, lines), processor, max_length=8)  # media and template only are longer
     assert [p.index for p in report.of("too long")] == list(range(6))
     assert report.good == []
     mute = [{"id": "m", "messages": [{"role": "user", "content": [{"type": "text", "text": "one"}]}]}]
@@ -169,7 +169,7 @@ def test_samples_too_long_for_shortening_and_samples_without_supervision_are_pro
     assert report.supervised == [0]
 
 
-def test_a_template_that_refuses_a_chat_is_told_with_the_sample(folder, tiny_tokenizer):
+def test_a_template_that_refuses_a_chat_is_reported_with_the_sample(folder, tiny_tokenizer):
     template = "{{ raise_exception('only one turn') }}"
     strict = MokaProcessor.__new__(MokaProcessor)
     strict.__dict__ = MokaProcessor(tiny_tokenizer, {"visual": VISUAL, "audio": AUDIO}, 400).__dict__
@@ -186,7 +186,7 @@ def test_windows_of_ready_made_features_stop_the_check(tmp_path, processor):
         check_samples(write(tmp_path, [line(0, audio="x.npy")]), processor, audio_windows=AudioWindows())
 
 
-def test_the_manifest_holds_exactly_the_good_samples_and_reads_the_same(folder, processor, tmp_path_factory):
+def test_the_manifest_has_exactly_the_good_samples_and_reads_the_same(folder, processor, tmp_path_factory):
     root, lines = folder
     lines[2]["messages"][0]["content"][0]["image"] = "gone.png"
     lines.insert(4, "{")

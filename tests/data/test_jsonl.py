@@ -43,7 +43,7 @@ def test_each_line_is_found_by_its_index_past_blank_lines_and_wide_characters(tm
     assert pickle.loads(pickle.dumps(dataset))[2] == dataset[2]  # loader workers that are spawned
 
 
-def test_mistakes_are_told_with_the_line_number_of_the_file(tmp_path):
+def test_mistakes_are_reported_with_the_line_number_of_the_file(tmp_path):
     rows = [sample("a"), "", '{"messages": [', {"messages": []}, {"messages": [{"role": "bot", "content": "x"}]}]
     path = write(tmp_path / "train.jsonl", *rows)
     dataset = JsonlDataset(path)
@@ -62,7 +62,7 @@ def test_indented_json_is_recognised(tmp_path):
         JsonlDataset(path)[0]
 
 
-def test_bytes_that_are_not_utf8_are_told(tmp_path):
+def test_bytes_that_are_not_utf8_are_reported(tmp_path):
     path = tmp_path / "train.jsonl"
     path.write_bytes(b'{"id": "\xff"}\n')
     with pytest.raises(MokaError, match=r"train\.jsonl:1: is not UTF-8"):

@@ -109,9 +109,9 @@ def test_real_media_of_every_kind(folder, processor, frames, limit):
 
 
 def test_sound_in_windows(folder, processor, tmp_path):
-    whole = [line for line in (folder / "train.jsonl").read_text().splitlines() if ".npy" not in line]
+    full = [line for line in (folder / "train.jsonl").read_text().splitlines() if ".npy" not in line]
     path = tmp_path / "sounds.jsonl"
-    path.write_text("\n".join(whole))
+    path.write_text("\n".join(full))
     dataset = encoded_dataset(path, processor, media_root=str(folder), audio_windows=WINDOWS)
     lengths = lengths_of(dataset)
     assert_as_encoded(lengths, dataset)
@@ -161,12 +161,12 @@ def test_no_stand_in_is_an_error_before_training(folder, processor):
 
 def test_several_processes_count_what_one_counts(folder, processor):
     dataset = encoded_dataset(folder / "train.jsonl", processor)
-    whole = lengths_of(dataset)
+    full = lengths_of(dataset)
     shares = joined_lengths(dataset, [count_lengths(dataset, share=(k, 3)) for k in range(3)])
     workers = lengths_of(dataset, workers=2)
     for other in (shares, workers):
-        assert (other.tokens == whole.tokens).all()
-        assert all((other.items[name] == whole.items[name]).all() for name in whole.items)
+        assert (other.tokens == full.tokens).all()
+        assert all((other.items[name] == full.items[name]).all() for name in full.items)
 
 
 def test_lengths_are_read_back_and_those_of_other_data_refused(folder, processor, tmp_path):
@@ -192,5 +192,5 @@ def test_lengths_are_read_back_and_those_of_other_data_refused(folder, processor
         with pytest.raises(MokaError, match="lengths of other data or settings"):
             read_lengths(path, other)
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(MokaError, match="holds no lengths of samples"):
+    with pytest.raises(MokaError, match="has no lengths of samples"):
         read_lengths(path, dataset)

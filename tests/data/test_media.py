@@ -30,7 +30,7 @@ from moka.errors import MokaError
 from moka.modeling.media import AudioFeatures, Waveform
 
 TONE_HZ = 440
-CLOCKWISE = (0, 65536, 0, -65536, 0, 0, 0, 0, 1 << 30)  # QuickTime's matrix of a phone held upright
+CLOCKWISE = (0, 65536, 0, -65536, 0, 0, 0, 0, 1 << 30)  # QuickTime's matrix of a phone kept upright
 
 
 def tone(seconds, rate, amplitude=0.5):
@@ -43,7 +43,7 @@ def peak_hz(waveform):
 
 
 def grey_ramp(count):
-    """Frames [48, 64, 3] from dark to bright: the mean of an image tells which one it is."""
+    """Frames [48, 64, 3] from dark to bright: the mean of an image says which one it is."""
     return [np.full((48, 64, 3), 20 + 200 * i // count, np.uint8) for i in range(count)]
 
 
@@ -191,7 +191,7 @@ def test_seeking_finds_the_frames_that_decoding_all_finds(tmp_path, name, gop):
     np.testing.assert_allclose(few, every[[12, 37, 62, 87]], atol=2.5)
 
 
-def test_a_long_video_is_not_decoded_whole(tmp_path, monkeypatch):
+def test_a_long_video_is_not_decoded_full(tmp_path, monkeypatch):
     from moka.data import media_io as decoders
 
     path = write_video(tmp_path / "x.mp4", grey_ramp(300), gop=10)  # 60 s
@@ -250,7 +250,7 @@ def bad_files(folder):
     write_video(folder / "silent.mp4", grey_ramp(5))
     soundfile.write(folder / "song.wav", tone(0.2, 16000), 16000)
     np.save(folder / "flat.npy", np.zeros(5))
-    np.save(folder / "whole.npy", np.zeros((5, 2), int))
+    np.save(folder / "complete.npy", np.zeros((5, 2), int))
     np.save(folder / "nan.npy", np.full((5, 2), np.nan))
     np.save(folder / "pickle.npy", np.array([[{}]], dtype=object), allow_pickle=True)
     np.savez(folder / "many.npz", a=np.zeros((2, 2)))
@@ -278,7 +278,7 @@ def bad_files(folder):
         "silent.mp4": (load_audio, "no audio stream (it has video)"),
         "song.wav": (load_video, "no video stream (it has audio)"),
         "flat.npy": (load_features, "float64 [5]; audio features are floats [frames, bins]"),
-        "whole.npy": (load_features, "int64 [5, 2]"),
+        "complete.npy": (load_features, "int64 [5, 2]"),
         "nan.npy": (load_features, "not finite"),
         "pickle.npy": (load_features, "not a readable .npy"),
         "many.npy": (load_features, ".npz archive"),
@@ -329,7 +329,7 @@ def test_no_file_stays_open(tmp_path):
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_without_pyav_the_remedy_is_told(tmp_path, monkeypatch):
+def test_without_pyav_the_remedy_is_reported(tmp_path, monkeypatch):
     soundfile.write(tmp_path / "x.wav", tone(0.1, 16000), 16000)
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(MokaError, match=r"pip install 'moka-peft\[media\]'") as caught:
@@ -396,7 +396,7 @@ def test_under_error_the_first_bad_file_stops_with_sample_and_file(tmp_path):
         dataset[3]
 
 
-def test_a_substitute_is_a_whole_good_sample_fixed_by_seed_and_index(tmp_path):
+def test_a_substitute_is_a_full_good_sample_fixed_by_seed_and_index(tmp_path):
     bad = {2, 5, 6}
     samples = image_samples(tmp_path, 20, bad)
     policy = BadMediaPolicy("substitute", budget=0.15)
@@ -461,7 +461,7 @@ def test_unknown_policies_and_budgets_are_refused(given, words):
 
 
 def as_arrays(medium):
-    """What a decoded medium holds, to be compared."""
+    """Return what a decoded medium has, to be compared."""
     if isinstance(medium, list):
         return [as_arrays(item) for item in medium]
     if isinstance(medium, Waveform):
@@ -497,7 +497,7 @@ def test_bytes_are_decoded_as_the_file_is(tmp_path, loader, name):
 
 
 def test_bad_bytes_have_the_reasons_of_bad_files(tmp_path):
-    """But for how the system names a file, and a cut array, whose size a file tells beforehand."""
+    """But for how the system names a file, and a cut array, whose size a file says beforehand."""
     for name, (loader, words) in bad_files(tmp_path).items():
         if not (tmp_path / name).is_file():
             continue

@@ -50,9 +50,9 @@ def test_bad_samples_are_left_out_and_listed(tmp_path, workers):
     totals, *lines = map(json.loads, path.read_text().splitlines())
     assert totals == {"tried": 12, "skipped": 2}
     assert lines == report.skipped
-    told = "data.train: 2 of 12 samples left out for media that cannot be used (budget: 3)"
-    assert report.summary() == told
-    assert read_usable(path, 12, budget=0.2, name="data.train").summary() == f"{told}; listed in {path}"
+    printed = "data.train: 2 of 12 samples left out for media that cannot be used (budget: 3)"
+    assert report.summary() == printed
+    assert read_usable(path, 12, budget=0.2, name="data.train").summary() == f"{printed}; listed in {path}"
     # What is left is decoded without a bad one, in order.
     decoded = DecodedDataset(Subset(made, report.indices), BadMediaPolicy("skip", 0.2))
     assert [decoded[i]["id"] for i in range(len(decoded))] == [f"s{i}" for i in report.indices]
@@ -78,7 +78,7 @@ def test_a_resumed_run_reads_the_same_report_back_without_trying(tmp_path):
         read_usable(path, 6)
 
 
-def test_a_budget_that_is_exceeded_tells_number_and_first_cases(tmp_path):
+def test_a_budget_that_is_exceeded_says_number_and_first_cases(tmp_path):
     made = samples(tmp_path, 20, bad={0, 3, 4, 9, 11})
     with pytest.raises(MokaError) as caught:
         find_usable(made, budget=0.2)

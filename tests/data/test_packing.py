@@ -119,9 +119,9 @@ def totals(model, batches):
 
 def assert_equal_training(model, processor, rows, **collation):
     encoded = [{**processor.encode(one["messages"]), "sample_id": one["id"]} for one in SAMPLES]
-    alone = [Collator(processor)([one]) for one in encoded]
+    by_itself = [Collator(processor)([one]) for one in encoded]
     packed = [Collator(processor, **collation)([join_samples([encoded[k] for k in row]) for row in rows])]
-    loss, gradients = totals(model, alone)
+    loss, gradients = totals(model, by_itself)
     packed_loss, packed_gradients = totals(model, packed)
     torch.testing.assert_close(packed_loss, loss, atol=1e-5, rtol=1e-5)
     assert packed_gradients.keys() == gradients.keys()
@@ -135,9 +135,9 @@ def assert_equal_training(model, processor, rows, **collation):
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_loss_and_all_gradients_are_those_of_the_samples_alone(backbones, name, implementation, side):
+def test_loss_and_all_gradients_are_those_of_the_samples_only(backbones, name, implementation, side):
     model, processor = build(backbones[name], implementation=implementation)
-    # Rows of unequal length, so that there is padding; one of them holds a single sample.
+    # Rows of unequal length, so that there is padding; one of them has a single sample.
     assert_equal_training(model, processor, [[2, 0, 4], [3, 1]], padding_side=side)
     assert_equal_training(model, processor, [[0, 1, 2, 3], [4]], padding_side=side)
 
@@ -282,7 +282,7 @@ def test_positions_groups_labels_and_media_of_a_row(encoded):
     assert all(len(values) == sum(sizes) for name, values in row.items() if isinstance(values, list)), row.keys()
 
 
-def test_flash_attention_is_told_where_samples_begin_in_every_row():
+def test_flash_attention_is_reported_where_samples_begin_in_every_row():
     # Flash attention itself does not run on the CPU.
     positions = torch.tensor([[0, 1, 2, 0, 1, 0], [0, 1, 0, 1, 2, 3]])
     begins = samples_begin(positions, torch.tensor([[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]]))
@@ -318,14 +318,14 @@ def test_every_sample_comes_once_and_no_row_is_overfull():
     assert (rows.indices.dtype, len(rows.indices), len(rows.offsets)) == (np.int64, 5000, len(rows) + 1)
 
 
-def test_a_window_alone_is_packed_with_itself():
+def test_a_window_only_is_packed_with_itself():
     rows = pack_rows(np.full(64, 10), 40, seed=0, window=16)
     assert [len(row) for row in rows] == [4] * 16
 
 
 def test_rows_are_filled_best_fit_and_the_longest_samples_come_first():
     assert as_lists(pack_rows([7, 50, 3], 40)) == [[1], [0, 2]]
-    # 30 leaves 10, 25 leaves 15: the 12 goes where it alone fits, the 10 fills the first row, 3 the second.
+    # 30 leaves 10, 25 leaves 15: the 12 goes where it only fits, the 10 fills the first row, 3 the second.
     assert as_lists(pack_rows([10, 30, 3, 25, 12], 40)) == [[1, 0], [3, 4, 2]]
 
 

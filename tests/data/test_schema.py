@@ -1,4 +1,4 @@
-"""The sample format: what is normalised, and that each mistake is told with its place, its field and its remedy."""
+"""The sample format: what is normalised, and that each mistake is reported with its place, its field and its remedy."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_a_literal_placeholder_in_text_is_text():
     assert checked["messages"][0]["content"][0]["text"] == "What does <image> mean in HTML? <audio>"
 
 
-def test_map_media_changes_media_alone_and_copies():
+def test_map_media_changes_media_only_and_copies():
     checked = check_sample(ask({"type": "image", "image": "a.png"}, {"type": "text", "text": "a.png"}), WHERE)
     mapped = map_media(checked, lambda kind, medium: f"{kind}/{medium}")
     assert mapped["messages"][0]["content"] == [
@@ -85,7 +85,7 @@ IMAGE = {"type": "image", "image": "a.png"}
 MISTAKES = {
     "not an object": ("hello", ["sample", "'hello' (str)", "messages"]),
     "no messages": ({"id": "1", "message": []}, ["messages is missing", "'id', 'message'"]),
-    "messages of a wrong type": ({"messages": "hi"}, ["messages", "'hi' (str)", "a list is due"]),
+    "messages of a wrong type": ({"messages": "hi"}, ["messages", "'hi' (str)", "a list is expected"]),
     "empty messages": ({"messages": []}, ["messages is empty", "Write"]),
     "message is text": ({"messages": ["hi"]}, ["messages[0]", "'role' and 'content'"]),
     "unknown role": (
@@ -124,11 +124,14 @@ MISTAKES = {
     "medium of a wrong type": (ask({"type": "audio", "audio": 5}), ["messages[0].content[0].audio", "5 (int)"]),
     "frames as paths": (ask({"type": "video", "video": ["1.png"]}), ["messages[0].content[0].video", "PIL images"]),
     "no frames": (ask({"type": "video", "video": []}), ["messages[0].content[0].video", "at least one"]),
-    "address": (ask({"type": "image", "image": "https://x.org/a.png"}), ["content[0].image", "a local path is due"]),
+    "address": (
+        ask({"type": "image", "image": "https://x.org/a.png"}),
+        ["content[0].image", "a local path is expected"],
+    ),
     "two media in one part": (ask({**IMAGE, "audio": "a.wav"}), ["content[0].audio", "one part per medium"]),
     "text of a wrong type": (ask({"type": "text", "text": 3}), ["messages[0].content[0].text", "3 (int)"]),
-    "media beside the messages": (ask(images=["a.png"]), ["images", "would be ignored", "as a part"]),
-    "media beside the content": (
+    "media next to the messages": (ask(images=["a.png"]), ["images", "would be ignored", "as a part"]),
+    "media next to the content": (
         {"messages": [{"role": "user", "content": "<image>?", "images": ["a.png"]}, ANSWER]},
         ["messages[0].images", "would be ignored"],
     ),
@@ -144,13 +147,13 @@ MISTAKES = {
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_each_mistake_is_one_line_with_place_field_and_remedy(mistake):
-    sample, told = MISTAKES[mistake]
+    sample, printed = MISTAKES[mistake]
     with pytest.raises(MokaError) as error:
         check_sample(sample, WHERE)
     message = str(error.value)
     assert message.startswith(f"{WHERE}: ")
     assert "\n" not in message
-    for words in told:
+    for words in printed:
         assert words in message
 
 

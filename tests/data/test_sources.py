@@ -113,7 +113,7 @@ def test_media_root_may_be_elsewhere(folder, tmp_path_factory):
         open_source(path, "train")
 
 
-def test_missing_media_are_told_before_training(folder):
+def test_missing_media_are_reported_before_training(folder):
     (folder / "media" / "2.png").unlink()
     (folder / "media" / "4.wav").write_bytes(b"")
     (folder / "media" / "5.wav").unlink()
@@ -162,7 +162,7 @@ def test_an_absent_file_is_named(tmp_path):
 
 @pytest.fixture
 def mixed():
-    """Ten samples: 1 blank, 4 too long by its pictures, 7 without any answer, 8 long by its text alone."""
+    """Ten samples: 1 blank, 4 too long by its pictures, 7 without any answer, 8 long by its text only."""
     samples = [chat(f"which digit {number}", number=number) for number in range(10)]
     samples[1] = chat("which digit", answer=" ", number=1)
     pictures = [{"type": "image", "image": Image.new("L", (8, 8))}] * 30
@@ -205,7 +205,7 @@ def test_samples_that_cannot_be_used_are_replaced_and_counted(mixed, processor, 
         assert encoded[index]["input_ids"] == processor.encode(mixed[index]["messages"])["input_ids"]
 
 
-def test_replacements_depend_on_seed_and_index_alone(mixed, processor):
+def test_replacements_depend_on_seed_and_index_only(mixed, processor):
     def texts(seed, order):
         dataset = EncodedDataset(mixed, processor, MAX_LENGTH, seed=seed)
         return {i: text_of(processor, dataset[i]) for i in order}
@@ -241,7 +241,7 @@ def test_nothing_usable_is_an_error(processor):
         dataset[0]
 
 
-def test_what_the_user_must_mend_is_no_reason_to_drop(tiny_tokenizer, processor):
+def test_what_the_user_must_fix_is_no_reason_to_drop(tiny_tokenizer, processor):
     seeing = MokaProcessor(tiny_tokenizer, {"visual": VISUAL}, len(tiny_tokenizer))
     sound = {"type": "audio", "audio": Waveform(np.zeros(800, np.float32), 8000)}
     dataset = EncodedDataset([chat([sound])], seeing, MAX_LENGTH)
@@ -250,7 +250,7 @@ def test_what_the_user_must_mend_is_no_reason_to_drop(tiny_tokenizer, processor)
     assert dataset.dropped == {}
 
 
-# --- the whole way
+# --- the full way
 
 
 def test_batches_from_a_jsonl_file(folder, processor):
@@ -270,7 +270,7 @@ def test_batches_from_a_jsonl_file(folder, processor):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_the_collator_pads_where_it_is_told(processor, side):
+def test_the_collator_pads_where_it_is_reported(processor, side):
     encoded = [processor.encode(chat(words)["messages"]) for words in ("one", "which digit is spoken")]
     batch = Collator(processor, side)(encoded)
     short, long = (len(one["input_ids"]) for one in encoded)
@@ -292,7 +292,7 @@ def test_list_of_sources_is_joined_in_order(folder):
     assert len(open_source([root, str(folder / "more.jsonl")], "train", size=3)) == 3
 
 
-def test_missing_files_of_every_joined_source_are_told(folder):
+def test_missing_files_of_every_joined_source_are_reported(folder):
     (folder / "more.jsonl").write_text(line(9, image="media/gone.png") + "\n")
     with pytest.raises(MokaError, match=r"gone\.png"):
         open_source([str(folder / "train.jsonl"), str(folder / "more.jsonl")], "train")
@@ -311,7 +311,7 @@ def test_missing_files_of_every_joined_source_are_told(folder):
         ({"format": "ave", "root": "x", "spilt": "train"}, "Did you mean 'split'"),
     ],
 )
-def test_wrong_sources_are_told(source, words):
+def test_wrong_sources_are_reported(source, words):
     with pytest.raises(MokaError, match=words):
         open_source(source, "train")
 
@@ -337,13 +337,13 @@ def test_test_data_are_the_split_with_published_answers(formats, name, split):
 
 def test_sound_comes_as_windows(folder):
     windows = {"count": 3, "seconds": 0.05, "every": 0.05, "first": 0.025}
-    whole, cut = (open_source(str(folder / "train.jsonl"), "train", audio_windows=w)[2] for w in (None, windows))
+    full, cut = (open_source(str(folder / "train.jsonl"), "train", audio_windows=w)[2] for w in (None, windows))
     assert [len(window.samples) for window in media(cut)[1]] == [400, 400, 400]
-    np.testing.assert_array_equal(media(cut)[1][1].samples, media(whole)[1].samples[400:800])
+    np.testing.assert_array_equal(media(cut)[1][1].samples, media(full)[1].samples[400:800])
 
 
 def test_what_readers_leave_out_is_known_of_joined_and_decoded_sets(formats):
     root = {"format": "gigaspeech", "root": str(formats / "gigaspeech"), "split": "train"}
-    alone = notes_of(open_samples(root, "train"))
-    assert alone
-    assert notes_of(open_source([root, root], "train", size=1)) == (*alone, *alone)
+    single = notes_of(open_samples(root, "train"))
+    assert single
+    assert notes_of(open_source([root, root], "train", size=1)) == (*single, *single)

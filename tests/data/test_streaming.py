@@ -66,9 +66,9 @@ def read(stream, rank, world, worker=0, workers=1, start=0, batches=6, batch_siz
 
 
 def test_processes_and_workers_share_the_stream_evenly_and_read_nothing_twice(stream):
-    alone = [name for batch in read(stream, 0, 1, batches=12) for name in batch]
+    single = [name for batch in read(stream, 0, 1, batches=12) for name in batch]
     by_rank = [read(stream, rank, 2, batches=6) for rank in range(2)]
-    assert [name for step in zip(*by_rank, strict=True) for batch in step for name in batch] == alone
+    assert [name for step in zip(*by_rank, strict=True) for batch in step for name in batch] == single
     workers = [read(stream, 1, 2, worker, 3, batches=2) for worker in range(3)]
     assert [batch for turn in zip(*workers, strict=True) for batch in turn] == by_rank[1]
 
@@ -76,8 +76,8 @@ def test_processes_and_workers_share_the_stream_evenly_and_read_nothing_twice(st
 def test_a_stream_resumes_at_its_batch_also_on_other_processes(stream):
     full = [read(stream, rank, 2, batches=6) for rank in range(2)]
     assert [read(stream, rank, 2, start=4, batches=2) for rank in range(2)] == [batches[4:] for batches in full]
-    alone = [name for batch in read(stream, 0, 1, start=4, batches=4, batch_size=8) for name in batch]
-    assert alone[:16] == [name for step in range(4, 6) for batches in full for name in batches[step]]
+    single = [name for batch in read(stream, 0, 1, start=4, batches=4, batch_size=8) for name in batch]
+    assert single[:16] == [name for step in range(4, 6) for batches in full for name in batches[step]]
 
 
 def test_every_pass_has_every_sample_once_in_an_order_of_its_own(tmp_path):

@@ -96,7 +96,7 @@ def test_other_names_pass_through(tmp_path):
     assert resolve_backbone(tmp_path) is tmp_path
 
 
-def test_an_unknown_embedded_backbone_is_told_with_the_nearest():
+def test_an_unknown_embedded_backbone_is_reported_with_the_nearest():
     with pytest.raises(MokaError, match=r"'embedded:smolm2'.*Did you mean 'embedded:smollm2-135m'"):
         resolve_backbone("embedded:smolm2")
 
@@ -180,7 +180,7 @@ def test_fixed_lists_are_balanced_correct_and_of_their_split_only(name, split, d
 
 
 def right_answer(asked: str, a: int, b: int) -> str:
-    """The rules once more, from the question's words alone."""
+    """The rules once more, from the question's words only."""
     if "plus" in asked:
         return WORDS[(b if "right" in asked or "second" in asked else a) + WORDS.index(asked.split()[-1].rstrip("?"))]
     return {
@@ -224,7 +224,7 @@ def test_the_test_list_never_changes():
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_a_training_item_depends_on_seed_and_index_alone(stage):
+def test_a_training_item_depends_on_seed_and_index_only(stage):
     task, again = EmbeddedTask(stage=stage, seed=3), EmbeddedTask(stage=stage, seed=3, size=50)
     backwards = {i: frozen(again[i]) for i in reversed(range(20))}
     assert [frozen(task[i]) for i in range(20)] == [backwards[i] for i in range(20)]

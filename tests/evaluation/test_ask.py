@@ -1,4 +1,4 @@
-"""Asking a benchmark: every answer is kept, an interrupted evaluation goes on, and nothing is lost in silence."""
+"""Asking a benchmark: every answer is kept, an interrupted evaluation continues, and nothing is lost in silence."""
 
 import json
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ from moka.training import config_from_dict
 
 
 class Echo:
-    """Stands for a loaded model: it answers with the question, and counts what it was asked."""
+    """Is for a loaded model: it answers with the question, and counts what it was asked."""
 
     processor = SimpleNamespace(chat_template=None, decoding={"video_frames": 10, "audio_windows": None})
     decoding: ClassVar = {"video_frames": 10, "audio_windows": None}
@@ -63,7 +63,7 @@ def test_records_carry_what_scorers_read(tmp_path):
     assert records[1] == bare
 
 
-def test_interrupted_evaluation_goes_on_and_gives_the_same(tmp_path, capsys):
+def test_interrupted_evaluation_resumes_and_gives_the_same(tmp_path, capsys):
     with pytest.raises(KeyboardInterrupt):
         asked(Echo(fails_after=4), tmp_path)
     with open(tmp_path / "predictions.jsonl", "ab") as file:
@@ -134,7 +134,7 @@ def test_bad_media_end_the_evaluation_or_count_as_wrong(spoilt, tmp_path):
     assert [record["prediction"] for record in records] == ["question 0", "", "question 2"]
     assert "1.png" in records[1]["error"]
     assert [record["reference"] for record in records] == ["answer 0", "answer 1", "answer 2"]
-    Image.new("L", (4, 4)).save(tmp_path / "1.png")  # mended
+    Image.new("L", (4, 4)).save(tmp_path / "1.png")  # corrected
     mended = Echo()
     records = asked(mended, tmp_path / "tolerant", spoilt, tolerate_bad_media=True)
     assert mended.asked == ["question 1"]
@@ -142,7 +142,7 @@ def test_bad_media_end_the_evaluation_or_count_as_wrong(spoilt, tmp_path):
 
 
 def test_a_question_that_could_not_be_asked_is_wrong_by_every_protocol():
-    # By the paper's rule for MME whatever holds no "yes" is "no".
+    # By the paper's rule for MME whatever has no "yes" is "no".
     records = [
         {"id": n, "prediction": "", "reference": "no", "category": "existence", "group": "a", "error": "no such file"}
         for n in range(2)
@@ -153,7 +153,7 @@ def test_a_question_that_could_not_be_asked_is_wrong_by_every_protocol():
         assert result["overall"]["figures"]["perception"]["all"]["value"] == 0
 
 
-def test_question_without_a_truth_is_told_and_moves_no_answers(tmp_path):
+def test_question_without_a_truth_is_reported_and_moves_no_answers(tmp_path):
     asked(Echo(), tmp_path)
     before = lines(tmp_path)
     silent = sample(0)

@@ -29,16 +29,16 @@ def comparison(lora, moka, **changes):
     }
 
 
-WHOLE = comparison(
+COMPLETE = comparison(
     {42: record(0.5, 0.4), 43: record(0.7, 0.6)},
     {42: record(0.8, 0.7), 43: record(0.8, 0.9)},
 )
-PAIRED = "Overall less that of moka, paired by seed, in points: lora -30.0 ± 0.0 (2 seeds)."  # of WHOLE
+PAIRED = "Overall less that of moka, paired by seed, in points: lora -30.0 ± 0.0 (2 seeds)."  # of COMPLETE
 PART = comparison({42: record(0.5, 0.4)}, {})
 
 
 def test_mean_and_sample_standard_deviation_are_over_seeds():
-    summary = WHOLE["methods"]["lora"]
+    summary = COMPLETE["methods"]["lora"]
     assert summary["mean"]["overall"] == pytest.approx(0.5)
     assert summary["spread"]["overall"] == pytest.approx(statistics.stdev([0.4, 0.6]))
     assert summary["runs"]["same"] == [0.5, 0.7]
@@ -46,7 +46,7 @@ def test_mean_and_sample_standard_deviation_are_over_seeds():
 
 
 def test_table_names_deviation_seeds_n_and_matching():
-    table = comparison_table(WHOLE)
+    table = comparison_table(COMPLETE)
     for words in ("mean ± sample standard deviation over seeds 42, 43", "N = 200", "match MokA's", "data/test.jsonl"):
         assert words in table.title
     assert list(table.header) == ["method", "r", "adapter parameters", "same", "overall"]
@@ -55,7 +55,7 @@ def test_table_names_deviation_seeds_n_and_matching():
         ["moka", "8", "1,234", "80.0 ± 0.0", "80.0 ± 14.1"],
     ]
     assert table.notes == [PAIRED]
-    assert "ranks as configured" in comparison_table({**WHOLE, "matched_parameters": False}).title
+    assert "ranks as configured" in comparison_table({**COMPLETE, "matched_parameters": False}).title
 
 
 def test_differences_are_taken_within_a_seed():
@@ -89,12 +89,12 @@ def test_unfinished_comparison_names_the_missing_runs():
 
 
 def test_data_of_a_published_format_is_named_in_words():
-    title = comparison_table({**WHOLE, "data": [{"format": "ave", "root": "data/ave"}, "more.jsonl"]}).title
+    title = comparison_table({**COMPLETE, "data": [{"format": "ave", "root": "data/ave"}, "more.jsonl"]}).title
     assert title.startswith("format=ave root=data/ave + more.jsonl: ")
 
 
 def test_files_hold_the_table_and_the_command(tmp_path):
-    paths = write_comparison(tmp_path / "new", WHOLE)
+    paths = write_comparison(tmp_path / "new", COMPLETE)
     assert [path.name for path in paths] == ["comparison.json", "comparison.md", "comparison.tex"]
     assert json.loads(paths[0].read_text())["command"] == COMMAND
     markdown, latex = paths[1].read_text(), paths[2].read_text()
@@ -104,29 +104,29 @@ def test_files_hold_the_table_and_the_command(tmp_path):
     assert f"% {COMMAND}" in latex
     assert r"accuracy in \%" in latex
     assert r"\textbf" not in latex
-    assert read_comparison(tmp_path / "new") == WHOLE
+    assert read_comparison(tmp_path / "new") == COMPLETE
 
 
 def test_an_older_result_is_read_with_the_names_of_now(tmp_path):
-    old = {**WHOLE, "methods": {"multiple_lora": WHOLE["methods"]["lora"], "moka": WHOLE["methods"]["moka"]}}
+    old = {**COMPLETE, "methods": {"multiple_lora": COMPLETE["methods"]["lora"], "moka": COMPLETE["methods"]["moka"]}}
     (tmp_path / "comparison.json").write_text(json.dumps(old))
     assert list(read_comparison(tmp_path)["methods"]) == ["uni_modal_lora", "moka"]
 
 
 def test_method_names_are_escaped_in_latex():
-    methods = {"uni_modal_lora": WHOLE["methods"]["lora"]}
-    assert r"uni\_modal\_lora & 8" in comparison_table({**WHOLE, "methods": methods}).latex()
+    methods = {"uni_modal_lora": COMPLETE["methods"]["lora"]}
+    assert r"uni\_modal\_lora & 8" in comparison_table({**COMPLETE, "methods": methods}).latex()
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (None, "holds no comparison"),
+        (None, "has no comparison"),
         ("{", "damaged"),
         ("[]", "no comparison"),
         ('{"settings": {}, "scores": {}}', "two levels up"),
-        (json.dumps({**WHOLE, "methods": {}}), "no comparison"),
-        (json.dumps({**WHOLE, "methods": {"moka": 3}}), "no comparison"),
+        (json.dumps({**COMPLETE, "methods": {}}), "no comparison"),
+        (json.dumps({**COMPLETE, "methods": {"moka": 3}}), "no comparison"),
     ],
 )
 def test_folder_without_a_comparison_is_refused(tmp_path, content, words):
@@ -137,7 +137,7 @@ def test_folder_without_a_comparison_is_refused(tmp_path, content, words):
 
 
 def test_comparisons_without_a_command_or_missing_runs_named_can_be_read(tmp_path):
-    old = {key: value for key, value in WHOLE.items() if key not in ("command", "missing")}
+    old = {key: value for key, value in COMPLETE.items() if key not in ("command", "missing")}
     (tmp_path / "comparison.json").write_text(json.dumps(old))
     table = comparison_table(read_comparison(tmp_path))
     assert table.notes == [PAIRED]

@@ -68,7 +68,7 @@ def test_modalities_that_no_question_has_are_not_blanked(loaded):
         answer = {"role": "assistant", "content": [{"type": "text", "text": "one"}]}
         return {"id": str(i), "messages": [{"role": "user", "content": content}, answer]}
 
-    # The picture comes late: looking at the first sample alone would miss it.
+    # The picture comes late: looking at the first sample only would miss it.
     samples = [sample(0), sample(1), sample(2, {"type": "image", "image": picture})]
     result = evaluate(loaded, samples, max_new_tokens=2, batch_size=2, progress=False)
     assert list(result["conditions"]) == ["as given", "visual blanked"]

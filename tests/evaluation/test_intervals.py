@@ -44,9 +44,9 @@ def test_records_of_one_cluster_are_drawn_together():
     assert figure["value"] == 50
     assert figure["n"] == 1000
     assert figure["interval"] == pytest.approx([100 * low, 100 * high], abs=2.5)
-    alone = clustered_proportion(right, range(1000))
-    assert alone["method"] == "Wilson"
-    assert alone["interval"][1] - alone["interval"][0] < 0.3 * (high - low) * 100
+    single = clustered_proportion(right, range(1000))
+    assert single["method"] == "Wilson"
+    assert single["interval"][1] - single["interval"][0] < 0.3 * (high - low) * 100
 
 
 def test_statistic_that_is_undefined_has_no_value():

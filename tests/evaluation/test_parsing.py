@@ -71,7 +71,7 @@ def test_yes_and_no(text, strict, mme, pope):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        # The whole answer.
+        # The full answer.
         ("B", "B"),
         ("b", "B"),
         ("B.", "B"),
@@ -129,7 +129,7 @@ def test_option_letter_is_a_token_of_its_own(text, expected):
         ("a dog", "B"),
         ("A dog.", "B"),
         ("It is a dog, I think", "B"),
-        ("It is a black cat", "C"),  # "black cat" holds no "a cat" of its own
+        ("It is a black cat", "C"),  # "black cat" has no "a cat" of its own
         ("the cat", None),
         ("a dog or a cat", None),
         ("B. a dog", "B"),
@@ -209,7 +209,7 @@ BARK = labels("Bark", [(2, 4)])
         ("<event> Bark </event><range>2,4</range>", BARK, BARK),
         # Several events: the last, with its own ranges; the authors take none.
         ("<event>Cat</event><range>0,1</range> no, <event>Bark</event><range>2,4</range>", BARK, None),
-        # A range behind the clip or turned round says nothing; the authors' rule only wants two numbers.
+        # A range after the clip or turned round is silent; the authors' rule only wants two numbers.
         ("<event>Bark</event><range>4,2</range>", None, ("background",) * 10),
         ("<event>Bark</event><range>2,4</range><range>12,14</range>", BARK, BARK),
         ("<event>Bark</event>", None, None),

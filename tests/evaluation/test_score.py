@@ -154,7 +154,7 @@ def test_mme_image_with_an_odd_number_of_questions():
     assert value(strict, "accuracy", category="count") == 50
     assert value(strict, "accuracy+", category="count") == 0
     assert paper["counts"]["questions dropped (the last of an odd image)"] == 2
-    assert paper["counts"]["images dropped whole (one question)"] == 1
+    assert paper["counts"]["images dropped full (one question)"] == 1
     assert value(paper, "score", category="count") == 200
     assert (paper["n"], paper["overall"]["n"]) == (4, 2)
 
@@ -233,7 +233,7 @@ def test_option_texts_are_read_where_a_record_has_them():
         assert value(score("seed-bench", [{**row, "options": options}]), "accuracy") == 100
 
 
-def test_mmau_takes_the_option_that_the_answer_holds():
+def test_mmau_takes_the_option_that_the_answer_has():
     options = {"options": ["man", "woman", "a child"]}
     rows = records(
         ("A woman speaks.", "woman", "x"),  # the authors find "man" in it first
@@ -255,7 +255,7 @@ def test_mmau_prefers_an_options_own_text_to_a_letter_in_it():
     assert value(score("mmau", rows), "accuracy") == 100
 
 
-def test_mmau_without_options_looks_for_the_reference_alone():
+def test_mmau_without_options_looks_for_the_reference_only():
     rows = records(("A woman speaks.", "man", "x"), ("The man.", "man", "x"), ("</s>", "man", "x"))
     strict, paper = score("mmau", rows), score("mmau", rows, "paper")
     assert (value(strict, "accuracy"), strict["unparsable"]) == (pytest.approx(100 / 3), 1)
@@ -267,7 +267,7 @@ def test_results_say_what_they_are():
     assert result["benchmark"] == "pope"
     assert result["protocol"]["name"] == "strict"
     assert result["protocol"]["version"] == "1"
-    assert "whole word" in result["protocol"]["parsing"]
+    assert "full word" in result["protocol"]["parsing"]
     assert set(result["overall"]["figures"]) == set(result["units"])
     assert "95 %" in result["intervals"]
 
@@ -307,7 +307,7 @@ GOOD = {"id": "1", "prediction": "Yes", "reference": "yes", "category": "random"
         ("ave", {"reference": "Bark"}, ["'Bark'", '"event"']),
         ("ave", {"reference": clip("Barc")}, ["'Barc'", "Did you mean 'Bark'?"]),
         ("ave", {"reference": clip(start=5, end=3)}, ["5 to 3"]),
-        ("ave", {"reference": clip(end=2.5)}, ["2.5", "whole number"]),
+        ("ave", {"reference": clip(end=2.5)}, ["2.5", "integer"]),
         ("asr", {"reference": "..."}, ["'...'", "no word"]),
         ("captioning", {"reference": "a dog"}, ["'a dog'", "list"]),
     ],

@@ -31,7 +31,7 @@ def test_case_spaces_and_outer_punctuation_do_not_count(given, expected):
     assert normalise(given) == expected
 
 
-def test_only_the_whole_answer_matches():
+def test_only_the_full_answer_matches():
     assert exact_match("Seven.", "seven")
     assert not exact_match("seven eight", "seven")
     assert not exact_match("", "seven")

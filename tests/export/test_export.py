@@ -63,7 +63,7 @@ VARIANTS = {
         "alpha_pattern": {"layers.1.self_attn.v_proj": 5.5},
         "use_rslora": True,
     },
-    "text alone": {"adapt": ["text"]},
+    "text only": {"adapt": ["text"]},
     "two": {"adapt": ["text", "audio"], "interaction": "reversed"},
 }
 
@@ -137,12 +137,12 @@ def test_decoding_does_no_adapter_work(run, tmp_path, monkeypatch):
         assert bool(steps) == busy
 
 
-def test_adapter_without_its_backbone_is_told(run, tmp_path):
+def test_adapter_without_its_backbone_is_reported(run, tmp_path):
     export(run, tmp_path / "out")
-    shutil.copytree(tmp_path / "out/adapter", tmp_path / "alone")
-    with pytest.raises(MokaError, match="moved as a whole"):
-        moka.load(tmp_path / "alone")
-    assert moka.load(tmp_path / "alone", backbone=str(tmp_path / "out/backbone"))
+    shutil.copytree(tmp_path / "out/adapter", tmp_path / "single")
+    with pytest.raises(MokaError, match="moved in full"):
+        moka.load(tmp_path / "single")
+    assert moka.load(tmp_path / "single", backbone=str(tmp_path / "out/backbone"))
     with pytest.raises(MokaError, match="fingerprint"):
         moka.load(tmp_path / "out", backbone=str(load_base(run).config.backbone))
 
@@ -219,7 +219,7 @@ def test_lora_is_one_path_of_the_adapter(make_run, backbones, tmp_path, variant,
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_weights_that_lie_the_other_way_round(make_run, tiny_tokenizer, tmp_path, format):
+def test_weights_that_are_the_other_way_round(make_run, tiny_tokenizer, tmp_path, format):
     """GPT-2's Conv1D."""
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=len(tiny_tokenizer), n_positions=512, n_embd=64, n_layer=1, n_head=4)
@@ -238,13 +238,13 @@ def test_layers_chosen_by_place_are_named_by_path(make_run, tmp_path):
     assert config.target_modules == {"model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up_proj"}
 
 
-def test_modality_without_text_leaves_as_lora_alone(make_run, tmp_path):
+def test_modality_without_text_leaves_as_lora_only(make_run, tmp_path):
     run = make_run(adapt=["visual"])
     for format in ("text-merged", "hf-backbone", "lora"):
         message = refused(run, tmp_path / "out", format)
-        assert "leaves text tokens alone" in message
+        assert "leaves text tokens only" in message
         assert "--modality visual" in message
-    assert "leaves audio tokens alone" in refused(run, tmp_path / "out", "lora", modality="audio")
+    assert "leaves audio tokens only" in refused(run, tmp_path / "out", "lora", modality="audio")
     assert export(run, tmp_path / "out", "lora", modality="visual").changed == 6
 
 
@@ -304,7 +304,7 @@ def gone(tmp_path):
 @pytest.mark.parametrize("format", ["text-merged", "hf-backbone"])
 def test_fold_that_changes_nothing_is_caught(run, tmp_path, monkeypatch, format):
     monkeypatch.setattr(MokaLinear, "merge", lambda self, **how: None)
-    assert "holds the weight from before" in refused(run, tmp_path / "out", format)
+    assert "has the weight from before" in refused(run, tmp_path / "out", format)
     gone(tmp_path)
 
 
@@ -429,15 +429,15 @@ def test_places_that_are_taken_are_refused(run, tmp_path):
     adapter = run / "adapter"
     assert "inside the adapter folder" in refused(run, adapter / "merged")
     assert "inside the adapter folder" in refused(run, adapter)
-    assert "holds the run itself" in refused(run, run)
-    assert "holds the run itself" in refused(adapter, tmp_path, overwrite=True)
+    assert "has the run itself" in refused(run, run)
+    assert "has the run itself" in refused(adapter, tmp_path, overwrite=True)
     (tmp_path / "file").write_text("mine")
     assert "is a file" in refused(run, tmp_path / "file")
     assert "is a file" in refused(run, tmp_path / "file/out")
     out.mkdir()
     (out / "mine.txt").write_text("mine")
     for overwrite in (False, True):
-        assert "holds no export" in refused(run, out, overwrite=overwrite)
+        assert "has no export" in refused(run, out, overwrite=overwrite)
     assert (out / "mine.txt").read_text() == "mine"
     (out / "mine.txt").unlink()
     export(run, out, "lora")
@@ -461,7 +461,7 @@ def test_exports_are_no_runs(run, tmp_path):
     assert "is an export already" in refused(tmp_path / "text-merged/adapter", tmp_path / "again")
 
 
-def test_what_is_unknown_is_told(run, trained_run, tmp_path):
+def test_what_is_unknown_is_reported(run, trained_run, tmp_path):
     assert "Did you mean 'lora'?" in refused(run, tmp_path / "out", "loar")
     assert "none of the adapter's: text, visual, audio" in refused(run, tmp_path / "out", "lora", modality="image")
     assert "goes with the format lora" in refused(run, tmp_path / "out", modality="visual")

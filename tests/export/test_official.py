@@ -182,7 +182,7 @@ def set_(name, value):
 BAD = {
     "unknown": (
         edited(set_("lora_C", torch.ones(1))),
-        r"holds 1 tensors that layout official-avt does not know: .*lora_C",
+        r"has 1 tensors that layout official-avt does not know: .*lora_C",
     ),
     "fourth": (edited(set_("lora_A3", torch.ones(4, 64))), r"does not know: .*lora_A3"),
     "lost": (
@@ -200,8 +200,8 @@ BAD = {
         {f"{MODULE}.lora_{x}.weight": torch.ones(4, 4) for x in "AB"},
         r"plain LoRA adapter .*allowed: lora_A0.*peft",
     ),
-    "other": ({"x.weight": torch.ones(1)}, r"holds other tensors \(x.weight\); allowed: lora_A0"),
-    "none": ({}, "holds no tensors"),
+    "other": ({"x.weight": torch.ones(1)}, r"has other tensors \(x.weight\); allowed: lora_A0"),
+    "none": ({}, "has no tensors"),
     "list": ([torch.ones(1)], "objects other than named tensors"),
 }
 
@@ -219,13 +219,13 @@ def test_bad_tensors_are_named_and_nothing_is_written(tmp_path, kind):
     [
         ({"r": 8}, "r is 8, but the tensors have rank 4"),
         ({"r": [4, 8, 4]}, r"r is \[4, 8, 4\]; all modalities share one rank"),
-        ({"r": "four"}, "r is 'four'; allowed: a whole number"),
+        ({"r": "four"}, "r is 'four'; allowed: an integer"),
         ({"lora_alpha": None, "lora_dropout": "x"}, "lora_dropout is 'x'; allowed: a number"),
         ({"target_modules": ["v_proj"]}, r"target_modules \['v_proj'\] leaves out model.layers.0.self_attn.q_proj"),
         ({"target_modules": "(("}, r"target_modules '\(\(' is no regular expression \(missing"),
-        ({"target_modules": [1, 2]}, r"target_modules \[1, 2\] holds what is no name"),
+        ({"target_modules": [1, 2]}, r"target_modules \[1, 2\] has what is no name"),
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern is .*one r"),
-        ({"peft_type": "MOKA"}, "holds a moka adapter already.*--to official-avt or --to official-vt"),
+        ({"peft_type": "MOKA"}, "has a moka adapter already.*--to official-avt or --to official-vt"),
     ],
 )
 def test_bad_settings(tmp_path, change, message):
@@ -268,18 +268,18 @@ def test_folders_that_are_none(tmp_path):
         ((tmp_path / "nowhere", tmp_path / "out"), "nowhere does not exist; give the folder"),
         ((tmp_path / "file", tmp_path / "out"), "file is a file; give the folder"),
         ((tmp_path / "empty", tmp_path / "out"), "neither adapter_model.bin nor .*; found: nothing"),
-        ((source, source), "is the source, holds it or lies in it"),
-        ((source, tmp_path), "is the source, holds it or lies in it"),
-        ((source, source / "sub"), "is the source, holds it or lies in it"),
+        ((source, source), "is the source, has it or is in it"),
+        ((source, tmp_path), "is the source, has it or is in it"),
+        ((source, source / "sub"), "is the source, has it or is in it"),
         ((source, tmp_path / "file" / "x"), "file is a file; give a folder"),
         ((source, full), "is not empty; give another folder, or add --overwrite"),
         ((source, tmp_path / "file"), "is a file; give a folder"),
     ]:
         with pytest.raises(moka.MokaError, match=message):
             convert(*arguments)
-    with pytest.raises(moka.MokaError, match=r"holds no adapter .*so it is not replaced"):
+    with pytest.raises(moka.MokaError, match=r"has no adapter .*so it is not replaced"):
         convert(source, tmp_path / "docs", overwrite=True)
-    with pytest.raises(moka.MokaError, match="holds a LORA adapter; --to takes a moka adapter folder"):
+    with pytest.raises(moka.MokaError, match="has a LORA adapter; --to takes a moka adapter folder"):
         convert(source, tmp_path / "out", to="official-avt")
     with pytest.raises(moka.MokaError, match=r"--to: 'official-av' is not one of.*Did you mean 'official-avt'"):
         convert(source, tmp_path / "out", to="official-av")

@@ -1,4 +1,4 @@
-"""Features on disk: what was written comes back, in any process; what has changed, was cut or cannot be is told."""
+"""Features on disk: what was written comes back, in any process; what has changed, was cut or cannot be is reported."""
 
 import json
 import os
@@ -122,7 +122,7 @@ def test_loader_workers_read_the_same(tmp_path, pictures, few_open):
     assert len({int(process) for _, process in there} - {os.getpid()}) == 2
     for ours, (theirs, _) in zip(here, there, strict=True):
         np.testing.assert_array_equal(ours, theirs)
-    # As a worker gets them that is started anew.
+    # As a worker gets them that is started again.
     copy = pickle.loads(pickle.dumps(features))
     np.testing.assert_array_equal(copy.read("image", pictures[5])[0].values, here[5])
 
@@ -152,7 +152,7 @@ def test_content_that_two_processes_computed_counts_once(tmp_path, pictures):
     assert len(FeatureSet(folder)) == 1
 
 
-def test_changed_file_is_told_also_where_size_and_time_are_kept(tmp_path, pictures):
+def test_changed_file_is_reported_also_where_size_and_time_are_kept(tmp_path, pictures):
     fill(tmp_path / "cache", pictures)
     info = os.stat(pictures[7])
     with open(pictures[7], "rb") as file:
@@ -166,7 +166,7 @@ def test_changed_file_is_told_also_where_size_and_time_are_kept(tmp_path, pictur
     for _ in range(2):  # also when it was looked at before
         with pytest.raises(NotCachedError, match=r"7\.png has changed since.*moka cache"):
             features.find("image", pictures[7])
-    # Computed again, the later note of the file holds.
+    # Computed again, the later note of the file has.
     folder = fill(tmp_path / "cache", [pictures[7]])
     again = FeatureSet(folder)
     np.testing.assert_array_equal(again.read(again.find("image", pictures[7])), features_of(0).numpy())
@@ -271,7 +271,7 @@ def test_other_settings_are_named(tmp_path, pictures, monkeypatch):
         open_set(tmp_path / "cache", "clip", other)
     with pytest.raises(MokaError, match=r"no features of encoder 'beats'.*moka cache"):
         open_set(tmp_path / "cache", "beats", SETTINGS)
-    with pytest.raises(MokaError, match="holds float32 features, and float16 is asked for"):
+    with pytest.raises(MokaError, match="has float32 features, and float16 is asked for"):
         create_set(tmp_path / "cache", "clip", SETTINGS, "float16")
     # Of a moka that makes other features under the same settings.
     monkeypatch.setattr(features_module, "FORMAT_VERSION", FORMAT_VERSION + 1)
@@ -284,21 +284,21 @@ def test_other_settings_are_named(tmp_path, pictures, monkeypatch):
         open_set(tmp_path / "cache", "clip", SETTINGS)
 
 
-def test_half_written_and_damaged_shards_are_made_anew(tmp_path, pictures):
+def test_half_written_and_damaged_shards_are_made_again(tmp_path, pictures):
     folder = fill(tmp_path / "cache", pictures)
     shards = sorted(folder.glob("shard-*.safetensors"))
-    whole = {path: path.read_bytes() for path in shards}
+    full = {path: path.read_bytes() for path in shards}
     # Killed while a shard was written, and between a shard and its seal.
     (folder / "shard-00099-000.safetensors.part").write_bytes(b"half")
-    (folder / "shard-00098-000.safetensors").write_bytes(whole[shards[0]])
+    (folder / "shard-00098-000.safetensors").write_bytes(full[shards[0]])
     remove_partial(folder)
     assert sorted(folder.glob("shard-*.safetensors*")) == shards
     assert remove_damaged(folder) == []
     # Cut, flipped and lost.
-    shards[0].write_bytes(whole[shards[0]][:-7])
-    with pytest.raises(MokaError, match=r"is not whole.*moka cache"):
+    shards[0].write_bytes(full[shards[0]][:-7])
+    with pytest.raises(MokaError, match=r"is not full.*moka cache"):
         open_set(tmp_path / "cache", "clip", SETTINGS)
-    flipped = bytearray(whole[shards[1]])
+    flipped = bytearray(full[shards[1]])
     flipped[-1] ^= 1
     shards[1].write_bytes(flipped)
     shards[2].unlink()
@@ -320,7 +320,7 @@ def test_full_disk_keeps_what_was_written(tmp_path, pictures):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
-        with pytest.raises(MokaError, match=r"cannot be written.*stays.*goes on"):
+        with pytest.raises(MokaError, match=r"cannot be written.*stays.*continues"):
             writer.flush()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -279,7 +279,7 @@ def check_gradients(method, model, logits, batch, expected):
 
 
 def test_a_forward_replaced_after_attaching_is_routed(family, method, batch):
-    """TRL's fused head, Liger and accelerate replace the forward of the model that holds the adapter."""
+    """TRL's fused head, Liger and accelerate replace the forward of the model that has the adapter."""
     model = method.attach(family).train()
     expected = nll(model, method.inputs(family, batch))
 
@@ -293,7 +293,7 @@ def test_a_forward_replaced_after_attaching_is_routed(family, method, batch):
 
 @pytest.mark.parametrize("method", ["moka"], indirect=True)
 def test_a_call_of_the_decoder_only_is_routed(family, method, batch):
-    """A loss of one's own that calls the model's parts never calls the model that holds the adapter."""
+    """A loss of one's own that calls the model's parts never calls the model that has the adapter."""
     model = method.attach(family).train()
     base, ids = model.get_base_model(), family.explicit(batch["input_ids"])
     expected = nll(model, method.inputs(family, batch))

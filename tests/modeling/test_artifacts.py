@@ -1,4 +1,4 @@
-"""Connectors from published files, and between runs whose encoders differ in the length of a clip alone."""
+"""Connectors from published files, and between runs whose encoders differ in the length of a clip only."""
 
 import pickle
 from pathlib import Path
@@ -114,7 +114,7 @@ def test_a_file_for_a_medium_that_the_model_lacks_is_refused(official, tmp_path)
         ({**QFORMER, "layers": 1}, 56, r"also has qformer\.encoder\.layer\.1.* set .*projector\.layers: 2"),
     ],
 )
-def test_the_authors_projector_of_another_size_tells_what_to_change(official, tmp_path, projector, width, message):
+def test_the_authors_projector_of_another_size_says_what_to_change(official, tmp_path, projector, width, message):
     path = tmp_path / "visual_pretrain.bin"
     torch.save(official[path.name], path)
     model = composed(projector, width=width)
@@ -158,10 +158,10 @@ def test_files_that_are_no_projector_are_explained(official, tmp_path):
             load_connector(model, path)
         return path.read_bytes()
 
-    given("would run code that it holds", pickle.dumps(Harmful(), protocol=2))
-    given("would run code that it holds", {"model.vl_projector.visual_ln.weight": Harmful()})
-    whole = given(r"'model\.layers\.0\.weight' is no weight of a projector", {"model.layers.0.weight": torch.zeros(1)})
-    given("truncated or damaged", whole[: len(whole) // 2])
+    given("would run code that it has", pickle.dumps(Harmful(), protocol=2))
+    given("would run code that it has", {"model.vl_projector.visual_ln.weight": Harmful()})
+    full = given(r"'model\.layers\.0\.weight' is no weight of a projector", {"model.layers.0.weight": torch.zeros(1)})
+    given("truncated or damaged", full[: len(full) // 2])
     given("truncated or damaged", b"\x10", "visual.safetensors")
     given("no mapping of names to tensors", {"model.mm_projector.weight": 1})
     given("no mapping of names to tensors", torch.zeros(2))

@@ -95,7 +95,7 @@ def test_the_public_checkpoint_is_loaded_with_every_weight_in_its_place():
             lambda s: s.pop("encoder.layers.1.fc1.bias"),
             "lacks weights of the encoder, such as 'encoder.layers.1.fc1.bias'",
         ),
-        (lambda s: s.update(extra=torch.zeros(1)), "holds 'extra', which is no weight"),
+        (lambda s: s.update(extra=torch.zeros(1)), "has 'extra', which is no weight"),
         (
             lambda s: s.update({"layer_norm.weight": torch.ones(40)}),
             r"another encoder size: .* shape \[40\], .* \[24\]",
@@ -136,8 +136,8 @@ def test_files_that_are_no_checkpoint_are_explained(tmp_path):
     given("would run code", b"no checkpoint at all")
     torch.save({"weight": torch.zeros(1)}, tmp_path / "plain.pt")
     given("a mapping with 'cfg' and 'model'", name="plain.pt")
-    whole = (tmp_path / "plain.pt").read_bytes()
-    given("cannot be read", whole[: len(whole) // 2], name="half.pt")
+    full = (tmp_path / "plain.pt").read_bytes()
+    given("cannot be read", full[: len(full) // 2], name="half.pt")
 
 
 @pytest.mark.parametrize(

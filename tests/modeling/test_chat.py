@@ -10,7 +10,7 @@ from moka.errors import MokaError
 from moka.modeling.chat import TEMPLATES, Segment, resolve_template, segments
 
 PICTURE = Image.new("L", (4, 4))
-MARK = "\ue0000\ue001"  # what the renderer itself puts in the place of the first part
+MARK = "\ue0000\ue001"  # what the renderer itself puts instead of the first part
 
 
 def user(*parts):
@@ -119,7 +119,7 @@ def test_a_template_that_loses_or_refuses_messages_is_an_error(tiny_tokenizer, t
         ([{"role": "user", "content": None}], "The content of a message"),
         ([{"role": "user", "content": ["one"]}], "The content of a message"),
         ([user({"type": "text"})], "type 'text' has no 'text'"),
-        ([user({"type": "text", "text": 7})], "a string is due"),
+        ([user({"type": "text", "text": 7})], "a string is expected"),
         ([user({"type": "picture", "picture": PICTURE})], "Unknown content part 'picture'; known: text, image"),
         ([user({"type": "images", "images": PICTURE})], "Did you mean 'image'"),
         ([user({"image": PICTURE})], "Unknown content part None"),

@@ -83,8 +83,8 @@ def test_features_do_not_depend_on_the_batch_and_training_keeps_the_statistics(w
     before = {name: value.clone() for name, value in made.named_buffers()}
     values = torch.randn(3, 3, 64, 64)
     together = made(values)
-    alone = torch.cat([made(value[None]) for value in values])
-    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+    single = torch.cat([made(value[None]) for value in values])
+    torch.testing.assert_close(together, single, rtol=1e-4, atol=1e-5)
     assert all(torch.equal(value, before[name]) for name, value in made.named_buffers())
     assert together.requires_grad == trainable
     if trainable:
@@ -118,7 +118,7 @@ def test_a_tiny_one_keeps_the_number_of_tokens():
         ({"name_or_path": "/absent.pth"}, "name_or_path '/absent.pth' is no file"),
     ],
 )
-def test_what_cannot_be_built_is_told(fields, message):
+def test_what_cannot_be_built_is_reported(fields, message):
     with pytest.raises(MokaError, match=message):
         encoder(**fields)
 
@@ -148,7 +148,7 @@ def test_a_damaged_file_is_refused(tmp_path, weights):
         encoder(name_or_path=str(tmp_path / "file.pth"))
 
 
-def test_the_front_end_keeps_the_whole_picture_and_fills_up_with_its_border():
+def test_the_front_end_keeps_the_full_picture_and_fills_up_with_its_border():
     image = Image.new("RGBA", (40, 20), (255, 0, 127, 255))
     values = EfficientNetFrontEnd(64)(image)
     assert (values.shape, values.dtype) == ((3, 64, 64), np.float32)

@@ -115,11 +115,11 @@ def test_features_have_the_promised_shape(encoder):
     assert encoder.kind in ("image", "audio")
 
 
-def test_an_item_is_encoded_alike_alone_and_in_a_batch(encoder):
+def test_an_item_is_encoded_alike_only_and_in_a_batch(encoder):
     encoder.eval()
     values = random_items(encoder)
-    alone = torch.cat([encoder(value[None]) for value in values])
-    torch.testing.assert_close(encoder(values), alone, atol=1e-5, rtol=1e-5)
+    single = torch.cat([encoder(value[None]) for value in values])
+    torch.testing.assert_close(encoder(values), single, atol=1e-5, rtol=1e-5)
 
 
 def test_configuration_and_weights_rebuild_the_encoder(encoder):
@@ -157,7 +157,7 @@ def test_a_tiny_configuration_keeps_everything_but_the_size(name):
     config = {"type": name, "trainable": True}
     if issubclass(ENCODERS[name], TowerEncoder):
         config.update(name_or_path="somewhere/that-is-not-there")
-        config.update({} if name == "qwen2.5-vl" else {"layer": -2})  # its merger reads the last layer alone
+        config.update({} if name == "qwen2.5-vl" else {"layer": -2})  # its merger reads the last layer only
     tiny = tiny_encoder(config)
     assert tiny_encoder(tiny) == tiny
     encoder = build_encoder(tiny)
@@ -245,7 +245,7 @@ def test_padding_leaves_no_trace():
     long.load_state_dict(short.state_dict())
     values = torch.randn(2, 14, 9)
     values[:, -1] = 1
-    padded = torch.randn(2, 14, 40)  # what lies under the mask must not matter
+    padded = torch.randn(2, 14, 40)  # what is under the mask must not matter
     padded[:, :, :9], padded[:, -1, 9:] = values, 0
     torch.testing.assert_close(long(padded), short(values), atol=1e-5, rtol=1e-5)
 
@@ -323,7 +323,7 @@ def test_bad_configurations_are_explained(config, message):
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     WhisperConfig(**WHISPER).save_pretrained(tmp_path)
-    with pytest.raises(MokaError, match="holds a model of type 'whisper'"):
+    with pytest.raises(MokaError, match="has a model of type 'whisper'"):
         build_encoder({"type": "clip", "name_or_path": str(tmp_path)})
 
 
@@ -379,7 +379,7 @@ def test_every_mode_of_a_picture_looks_alike(mode, grey):
     np.testing.assert_allclose(front_end(converted), front_end(picture), atol=0.03)
 
 
-def test_transparency_lies_over_white():
+def test_transparency_is_over_white():
     front_end = build_front_end({"type": "conv-image"})
     assert (front_end(Image.new("RGBA", (40, 40), (0, 0, 0, 0))) == 1).all()
     palette = Image.new("P", (40, 40), 0)
@@ -418,7 +418,7 @@ def test_a_drawing_becomes_one_of_mnist_whatever_its_page():
         assert np.abs(front_end(other) - item).mean() < 0.01
 
 
-def test_a_drawing_of_mnists_form_is_left_alone():
+def test_a_drawing_of_mnists_form_is_left_only():
     front_end = build_front_end({"type": "conv-image", "polarity": "light-on-dark"})
     drawn = front_end(drawing())
     pixels = ((drawn[0] + 1) * 127.5).round().astype(np.uint8)
@@ -469,7 +469,7 @@ def test_unfit_features_are_explained():
         build_front_end({"type": "conv-audio", "bins": 40})
 
 
-def test_clip_reads_the_preprocessing_beside_the_weights(tmp_path):
+def test_clip_reads_the_preprocessing_next_to_the_weights(tmp_path):
     config = {**TINY["clip"], "name_or_path": str(tmp_path)}
     black = Image.new("RGB", (50, 40))
     assert abs(build_front_end(config)(black)[0, 0, 0] + 0.48145466 / 0.26862954) < 1e-4  # CLIP's own

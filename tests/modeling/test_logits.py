@@ -1,4 +1,4 @@
-"""The head sees the supervised positions alone, row by row, and nothing else of the training changes."""
+"""The head sees the supervised positions only, row by row, and nothing else of the training changes."""
 
 import copy
 import pickle
@@ -42,7 +42,7 @@ BACKBONES = {
     "llama, tied": LlamaConfig(**SHAPE, tie_word_embeddings=True),
     "qwen2": Qwen2Config(**SHAPE, tie_word_embeddings=False),
     "qwen2.5-vl": Qwen2_5_VLTextConfig(**SHAPE, rope_parameters=ROPE, tie_word_embeddings=False),
-    # What comes behind the head: soft-capping, a factor, a divisor.
+    # What comes after the head: soft-capping, a factor, a divisor.
     "gemma2": Gemma2Config(**SHAPE, head_dim=8, final_logit_softcapping=3.0),
     "cohere": CohereConfig(**SHAPE, logit_scale=0.3),
     "granite": GraniteConfig(**SHAPE, logits_scaling=3.0),
@@ -72,7 +72,7 @@ def adapted(model, config=None):
 
 @pytest.fixture
 def batch():
-    """Four rows whose answers lie in different columns: of the union of columns most would be computed in vain."""
+    """Four rows whose answers are in different columns: of the union of columns most would be computed in vain."""
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(3, VOCAB, (4, SEQ), generator=generator)
     ids[:, 1:3] = VOCAB  # a picture of two tokens
@@ -137,7 +137,7 @@ def check(model, batch, **how):
 def test_logits_of_every_supervised_position_and_of_no_other(batch, name):
     out = check(composed(BACKBONES[name]), batch)
     assert out.logits.shape == (1, 8, VOCAB)
-    assert out.past_key_values is None  # nobody reads it
+    assert out.past_key_values is None  # no one reads it
 
 
 @pytest.mark.parametrize("config", ["moka", "head saved", "lora"])
@@ -178,7 +178,7 @@ def test_an_adapter_on_the_head_is_routed_by_every_position(batch):
 
 
 def test_a_head_that_is_no_module_of_its_own(batch):
-    """What such a model returns is cut behind it."""
+    """Return what such a model returns is cut after it."""
     model = composed(BACKBONES["qwen2"])
     head = model.language_model.lm_head
     expected, _ = in_full(model, batch)
@@ -197,15 +197,15 @@ def test_evaluation_and_generation_are_as_before(batch):
     evaluated = model(**batch)
     assert evaluated.logits.shape == (4, SEQ, VOCAB)
     torch.testing.assert_close(evaluated.loss, trained, atol=1e-6, rtol=1e-6)
-    alone = model(**batch, loss_only=True)
-    assert alone.logits is None
-    torch.testing.assert_close(alone.loss, trained, atol=1e-6, rtol=1e-6)
+    single = model(**batch, loss_only=True)
+    assert single.logits is None
+    torch.testing.assert_close(single.loss, trained, atol=1e-6, rtol=1e-6)
     assert rows == [4 * SEQ, 8]
     model.generate(**batch, max_new_tokens=3, do_sample=False, eos_token_id=None)
     assert rows[2:] == [4, 4, 4]
 
 
-def test_an_error_in_the_model_leaves_no_cut_behind(batch, monkeypatch):
+def test_an_error_in_the_model_leaves_no_cut_after(batch, monkeypatch):
     model = composed(BACKBONES["qwen2"])
     model(**batch)
 
@@ -220,7 +220,7 @@ def test_an_error_in_the_model_leaves_no_cut_behind(batch, monkeypatch):
     assert model(**batch).logits.shape == (4, SEQ, VOCAB)
 
 
-def test_a_head_put_in_later_is_cut_too_and_the_old_one_left_alone(batch):
+def test_a_head_put_in_later_is_cut_too_and_the_old_one_left_only(batch):
     model = composed(BACKBONES["qwen2"])
     model(**batch)
     old = model.get_output_embeddings()

@@ -210,7 +210,7 @@ def test_from_backbone_keeps_the_language_model_weights(model, folder):
     assert model.get_input_embeddings().num_embeddings == model.config.vocab_size  # no token was added
 
 
-def test_text_alone_gives_the_backbone_logits(model, folder, processor):
+def test_text_only_gives_the_backbone_logits(model, folder, processor):
     batch = processor(chat("which digit is spoken"))
     with torch.no_grad():
         expected = AutoModelForCausalLM.from_pretrained(folder)(input_ids=batch["input_ids"]).logits
@@ -230,7 +230,7 @@ LAYOUTS = [
 
 @pytest.mark.parametrize("layouts", LAYOUTS)
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_media_features_lie_in_their_placeholders(model, processor, layouts, side):
+def test_media_features_are_in_their_placeholders(model, processor, layouts, side):
     """Compared with a walk over the samples one medium at a time."""
     batch = processor([chat(text, seed=10 * i) for i, text in enumerate(layouts)], padding_side=side)
     media = {key: batch[key] for key in ("pixel_values", "input_features") if key in batch}
@@ -392,7 +392,7 @@ def test_beams_agree_with_and_without_cache(request, asked, which):
 
 @pytest.mark.parametrize("which", ["model", "adapted"])
 def test_a_second_turn_over_the_cache_of_the_first(request, processor, which):
-    """The chat given whole, or its new tokens alone under a mask of the whole: as without any cache."""
+    """The chat given full, or its new tokens only under a mask of the full: as without any cache."""
     model = request.getfixturevalue(which)
     options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
     first = processor(chat("image which digit"))
@@ -400,18 +400,18 @@ def test_a_second_turn_over_the_cache_of_the_first(request, processor, which):
     # The last token decoded is not in the cache yet.
     made = model.generate(**first, **options, past_key_values=DynamicCache(config=model.config))
     answer = made.sequences[:, first["input_ids"].shape[1] :]
-    whole = {"input_ids": torch.cat([first["input_ids"], answer, second["input_ids"]], 1)}
+    full = {"input_ids": torch.cat([first["input_ids"], answer, second["input_ids"]], 1)}
     for name in ("mm_token_type_ids", "interaction_ids"):
         later = second[name] + (second[name] > 0) if name == "interaction_ids" else second[name]
-        whole[name] = torch.cat([first[name], torch.zeros_like(answer), later], 1)
-    mask = torch.ones_like(whole["input_ids"])
+        full[name] = torch.cat([first[name], torch.zeros_like(answer), later], 1)
+    mask = torch.ones_like(full["input_ids"])
     media = {"input_features": second["input_features"]}
     both = {**media, "pixel_values": torch.cat([first["pixel_values"], second["pixel_values"]])}
-    expected = model.generate(**whole, **both, attention_mask=mask, **options, output_logits=True)
+    expected = model.generate(**full, **both, attention_mask=mask, **options, output_logits=True)
     cached = made.past_key_values.get_seq_length()
-    new = {name: value[:, cached:] for name, value in whole.items()}
+    new = {name: value[:, cached:] for name, value in full.items()}
     own = {**media, "pixel_values": second["pixel_values"]}
-    for inputs in ({**whole, **both}, {**new, **own}):
+    for inputs in ({**full, **both}, {**new, **own}):
         cache = copy.deepcopy(made.past_key_values)
         out = model.generate(**inputs, attention_mask=mask, past_key_values=cache, **options, output_logits=True)
         same(torch.stack(out.logits), torch.stack(expected.logits))
@@ -428,8 +428,8 @@ def test_chunked_prefill_with_the_question_elsewhere_is_refused(adapted, asked):
     tokens, _ = generate(adapted, asked)
     with pytest.raises(MokaError, match="prefill_chunk_size"):
         generate(adapted, asked, prefill_chunk_size=4)
-    whole = asked["input_ids"].shape[1]
-    assert torch.equal(generate(adapted, asked, prefill_chunk_size=whole)[0], tokens)
+    full = asked["input_ids"].shape[1]
+    assert torch.equal(generate(adapted, asked, prefill_chunk_size=full)[0], tokens)
 
 
 @pytest.mark.parametrize("which", ["model", "adapted"])
@@ -438,8 +438,8 @@ def test_chunked_prefill_with_the_question_elsewhere_is_refused(adapted, asked):
     [{"repetition_penalty": 1.7}, {"no_repeat_ngram_size": 2}, {"num_beams": 2, "no_repeat_ngram_size": 1}],
     ids=lambda o: "-".join(o),
 )
-def test_logits_processors_see_ordinary_ids_alone(request, asked, which, options):
-    """Placeholders lie beyond the vocabulary: as indices into the scores they would crash."""
+def test_logits_processors_see_ordinary_ids_only(request, asked, which, options):
+    """Placeholders are beyond the vocabulary: as indices into the scores they would crash."""
     model = request.getfixturevalue(which)
     assert asked["input_ids"].max() >= model.config.vocab_size
     settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}

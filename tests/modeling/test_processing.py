@@ -43,7 +43,7 @@ LLAMA3 = (
 BARE = "{{ bos_token }}{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
 # A special token opens the next message, and none closes an answer.
 OPENING = "{% for m in messages %}{{ bos_token + m['role'] + '\n' + m['content'] + '\n' }}{% endfor %}"
-# What stands before an answer is longer than the generation prompt, as in models that think.
+# What is before an answer is longer than the generation prompt, as in models that think.
 THINKING = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
     "{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -100,7 +100,7 @@ def sentencepiece_like():
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     special = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
-    # Words merged with what stands around them, so that where a text is cut changes its tokens.
+    # Words merged with what is around them, so that where a text is cut changes its tokens.
     words = "[INST] which digit [/INST] seven and now? user: assistant: Answer: be short one eight system"
     trainer = trainers.BpeTrainer(vocab_size=380, special_tokens=special, show_progress=False)
     tokenizer.train_from_iterator(words.split() * 4, trainer)
@@ -304,7 +304,7 @@ def test_split_turns_one_chat_for_each_question(processor):
     ]
 
 
-def test_split_turns_of_greetings_media_alone_and_answers_in_two_messages(processor):
+def test_split_turns_of_greetings_media_only_and_answers_in_two_messages(processor):
     chat = [answer("yes?"), user(image()), answer("one"), answer("two"), user(audio()), answer("three"), user("four")]
     assert processor.split_turns(chat) == [
         [user(image()), answer("one"), answer("two")],
@@ -327,7 +327,7 @@ def test_media_between_texts_and_two_user_messages_in_a_row(processor):
     assert len(encoded["pixel_values"]) == 2
 
 
-def test_a_turn_of_media_alone(processor):
+def test_a_turn_of_media_only(processor):
     encoded = processor.encode([user(image(), audio()), answer("yes")])
     assert [run for run in runs(processor, encoded) if run[2]] == [("image 2", False, 1), ("audio 3", False, 1)]
 
@@ -433,16 +433,16 @@ def test_an_answer_and_the_token_that_ends_it_are_taught_once(any_template):
 
 
 def test_training_equals_inference(any_template):
-    """The prompt of inference is all that stands before the answer in training, token for token."""
+    """The prompt of inference is all that is before the answer in training, token for token."""
     for messages in (CHAT, SINGLE, CHAT[1:]):
-        whole = any_template.encode(messages)
-        starts = [start for start, _ in taught_runs(whole)]
+        full = any_template.encode(messages)
+        starts = [start for start, _ in taught_runs(full)]
         asked = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         assert len(starts) == len(asked)
         for start, index in zip(starts, asked, strict=True):
             prompt = any_template.encode(messages[:index], add_generation_prompt=True)
             for name in ("input_ids", "mm_token_type_ids", "interaction_ids", "attention_mask"):
-                assert prompt[name] == whole[name][:start], (name, any_template.tokenizer.decode(prompt["input_ids"]))
+                assert prompt[name] == full[name][:start], (name, any_template.tokenizer.decode(prompt["input_ids"]))
 
 
 def test_texts_survive_any_tokenizer(any_template):
@@ -507,7 +507,7 @@ def test_decode_gives_back_the_answer(processor):
 LONG = [user("one two three four five", image(), "which digit is spoken"), answer("seven eight nine zero one two")]
 
 
-def test_too_long_is_told_with_its_sizes(processor):
+def test_too_long_is_reported_with_its_sizes(processor):
     total = len(processor.encode(LONG)["input_ids"])
     question = sum(len(processor.tokenizer(p["text"])["input_ids"]) for p in LONG[0]["content"] if p["type"] == "text")
     assert len(processor.encode(LONG, max_length=total)["input_ids"]) == total
@@ -548,15 +548,15 @@ def test_text_is_shortened_and_media_never(processor):
 def test_a_shortened_answer_keeps_the_token_that_ends_it(tokenizers):
     """Also where the template ends it with a space before that token."""
     processor = build(tokenizers["bytes"], chat_template=LLAMA2)
-    whole = processor.encode(LONG)
-    ((_, expected),) = taught_runs(whole)
+    full = processor.encode(LONG)
+    ((_, expected),) = taught_runs(full)
     assert processor.tokenizer.decode(expected[-2:]) == " <|im_end|>"
     for cut in (1, 3, len(expected) - 3):
-        encoded = processor.encode(LONG, max_length=len(whole["input_ids"]) - cut, truncate=True)
+        encoded = processor.encode(LONG, max_length=len(full["input_ids"]) - cut, truncate=True)
         assert [ids for _, ids in taught_runs(encoded)] == [expected[: -2 - cut] + expected[-2:]]
 
 
-def test_a_question_that_would_vanish_is_told(processor):
+def test_a_question_that_would_vanish_is_reported(processor):
     asked = [user(image(), "which digit")]
     room = len(processor.encode([user(image())], add_generation_prompt=True)["input_ids"])
     with pytest.raises(TooLongError, match="nothing would be left of the question"):
@@ -599,7 +599,7 @@ def test_a_saved_processor_keeps_its_tokenizer(tokenizers, tmp_path, name):
     assert equal_inputs(processor.encode(CHAT), MokaProcessor.from_pretrained(tmp_path).encode(CHAT))
 
 
-def test_published_front_ends_are_saved_whole(tiny_tokenizer, tmp_path):
+def test_published_front_ends_are_saved_full(tiny_tokenizer, tmp_path):
     """The encoder's folder is gone, as the hub is on a machine without network: its own pixel mean must not be lost."""
     config = CLIPVisionConfig(
         hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8

@@ -48,11 +48,11 @@ def test_an_item_gives_the_promised_tokens(name):
     assert projector(torch.randn(0, 4, 6)).shape == (0, TOKENS[name], 10)
 
 
-def test_an_item_is_projected_alike_alone_and_in_a_batch(name):
+def test_an_item_is_projected_alike_only_and_in_a_batch(name):
     projector = build(name).eval()
     features = torch.randn(3, 4, 6)
-    alone = torch.cat([projector(item[None]) for item in features])
-    torch.testing.assert_close(projector(features), alone, atol=1e-5, rtol=1e-5)
+    single = torch.cat([projector(item[None]) for item in features])
+    torch.testing.assert_close(projector(features), single, atol=1e-5, rtol=1e-5)
 
 
 def test_configuration_and_weights_rebuild_the_projector(name):

@@ -91,7 +91,7 @@ PROMPTS = {
     "two pictures": ["# and #: the same?"],
     "left padding": ["Yes: # what?", "Which digit is written in the picture # here, A or B?"],
     "a row without": ["What is shown in # it?", "yes no"],
-    "text alone": ["The quick brown fox"],
+    "text only": ["The quick brown fox"],
 }
 
 
@@ -132,7 +132,7 @@ def test_steps_by_hand_over_a_cache_equal_one_forward(model, reference, tokenize
     ours["attention_mask"] = torch.nn.functional.pad(ours["attention_mask"], (0, 2), value=1)
     ours["mm_token_type_ids"] = torch.nn.functional.pad(ours["mm_token_type_ids"], (0, 2))
     with torch.no_grad():
-        whole = model(**ours).logits[:, -2:]
+        full = model(**ours).logits[:, -2:]
         first = {k: v[:, : length - 2] if k != "pixel_values" else v for k, v in ours.items()}
         cache, logits = DynamicCache(config=model.config), []
         model(**first, past_key_values=cache, use_cache=True)
@@ -142,7 +142,7 @@ def test_steps_by_hand_over_a_cache_equal_one_forward(model, reference, tokenize
                 "attention_mask": ours["attention_mask"][:, : at + 1],
             }
             logits.append(model(**step, past_key_values=cache, use_cache=True).logits)
-    torch.testing.assert_close(torch.cat(logits, 1), whole, atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.cat(logits, 1), full, atol=1e-5, rtol=0)
 
 
 def test_a_second_turn_with_a_picture_over_the_cache_of_the_first(model, reference, tokenizer):
@@ -154,11 +154,11 @@ def test_a_second_turn_with_a_picture_over_the_cache_of_the_first(model, referen
     ids = torch.cat([first["input_ids"], answer, second["input_ids"]], 1)
     types = torch.cat([first["mm_token_type_ids"], 0 * answer, second["mm_token_type_ids"]], 1)
     pixels, mask = torch.cat([first["pixel_values"], second["pixel_values"]]), torch.ones_like(ids)
-    whole = {"input_ids": ids, "mm_token_type_ids": types, "attention_mask": mask, "pixel_values": pixels}
+    full = {"input_ids": ids, "mm_token_type_ids": types, "attention_mask": mask, "pixel_values": pixels}
     cached = made.past_key_values.get_seq_length()
-    new = {**whole, "input_ids": ids[:, cached:], "mm_token_type_ids": types[:, cached:]}
-    expected = torch.stack(model.generate(**whole, **settings).logits)
-    for inputs in (whole, {**new, "pixel_values": second["pixel_values"]}):
+    new = {**full, "input_ids": ids[:, cached:], "mm_token_type_ids": types[:, cached:]}
+    expected = torch.stack(model.generate(**full, **settings).logits)
+    for inputs in (full, {**new, "pixel_values": second["pixel_values"]}):
         again = model.generate(**inputs, **settings, past_key_values=copy.deepcopy(made.past_key_values))
         torch.testing.assert_close(torch.stack(again.logits), expected, atol=1e-5, rtol=0)
 
@@ -180,7 +180,7 @@ def test_the_vision_tower_is_an_encoder_and_no_part_of_the_language_model(model,
     assert trained_parts(model) == ["encoders.audio", "projectors.audio"]
 
 
-def test_the_adapter_reaches_the_seven_projections_of_the_language_model_alone(folder, modalities):
+def test_the_adapter_reaches_the_seven_projections_of_the_language_model_only(folder, modalities):
     model = MokaForConditionalGeneration.from_backbone(str(folder), modalities, dtype=torch.float32)
     predicted = adapter_parameters(model, AdapterSection())
     adapted = attach_adapter(model, AdapterSection())
@@ -319,8 +319,8 @@ def test_pictures_of_any_shape_and_mode_become_the_fixed_square(folder):
 def test_an_items_features_do_not_depend_on_the_batch(model):
     encoder = model.encoders["visual"]
     values = torch.randn(3, *encoder.input_shape, generator=torch.Generator().manual_seed(0))
-    alone = torch.cat([encoder(one[None]) for one in values])
-    torch.testing.assert_close(encoder(values), alone, atol=1e-6, rtol=0)
+    single = torch.cat([encoder(one[None]) for one in values])
+    torch.testing.assert_close(encoder(values), single, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -333,7 +333,7 @@ def test_an_encoder_that_cannot_be_is_refused(folder, config, message):
 
 
 def test_a_checkpoint_of_another_kind_is_refused(backbones):
-    with pytest.raises(MokaError, match=r"holds a model of type 'qwen2'.*expected 'qwen2_5_vl'"):
+    with pytest.raises(MokaError, match=r"has a model of type 'qwen2'.*expected 'qwen2_5_vl'"):
         build_encoder({"type": "qwen2.5-vl", "name_or_path": str(backbones["qwen2"])})
 
 

@@ -36,7 +36,7 @@ LARGE = {**SPEECH, "feat_extract_norm": "layer", "do_stable_layer_norm": True, "
 PICTURES = ENCODERS["siglip"].tiny_model
 TEXT = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 20}
 DINO = ENCODERS["dinov2"].tiny_model
-# name -> the model that a checkpoint holds, the plain encoder to compare with, leading tokens without a place, fields
+# name -> the model that a checkpoint has, the plain encoder to compare with, leading tokens without a place, fields
 CHECKPOINTS = {
     "siglip": (lambda: SiglipModel(SiglipConfig(text_config=TEXT, vision_config=PICTURES)), SiglipVisionModel, 0, {}),
     "dinov2": (lambda: Dinov2Model(Dinov2Config(**DINO)), Dinov2Model, 1, {"image_size": 28}),
@@ -86,7 +86,7 @@ def test_layers_are_the_hidden_states_of_the_plain_model(checkpoint):
         build_encoder({**config, "layer": 3})
 
 
-def test_a_tower_is_rebuilt_from_its_dictionary_alone(checkpoint):
+def test_a_tower_is_rebuilt_from_its_dictionary_only(checkpoint):
     _, _, _, config = checkpoint
     encoder = build_encoder(config)
     saved = json.loads(json.dumps({**encoder.to_dict(), "name_or_path": "./moved/away"}))
@@ -124,7 +124,7 @@ def test_weights_that_do_not_fit_their_configuration_are_refused(checkpoint, tmp
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     HubertConfig(**SPEECH).save_pretrained(tmp_path)
-    with pytest.raises(MokaError, match="holds a model of type 'hubert'; expected 'wav2vec2'"):
+    with pytest.raises(MokaError, match="has a model of type 'hubert'; expected 'wav2vec2'"):
         build_encoder({"type": "wav2vec2", "name_or_path": str(tmp_path)})
 
 
@@ -157,24 +157,24 @@ def test_padding_of_a_masked_waveform_leaves_no_trace():
     long.load_state_dict(short.state_dict())
     values = torch.randn(2, 2, 1600)
     values[:, 1] = 1
-    padded = torch.randn(2, 2, 4000)  # what lies under the mask must not matter
+    padded = torch.randn(2, 2, 4000)  # what is under the mask must not matter
     padded[:, :, :1600], padded[:, 1, 1600:] = values, 0
     features = long(padded)
     torch.testing.assert_close(features[:, : short.num_tokens], short(values), atol=1e-5, rtol=1e-5)
     assert (features[:, short.num_tokens :] == 0).all()
 
 
-def test_a_masked_waveform_is_encoded_alike_beside_longer_ones():
+def test_a_masked_waveform_is_encoded_alike_next_to_longer_ones():
     encoder = masked_encoder(seconds=0.25)
     values = torch.randn(3, 2, 4000)
     for length, item in zip((500, 4000, 0), values, strict=True):
         item[1] = (torch.arange(4000) < length).float()
-    alone = torch.cat([encoder(item[None]) for item in values])
-    torch.testing.assert_close(encoder(values), alone, atol=1e-5, rtol=1e-5)
-    assert alone.isfinite().all()
+    single = torch.cat([encoder(item[None]) for item in values])
+    torch.testing.assert_close(encoder(values), single, atol=1e-5, rtol=1e-5)
+    assert single.isfinite().all()
 
 
-def test_a_clip_too_short_for_one_feature_is_told():
+def test_a_clip_too_short_for_one_feature_is_reported():
     with pytest.raises(MokaError, match=r"allowed: at least 0\.025"):
         build_encoder({"type": "hubert", "model_config": SPEECH, "seconds": 0.01})
     wide = {**SPEECH, "conv_kernel": [20, 3, 3, 3, 3, 2, 2]}
@@ -236,7 +236,7 @@ def gradient(width, height):
     return Image.fromarray(np.stack([np.tile(across, (height, 1))] * 3, axis=2))
 
 
-def test_siglip_sees_the_whole_picture_and_dinov2_its_middle():
+def test_siglip_sees_the_full_picture_and_dinov2_its_middle():
     wide = gradient(200, 50)
     siglip = build_front_end(tiny_encoder({"type": "siglip"}))(wide)
     assert siglip[0, 0, 0] < -0.95
@@ -247,7 +247,7 @@ def test_siglip_sees_the_whole_picture_and_dinov2_its_middle():
     np.testing.assert_allclose(dino[0, 0, [0, -1]], expected, atol=0.03)
 
 
-def test_dinov2_reads_the_preprocessing_beside_the_weights(tmp_path):
+def test_dinov2_reads_the_preprocessing_next_to_the_weights(tmp_path):
     Dinov2Config(**DINO).save_pretrained(tmp_path)
     settings = {"image_processor_type": "BitImageProcessor", "image_mean": [0.5] * 3, "image_std": [0.25] * 3}
     sizes = {"crop_size": {"height": 224, "width": 224}, "size": {"shortest_edge": 256}}
@@ -273,19 +273,19 @@ def test_random_weights_are_the_same_in_every_run(name):
 def test_every_trainable_parameter_of_a_tower_gets_a_gradient(name, layer):
     """DDP waits for one. Parameters that the layer taken does not depend on can be frozen again after peft's copy."""
     encoder = build_encoder(tiny_encoder({"type": name, "trainable": True, "layer": layer}))
-    whole = sum(1 for _ in encoder.parameters())
+    full = sum(1 for _ in encoder.parameters())
     encoder.requires_grad_(True).train().freeze_unused()
     features = encoder(torch.randn(2, *encoder.input_shape))
     (features * torch.randn_like(features)).sum().backward()
     trained = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
     assert trained
     assert all(parameter.grad is not None for parameter in trained)
-    assert len(trained) < whole or (layer == -1 and name in ("whisper", "hubert", "beats"))
+    assert len(trained) < full or (layer == -1 and name in ("whisper", "hubert", "beats"))
 
 
 @pytest.mark.parametrize("content", [b"hello", b"<html>Not found</html>", b"", bytes(range(256))])
 @pytest.mark.parametrize("name", ["beats", "efficientnet"])
-def test_a_file_that_is_no_checkpoint_is_told(name, content, tmp_path):
+def test_a_file_that_is_no_checkpoint_is_reported(name, content, tmp_path):
     (tmp_path / "weights.pt").write_bytes(content)
     with pytest.raises(MokaError, match=r"weights\.pt"):
         build_encoder({"type": name, "name_or_path": str(tmp_path / "weights.pt")})

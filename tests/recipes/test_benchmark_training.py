@@ -1,4 +1,4 @@
-"""The benchmark of training runs as its documentation says, and its table holds what it measured."""
+"""The benchmark of training runs as its documentation says, and its table has what it measured."""
 
 import json
 import os

@@ -101,7 +101,7 @@ def halves():
 @pytest.fixture(scope="session")
 def same_weights():
     """``same_weights(folder, reference)``: connector and adapter, re-read, are those of another run."""
-    # A norm follows: the gradient of these biases is zero but for rounding, which Adam blows up to whole steps.
+    # A norm follows: the gradient of these biases is zero but for rounding, which Adam blows up to full steps.
     without_effect = ("stages.0.0.bias", "stages.1.0.bias")
 
     def check(folder, reference, names=("connector/connector.safetensors", "adapter/adapter_model.safetensors")):

@@ -16,12 +16,12 @@ from moka.training.trainer import MokaTrainer
 
 
 def plan(place, stage, step, rank, target, name):
-    whole = getattr(MokaTrainer, place)
+    full = getattr(MokaTrainer, place)
     done = []
 
-    @functools.wraps(whole)
+    @functools.wraps(full)
     def signalled(self, *args, **kwargs):
-        result = whole(self, *args, **kwargs)
+        result = full(self, *args, **kwargs)
         here = f"stage{stage}" in self.args.output_dir and self.state.global_step == int(step)
         if here and os.environ.get("RANK", "0") == rank and not done:
             done.append(True)

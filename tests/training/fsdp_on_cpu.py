@@ -1,6 +1,6 @@
-"""`moka` under FSDP2 on the CPU: a program to launch in the place of `-m moka`.
+"""`moka` under FSDP2 on the CPU: a program to launch instead of `-m moka`.
 
-accelerate turns FSDP into DDP on a CPU and says nothing; torch's FSDP2 itself runs there. This puts accelerate on its
+accelerate turns FSDP into DDP on a CPU and is silent; torch's FSDP2 itself runs there. This puts accelerate on its
 own way, which is that of a GPU, and changes nothing of ours.
 """
 

@@ -27,7 +27,7 @@ SAME = {
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory):
-    """Two JSONL files with 13 usable samples each, of text alone and with one or two pictures; one picture is none."""
+    """Two JSONL files with 13 usable samples each, of text only and with one or two pictures; one picture is none."""
     folder = tmp_path_factory.mktemp("mixed")
     for number in range(14):
         Image.new("L", (20, 20), 15 * number).save(folder / f"{number}.png")
@@ -78,7 +78,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tiny_config, tmp_path, capsys, m
     """Interrupted in the middle of the second epoch or later, with data of several sources and a sample left out."""
     changes = {**SAME, **mixed, **(GROUPED if how != "packed" else {}), **(PACKED if how != "grouped" else {})}
     changes |= {"training__max_steps": 12, "training__per_device_train_batch_size": 2, "training__save_steps": 11}
-    whole = run_training(config_from_dict(tiny_config(tmp_path / "whole", **changes)))
+    full = run_training(config_from_dict(tiny_config(tmp_path / "full", **changes)))
     said = capsys.readouterr().out
     if how != "grouped":
         assert "packing: 26 samples in " in said
@@ -86,31 +86,31 @@ def test_a_resumed_run_is_the_uninterrupted_one(tiny_config, tmp_path, capsys, m
     if how != "packed":
         assert "of a batch is padding" in said
     killed = tmp_path / "killed"
-    shutil.copytree(whole, killed)
+    shutil.copytree(full, killed)
     shutil.rmtree(killed / "adapter")
     shutil.rmtree(killed / "checkpoints/stage2/checkpoint-12")
     (killed / "summary.json").unlink()
     lengths = (killed / "lengths-stage2.npz").stat().st_mtime_ns
     run_training(config_from_dict(tiny_config(killed, **changes)), resume=True)
     assert last_checkpoint(killed / "checkpoints/stage2")[1] == 12
-    assert records(killed) == records(whole)
-    assert len(records(whole)) == 12
+    assert records(killed) == records(full)
+    assert len(records(full)) == 12
     assert (killed / "lengths-stage2.npz").stat().st_mtime_ns == lengths  # read, not counted again
-    ours, theirs = (load_file(run / "adapter/adapter_model.safetensors") for run in (killed, whole))
+    ours, theirs = (load_file(run / "adapter/adapter_model.safetensors") for run in (killed, full))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_a_packed_epoch_learns_what_an_unpacked_one_does(tiny_config, tmp_path, mixed):
     """One step on all samples: the same loss, and the same adapter, in 26 rows of one sample or in a few."""
     found = {}
-    for name, more in (("alone", {"model__max_length": 96}), ("packed", PACKED)):
+    for name, more in (("single", {"model__max_length": 96}), ("packed", PACKED)):
         changes = {**SAME, **mixed, **more, "training__max_steps": 1, "training__save_strategy": "no"}
         changes["training__per_device_train_batch_size"] = 26
         folder = run_training(config_from_dict(tiny_config(tmp_path / name, **changes)))
         found[name] = records(folder), load_file(folder / "adapter/adapter_model.safetensors")
-    (alone,), (packed,) = found["alone"][0], found["packed"][0]
-    assert packed == pytest.approx(alone, rel=1e-5)
-    for key, tensor in found["alone"][1].items():
+    (single,), (packed,) = found["single"][0], found["packed"][0]
+    assert packed == pytest.approx(single, rel=1e-5)
+    for key, tensor in found["single"][1].items():
         torch.testing.assert_close(found["packed"][1][key], tensor, rtol=1e-4, atol=1e-6)
 
 
@@ -170,14 +170,14 @@ def test_a_backbone_in_parts_is_tried_on_all_processes(
     assert not (tmp_path / "bad").exists()
 
 
-def test_packing_that_cannot_be_is_told_with_the_configuration(tiny_config, tmp_path):
+def test_packing_that_cannot_be_is_reported_with_the_configuration(tiny_config, tmp_path):
     with pytest.raises(
         MokaError, match=r"training.packing fills rows up to model.max_length, which is not set. Set it"
     ):
         config_from_dict(tiny_config(tmp_path / "x", training__packing=True))
     with pytest.raises(MokaError, match=r"alignment.packing: the embedding objective pairs each row's media with one"):
         config_from_dict(tiny_config(tmp_path / "x", alignment__packing=True, model__max_length=96))
-    with pytest.raises(MokaError, match=r"training.packing: 'yes' is text; true or false is due"):
+    with pytest.raises(MokaError, match=r"training.packing: 'yes' is text; true or false is expected"):
         config_from_dict(tiny_config(tmp_path / "x", training__packing="yes"))
     with pytest.raises(MokaError, match=r"'batch_rebalance' is not one of random, sequential, group_by_length"):
         config_from_dict(tiny_config(tmp_path / "x", training__train_sampling_strategy="batch_rebalance"))

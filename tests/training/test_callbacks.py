@@ -47,7 +47,7 @@ def logged(folder, stage=2):
 
 
 def counted(batches):
-    """The numbers that are due, one token at a time."""
+    """The numbers that are expected, one token at a time."""
     counts = dict.fromkeys(["text", "visual", "audio", "supervised", "padding", "all"], 0)
     for batch in batches:
         rows = zip(*(batch[k].tolist() for k in ("mm_token_type_ids", "labels", "attention_mask")), strict=True)
@@ -90,7 +90,7 @@ def test_counts_are_those_of_the_batches_since_the_last_log(tiny_config, tmp_pat
 
 
 @pytest.mark.parametrize("limit", [0.01, 1e6, 0.0])
-def test_gradient_norms_by_part_make_up_the_whole(tiny_config, tmp_path, limit):
+def test_gradient_norms_by_part_make_up_the_full(tiny_config, tmp_path, limit):
     records = logged(train(tiny_config(tmp_path / "run", **SHORT, training__max_grad_norm=limit)))
     for step, record in records.items():
         parts = {key.removeprefix("grad_norm/"): value for key, value in record.items() if key.startswith("grad_norm/")}
@@ -102,19 +102,19 @@ def test_gradient_norms_by_part_make_up_the_whole(tiny_config, tmp_path, limit):
 
 def test_training_is_the_same_unobserved(trained_run, tiny_config, tmp_path, monkeypatch):
     monkeypatch.setattr(run_module, "_callbacks", lambda run, stage: [MetricsWriter(run.folder, stage)])
-    alone = train(tiny_config(tmp_path / "alone"))
+    single = train(tiny_config(tmp_path / "single"))
     for stage in (1, 2):
-        observed, unobserved = logged(trained_run, stage), logged(alone, stage)
+        observed, unobserved = logged(trained_run, stage), logged(single, stage)
         assert len(observed) == 6
         assert "tokens_per_second" not in unobserved[1]
         for step in observed:
             for key in ("loss", "grad_norm", "learning_rate"):
                 assert observed[step][key] == unobserved[step][key]
     for file in ("adapter/adapter_model.safetensors", "connector/connector.safetensors"):
-        ours, theirs = load_file(trained_run / file), load_file(alone / file)
+        ours, theirs = load_file(trained_run / file), load_file(single / file)
         assert all(ours[key].equal(theirs[key]) for key in ours)
     assert (trained_run / "balance.png").stat().st_size > 0
-    assert not (alone / "balance.png").exists()
+    assert not (single / "balance.png").exists()
 
 
 def test_waiting_and_pauses_are_separate(monkeypatch):
@@ -190,7 +190,7 @@ def scalars(folder):
 
 
 @pytest.mark.parametrize("named", [{}, {"training__report_to": "tensorboard"}])
-def test_tensorboard_holds_what_is_logged(tiny_config, tmp_path, named):
+def test_tensorboard_has_what_is_logged(tiny_config, tmp_path, named):
     folder = train(tiny_config(tmp_path / "run", **SHORT, **named))
     found = scalars(folder / "tensorboard/stage2")
     for key in ("loss", "tokens_per_second", "data_wait", "tokens/audio", "grad_norm/A/visual", "grad_norm/B"):
@@ -203,7 +203,7 @@ def test_none_is_none(tiny_config, tmp_path):
     assert not (folder / "tensorboard").exists()
 
 
-def test_missing_and_unknown_services_are_told_before_training(tiny_config, tmp_path):
+def test_missing_and_unknown_services_are_reported_before_training(tiny_config, tmp_path):
     for name in ("wandb", "mlflow"):
         if importlib.util.find_spec(name):
             continue

@@ -118,7 +118,7 @@ def test_a_file_of_another_process_that_cannot_be_seen_is_named(tmp_path, monkey
         (2, 5, None, [4, 5]),
         (1, 5, 2, [2, 5]),
         (3, 5, 1, [1, 4, 5]),
-        # A run that went on from an older one: what it wrote last stays, whatever its number.
+        # A run that continued from an older one: what it wrote last stays, whatever its number.
         (1, 3, None, [3]),
     ],
 )
@@ -139,7 +139,7 @@ def test_rotation_does_not_count_incomplete_checkpoints(tmp_path):
 
 
 def test_a_run_keeps_the_newest_and_the_best_of_its_checkpoints(tiny_config, tmp_path):
-    """The largest loss counts as the best, so the first checkpoint is it, and is named as it lies on the disk."""
+    """The largest loss counts as the best, so the first checkpoint is it, and is named as it is on the disk."""
     best = {
         "eval_strategy": "steps",
         "eval_steps": 1,
@@ -170,7 +170,7 @@ import sys
 from moka.training.lock import FolderLock
 from pathlib import Path
 FolderLock(Path(sys.argv[1])).take()
-print("held", flush=True)
+print("kept", flush=True)
 sys.stdin.read()
 """
 
@@ -196,7 +196,7 @@ def test_a_second_run_in_the_folder_is_refused_until_the_first_is_gone(trained_r
 
 def test_a_run_leaves_no_lock(trained_run, tiny_config, tmp_path):
     assert not (trained_run / ".lock").exists()
-    with pytest.raises(MokaError, match="already holds a run"):
+    with pytest.raises(MokaError, match="already has a run"):
         run_training(config_from_dict(tiny_config(trained_run)))
     assert not (trained_run / ".lock").exists()
     bad = tiny_config(tmp_path / "run", data__train=str(tmp_path / "absent.jsonl"))
@@ -217,7 +217,7 @@ def test_a_lock_is_taken_once_and_given_back(tmp_path):
     second.release()
 
 
-def test_a_lock_that_cannot_be_held_is_taken_once_too(tmp_path, monkeypatch):
+def test_a_lock_that_cannot_be_kept_is_taken_once_too(tmp_path, monkeypatch):
     """`--overwrite` asks twice: to see whether the folder is free, and to write it."""
     monkeypatch.setattr("moka.training.lock.fcntl", None)
     lock = RunFolder(tmp_path).lock

@@ -66,7 +66,7 @@ def observed(tiny_config, tmp_path, monkeypatch):
 @pytest.mark.parametrize("changes", [{}, {"training__packing": True, "model__max_length": 150}], ids=["rows", "packed"])
 def test_a_run_is_the_same_with_and_without_workers(observed, same_run, capfd, changes):
     before = children()
-    alone, here = observed("alone", **changes)
+    single, here = observed("single", **changes)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         helped, there = observed(
@@ -78,7 +78,7 @@ def test_a_run_is_the_same_with_and_without_workers(observed, same_run, capfd, c
         assert batch.keys() == other.keys()
         for name, values in batch.items():
             assert torch.equal(values, other[name]), name
-    same_run(helped, alone)  # with dropout, evaluations and epochs in between
+    same_run(helped, single)  # with dropout, evaluations and epochs in between
     assert all(workers <= before for workers in here.workers)
     assert len(there.workers[-1] - before) == 4  # two of training, two of evaluation, in their third epoch
     assert there.workers[-1] == there.workers[7]
@@ -122,7 +122,7 @@ def test_what_a_configuration_says_stays(gpu):
 
 
 @pytest.mark.parametrize("section", [{}, {"dataloader_num_workers": 2}, {"dataloader_pin_memory": True}])
-def test_on_a_cpu_nothing_is_pinned_and_nobody_warned(tmp_path, section, caplog):
+def test_on_a_cpu_nothing_is_pinned_and_no_one_warned(tmp_path, section, caplog):
     if torch.cuda.is_available():
         section = {**section, "use_cpu": True}
     with warnings.catch_warnings():

@@ -26,7 +26,7 @@ def summary(folder):
 
 @pytest.fixture(scope="module", params=LINES, ids=lambda pair: pair[0])
 def pair(request, tiny_config, tmp_path_factory, launch, write_yaml, as_one, halves):
-    """A run of one process on whole batches; the same of two, launched, on halves; what that printed."""
+    """A run of one process on full batches; the same of two, launched, on halves; what that printed."""
     launcher, objective = request.param
     folder = tmp_path_factory.mktemp(launcher)
     changes = {**as_one, "alignment__objective": objective}
@@ -108,7 +108,7 @@ def test_two_processes_leave_the_same_samples_out(tiny_config, tmp_path, launch,
 
 
 @pytest.mark.slow
-def test_bad_input_is_told_once_and_ends_both(tiny_config, tmp_path, launch, write_yaml):
+def test_bad_input_is_reported_once_and_ends_both(tiny_config, tmp_path, launch, write_yaml):
     """A file that is not there, in the share of the second process."""
     data = pictures(tmp_path, 4)
     (tmp_path / "1.png").unlink()
@@ -116,10 +116,10 @@ def test_bad_input_is_told_once_and_ends_both(tiny_config, tmp_path, launch, wri
     done = launch("torchrun", "train", config)
     assert done.returncode != 0
     assert "moka/training" not in done.stderr  # no traceback of ours
-    told = [line for line in done.stderr.splitlines() if "moka: error" in line]
-    assert len(told) == 1, done.stderr[-3000:]
-    assert "data.jsonl:2: image" in told[0]
-    assert "1.png" in told[0]
+    printed = [line for line in done.stderr.splitlines() if "moka: error" in line]
+    assert len(printed) == 1, done.stderr[-3000:]
+    assert "data.jsonl:2: image" in printed[0]
+    assert "1.png" in printed[0]
     assert "exitcode  : 2" in done.stderr
     assert not (tmp_path / "run").exists()
 

@@ -51,7 +51,7 @@ def test_one_process_without_deepspeed_says_so(trained_run):
 
 @pytest.fixture(scope="module")
 def one(tiny_config, tmp_path_factory, as_one):
-    """The run of one process on whole batches."""
+    """The run of one process on full batches."""
     return run_training(config_from_dict(tiny_config(tmp_path_factory.mktemp("one") / "run", **{**as_one, **OFTEN})))
 
 
@@ -96,7 +96,7 @@ def test_saves_what_one_process_saves(zero, one, same_weights):
 
 
 @pytest.mark.slow
-def test_checkpoint_holds_no_backbone(zero):
+def test_checkpoint_has_no_backbone(zero):
     mode, folder, _, _ = zero
     parts = sorted((folder / f"checkpoints/stage2/checkpoint-{STEPS}").glob("global_step*/*model_states.pt"))
     assert len(parts) == (2 if "zero3" in mode else 1)  # each process its part of a partitioned model
@@ -107,7 +107,7 @@ def test_checkpoint_holds_no_backbone(zero):
 
 
 def killed_at(step, folder, copy):
-    """A copy of a finished run as it lies when it is killed in stage 2 with its newest checkpoint at ``step``."""
+    """A copy of a finished run as it is when it is killed in stage 2 with its newest checkpoint at ``step``."""
     shutil.copytree(folder, copy)
     shutil.rmtree(copy / "adapter")
     (copy / "summary.json").unlink()
@@ -142,13 +142,13 @@ def test_resumes_with_other_numbers_of_processes(zero, tmp_path, launch, losses,
     mode, folder, _, config = zero
     if mode not in ("zero2", "zero3"):
         pytest.skip("its checkpoints are like those of another mode")
-    alone = killed_at(5, folder, tmp_path / "one")
-    said = resume(launch, "torchrun one", config, alone, 5)
+    single = killed_at(5, folder, tmp_path / "one")
+    said = resume(launch, "torchrun one", config, single, 5)
     assert "was written with world size 2; it is converted for 1" in said
-    assert_ran_under(alone, mode, stages=("2",), processes=1)
-    assert losses(alone) == pytest.approx(losses(folder), abs=1e-4)
-    same_weights(alone, folder)
-    together = killed_at(10, alone, tmp_path / "two")
+    assert_ran_under(single, mode, stages=("2",), processes=1)
+    assert losses(single) == pytest.approx(losses(folder), abs=1e-4)
+    same_weights(single, folder)
+    together = killed_at(10, single, tmp_path / "two")
     said = resume(launch, "torchrun", config, together, 10)
     assert "was written with world size 1; it is converted for 2" in said
     assert_ran_under(together, mode, stages=("2",))
@@ -166,11 +166,11 @@ def test_mixed_batches_never_hang(mixed_run, ones, tiny_config, tmp_path, launch
         "training__gradient_checkpointing": True,
         "training__gradient_checkpointing_kwargs": {"use_reentrant": False},
     }
-    alone = run_training(config_from_dict(tiny_config(tmp_path / "one", **changes)))
+    single = run_training(config_from_dict(tiny_config(tmp_path / "one", **changes)))
     changes |= {**ones, "training__deepspeed": str(write_zero(tmp_path, "zero3"))}
     config = write_yaml(tmp_path / "two.yaml", tiny_config(tmp_path / "two", **changes))
     done = launch("torchrun", "train", config, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     assert_ran_under(tmp_path / "two", "zero3", stages=("2",))
-    assert losses(tmp_path / "two") == pytest.approx(losses(alone), abs=1e-4)
-    assert len(losses(alone)) == 8
+    assert losses(tmp_path / "two") == pytest.approx(losses(single), abs=1e-4)
+    assert len(losses(single)) == 8

@@ -1,4 +1,4 @@
-"""Two real processes on gloo under FSDP2, which accelerate runs on a CPU by way of ``fsdp_on_cpu.py`` alone."""
+"""Two real processes on gloo under FSDP2, which accelerate runs on a CPU by way of ``fsdp_on_cpu.py`` only."""
 
 import json
 import shutil
@@ -43,7 +43,7 @@ def sharded(launch):
 
 @pytest.fixture(scope="module")
 def pair(tiny_config, tmp_path_factory, sharded, write_yaml, as_one, halves):
-    """A run of one process on whole batches; the same of two under FSDP2, on halves; its configuration."""
+    """A run of one process on full batches; the same of two under FSDP2, on halves; its configuration."""
     folder = tmp_path_factory.mktemp("fsdp")
     one = run_training(config_from_dict(tiny_config(folder / "one", **as_one)))
     config = write_yaml(folder / "two.yaml", tiny_config(folder / "two", **as_one, **halves))
@@ -62,7 +62,7 @@ def test_trains_and_evaluates_as_one_process(pair, losses):
 
 
 def test_saves_and_answers_as_one_process(pair, same_weights):
-    """Whole tensors, not the part of one process; the answers at the end are made by both together."""
+    """Full tensors, not the part of one process; the answers at the end are made by both together."""
     one, two, _ = pair
     same_weights(two, one)
     assert (two / "samples.jsonl").read_text() == (one / "samples.jsonl").read_text()
@@ -70,7 +70,7 @@ def test_saves_and_answers_as_one_process(pair, same_weights):
     assert ours["all parameters"] == theirs["all parameters"]
 
 
-def test_checkpoint_holds_what_is_trained_alone(pair):
+def test_checkpoint_has_what_is_trained_only(pair):
     _, two, _ = pair
     checkpoint = two / "checkpoints/stage2/checkpoint-20"
     saved, result = (load_file(folder / "adapter_model.safetensors") for folder in (checkpoint, two / "adapter"))
@@ -106,7 +106,7 @@ def test_checkpoint_is_not_resumed_without_fsdp(pair, tmp_path, tiny_config, as_
 def test_mixed_batches_with_fsdps_own_checkpointing(
     mixed_run, ones, tiny_config, tmp_path, sharded, write_yaml, losses
 ):
-    """Also where the state is saved in parts: the adapter comes whole."""
+    """Also where the state is saved in parts: the adapter comes full."""
     one = run_training(config_from_dict(tiny_config(tmp_path / "one", **mixed_run)))
     changes = {**mixed_run, **ones, "training__save_strategy": "steps", "training__save_steps": 4}
     config = write_yaml(tmp_path / "two.yaml", tiny_config(tmp_path / "two", **changes))

@@ -54,8 +54,8 @@ def with_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: GPUS)
 
 
-def told(path, *options):
-    """What `accelerate launch --config_file PATH OPTIONS` starts, after accelerate has read both; nothing is started."""
+def launcher_reads(path, *options):
+    """Return what `accelerate launch --config_file PATH OPTIONS` starts, after accelerate has read both; nothing is started."""
     from accelerate.commands.launch import _validate_launch_command
 
     parsed = launch_command_parser().parse_args(["--config_file", str(path), *options, "-m", "moka", "train", "x.yaml"])
@@ -82,7 +82,7 @@ def test_accelerate_reads_each_configuration_as_meant(path):
     way, processes, machines = EXPECTED[path.stem]
     config = load_config_from_file(str(path))
     assert (config.num_processes, config.num_machines) == (processes, machines)
-    parsed = told(path)
+    parsed = launcher_reads(path)
     ways = [name for name in ("multi_gpu", "use_deepspeed", "use_fsdp", "tpu", "cpu") if getattr(parsed, name)]
     assert ways == ([way] if way else [])
     assert (int(parsed.num_processes), int(parsed.num_machines)) == (processes, machines)
@@ -103,7 +103,7 @@ def test_accelerates_deepspeed_plugin_takes_the_launchers_settings(path, monkeyp
     from accelerate.utils import DeepSpeedPlugin
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-    _, environment = prepare_deepspeed_cmd_env(told(path, "--main_process_ip", "10.0.0.1"))
+    _, environment = prepare_deepspeed_cmd_env(launcher_reads(path, "--main_process_ip", "10.0.0.1"))
     for name in [name for name in environment if name.startswith("ACCELERATE_")]:
         monkeypatch.setenv(name, environment[name])
     plugin = DeepSpeedPlugin()  # refuses settings that are given twice
@@ -117,7 +117,7 @@ def test_accelerates_deepspeed_plugin_takes_the_launchers_settings(path, monkeyp
 def test_fsdp_configuration_makes_the_plugin_that_can_save_an_adapter(monkeypatch):
     from accelerate.utils import FullyShardedDataParallelPlugin
 
-    environment = prepare_multi_gpu_env(told(ROOT / "configs/accelerate/fsdp2.yaml"))
+    environment = prepare_multi_gpu_env(launcher_reads(ROOT / "configs/accelerate/fsdp2.yaml"))
     for name in [name for name in environment if name.startswith("FSDP_")]:
         monkeypatch.setenv(name, environment[name])
     plugin = FullyShardedDataParallelPlugin()
@@ -294,7 +294,7 @@ def test_options_of_a_launcher_need_one(capsys, option):
     assert f"{option[0].split('=')[0]} belongs to --launcher" in capsys.readouterr().err
 
 
-def test_configuration_that_accelerate_cannot_use_or_would_start_alone_is_refused(tmp_path):
+def test_configuration_that_accelerate_cannot_use_or_would_start_only_is_refused(tmp_path):
     path = tmp_path / "own.yaml"
     for text in ("distributed_type: [", "- a list", "compute_environment: AMAZON_SAGEMAKER\ndistributed_type: NO\n"):
         path.write_text(text)
@@ -308,7 +308,7 @@ def test_configuration_that_accelerate_cannot_use_or_would_start_alone_is_refuse
         launch_of(str(path), ["train"])
 
 
-def test_missing_deepspeed_is_told_wherever_it_is_asked_for(capsys, monkeypatch, tmp_path, with_gpus):
+def test_missing_deepspeed_is_reported_wherever_it_is_asked_for(capsys, monkeypatch, tmp_path, with_gpus):
     with pytest.raises(MokaError, match=r"training.deepspeed needs a launcher, for one process too: torchrun"):
         training_arguments({"deepspeed": "configs/deepspeed/zero2.json"}, tmp_path / "run")
     monkeypatch.setitem(sys.modules, "deepspeed", None)  # as if it were not installed
@@ -334,7 +334,7 @@ def test_missing_deepspeed_is_told_wherever_it_is_asked_for(capsys, monkeypatch,
 
 
 @pytest.mark.parametrize(("processes", "noted"), [(1, False), (2, True)])
-def test_single_process_in_the_place_of_several_is_noted(monkeypatch, processes, noted):
+def test_single_process_instead_of_several_is_noted(monkeypatch, processes, noted):
     """The environment that accelerate's launcher of one process makes, where ``--cpu`` hides the number asked for."""
     options = ["--cpu", "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
     parsed = launch_command_parser().parse_args([*options, "--dynamo_backend", "no", "-m", "moka"])
@@ -403,7 +403,7 @@ def test_three_processes_and_a_batch_of_four_end_with_one_line(tiny_config, tmp_
 
 
 SRUN = """#!/usr/bin/env bash
-# Stands in for Slurm's: the same command for two nodes, here on one machine, and USR1 passed on to both.
+# Is in for Slurm's: the same command for two nodes, here on one machine, and USR1 passed on to both.
 while [[ $1 == --* ]]; do shift; done
 tasks=()
 for node in 0 1; do SLURM_NODEID=$node "$@" & tasks+=($!); done
@@ -421,7 +421,7 @@ if [ "$1" = show ]; then printf '127.0.0.1\\n127.0.0.1\\n'; else echo "$*" >> "$
 
 
 @pytest.mark.slow
-def test_slurm_script_saves_at_the_signal_is_requeued_and_goes_on(tiny_config, tmp_path, write_yaml):
+def test_slurm_script_saves_at_the_signal_is_requeued_and_resumes(tiny_config, tmp_path, write_yaml):
     """Two launchers, as on two nodes, of one process each; Slurm's own programs are replaced."""
     programs = tmp_path / "bin"
     programs.mkdir()

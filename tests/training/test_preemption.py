@@ -1,4 +1,4 @@
-"""A run that is told to end saves, says so, ends with its own exit code, and goes on as if nothing had been."""
+"""A run that is reported to end saves, says so, ends with its own exit code, and continues as if nothing had been."""
 
 import json
 import os
@@ -35,7 +35,7 @@ RAGGED = {
 
 @pytest.fixture(scope="module")
 def uninterrupted(tiny_config, tmp_path_factory):
-    return run_training(config_from_dict(tiny_config(tmp_path_factory.mktemp("whole") / "run", **RAGGED)))
+    return run_training(config_from_dict(tiny_config(tmp_path_factory.mktemp("full") / "run", **RAGGED)))
 
 
 @pytest.fixture
@@ -43,10 +43,10 @@ def signalled(monkeypatch):
     """``signalled("training_step", 2, 3)``: this process gets a signal after that method, 3 steps of stage 2 being done."""
 
     def plan(place, stage, step, number=signal.SIGTERM):
-        whole, done = getattr(MokaTrainer, place), []
+        full, done = getattr(MokaTrainer, place), []
 
         def patched(self, *args, **kwargs):
-            result = whole(self, *args, **kwargs)
+            result = full(self, *args, **kwargs)
             if not done and f"stage{stage}" in self.args.output_dir and self.state.global_step == step:
                 done.append(True)
                 os.kill(os.getpid(), number)
@@ -65,7 +65,7 @@ def signalled(monkeypatch):
         ("training_step", 2, 6, signal.SIGUSR1, 7),  # between two logging steps
     ],
 )
-def test_an_interrupted_run_goes_on_as_if_nothing_had_been(
+def test_an_interrupted_run_resumes_as_if_nothing_had_been(
     uninterrupted, tiny_config, tmp_path, signalled, place, stage, step, number, saved, same_run
 ):
     config = config_from_dict(tiny_config(tmp_path / "run", **RAGGED))
@@ -104,11 +104,11 @@ def test_a_signal_outside_of_training_ends_the_run_at_once(tiny_config, tmp_path
     from moka.training import setup as opening
 
     config = config_from_dict(tiny_config(tmp_path / "run", **RAGGED))
-    whole = opening.build_for_stage_two
+    full = opening.build_for_stage_two
 
     def signalled(config):
         os.kill(os.getpid(), signal.SIGTERM)
-        return whole(config)
+        return full(config)
 
     monkeypatch.setattr(opening, "build_for_stage_two", signalled)
     with pytest.raises(Interrupted, match="outside of training"):
@@ -163,34 +163,34 @@ def test_workers_of_the_loader_live_on_when_all_are_signalled(
     done = launch("one", "training_step,2,6,0,group,SIGTERM", "train", config, program=[DYING])
     assert done.returncode == EX_TEMPFAIL, done.stderr[-2000:]
     checkpoint = tmp_path / "run/checkpoints/stage2/checkpoint-7"
-    told = [line for line in done.stderr.splitlines() if line.startswith("moka: ")]
-    assert len(told) == 1
-    assert "step 7" in told[0]
-    assert str(checkpoint) in told[0]
-    assert "--resume" in told[0]
+    printed = [line for line in done.stderr.splitlines() if line.startswith("moka: ")]
+    assert len(printed) == 1
+    assert "step 7" in printed[0]
+    assert str(checkpoint) in printed[0]
+    assert "--resume" in printed[0]
     assert launch("one", "train", config, "--resume").returncode == 0
     close_curve(tmp_path / "run", uninterrupted)
 
 
 @pytest.mark.slow
-def test_two_processes_signalled_at_the_launcher_save_once_and_go_on(
+def test_two_processes_signalled_at_the_launcher_save_once_and_resume(
     tiny_config, tmp_path, launch, write_yaml, close_curve
 ):
     changes = {**RAGGED, "training__per_device_train_batch_size": 2, "alignment__max_steps": 2}
-    whole = write_yaml(tmp_path / "whole.yaml", tiny_config(tmp_path / "whole", **changes))
+    full = write_yaml(tmp_path / "full.yaml", tiny_config(tmp_path / "full", **changes))
     config = write_yaml(tmp_path / "run.yaml", tiny_config(tmp_path / "run", **changes))
     done = launch("torchrun", "training_step,2,5,0,launcher,SIGTERM", "train", config, program=[DYING])
     checkpoint = tmp_path / "run/checkpoints/stage2/checkpoint-6"
-    told = [line for line in done.stderr.splitlines() if "moka: " in line]
-    assert len(told) == 1
-    assert "step 6" in told[0]
-    assert str(checkpoint) in told[0]
-    assert "--resume" in told[0]
+    printed = [line for line in done.stderr.splitlines() if "moka: " in line]
+    assert len(printed) == 1
+    assert "step 6" in printed[0]
+    assert str(checkpoint) in printed[0]
+    assert "--resume" in printed[0]
     assert done.returncode != 0
     assert problem(checkpoint) is None
     assert CheckpointMetadata.read(checkpoint).world_size == 2
-    for folder, how in ((config, ["--resume"]), (whole, [])):
+    for folder, how in ((config, ["--resume"]), (full, [])):
         done = launch("torchrun", "train", folder, *how)
         assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((tmp_path / "run/summary.json").read_text())["processes"] == 2
-    close_curve(tmp_path / "run", tmp_path / "whole")
+    close_curve(tmp_path / "run", tmp_path / "full")

@@ -96,7 +96,7 @@ def apart(a, b):
 
 
 def size(model):
-    """Bytes of the parameters, and of the scales beside them."""
+    """Bytes of the parameters, and of the scales next to them."""
     scales = [b.numel() * b.element_size() for m in model.modules() for b in _scales(m)]
     return sum(p.numel() * p.element_size() for p in model.parameters()) + sum(scales)
 
@@ -110,7 +110,7 @@ def _scales(module):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_linear_layers_of_the_language_model_alone_are_quantised(built, kind):
+def test_the_linear_layers_of_the_language_model_only_are_quantised(built, kind):
     model, full = built[kind][0], built[None][0]
     for name, module in model.language_model.named_modules():
         if isinstance(module, nn.Linear):
@@ -142,7 +142,7 @@ def test_outputs_are_close_to_those_of_full_precision(built, batch, kind, least,
     assert loss == pytest.approx(full, rel=0.05)
 
 
-def test_a_run_and_an_answer_on_the_cpu_beside_a_gpu_stay_there(raw, runs, monkeypatch):
+def test_a_run_and_an_answer_on_the_cpu_next_to_a_gpu_stay_there(raw, runs, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     changes = {"model__dtype": "float32", "stages": [2], "training__use_cpu": True}
@@ -163,8 +163,8 @@ def test_samples_of_a_packed_row_stay_apart(built, kind):
     assert {tensor.device.type for tensor in built[kind][0].parameters()} == {"cpu"}
 
 
-def test_widths_that_hold_no_whole_blocks_are_left_as_they_are(backbones, tiny_config, batch):
-    """bitsandbytes' 4-bit kernels for the CPU compute something else for them, without a word: 0.3 of the norm off."""
+def test_widths_that_hold_no_full_blocks_are_left_as_they_are(backbones, tiny_config, batch):
+    """bitsandbytes' 4-bit kernels for the CPU compute something else for them, silently: 0.3 of the norm off."""
     changes = {"model__backbone": str(backbones["qwen2"])}
     torch.manual_seed(0)
     full = build_model(config_from_dict(tiny_config("unused", **changes)).model)[0]
@@ -208,7 +208,7 @@ def test_gradients_are_those_without_checkpointing(raw, batch, kind, reentrant):
 
 
 def test_evaluation_in_the_midst_of_training_leaves_weights_and_gradients_as_they_are(raw, batch):
-    """Where the CPU can, bitsandbytes packs 4-bit weights anew in evaluation: scales are rounded, gradients end there."""
+    """Where the CPU can, bitsandbytes packs 4-bit weights again in evaluation: scales are rounded, gradients end there."""
     config = config_from_dict(raw("unused", "nf4", adapter__dropout=0.0))
     model = attach_adapter(build_model(config.model)[0], config.adapter)
     first = model.base_model.model.language_model.model.layers[0].self_attn.q_proj

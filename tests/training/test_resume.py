@@ -20,7 +20,7 @@ AFTER_TRAINING = ("adapter", "summary.json", "README.md", "loss.png", "samples.j
 
 
 def killed(run, folder, stage, step, half_written=None):
-    """A copy of a finished run as it lies when it is killed in ``stage``, ``step`` being its newest checkpoint there.
+    """A copy of a finished run as it is when it is killed in ``stage``, ``step`` being its newest checkpoint there.
 
     The last two lines logged after that checkpoint are kept: a killed run has logged more than it saved.
     """
@@ -81,16 +81,16 @@ def _at_loss(record):
 
 def test_lora_run_resumes_too(tiny_config, tmp_path, curve):
     changes = {"stages": [2], "adapter__method": "lora", "training__eval_strategy": "no"}
-    whole = run_training(config_from_dict(tiny_config(tmp_path / "whole", **changes)))
-    folder = killed(whole, tmp_path / "run", 2, 4)
+    full = run_training(config_from_dict(tiny_config(tmp_path / "full", **changes)))
+    folder = killed(full, tmp_path / "run", 2, 4)
     resume(tiny_config, folder, **changes)
-    ours, theirs = (load_file(f / "adapter/adapter_model.safetensors") for f in (folder, whole))
+    ours, theirs = (load_file(f / "adapter/adapter_model.safetensors") for f in (folder, full))
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
-    assert curve(folder) == curve(whole)
+    assert curve(folder) == curve(full)
 
 
 def test_a_save_at_the_end_of_an_epoch_is_resumed_exactly(tiny_config, tmp_path, curve):
-    """The epoch's evaluation and log come after its last step's save is due, and draw on the same random numbers."""
+    """The epoch's evaluation and log come after its last step's save is expected, and draw on the same random numbers."""
     changes = {
         "stages": [2],
         "data__train_size": 16,
@@ -99,17 +99,17 @@ def test_a_save_at_the_end_of_an_epoch_is_resumed_exactly(tiny_config, tmp_path,
         "training__eval_strategy": "epoch",
         "training__logging_strategy": "epoch",
     }
-    whole = run_training(config_from_dict(tiny_config(tmp_path / "whole", **changes)))
-    assert [step for _, step, *_ in curve(whole)].count(4) == 2  # a loss and an evaluation
-    folder = killed(whole, tmp_path / "run", 2, 4)
+    full = run_training(config_from_dict(tiny_config(tmp_path / "full", **changes)))
+    assert [step for _, step, *_ in curve(full)].count(4) == 2  # a loss and an evaluation
+    folder = killed(full, tmp_path / "run", 2, 4)
     resume(tiny_config, folder, **changes)
-    ours, theirs = (load_file(f / "adapter/adapter_model.safetensors") for f in (folder, whole))
+    ours, theirs = (load_file(f / "adapter/adapter_model.safetensors") for f in (folder, full))
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
-    assert curve(folder) == curve(whole)
+    assert curve(folder) == curve(full)
 
 
 def test_resume_under_another_engine_is_refused(trained_run, tiny_config, tmp_path):
-    """transformers would go on with a fresh optimizer and schedule, and say nothing."""
+    """transformers would continue with a fresh optimizer and schedule, and are silent."""
     folder = killed(trained_run, tmp_path / "run", 2, 4)
     checkpoint = folder / "checkpoints/stage2/checkpoint-4"
     seal = json.loads((checkpoint / "checkpoint.json").read_text())
@@ -131,12 +131,12 @@ def test_resume_with_other_settings_is_refused(trained_run, tiny_config, tmp_pat
 
 
 def test_resume_with_another_global_batch_is_refused(trained_run, tiny_config, tmp_path):
-    """As when it goes on with more processes: here the record of the beginning says another number."""
+    """As when it continues with more processes: here the record of the beginning says another number."""
     folder = killed(trained_run, tmp_path / "run", 2, 2)
     text = (folder / "metrics.jsonl").read_text()
     assert text.count('{"stage": 2, "step": 0, "samples_per_step": 4}') == 1
     (folder / "metrics.jsonl").write_text(text.replace('"samples_per_step": 4}', '"samples_per_step": 8}'))
-    with pytest.raises(MokaError, match="began with 8 samples a step, and would go on with 4"):
+    with pytest.raises(MokaError, match="began with 8 samples a step, and would continue with 4"):
         resume(tiny_config, folder)
 
 
@@ -179,7 +179,7 @@ def test_resume_of_a_complete_run_changes_nothing(trained_run, tiny_config, tmp_
 
 
 def test_resume_without_a_run_is_refused(tiny_config, tmp_path):
-    with pytest.raises(MokaError, match="holds no run"):
+    with pytest.raises(MokaError, match="has no run"):
         resume(tiny_config, tmp_path / "nothing")
     assert not (tmp_path / "nothing").exists()
 
@@ -223,9 +223,9 @@ def test_runs_killed_at_random_steps_equal_an_uninterrupted_one(
     done = launch("one", "train", config, "--resume", **as_many_threads())
     assert done.returncode == 0, done.stderr[-6000:]
     assert "resuming from" in done.stdout
-    whole = run_training(config_from_dict(tiny_config(tmp_path / "whole", **RAGGED)))
-    assert len(curve(whole)) > 48
-    same_run(tmp_path / "run", whole, resumes=len(ends))
+    full = run_training(config_from_dict(tiny_config(tmp_path / "full", **RAGGED)))
+    assert len(curve(full)) > 48
+    same_run(tmp_path / "run", full, resumes=len(ends))
 
 
 def as_many_threads():
@@ -266,7 +266,7 @@ def test_a_run_killed_after_its_last_step_trains_no_other(trained_run, tiny_conf
         assert last_checkpoint(folder / f"checkpoints/stage{stage}")[1] == 6
 
 
-def test_a_truncated_newest_checkpoint_costs_its_steps_alone(trained_run, tiny_config, tmp_path, capsys, same_run):
+def test_a_truncated_newest_checkpoint_costs_its_steps_only(trained_run, tiny_config, tmp_path, capsys, same_run):
     folder = killed(trained_run, tmp_path / "run", 2, 4)
     broken = folder / "checkpoints/stage2/checkpoint-4/adapter_model.safetensors"
     broken.write_bytes(broken.read_bytes()[:-1])
@@ -300,11 +300,11 @@ def assert_same_adapter(folder, reference):
 
 
 @pytest.mark.slow
-def test_checkpoints_go_on_with_as_many_processes_with_fewer_and_with_more(
+def test_checkpoints_resume_with_as_many_processes_with_fewer_and_with_more(
     tiny_config, tmp_path, launch, write_yaml, capsys, close_curve
 ):
-    """A process of two is killed at a random step; both numbers of processes go on, and one's checkpoint with two."""
-    whole = run_training(config_from_dict(tiny_config(tmp_path / "whole", **ELASTIC)))
+    """A process of two is killed at a random step; both numbers of processes continue, and one's checkpoint with two."""
+    full = run_training(config_from_dict(tiny_config(tmp_path / "full", **ELASTIC)))
     step = random.randint(3, 8)
     print(f"killed after {step} steps")
     config = write_yaml(tmp_path / "run.yaml", tiny_config(tmp_path / "run", **ELASTIC))
@@ -319,18 +319,18 @@ def test_checkpoints_go_on_with_as_many_processes_with_fewer_and_with_more(
     said = capsys.readouterr().out
     assert f"checkpoint-{kept} was written by 2 processes" in said
     assert "4 samples a step (2 x 1 process x 2 accumulated)" in said
-    close_curve(tmp_path / "fewer", whole)
-    assert_same_adapter(tmp_path / "fewer", whole)
+    close_curve(tmp_path / "fewer", full)
+    assert_same_adapter(tmp_path / "fewer", full)
 
     more = write_yaml(tmp_path / "more.yaml", tiny_config(tmp_path / "more", **ELASTIC))
-    killed(whole, tmp_path / "more", 2, 6)
+    killed(full, tmp_path / "more", 2, 6)
     for folder, source in (("run", config), ("more", more)):
         done = launch("torchrun", "train", source, "--resume", timeout=400)
         assert done.returncode == 0, done.stderr[-6000:]
         assert json.loads((tmp_path / folder / "summary.json").read_text())["processes"] == 2
         assert ("was written by" in done.stdout) == (folder == "more")
-        close_curve(tmp_path / folder, whole)
-        assert_same_adapter(tmp_path / folder, whole)
+        close_curve(tmp_path / folder, full)
+        assert_same_adapter(tmp_path / folder, full)
 
 
 @pytest.mark.slow
@@ -343,9 +343,9 @@ def test_a_full_disk_ends_both_processes_and_keeps_the_last_good_checkpoint(
     config = write_yaml(tmp_path / "run.yaml", tiny_config(tmp_path / "run", **changes))
     done = launch("torchrun", f"training_step,2,2,{rank},disk,{size}", "train", config, program=[DYING], timeout=400)
     assert done.returncode != 0
-    told = [line for line in done.stderr.splitlines() if "moka: " in line]
-    assert len(told) == 1, done.stderr[-3000:]
-    assert "checkpoint-4 cannot be written: the disk is full" in told[0]
+    printed = [line for line in done.stderr.splitlines() if "moka: " in line]
+    assert len(printed) == 1, done.stderr[-3000:]
+    assert "checkpoint-4 cannot be written: the disk is full" in printed[0]
     stage = tmp_path / "run/checkpoints/stage2"
     assert [path.name for path in stage.iterdir()] == ["checkpoint-2"]
     assert problem(stage / "checkpoint-2") is None
@@ -358,10 +358,10 @@ def streamed(mixed, **changes):
 
 
 def test_a_streamed_run_resumes_where_it_stopped(tiny_config, tmp_path, mixed, same_adapter):
-    whole = run_training(config_from_dict(tiny_config(tmp_path / "whole", **streamed(mixed))))
-    folder = killed(whole, tmp_path / "run", 2, 4)
+    full = run_training(config_from_dict(tiny_config(tmp_path / "full", **streamed(mixed))))
+    folder = killed(full, tmp_path / "run", 2, 4)
     resume(tiny_config, folder, **streamed(mixed))
-    same_adapter(folder, whole)
+    same_adapter(folder, full)
 
 
 @pytest.mark.slow

@@ -54,7 +54,7 @@ class Seen(TrainerCallback):
 
 def test_diverging_run_names_the_first_bad_step_and_its_samples(tiny_config, tmp_path, add_callback, monkeypatch):
     """One sample with a broken picture makes the loss NaN, and everything after it, long before the next log."""
-    whole = EncodedDataset.__getitem__
+    full = EncodedDataset.__getitem__
     seen = add_callback(Seen())
     changes = {
         **SHORT,
@@ -68,7 +68,7 @@ def test_diverging_run_names_the_first_bad_step_and_its_samples(tiny_config, tmp
     assert sum(broken in ids for ids in healthy.values()) == 1  # an epoch is longer than this run
 
     def with_a_broken_one(self, index):
-        encoded = whole(self, index)
+        encoded = full(self, index)
         if encoded["sample_id"] == broken:
             for key in ("pixel_values", "input_features"):
                 if key in encoded:
@@ -80,10 +80,10 @@ def test_diverging_run_names_the_first_bad_step_and_its_samples(tiny_config, tmp
         MokaError, match=rf"loss was nan at 3 steps.*first at step 4 .*{broken}.*training.learning_rate"
     ):
         train(tiny_config(tmp_path / "run", **changes))
-    told = json.loads((tmp_path / "run/diverged.json").read_text())
-    assert [record["step"] for record in told["steps"]] == [4, 5, 6]
-    assert told["steps"][0]["sample_ids"] == healthy[4][4:]  # of the accumulated batch that holds it alone
-    assert told["steps"][1]["sample_ids"] == healthy[5]
+    printed = json.loads((tmp_path / "run/diverged.json").read_text())
+    assert [record["step"] for record in printed["steps"]] == [4, 5, 6]
+    assert printed["steps"][0]["sample_ids"] == healthy[4][4:]  # of the accumulated batch that has it only
+    assert printed["steps"][1]["sample_ids"] == healthy[5]
     assert not (tmp_path / "run/adapter").exists()
     records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert records[-1]["step"] == 6
@@ -91,8 +91,8 @@ def test_diverging_run_names_the_first_bad_step_and_its_samples(tiny_config, tmp
 
 
 @pytest.mark.parametrize("use", ["save", "eval", "end"])
-def test_what_has_diverged_is_told_before_it_is_used(tiny_config, tmp_path, use):
-    """Two bad steps alone, and none logged: still its samples are named, and not a tensor that is not finite."""
+def test_what_has_diverged_is_reported_before_it_is_used(tiny_config, tmp_path, use):
+    """Two bad steps only, and none logged: still its samples are named, and not a tensor that is not finite."""
     changes = {**SHORT, "training__learning_rate": 1e30, "training__max_steps": 3, "training__logging_steps": 50}
     if use != "end":
         changes |= {f"training__{use}_strategy": "steps", f"training__{use}_steps": 3, "training__max_steps": 6}
@@ -137,10 +137,10 @@ def test_float16_parameters_are_refused_before_training(tiny_config, tmp_path, m
 
 
 def test_a_projector_cut_off_from_the_graph_is_named(tiny_config, tmp_path, monkeypatch):
-    whole = MokaForConditionalGeneration.encode_media
+    full = MokaForConditionalGeneration.encode_media
 
     def cut(self, name, values):
-        return whole(self, name, values).detach() if name == "audio" else whole(self, name, values)
+        return full(self, name, values).detach() if name == "audio" else full(self, name, values)
 
     monkeypatch.setattr(MokaForConditionalGeneration, "encode_media", cut)
     with pytest.raises(MokaError, match=r"Step 1: no gradient reaches .*projectors\.audio.*") as caught:
@@ -211,15 +211,15 @@ def test_an_adapter_on_the_head_trains(tiny_config, tmp_path, add_callback, caps
     (head,) = [name for name in seen.norms[3] if "lm_head.moka_A" in name]
     text, *media = seen.norms[3][head]
     assert text > 0 == max(media)
-    told = [line for line in capsys.readouterr().out.splitlines() if "of the decoder's block weights" in line]
-    assert len(told) == 1
+    printed = [line for line in capsys.readouterr().out.splitlines() if "of the decoder's block weights" in line]
+    assert len(printed) == 1
     share = json.loads((run / "summary.json").read_text())["adapter covers"].partition(" ")[0]
-    assert f" {share} " in told[0]
+    assert f" {share} " in printed[0]
     # q_proj [64, 64] of k and v [32, 64] each, o [64, 64], gate, up and down [96, 64] each
     assert share == f"{64 / (64 + 2 * 32 + 64 + 3 * 96):.0%}"
 
 
-def test_change_of_logits_is_the_adapters_alone(tiny_config, tmp_path):
+def test_change_of_logits_is_the_adapters_only(tiny_config, tmp_path):
     config = config_from_dict(tiny_config(tmp_path / "x"))
     model, processor = build_model(config.model)
     adapted = attach_adapter(model, config.adapter)
@@ -285,10 +285,10 @@ import numpy as np
 from moka.cli.main import main
 from moka.data import EncodedDataset
 
-whole = EncodedDataset.__getitem__
+full = EncodedDataset.__getitem__
 
 def with_a_broken_one(self, index):
-    encoded = whole(self, index)
+    encoded = full(self, index)
     if encoded["sample_id"] == sys.argv[1]:
         encoded |= {k: np.full_like(v, np.nan) for k, v in encoded.items() if k in ("pixel_values", "input_features")}
     return encoded
@@ -311,9 +311,9 @@ def test_two_processes_name_the_samples_of_both(tiny_config, tmp_path, add_callb
     )
     done = launch("torchrun", broken, "train", config, program=(script,))
     assert done.returncode != 0
-    told = [line for line in done.stderr.splitlines() if "moka: error: The loss was nan" in line]
-    assert len(told) == 1, done.stderr[-3000:]
-    assert broken in told[0]
+    printed = [line for line in done.stderr.splitlines() if "moka: error: The loss was nan" in line]
+    assert len(printed) == 1, done.stderr[-3000:]
+    assert broken in printed[0]
     assert "DistributedDataParallel" in done.stdout
     steps = json.loads((tmp_path / "run/diverged.json").read_text())["steps"]
     assert [record["step"] for record in steps] == [2, 3, 4]

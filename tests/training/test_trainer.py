@@ -59,7 +59,7 @@ def test_accumulated_batches_lose_as_one_big_batch(tiny_config, tmp_path, object
     assert found[2] == pytest.approx(found[8], rel=1e-4)
 
 
-def test_global_batch_that_cannot_be_had_is_told(tmp_path):
+def test_global_batch_that_cannot_be_had_is_reported(tmp_path):
     with pytest.raises(
         MokaError, match=r"alignment.global_batch_size: 10 is no multiple of 4 samples x 1 processes = 4"
     ):
@@ -289,7 +289,7 @@ def test_clearing_removes_the_configuration_last(trained_run, tmp_path, monkeypa
     monkeypatch.setattr(shutil, "rmtree", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         RunFolder(folder)._clear()
-    assert RunFolder(folder).holds_run()
+    assert RunFolder(folder).is_run()
 
 
 def test_secrets_are_not_written(tiny_config, tmp_path):
@@ -310,7 +310,7 @@ def test_overwrite_replaces_a_run_and_nothing_else(trained_run, tiny_config, tmp
     (folder / "config.yaml").write_text((trained_run / "config.yaml").read_text())
     (folder / "notes.txt").write_text("mine")
     (folder / "evaluation.json").write_text("{}")
-    with pytest.raises(MokaError, match="already holds a run"):
+    with pytest.raises(MokaError, match="already has a run"):
         train(tiny_config(folder))
     train(tiny_config(folder, stages=[1], alignment__max_steps=1), overwrite=True)
     assert (folder / "notes.txt").read_text() == "mine"

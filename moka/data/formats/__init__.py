@@ -36,7 +36,7 @@ def open_format(
 
     Args:
         name: the format, a key of `FORMATS`.
-        root: the folder that holds the data set; not needed where the records come from the Hub and hold their media.
+        root: the folder that has the data set; not needed where the records come from the Hub and hold their media.
         split: which split; the format's first by default.
         require_answer: whether every sample must hold an assistant message with text.
         media_root: the folder that media paths start from and may not leave; the format's own place by default.
@@ -60,7 +60,7 @@ def open_format(
     given = {option: default for option, (default, _) in format.options.items()} | options
     if root is None:
         if not given.get("hub"):
-            raise MokaError(f"format {name}: root is missing. Name the folder that holds the data set.")
+            raise MokaError(f"format {name}: root is missing. Name the folder that has the data set.")
         root = "."
     if not Path(root).exists():
         raise MokaError(
@@ -68,12 +68,12 @@ def open_format(
         )
     rows = format.read(Path(root), split, **given)
     if not len(rows.items):
-        raise MokaError(f"format {name}: split {split!r} under {str(root)!r} holds no records.")
+        raise MokaError(f"format {name}: split {split!r} under {str(root)!r} has no records.")
     return FormatDataset(format, split, rows, require_answer=require_answer, media_root=media_root)
 
 
 def describe_formats() -> str:
-    """The reference of all formats as Markdown, from what the formats say of themselves; ``docs/formats.md`` holds it."""
+    """The reference of all formats as Markdown, from what the formats say of themselves; ``docs/formats.md`` has it."""
     return "\n".join(_describe(format) for format in FORMATS.values())
 
 

@@ -44,10 +44,10 @@ def _read_ave(root: Path, split: str, question: str = AVE_QUESTION) -> Rows:
 def _ave_sample(entry: Entry, question: str) -> dict[str, Any]:
     values = [value.strip() for value in entry.data.split("&")]
     if len(values) != 5:
-        raise MokaError(f"has {counted(len(values), 'field')}; Category&VideoID&Quality&StartTime&EndTime is due.")
+        raise MokaError(f"has {counted(len(values), 'field')}; Category&VideoID&Quality&StartTime&EndTime is expected.")
     event, video, _, *times = values
     if not all(time.isdecimal() for time in times) or int(times[0]) > int(times[1]):
-        raise MokaError(f"StartTime&EndTime is {'&'.join(times)!r}; whole seconds, the start first, are due.")
+        raise MokaError(f"StartTime&EndTime is {'&'.join(times)!r}; whole seconds, the start first, are expected.")
     if event not in ave_events():
         raise MokaError(f"event {event!r} is none of AVE's {len(ave_events())}.{nearest(event, ave_events())}")
     start, end = map(int, times)
@@ -115,7 +115,7 @@ def _listed(name: str, value: Any) -> list[Any]:
         except (ValueError, SyntaxError):
             given = None
     if not isinstance(given, (list, tuple)):
-        raise MokaError(f'field {name!r} is {value!r}; a list in a string, such as "[\\"ukulele\\"]", is due.')
+        raise MokaError(f'field {name!r} is {value!r}; a list in a string, such as "[\\"ukulele\\"]", is expected.')
     return list(given)
 
 

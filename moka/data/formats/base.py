@@ -1,4 +1,4 @@
-"""What a reader of a published data set layout is.
+"""The interface of a reader of a published data set layout.
 
     root folder  ->  Format.read(root, split, **options)  ->  Rows  ->  FormatDataset  ->  checked samples, media as paths
 
@@ -23,7 +23,7 @@ class Rows:
     Attributes:
         items: the raw records; anything with ``len`` and indexing (a list, a lazily parsed file, a Parquet table).
         make: one record -> one sample of `moka.data.schema`, media as paths under ``media_root`` (or as ``bytes``). What
-            it raises (a MokaError, or the KeyError of a missing field) is told with the place of the record in front.
+            it raises (a MokaError, or the KeyError of a missing field) is reported with the place of the record in front.
         where: position -> what opens an error message, such as ``"annotations.json: record 7"``.
         media_root: folder that the media paths start from and may not leave.
         notes: what the reader left out and why, as one line each ("3 videos of 'bad' quality left out").
@@ -42,7 +42,7 @@ class Format:
 
     Attributes:
         name: what a configuration calls it.
-        about: one line: what it holds and where it is published.
+        about: one line: what it has and where it is published.
         media: of "image", "audio", "video", those its samples carry.
         splits: the names of its splits; the first is the default.
         layout: the tree expected under ``root``, for errors and the documentation.

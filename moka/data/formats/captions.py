@@ -41,7 +41,7 @@ def check_question(name: str, question: Any, may_be_none: bool = False) -> None:
     if question is None and may_be_none:
         return
     if not isinstance(given, list | tuple) or not given or not all(isinstance(q, str) and q.strip() for q in given):
-        raise MokaError(f"format {name}: option question is {question!r}; a text or a list of texts is due.")
+        raise MokaError(f"format {name}: option question is {question!r}; a text or a list of texts is expected.")
 
 
 def _video_llava(
@@ -52,7 +52,7 @@ def _video_llava(
     path = find_file(root, *candidates, format=name, layout=_LAYOUTS[kind])
     items: Any = JsonRecords(path)
     make = partial(_caption, question=question)
-    # The mixed file lists images and videos; every other holds one kind.
+    # The mixed file lists images and videos; every other has one kind.
     if "llavaimage" not in path.name:
         return Rows(items, make, items.where, root)
     bar = tqdm(items, f"choosing the {kind}s", unit="record", delay=BAR_AFTER_S, leave=False)

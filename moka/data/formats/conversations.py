@@ -1,4 +1,4 @@
-"""Conversations that list their media beside the text, and mark their places in it with ``<image>``, ``<audio>``, ``<video>``.
+"""Conversations that list their media next to the text, and mark their places in it with ``<image>``, ``<audio>``, ``<video>``.
 
 "image": "a.jpg", human: "<image>\\nWhat is this?"   ->   [{"type": "image", "image": "a.jpg"}, {"type": "text", ...}]
 """
@@ -27,20 +27,20 @@ def conversation(
 ) -> list[dict[str, Any]]:
     """Messages with the media at their places.
 
-    A placeholder counts in user turns alone, and only while listed media of its kind are left; any other is text.
+    A placeholder counts in user turns only, and only while listed media of its kind are left; any other is text.
 
     Args:
         turns: dicts with ``from`` and ``value``, or ``role`` and ``content``.
         media: kind -> the media listed, in the order of their placeholders.
-        media_first: whether the only medium of a turn stands before its text wherever its placeholder is, as LLaVA's own
+        media_first: whether the only medium of a turn is before its text wherever its placeholder is, as LLaVA's own
             preprocessing has it; several media stay where they are.
-        question: stands in for the text of the first user turn.
+        question: replaces the text of the first user turn.
 
     Raises:
         MokaError: fewer placeholders than media, an unknown role, a turn without text.
     """
     if not isinstance(turns, list) or not turns:
-        raise MokaError(f"the conversation is {turns!r:.60}; a list with at least one turn is due.")
+        raise MokaError(f"the conversation is {turns!r:.60}; a list with at least one turn is expected.")
     left = {kind: list(listed) for kind, listed in media.items()}
     messages: list[dict[str, Any]] = []
     for position, turn in enumerate(turns):
@@ -94,14 +94,14 @@ def other_fields(record: Mapping[str, Any], *used: str) -> dict[str, Any]:
 
 def _turn(turn: Any, position: int) -> tuple[str, str]:
     if not isinstance(turn, dict):
-        raise MokaError(f"turn {position} is {turn!r:.60}; an object with 'from' and 'value' is due.")
+        raise MokaError(f"turn {position} is {turn!r:.60}; an object with 'from' and 'value' is expected.")
     name = turn.get("from") or turn.get("role")
     text = turn["value"] if turn.get("value") is not None else turn.get("content")
     if name not in ROLES:
         hint = nearest(name, ROLES) if isinstance(name, str) else ""
         raise MokaError(f"turn {position} is from {name!r}; allowed are {', '.join(ROLES)}.{hint}")
     if not isinstance(text, str):
-        raise MokaError(f"turn {position} has the text {text!r:.60}; a string under 'value' or 'content' is due.")
+        raise MokaError(f"turn {position} has the text {text!r:.60}; a string under 'value' or 'content' is expected.")
     return ROLES[name], text
 
 

@@ -71,7 +71,7 @@ class FormatDataset(RecordDataset):
 
 
 def _wrong(error: Exception, item: Any, format: Format) -> str:
-    """What is the matter with a record that the reader stumbled over."""
+    """Return what is the matter with a record that the reader stumbled over."""
     read = f"Format {format.name} reads {', '.join(format.fields)}"
     if isinstance(error, KeyError) and isinstance(item, dict):
         return f"field {error.args[0]!r} is missing; the record has {', '.join(map(repr, item))}. {read}."

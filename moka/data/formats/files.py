@@ -21,7 +21,7 @@ from moka.data.media_io import file_problem
 from moka.data.records import BAR_AFTER_S
 from moka.errors import MokaError
 
-# A string as a whole, so that brackets inside it do not count, or one bracket.
+# A complete string, so that brackets inside it do not count, or one bracket.
 _TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)
 _BOM = b"\xef\xbb\xbf"
 
@@ -30,7 +30,7 @@ class JsonRecords(Sequence[Any]):
     """The records of a JSON array, or of a JSONL file; one is parsed on each access.
 
     Args:
-        path: the file, UTF-8. An array holds objects or arrays; JSONL holds one object a line, blank lines skipped.
+        path: the file, UTF-8. An array has objects or arrays; JSONL has one object a line, blank lines skipped.
 
     Raises:
         MokaError: the file is absent, empty, cut, or neither; on indexing, a record is not JSON. Names file and record.
@@ -39,7 +39,7 @@ class JsonRecords(Sequence[Any]):
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if problem := file_problem(self.path):
-            raise MokaError(f"{self.path}: {problem}. A JSON array or a JSONL file is due.")
+            raise MokaError(f"{self.path}: {problem}. A JSON array or a JSONL file is expected.")
         with open(self.path, "rb") as file:
             head = file.read(4096).removeprefix(_BOM).lstrip()
         self.lines: array[int] | None = None
@@ -51,7 +51,7 @@ class JsonRecords(Sequence[Any]):
             self._refuse_one_object()
         else:
             given = "an empty array" if head.startswith(b"[]") else f"text that begins with {head[:20]!r}"
-            raise MokaError(f"{self.path}: holds {given}. A JSON array of records, or JSONL, is due.")
+            raise MokaError(f"{self.path}: has {given}. A JSON array of records, or JSONL, is expected.")
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -67,7 +67,9 @@ class JsonRecords(Sequence[Any]):
         try:
             return json.loads(text)
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise MokaError(f"{self.where(index)}: is not valid JSON ({error}). Mend or remove the record.") from error
+            raise MokaError(
+                f"{self.where(index)}: is not valid JSON ({error}). Correct or remove the record."
+            ) from error
 
     def where(self, index: int) -> str:
         """The place of a record: file and line of JSONL, file and position (from 1) in an array."""
@@ -177,9 +179,9 @@ def _index_array(path: Path) -> tuple[array[int], array[int]]:
             raise MokaError(f"{path}: ends inside record {len(ends) + 1}: the file is cut. Get it again.")
         _check_between(text[seen:at], b"", path, len(starts))
         if rest := text[at + 1 :].strip():
-            raise MokaError(f"{path}: goes on after its JSON array with {rest[:20]!r}. Mend the file.")
+            raise MokaError(f"{path}: continues after its JSON array with {rest[:20]!r}. Correct the file.")
     if not starts:
-        raise MokaError(f"{path}: holds an empty array. A JSON array of records, or JSONL, is due.")
+        raise MokaError(f"{path}: has an empty array. A JSON array of records, or JSONL, is expected.")
     return starts, ends
 
 
@@ -187,6 +189,6 @@ def _check_between(text: bytes, due: bytes, path: Path, records: int) -> None:
     if text.strip() != due:
         wanted = "a comma and the next" if due else "nothing more"
         raise MokaError(
-            f"{path}: after {records} records stands {text.strip()[:20]!r}, where {wanted} is due. A JSON array of objects "
-            "is due. Mend the file."
+            f"{path}: after {records} records stands {text.strip()[:20]!r}, where {wanted} is expected. A JSON array of objects "
+            "is expected. Correct the file."
         )

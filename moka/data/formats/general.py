@@ -51,7 +51,7 @@ def open_records(
     if streaming is not (take is not None):
         raise MokaError(f"format {name}: options streaming: true and take: N go together. Set both or neither.")
     if take is not None and (not isinstance(take, int) or take < 1):
-        raise MokaError(f"format {name}: option take is {take!r}; a positive number of records is due.")
+        raise MokaError(f"format {name}: option take is {take!r}; a positive number of records is expected.")
     if hub is not None:
         if file is not None:
             raise MokaError(f"format {name}: options hub and file name two sources. Keep one of them.")
@@ -70,7 +70,7 @@ def open_records(
 
 
 def _messages(record: dict[str, Any]) -> dict[str, Any]:
-    """Our own layout, with the two things that tables do to it: wrapped media, and media listed beside the messages."""
+    """Our own layout, with the two things that tables do to it: wrapped media, and media listed next to the messages."""
     listed = listed_media(record)
     messages = []
     for message in record["messages"]:
@@ -98,7 +98,7 @@ def _part(part: Any, listed: dict[str, list[Any]]) -> Any:
 
 
 def llava(record: dict[str, Any], question: str | None = None) -> dict[str, Any]:
-    """One record of LLaVA's layout as a sample; ``question`` stands in for the record's own first question."""
+    """One record of LLaVA's layout as a sample; ``question`` replaces the record's own first question."""
     messages = conversation(record["conversations"], listed_media(record), media_first=True, question=question)
     return {**other_fields(record, "conversations"), "messages": messages}
 

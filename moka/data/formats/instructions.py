@@ -23,7 +23,7 @@ def _llava_instruct(root: Path, split: str, *, file: str) -> Rows:
     path = find_file(root, file, format="llava-instruct", layout=_LLAVA_LAYOUT)
     items = JsonRecords(path)
     folders = [root / folder for folder in ("train2017", "coco/train2017", "images/train2017")]
-    # Without any of them the first is told to be absent, unless media_root names another.
+    # Without any of them the first is reported to be absent, unless media_root names another.
     return Rows(items, llava, items.where, next((folder for folder in folders if folder.is_dir()), folders[0]))
 
 
@@ -40,7 +40,7 @@ def _a_okvqa(root: Path, split: str, *, answer: str) -> Rows:
 def _choice_question(record: dict[str, Any], split: str, answer: str) -> dict[str, Any]:
     choices = record["choices"]
     if not isinstance(choices, list) or not 1 < len(choices) <= len(string.ascii_uppercase):
-        raise MokaError(f"field 'choices' is {choices!r:.60}; a list of two or more options is due.")
+        raise MokaError(f"field 'choices' is {choices!r:.60}; a list of two or more options is expected.")
     letters = string.ascii_uppercase[: len(choices)]
     lines = [
         record["question"].strip(),
@@ -54,7 +54,9 @@ def _choice_question(record: dict[str, Any], split: str, answer: str) -> dict[st
     if record.get("correct_choice_idx") is not None:  # the test split is published without
         right = record["correct_choice_idx"]
         if right not in range(len(choices)):
-            raise MokaError(f"field 'correct_choice_idx' is {right!r}; a number from 0 to {len(choices) - 1} is due.")
+            raise MokaError(
+                f"field 'correct_choice_idx' is {right!r}; a number from 0 to {len(choices) - 1} is expected."
+            )
         text = letters[right] if answer == "letter" else choices[right]
         sample["messages"].append({"role": "assistant", "content": text})
     return {**sample, **{key: record[key] for key in ("choices", "direct_answers", "rationales") if key in record}}

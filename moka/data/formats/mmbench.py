@@ -27,12 +27,12 @@ _MMBENCH_FILES = {
     ),
 }
 _COPY = 1_000_000  # the index of a rotated copy is that of its question plus a multiple of this
-_INDEX_LENGTH = 64  # an image column shorter than this holds the index of the row that has the picture
+_INDEX_LENGTH = 64  # an image column shorter than this has the index of the row that has the picture
 
 
 def _read_mmbench(root: Path, split: str, circular: bool = False) -> Rows:
     if not isinstance(circular, bool):
-        raise MokaError(f"format mmbench: option circular is {circular!r}; true or false is due.")
+        raise MokaError(f"format mmbench: option circular is {circular!r}; true or false is expected.")
     path = find_file(root, *_MMBENCH_FILES[split], format=MMBENCH)
     rows = _mmbench_rows(path)
     pictures = {row["index"]: row["image"] for _, row in rows if len(row["image"]) > _INDEX_LENGTH}
@@ -87,7 +87,7 @@ def _rotations(row: dict[str, str], place: str) -> Iterable[dict[str, str]]:
 
 
 def _bad_answer(answer: str, options: list[str]) -> str:
-    return f"answer is {answer!r}; one of {', '.join(LETTERS[: len(options)])} is due."
+    return f"answer is {answer!r}; one of {', '.join(LETTERS[: len(options)])} is expected."
 
 
 def _mmbench_sample(entry: Entry, pictures: dict[str, str]) -> dict[str, Any]:
@@ -111,7 +111,7 @@ def _mmbench_sample(entry: Entry, pictures: dict[str, str]) -> dict[str, Any]:
 def _picture(cell: str, pictures: dict[str, str]) -> bytes:
     if len(cell) <= _INDEX_LENGTH:
         if cell not in pictures:
-            raise MokaError(f"image is {cell!r}; a picture in base64, or the index of a row that has one, is due.")
+            raise MokaError(f"image is {cell!r}; a picture in base64, or the index of a row that has one, is expected.")
         cell = pictures[cell]
     try:
         return base64.b64decode(cell, validate=True)

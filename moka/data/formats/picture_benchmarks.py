@@ -58,7 +58,7 @@ def _mme_sample(entry: Entry, base: Path) -> dict[str, Any]:
     question, tab, truth = line.rpartition("\t")
     truth = truth.strip().lower()
     if not tab or not question.strip() or truth not in ("yes", "no"):
-        raise MokaError(f"is {line!r}; a question, a tab, and Yes or No are due.")
+        raise MokaError(f"is {line!r}; a question, a tab, and Yes or No are expected.")
     folder = file.parent.parent / "images" if file.parent.name == "questions_answers_YN" else file.parent
     pictures = [folder / (file.stem + suffix) for suffix in _PICTURES]
     picture = next((path for path in pictures if path.is_file()), pictures[0])
@@ -93,10 +93,12 @@ def _pope_sample(entry: Entry, images: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
-        raise MokaError(f"is not valid JSON: {error.msg} at column {error.colno}. One object a line is due.") from error
+        raise MokaError(
+            f"is not valid JSON: {error.msg} at column {error.colno}. One object a line is expected."
+        ) from error
     truth = take(record, "label").lower()
     if truth not in ("yes", "no"):
-        raise MokaError(f"field 'label' is {truth!r}; yes or no is due.")
+        raise MokaError(f"field 'label' is {truth!r}; yes or no is expected.")
     picture = [("image", f"{images}/{take(record, 'image')}")]
     return question_sample(entry.id, picture, take(record, "text"), truth, category=name, reference=truth)
 
@@ -131,9 +133,9 @@ def _seed_sample(entry: Entry, dimensions: dict[str, str]) -> dict[str, Any]:
     record = entry.data
     kind, number, truth = take(record, "data_type"), take(record, "question_type_id"), take(record, "answer")
     if kind not in ("image", "video"):
-        raise MokaError(f"field 'data_type' is {kind!r}; image or video is due.")
+        raise MokaError(f"field 'data_type' is {kind!r}; image or video is expected.")
     if truth not in tuple("ABCD"):
-        raise MokaError(f"field 'answer' is {truth!r}; one of A, B, C, D is due.")
+        raise MokaError(f"field 'answer' is {truth!r}; one of A, B, C, D is expected.")
     if number not in dimensions:
         raise MokaError(f"field 'question_type_id' is {number}; the file names {', '.join(dimensions)}.")
     image = f"SEED-Bench-image/{take(record, 'data_id')}"

@@ -1,4 +1,4 @@
-"""What readers of questions about media share: entries with a place and an id, and the sample that asks and answers.
+"""Shared by readers of questions about media: entries with a place and an id, and the sample that asks and answers.
 
 annotation file  ->  entries(...)  ->  Entry(id, place, data)  ->  question_sample(...)
 """
@@ -93,7 +93,7 @@ def json_entries(path: Path, key: str = "", loaded: Any = None) -> list[tuple[st
 
     Args:
         path: the file.
-        key: where the list stands, if the file may hold an object.
+        key: where the list is, if the file may hold an object.
         loaded: the file's content, where it was read before.
 
     Raises:
@@ -104,7 +104,7 @@ def json_entries(path: Path, key: str = "", loaded: Any = None) -> list[tuple[st
         records = records.get(key)
     if not isinstance(records, list):
         due = f'an object with a list under "{key}"' if key else "a list of records"
-        raise MokaError(f"{path}: {due} is due at the top of the file. Use the file as it is published.")
+        raise MokaError(f"{path}: {due} is expected at the top of the file. Use the file as it is published.")
     return [(f"{path}: record {number}", record) for number, record in enumerate(records, start=1)]
 
 
@@ -145,14 +145,14 @@ def take(record: Any, *names: str) -> str:
         MokaError: the record is no object, has none of them, or what it has is blank or not text.
     """
     if not isinstance(record, dict):
-        raise MokaError(f"is {type(record).__name__}; an object with {', '.join(map(repr, names))} is due.")
+        raise MokaError(f"is {type(record).__name__}; an object with {', '.join(map(repr, names))} is expected.")
     for name in names:
         value = record.get(name)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             value = str(value)
         if value is not None:
             if not isinstance(value, str) or not value.strip():
-                raise MokaError(f"field {name!r} is {value!r}; text is due.")
+                raise MokaError(f"field {name!r} is {value!r}; text is expected.")
             return value.strip()
     due = " or ".join(map(repr, names))
     raise MokaError(f"field {due} is missing; the record has {', '.join(map(repr, record)) or 'no fields'}.")

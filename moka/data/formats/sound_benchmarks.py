@@ -21,7 +21,7 @@ from moka.errors import MokaError, counted
 
 _DOMAINS = ("speech", "sound", "music", "all")
 _MMAU_INSTRUCTION = "Select one option from the provided choices."
-# AIR-Bench names no domain. Its task names tell the sound and the music tasks; the others are about speech.
+# AIR-Bench names no domain. Its task names say the sound and the music tasks; the others are about speech.
 _AIR_PREFIXES = {"sound": ("audio_", "sound_", "acoustic_", "vocal_"), "music": ("music_",)}
 
 
@@ -34,7 +34,7 @@ def _read_mmau(root: Path, split: str, task: str = "speech") -> Rows:
 
 
 def _domain_of(record: Any) -> Any:
-    # A record without a task is kept, so that the error tells of it.
+    # A record without a task is kept, so that the error says of it.
     return record.get("task") if isinstance(record, dict) else None
 
 
@@ -42,7 +42,7 @@ def _mmau_sample(entry: Entry) -> dict[str, Any]:
     record = entry.data
     options = record.get("choices") if isinstance(record, dict) else None
     if not isinstance(options, list) or not all(isinstance(option, str) for option in options) or len(options) < 2:
-        raise MokaError(f"field 'choices' is {options!r}; a list of at least two texts is due.")
+        raise MokaError(f"field 'choices' is {options!r}; a list of at least two texts is expected.")
     task, truth = take(record, "task"), take(record, "answer")
     options = [option.strip() for option in options]
     _check_among(truth, options, "answer")
@@ -80,7 +80,7 @@ def _air_bench_sample(entry: Entry) -> dict[str, Any]:
     _check_among(truth, options, "answer_gt")
     letter = LETTERS[options.index(truth)]
     sound = take(record, "path")
-    if task.lower() == "audio_grounding":  # the list says .wav, the archive holds .flac
+    if task.lower() == "audio_grounding":  # the list says .wav, the archive has .flac
         sound = f"{sound.rpartition('.')[0]}.flac"
     return question_sample(
         entry.id,

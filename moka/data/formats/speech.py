@@ -23,7 +23,7 @@ _CASES = ("lower", "as-is")
 def _read_librispeech(root: Path, split: str, instruction: str = TRANSCRIBE, case: str = "lower") -> Rows:
     chosen("librispeech", "case", case, _CASES)
     if not root.is_dir():
-        raise MokaError(f"format librispeech: root {str(root)!r} is not a folder. Name the folder that holds {split}.")
+        raise MokaError(f"format librispeech: root {str(root)!r} is not a folder. Name the folder that has {split}.")
     base = root / "LibriSpeech" if (root / "LibriSpeech").is_dir() else root
     lines: list[tuple[Path, int, str]] = []
     for part in _LIBRISPEECH_960 if split == "train-960" else (split,):
@@ -50,7 +50,7 @@ def _librispeech_sample(item: tuple[Path, int, str], base: Path, instruction: st
     file, _, line = item
     name, _, text = line.strip().partition(" ")
     if not text.strip():
-        raise MokaError(f"is {line!r}; an utterance's name and its words are due.")
+        raise MokaError(f"is {line!r}; an utterance's name and its words are expected.")
     path = (file.parent / f"{name}.flac").relative_to(base).as_posix()
     return _transcription(name, path, _cased(text.strip(), case), instruction)
 
@@ -167,7 +167,7 @@ def _table_rows(records: TableRecords) -> Iterable[tuple[str, str, str, Any]]:
         columns = records.rows.select_columns(["segment_id", "text"])[:]
     except ValueError as error:
         raise MokaError(
-            f"{records.name}: columns segment_id and text are due; it has {records.rows.column_names}."
+            f"{records.name}: columns segment_id and text are expected; it has {records.rows.column_names}."
         ) from error
     pairs = zip(columns["segment_id"].to_pylist(), columns["text"].to_pylist(), strict=True)
     for row, (sid, text) in enumerate(pairs):
@@ -213,7 +213,7 @@ def _read_salmonn(root: Path, split: str, annotation: str = "", corpus: str = "L
 
 
 def _of_corpus(record: Any, corpus: str) -> bool:
-    # A record without a path is kept, so that the error tells of it.
+    # A record without a path is kept, so that the error says of it.
     path = record.get("path") if isinstance(record, dict) else None
     return not isinstance(path, str) or corpus.lower() in (part.lower() for part in Path(path).parts)
 
@@ -225,7 +225,7 @@ def _salmonn_sample(entry: Entry) -> dict[str, Any]:
     if question is None:
         known = ", ".join(SALMONN_PROMPTS)
         raise MokaError(f"task {task!r} has no instruction of its own and the record no 'Q'; known tasks are {known}.")
-    # The published paths begin with a slash, and mean the folder that holds the corpora.
+    # The published paths begin with a slash, and mean the folder that has the corpora.
     return question_sample(entry.id, [("audio", path.lstrip("/"))], question, text, category=task, reference=text)
 
 

@@ -1,4 +1,4 @@
-"""Closed sets of benchmarks: answers, one entry a line in the files beside this one, and subtasks."""
+"""Closed sets of benchmarks: answers, one entry a line in the files next to this one, and subtasks."""
 
 from __future__ import annotations
 

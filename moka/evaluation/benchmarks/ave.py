@@ -42,7 +42,9 @@ def _reference(record: Mapping[str, Any]) -> Labels:
         if not isinstance(second, int) or isinstance(second, bool):
             raise MokaError(f"reference second {second!r} is no whole number; {due}.")
     if not 0 <= start <= end <= SEGMENTS:
-        raise MokaError(f"reference seconds {start} to {end} are no range; 0 <= start <= end <= {SEGMENTS} is due.")
+        raise MokaError(
+            f"reference seconds {start} to {end} are no range; 0 <= start <= end <= {SEGMENTS} is expected."
+        )
     return labels(_events()[event.strip().casefold()], [(start, end)])
 
 
@@ -56,7 +58,7 @@ def _seconds(pattern: re.Pattern[str], text: str) -> list[tuple[int, int]]:
 
 
 def _event_and_ranges(inner: str, text: str) -> tuple[str, list[tuple[int, int]]] | None:
-    """What an event tag says: a name, with the ranges of the text, or "name, (a b) (c d)" by itself."""
+    """Return what an event tag says: a name, with the ranges of the text, or "name, (a b) (c d)" by itself."""
     if event := _events().get(inner.strip().casefold()):
         return event, _seconds(_RANGE, text)
     if match := _NAME_THEN_RANGES.fullmatch(inner):
@@ -67,14 +69,14 @@ def _event_and_ranges(inner: str, text: str) -> tuple[str, list[tuple[int, int]]
 
 
 def parse_paper(text: str, record: Mapping[str, Any] | None = None) -> Labels | None:
-    """The authors' rule: exactly one event tag with a known name, and the ranges of the whole text."""
+    """The authors' rule: exactly one event tag with a known name, and the ranges of the full text."""
     tags = tagged(text, "event")
     found = _event_and_ranges(tags[0], text) if len(tags) == 1 else None
     return labels(*found) if found and found[1] else None
 
 
 def parse_strict(text: str, record: Mapping[str, Any] | None = None) -> Labels | None:
-    """The last event tag decides, with the ranges of the text, or those behind it where there are several events.
+    """The last event tag decides, with the ranges of the text, or those after it where there are several events.
 
     A range is valid with 0 <= start <= end <= 10; others do not count.
     """

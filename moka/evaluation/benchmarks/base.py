@@ -1,4 +1,4 @@
-"""What a benchmark is to the scorer, and the reading of prediction records.
+"""The interface of a benchmark, and the reading of prediction records.
 
 records  ->  Benchmark.reference, Protocol.parse  ->  Items  ->  Benchmark.measure  ->  figures
 """
@@ -104,7 +104,7 @@ def read_items(
     for position, record in enumerate(records):
         place = where(position)
         if not isinstance(record, Mapping):
-            raise MokaError(f"{place}: is {type(record).__name__}; one object a record is due.")
+            raise MokaError(f"{place}: is {type(record).__name__}; one object a record is expected.")
         _check_fields(benchmark, record, place)
         name = str(record["id"])
         if name in places:
@@ -129,7 +129,7 @@ def read_items(
 
 
 def of_complete_groups(items: Sequence[Item]) -> list[Item]:
-    """For figures over groups: all items, or, of parsable ones only, those whose whole group is parsable."""
+    """For figures over groups: all items, or, of parsable ones only, those whose full group is parsable."""
     parsable_only = all(item.answer is not None for item in items)
     return [item for item in items if item.complete] if parsable_only else list(items)
 
@@ -144,11 +144,11 @@ def _check_fields(benchmark: Benchmark, record: Mapping[str, Any], place: str) -
     for name in ("id", "group"):
         value = record.get(name)
         if value is not None and (not isinstance(value, (str, int)) or isinstance(value, bool) or value == ""):
-            raise MokaError(f"{place}: field {name!r} is {value!r}; a string or a number is due.")
+            raise MokaError(f"{place}: field {name!r} is {value!r}; a string or a number is expected.")
     for name in ("prediction", "category"):
         value = record.get(name)
         if value is not None and not isinstance(value, str):
-            raise MokaError(f"{place}: field {name!r} is {type(value).__name__}; text is due.")
+            raise MokaError(f"{place}: field {name!r} is {type(value).__name__}; text is expected.")
 
 
 def _category(benchmark: Benchmark, record: Mapping[str, Any]) -> str | None:

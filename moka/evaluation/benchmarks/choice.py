@@ -51,10 +51,12 @@ def _options(record: Mapping[str, Any]) -> dict[str, str]:
         return {}
     texts = list(options.values()) if isinstance(options, Mapping) else options
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-        raise MokaError(f"field 'options' is {options!r}; a list of texts, or an object of texts by letter, is due.")
+        raise MokaError(
+            f"field 'options' is {options!r}; a list of texts, or an object of texts by letter, is expected."
+        )
     lettered = letters_of(options)
     if len(lettered) < 2 or not all(len(name) == 1 and "A" <= name <= "Z" for name in lettered):
-        raise MokaError(f"field 'options' has the letters {', '.join(lettered)}; two or more of A to Z are due.")
+        raise MokaError(f"field 'options' has the letters {', '.join(lettered)}; two or more of A to Z are expected.")
     return lettered
 
 
@@ -91,7 +93,7 @@ def _benchmark(name: str, about: str, letters: str, **more: Any) -> Benchmark:
 def _mmau_reference(record: Mapping[str, Any]) -> str:
     given, options = record["reference"], _options(record)
     if not isinstance(given, str) or not plain(given):
-        raise MokaError(f"reference {given!r} is not known; the right option's text is due.")
+        raise MokaError(f"reference {given!r} is not known; the right option's text is expected.")
     if options and plain(given) not in map(plain, options.values()):
         raise MokaError(f"reference {given!r} is not known; the record's options are {', '.join(options.values())}.")
     return plain(given)

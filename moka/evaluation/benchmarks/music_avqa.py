@@ -18,12 +18,12 @@ TYPES = {
 
 
 def parse_strict(text: str, record: Mapping[str, Any] | None = None) -> str | None:
-    """The only answer word that stands as a whole in the last answer tag, or in the text where there is no tag."""
+    """The only answer word that is in full in the last answer tag, or in the text where there is no tag."""
     return one_of(answer_text(text), {word: word for word in music_avqa_answers()})
 
 
 def parse_paper(text: str, record: Mapping[str, Any] | None = None) -> str | None:
-    """The authors' rule: exactly one answer tag, which holds an answer word and nothing else."""
+    """The authors' rule: exactly one answer tag, which has an answer word and nothing else."""
     tags = tagged(text, "answer")
     return tags[0] if len(tags) == 1 and tags[0] in music_avqa_answers() else None
 

@@ -1,7 +1,7 @@
 """From generated text to an answer, by two protocols.
 
-``strict`` takes an answer that stands as a word or an option of its own; ``paper`` is the authors' substring rules.
-Every function gives None where the text holds no answer ("unparsable").
+``strict`` takes an answer that is as a word or an option of its own; ``paper`` is the authors' substring rules.
+Every function gives None where the text has no answer ("unparsable").
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def clean(text: str) -> str:
 
 
 def tagged(text: str, tag: str) -> list[str]:
-    """What every ``<tag>...</tag>`` holds, each from its opening to the next closing."""
+    """Return what every ``<tag>...</tag>`` has, each from its opening to the next closing."""
     found = []
     start = text.find(f"<{tag}>")
     while start >= 0 and (end := text.find(f"</{tag}>", start)) >= 0:
@@ -34,7 +34,7 @@ def tagged(text: str, tag: str) -> list[str]:
 
 
 def answer_text(text: str) -> str:
-    """The cleaned text, or what its last ``<answer>`` element holds where it has one."""
+    """The cleaned text, or what its last ``<answer>`` element has where it has one."""
     text = clean(text)
     return (tagged(text, "answer") or [text])[-1].strip()
 
@@ -45,7 +45,7 @@ def plain(text: str) -> str:
 
 
 def yes_no(text: str) -> str | None:
-    """``strict``: "yes" or "no" as a whole word, in any case, any number of times, and not both.
+    """``strict``: "yes" or "no" as a separate word, in any case, any number of times, and not both.
 
     A part of a hyphenated word ("no-one") is no word of its own.
     """
@@ -66,7 +66,7 @@ def yes_then_no(text: str) -> str | None:
 def letter_anywhere(text: str) -> str | None:
     """``paper``: the first of "a ", "b ", "c ", "d ", "e " - in this order - that occurs anywhere.
 
-    A bare "B" holds no "b " and is unparsable; "Banana " is an "A".
+    A bare "B" has no "b " and is unparsable; "Banana " is an "A".
     """
     return next((letter for letter in LETTERS if f"{letter.lower()} " in text.lower()), None)
 
@@ -76,11 +76,11 @@ def letter(text: str, letters: str = LETTERS, options: Mapping[str, str] | None 
 
     The first of these that applies decides:
 
-    1. the whole answer is a letter, in any case: "B", "b.", "(B)", "B)";
-    2. the whole answer is an option's text, or its letter and its text: "B. a cat";
+    1. the full answer is a letter, in any case: "B", "b.", "(B)", "B)";
+    2. the full answer is an option's text, or its letter and its text: "B. a cat";
     3. a letter is announced: "Answer: B", "the answer is (b)", "option B";
-    4. capital letters that stand alone, or letters in brackets, and are all the same: "It is B.", "I choose (b)";
-    5. exactly one option's text stands in the answer as a whole (needs ``options``).
+    4. capital letters that are only, or letters in brackets, and are all the same: "It is B.", "I choose (b)";
+    5. exactly one option's text is in the answer in full (needs ``options``).
 
     The article is no option: a bare "a" inside a sentence, or an "A" that a word follows ("A dog runs", "The answer is
     a dog"), unless that word is one that follows no article: "A is right", "A and B", "A because".
@@ -110,7 +110,7 @@ def _announced(letters: str) -> re.Pattern[str]:
 
 
 def _alone(letters: str) -> re.Pattern[str]:
-    """A capital letter that is a whole token, or any letter in brackets; not "A dog", "U.S.A." or "C-shaped"."""
+    """A capital letter that is a full token, or any letter in brackets; not "A dog", "U.S.A." or "C-shaped"."""
     others = letters.replace("A", "")
     edge = r"(?![\w'-]|\.\w)"
     return re.compile(
@@ -121,9 +121,9 @@ def _alone(letters: str) -> re.Pattern[str]:
 
 
 def one_of(text: str, options: Mapping[str, str]) -> str | None:
-    """The key of the only option whose text stands in the answer as whole words.
+    """The key of the only option whose text is in the answer as full words.
 
-    Case, punctuation and underscores do not count. An option that stands only inside a longer one that was found
+    Case, punctuation and underscores do not count. An option that is only inside a longer one that was found
     ("ten" in "more than ten") is not found.
     """
     given = f" {plain(text)} "

@@ -46,14 +46,14 @@ def words(text: str, record: Mapping[str, Any] | None = None) -> str | None:
 def _one_text(record: Mapping[str, Any]) -> str:
     given = record["reference"]
     if not isinstance(given, str) or not words(given):
-        raise MokaError(f"reference {given!r} holds no word; the spoken text is due.")
+        raise MokaError(f"reference {given!r} has no word; the spoken text is expected.")
     return words(given) or ""
 
 
 def _texts(record: Mapping[str, Any]) -> list[str]:
     given = record["reference"]
     if not isinstance(given, list) or not given or not all(isinstance(text, str) and words(text) for text in given):
-        raise MokaError(f"reference {given!r} is no list of captions; a list of one or more texts is due.")
+        raise MokaError(f"reference {given!r} is no list of captions; a list of one or more texts is expected.")
     return [words(text) or "" for text in given]
 
 

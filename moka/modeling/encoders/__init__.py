@@ -3,7 +3,7 @@
     values [items, *input_shape]  ->  encoder  ->  features [items, num_tokens, width]
 
 Three small ones are trained together with the adapter (`conv-image`, `patch-image`, `conv-audio`). The others are the
-encoders of published checkpoints, frozen unless told otherwise: `clip`, `siglip`, `dinov2`, `efficientnet` for pictures, `whisper`,
+encoders of published checkpoints, frozen unless the configuration says otherwise: `clip`, `siglip`, `dinov2`, `efficientnet` for pictures, `whisper`,
 `ast`, `hubert`, `wav2vec2` and `beats` for sound. None uses batch statistics: an item's features are the same whatever
 else is in its batch.
 """

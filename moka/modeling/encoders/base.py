@@ -101,7 +101,7 @@ class Encoder(nn.Module):
 
     @property
     def is_trained(self) -> bool:
-        """Whether any parameter requires a gradient; `modules_to_save` of peft trains copies of frozen encoders."""
+        """Return whether any parameter requires a gradient; `modules_to_save` of peft trains copies of frozen encoders."""
         return any(parameter.requires_grad for parameter in self.parameters())
 
     def train(self, mode: bool = True) -> Encoder:

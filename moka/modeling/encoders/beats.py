@@ -30,14 +30,14 @@ SHARED_FIRST = "encoder.layers.0.self_attn.relative_attention_bias.weight"
 class BeatsEncoder(TowerEncoder):
     """BEATs: the filter bank of a clip of `seconds` to one feature vector per patch of 160 ms x 16 bands.
 
-    Patches are in order of time, and within one time of frequency; frames beyond the last whole patch are left out.
+    Patches are in order of time, and within one time of frequency; frames beyond the last full patch are left out.
     Layer -1 is the model's output.
     """
 
     @dataclass
     class Config(TowerEncoder.Config):
         name_or_path: str | None = field(
-            default=None, metadata=about("the published checkpoint (a .pt file), or a folder with it alone")
+            default=None, metadata=about("the published checkpoint (a .pt file), or a folder with it only")
         )
         model_config: dict | None = field(
             default=None, metadata=about('the checkpoint\'s own "cfg"; filled in from name_or_path')
@@ -105,7 +105,7 @@ class BeatsEncoder(TowerEncoder):
 
 
 def read_checkpoint(name_or_path: str) -> tuple[Path, dict[str, Any], dict[str, torch.Tensor]]:
-    """The file, its "cfg" and its "model". Raises `MokaError` where there is none, or it holds something else."""
+    """The file, its "cfg" and its "model". Raises `MokaError` where there is none, or it has something else."""
     path = Path(name_or_path)
     if path.is_dir():
         files = sorted(path.glob("*.pt"))
@@ -152,7 +152,7 @@ def load_published(model: nn.Module, state: Mapping[str, torch.Tensor], source: 
                 raise MokaError(f"encoder 'beats': {source}: {key!r} differs from layer 0's, which all layers share.")
             continue
         if key not in expected:
-            raise MokaError(f"encoder 'beats': {source} holds {key!r}, which is no weight of a BEATs of its cfg.")
+            raise MokaError(f"encoder 'beats': {source} has {key!r}, which is no weight of a BEATs of its cfg.")
         if value.shape != expected[key]:
             raise wrong_shape("beats", source, key, value.shape, expected[key])
         kept[key] = value

@@ -3,7 +3,7 @@
     filter bank -> 16 x 16 patches -> layer norm -> linear -> + convolution over positions -> layer norm -> layers
 
 A layer is post-norm, with its residual scaled by (2 x layers) ** 0.25 ("deep norm"). Attention adds a bias by relative
-position, which only the first layer holds, times a gate that each layer computes from its queries.
+position, which only the first layer has, times a gate that each layer computes from its queries.
 
 Names of weights are those of the published checkpoints. Source: Chen et al., BEATs: Audio Pre-Training with Acoustic
 Tokenizers (2022); the gated bias: Chen et al., WavLM (2021).

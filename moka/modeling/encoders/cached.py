@@ -1,4 +1,4 @@
-"""Frozen encoders whose features were computed before (`moka cache`): training then runs their projectors alone."""
+"""Frozen encoders whose features were computed before (`moka cache`): training then runs their projectors only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .base import Encoder, features_name
 
 
 class CachedEncoder(nn.Module):
-    """In the place of a frozen encoder, whose features go to the projector as they are; it is never called.
+    """Instead of a frozen encoder, whose features go to the projector as they are; it is never called.
 
     It has no parameters, so nothing of the encoder is moved to a device, partitioned or run, on no process; a batch
     without the modality touches the projector by features of zeros. The encoder waits in ``encoder``.
@@ -20,7 +20,7 @@ class CachedEncoder(nn.Module):
 
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
-        self._aside = (encoder,)  # what lies in a tuple is no submodule
+        self._aside = (encoder,)  # what is in a tuple is no submodule
         self.name, self.kind, self.input_name = encoder.name, encoder.kind, features_name(encoder)
         self.num_tokens, self.width = encoder.num_tokens, encoder.width
         self.grid = getattr(encoder, "grid", None)
@@ -35,7 +35,7 @@ class CachedEncoder(nn.Module):
 
 
 def set_aside(model: Any, names: Iterable[str]) -> None:
-    """Put a `CachedEncoder` in the place of the encoders of these modalities of a composed model."""
+    """Put a `CachedEncoder` instead of the encoders of these modalities of a composed model."""
     for name in names:
         model.encoders[name] = CachedEncoder(model.encoders[name])
 

@@ -111,7 +111,7 @@ class EfficientNetLite0(nn.Module):
 
 
 class EfficientNetEncoder(Encoder):
-    """EfficientNet-Lite0's map before its classifier, averaged over the cells of a grid; frozen unless told otherwise.
+    """EfficientNet-Lite0's map before its classifier, averaged over the cells of a grid; frozen unless the configuration says otherwise.
 
     Batch norm always uses its running statistics, also where the encoder is trained: an item's features are the same
     whatever else is in its batch.

@@ -17,7 +17,7 @@ from .towers import TowerEncoder
 
 
 class VisionTower(Qwen2_5_VisionTransformerPretrainedModel):
-    """The tower and merger alone, out of a checkpoint of the whole model."""
+    """The tower and merger only, out of a checkpoint of the full model."""
 
     _keys_to_ignore_on_load_unexpected = [r"^model\.", r"^lm_head\."]  # the language model
 
@@ -45,7 +45,7 @@ class QwenVlEncoder(TowerEncoder):
 
     name, kind, input_name = "qwen2.5-vl", "image", "pixel_values"
     model_types = ("qwen2_5_vl",)
-    marks = ("<|vision_start|>", "<|vision_end|>")  # what stands around a picture in the checkpoint's own prompts
+    marks = ("<|vision_start|>", "<|vision_end|>")  # what is around a picture in the checkpoint's own prompts
     tiny_model = {
         **{"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 32},
         "fullatt_block_indexes": [1],
@@ -64,7 +64,7 @@ class QwenVlEncoder(TowerEncoder):
         size, cell = self.config.image_size, model_config.patch_size * model_config.spatial_merge_size
         if self.config.layer != -1:
             raise MokaError(
-                f"encoder 'qwen2.5-vl': given layer {self.config.layer}; its merger reads the last layer alone. Leave "
+                f"encoder 'qwen2.5-vl': given layer {self.config.layer}; its merger reads the last layer only. Leave "
                 "layer out."
             )
         if size % cell:

@@ -90,7 +90,7 @@ class HubertEncoder(TowerEncoder):
 
     A checkpoint with `feat_extract_norm: layer` was trained with padding masked: its input has a second row, 1 for
     sound and 0 for padding, and the features past the end of the sound are zeros. One with `group` was trained on
-    padding of zeros, and takes the waveform alone.
+    padding of zeros, and takes the waveform only.
 
     With `do_stable_layer_norm` (the large models) layer -1 is before the final layer norm. Layer drop and the masking
     of training inputs (SpecAugment) are off.

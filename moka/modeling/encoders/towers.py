@@ -1,4 +1,4 @@
-"""Encoders of published checkpoints: loading their weights with every one accounted for, frozen unless told otherwise."""
+"""Encoders of published checkpoints: loading their weights with every one accounted for, frozen unless the configuration says otherwise."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ class TowerEncoder(Encoder):
     model_types: ClassVar[tuple[str, ...]]  # `model_type` of the checkpoints that hold this encoder
     tiny_model: ClassVar[dict[str, Any]]  # a small `model_config` of the same architecture, of two layers
     kept_in_tiny: ClassVar[tuple[str, ...]] = ()  # keys of `model_config` that are of the architecture, not of its size
-    special_tokens: int = 0  # leading hidden states that stand for no part of the medium
+    special_tokens: int = 0  # leading hidden states that mean no part of the medium
     model: nn.Module
     unused: frozenset[str] | None = None  # names of parameters that the features do not depend on
 
     @classmethod
     def classes(cls, model_type: str | None) -> tuple[Any, Any]:
-        """The `transformers` configuration and model whose checkpoints are read; `model_type` tells variants apart."""
+        """The `transformers` configuration and model whose checkpoints are read; `model_type` distinguishes variants."""
         raise NotImplementedError
 
     @classmethod
@@ -69,7 +69,7 @@ class TowerEncoder(Encoder):
                 model_type = AutoConfig.from_pretrained(source, trust_remote_code=False).model_type
                 if model_type not in cls.model_types:
                     raise MokaError(
-                        f"encoder {cls.name!r}: {source!r} holds a model of type {model_type!r}; "
+                        f"encoder {cls.name!r}: {source!r} has a model of type {model_type!r}; "
                         f"expected {' or '.join(map(repr, cls.model_types))}."
                     )
                 model_config = cls.adjust(cls.classes(model_type)[0].from_pretrained(source))
@@ -163,7 +163,7 @@ def unused_parameters(encoder: TowerEncoder) -> frozenset[str]:
         node = nodes.pop()
         if node is not None and node not in seen:
             seen.add(node)
-            used.add(id(getattr(node, "variable", None)))  # leaves of the graph alone have one
+            used.add(id(getattr(node, "variable", None)))  # leaves of the graph only have one
             nodes += [inner for inner, _ in node.next_functions]
     return frozenset(name for name, p in encoder.named_parameters() if p.requires_grad and id(p) not in used)
 
@@ -172,7 +172,7 @@ def check_missing(name: str, source: str, missing: list[str]) -> None:
     if missing:
         raise MokaError(
             f"encoder {name!r}: {source!r} lacks weights of the encoder, such as {min(missing)!r}. Give a checkpoint "
-            "that holds all of them."
+            "that has all of them."
         )
 
 

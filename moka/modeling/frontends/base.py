@@ -1,4 +1,4 @@
-"""What every front end is, and the error for a medium of the wrong kind."""
+"""The interface of a front end, and the error for a medium of the wrong kind."""
 
 from __future__ import annotations
 

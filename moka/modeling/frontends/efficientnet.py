@@ -19,7 +19,7 @@ MEAN, STD = 127.0, 128.0
 class EfficientNetFrontEnd(FrontEnd):
     """Pictures of any size and mode for `efficientnet`: float32 [3, image_size, image_size] in -0.992 ... 1.
 
-    The whole picture is kept, with its aspect ratio; what is left of the square takes the colour of its border.
+    The full picture is kept, with its aspect ratio; what is left of the square takes the colour of its border.
     """
 
     image_size: int = 224

@@ -124,7 +124,7 @@ def _centre_of_mass(ink: np.ndarray) -> tuple[float, float]:
 
 
 def _is_centred(pixels: np.ndarray, size: int, box: int) -> bool:
-    """Whether a drawing has MNIST's form: its size, a black ground, ink within the box and centred to half a pixel."""
+    """Return whether a drawing has MNIST's form: its size, a black ground, ink within the box and centred to half a pixel."""
     if pixels.shape != (size, size) or not pixels.any() or border_colour(pixels[:, :, None])[0] > 0:
         return False
     rows, columns = np.flatnonzero(pixels.any(1)), np.flatnonzero(pixels.any(0))
@@ -160,14 +160,14 @@ class ProcessorFrontEnd(FrontEnd):
 
     @classmethod
     def read(cls, name_or_path: str | None, image_size: int) -> ProcessorFrontEnd:
-        """The preprocessing beside the weights, where it is there; else the published one at the model's size."""
+        """The preprocessing next to the weights, where it is there; else the published one at the model's size."""
         processor = cls.processor_class()(**cls.defaults(image_size))
         if name_or_path:
-            with contextlib.suppress(OSError):  # a folder with weights alone
+            with contextlib.suppress(OSError):  # a folder with weights only
                 processor = cls.processor_class().from_pretrained(name_or_path)
         settings = processor.to_dict()
         kept = {key: value for key, value in settings.items() if key not in ("image_processor_type", "processor_class")}
-        # as JSON holds them: lists, not tuples
+        # as JSON has them: lists, not tuples
         return cls(json.loads(json.dumps(cls.fitted(kept, image_size))))
 
     @classmethod
@@ -192,7 +192,7 @@ class ClipFrontEnd(ProcessorFrontEnd):
 
 
 class SiglipFrontEnd(ProcessorFrontEnd):
-    """Pictures for SigLIP: the whole picture stretched to a square, in -1 ... 1."""
+    """Pictures for SigLIP: the full picture stretched to a square, in -1 ... 1."""
 
     name: ClassVar[str] = "siglip"
 

@@ -13,9 +13,9 @@ from .pictures import ProcessorFrontEnd, to_8_bit
 
 
 class QwenVlFrontEnd(ProcessorFrontEnd):
-    """Pictures for Qwen2.5-VL: the whole picture stretched to a square, as float32 [patches, 2 * 3 * 14 * 14].
+    """Pictures for Qwen2.5-VL: the full picture stretched to a square, as float32 [patches, 2 * 3 * 14 * 14].
 
-    Patches are in the order of the checkpoint's own image processor, the four of a token together; each holds the
+    Patches are in the order of the checkpoint's own image processor, the four of a token together; each has the
     picture twice, for the two frames that the tower reads at once.
     """
 

@@ -132,7 +132,7 @@ class AstFrontEnd(FrontEnd):
 
     @classmethod
     def read(cls, name_or_path: str | None, frames: int, bins: int) -> AstFrontEnd:
-        """The extractor beside the weights, where it is there; its sizes are the model's."""
+        """The extractor next to the weights, where it is there; its sizes are the model's."""
         from transformers import ASTFeatureExtractor
 
         settings = _extractor_settings(ASTFeatureExtractor, name_or_path)
@@ -167,7 +167,7 @@ class WaveformFrontEnd(FrontEnd):
 
     @classmethod
     def read(cls, name_or_path: str | None, samples: int, masked: bool) -> WaveformFrontEnd:
-        """Normalises where the preprocessing beside the weights says so, and where there is none.
+        """Normalises where the preprocessing next to the weights says so, and where there is none.
 
         Raises:
             MokaError: a checkpoint of another sampling rate.
@@ -186,14 +186,14 @@ def _extractor_settings(extractor_class: Any, name_or_path: str | None) -> dict[
     with _narrow_bands():
         extractor = extractor_class()
         if name_or_path:
-            with contextlib.suppress(OSError):  # a folder with weights alone
+            with contextlib.suppress(OSError):  # a folder with weights only
                 extractor = extractor_class.from_pretrained(name_or_path)
     return extractor.to_dict()
 
 
 @contextlib.contextmanager
 def _narrow_bands() -> Iterator[None]:
-    """Kaldi's lowest mel bands are narrower than an FFT bin, as the published models expect; say nothing of it."""
+    """Kaldi's lowest mel bands are narrower than an FFT bin, as the published models expect; are silent of it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="At least one mel filter has all zero values")
         yield
@@ -221,7 +221,7 @@ class BeatsFrontEnd(FrontEnd):
 def kaldi_fbank(samples: np.ndarray) -> np.ndarray:
     """Logarithm of the power in 128 mel bands of 16 kHz sound: float [n] -> float32 [1 + (n - 400) // 160, 128].
 
-    Frames of 25 ms every 10 ms, whole ones alone; mean removed, pre-emphasis 0.97, Povey window, 512-point FFT, bands
+    Frames of 25 ms every 10 ms, full ones only; mean removed, pre-emphasis 0.97, Povey window, 512-point FFT, bands
     from 20 Hz to 8 kHz; no dither. What `torchaudio.compliance.kaldi.fbank` gives for the same settings.
     """
     from transformers.audio_utils import spectrogram

@@ -68,7 +68,7 @@ def test_ave_has_one_file_a_split_and_one_with_a_header_for_all():
     assert len(open_format("ave", FIXTURES / "ave", "all")) == 5
 
 
-def test_an_ave_video_without_a_sound_track_is_told_when_it_is_decoded():
+def test_an_ave_video_without_a_sound_track_is_reported_when_it_is_decoded():
     dataset = open_format("ave", FIXTURES / "ave", "all")
     decoded = decode_sample(dataset[0], video_frames=2)
     assert [kind for kind, _ in media_parts(decoded)] == ["video", "audio"]
@@ -94,7 +94,7 @@ def test_a_video_that_ave_lists_twice_gives_two_ids(editable):
         ("Bark", "1 field"),
     ],
 )
-def test_a_bad_line_of_ave_is_told_with_file_and_line(editable, line, words):
+def test_a_bad_line_of_ave_is_reported_with_file_and_line(editable, line, words):
     root = editable("ave")
     (root / "valSet.txt").write_text(f"Bark&valvideo001&good&1&9\n{line}\n")
     with pytest.raises(MokaError, match=re.escape(words)) as error:
@@ -157,7 +157,7 @@ def test_music_avqa_takes_lists_and_the_right_spelling_of_answer_too(editable):
         ({"video_id": True}, "field 'video_id' is True"),
     ],
 )
-def test_a_bad_record_of_music_avqa_is_told_with_file_and_record(editable, fields, words):
+def test_a_bad_record_of_music_avqa_is_reported_with_file_and_record(editable, fields, words):
     path = editable("music-avqa") / "avqa-val.json"
     change(path, 0, **fields)
     with pytest.raises(MokaError, match=re.escape(words)) as error:
@@ -173,7 +173,7 @@ def test_reasoning_comes_before_the_tagged_answer():
     assert files(first) == [(kind, "music-avqa-reasoning/videos/00000272.mp4") for kind in ("video", "audio")]
     # Other names for the same fields, and paths of another machine, of which the file's name is looked for.
     assert ask(second) == "Where is the flute?"
-    assert answer(second) == "The flute player stands on the left. <answer>left</answer>"
+    assert answer(second) == "The flute player is on the left. <answer>left</answer>"
     assert files(second) == [
         ("video", "music-avqa-reasoning/videos/00000272.mp4"),
         ("audio", "music-avqa-reasoning/audio/00000272.wav"),
@@ -182,7 +182,7 @@ def test_reasoning_comes_before_the_tagged_answer():
     assert "not checked against the published file" in dataset.format.about
 
 
-def test_a_record_without_reasoning_is_told(editable):
+def test_a_record_without_reasoning_is_reported(editable):
     path = editable("music-avqa-reasoning") / "train_samples_with_reasoning_avqa.json"
     change(path, 1, rationale=None)
     with pytest.raises(MokaError, match=r"record 2: field 'reasoning' or 'rationale'") as error:
@@ -198,7 +198,7 @@ def test_a_record_without_reasoning_is_told(editable):
         ("music-avqa-reasoning", "train_samples_with_reasoning_avqa.json"),
     ],
 )
-def test_a_folder_of_another_layout_is_told_with_the_files_looked_for(tmp_path, name, file):
+def test_a_folder_of_another_layout_is_reported_with_the_files_looked_for(tmp_path, name, file):
     with pytest.raises(MokaError, match="Expected under the root") as error:
         open_format(name, tmp_path)
     assert f"format {name}: looked for {tmp_path / file}" in str(error.value)

@@ -79,7 +79,7 @@ def test_the_media_of_the_fixtures_decode(name):
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
-def test_a_folder_of_another_layout_is_told_with_what_was_looked_for(tmp_path, name):
+def test_a_folder_of_another_layout_is_reported_with_what_was_looked_for(tmp_path, name):
     with pytest.raises(MokaError, match="Expected under the root") as error:
         open_format(name, tmp_path)
     assert f"format {name}: looked for {tmp_path}" in str(error.value)
@@ -95,7 +95,7 @@ def test_a_folder_of_another_layout_is_told_with_what_was_looked_for(tmp_path, n
         ("air-bench", {"tasks": "musik"}, "music"),
     ],
 )
-def test_an_unknown_value_of_an_option_is_told_with_the_nearest(name, option, nearest):
+def test_an_unknown_value_of_an_option_is_reported_with_the_nearest(name, option, nearest):
     with pytest.raises(MokaError, match=f"Did you mean '{nearest}'"):
         opened(name, **option)
 
@@ -114,7 +114,7 @@ def test_mme_asks_two_questions_of_each_picture_in_the_ten_perception_subtasks()
     assert len({sample["group"] for sample in samples}) == 10
 
 
-def test_mme_finds_pictures_beside_the_questions_and_in_a_folder_of_their_own():
+def test_mme_finds_pictures_next_to_the_questions_and_in_a_folder_of_their_own():
     dataset = opened("mme", tasks="all")
     assert len(dataset) == 28
     paths = files(dataset)
@@ -124,18 +124,18 @@ def test_mme_finds_pictures_beside_the_questions_and_in_a_folder_of_their_own():
     assert len(opened("mme", tasks="cognition")) == 8
 
 
-def test_mme_tells_of_odd_questions_and_of_a_line_without_an_answer(editable):
+def test_mme_says_of_odd_questions_and_of_a_line_without_an_answer(editable):
     root = editable("mme")
     path = root / "MME_Benchmark_release_version/count/000000000001.txt"
     path.write_text("How many? Please answer yes or no.\n")
     dataset = open_format("mme", root)
     assert dataset.notes == ("1 picture has an odd number of questions; the paper's protocol leaves out the last",)
-    with pytest.raises(MokaError, match="a question, a tab, and Yes or No are due") as error:
+    with pytest.raises(MokaError, match="a question, a tab, and Yes or No are expected") as error:
         dataset[2]
     assert str(error.value).startswith(f"{path}:1: ")
 
 
-def test_mme_without_one_subtask_is_told(editable):
+def test_mme_without_one_subtask_is_reported(editable):
     root = editable("mme")
     shutil.rmtree(root / "MME_Benchmark_release_version/OCR")
     with pytest.raises(MokaError, match=r"OCR/questions_answers_YN/\*\.txt or .*OCR/\*\.txt"):
@@ -162,7 +162,7 @@ def test_pope_reads_its_three_files_each_a_category():
         ('{"question_id": 1,', "not valid JSON"),
     ],
 )
-def test_a_bad_line_of_pope_is_told_with_file_and_line(editable, line, words):
+def test_a_bad_line_of_pope_is_reported_with_file_and_line(editable, line, words):
     path = editable("pope") / "coco_pope_random.json"
     with open(path, "a") as file:
         file.write(line + "\n")
@@ -171,7 +171,7 @@ def test_a_bad_line_of_pope_is_told_with_file_and_line(editable, line, words):
     assert str(error.value).startswith(f"{path}:3: ")
 
 
-def test_mmbench_asks_with_hint_and_lettered_options_and_holds_the_picture():
+def test_mmbench_asks_with_hint_and_lettered_options_and_has_the_picture():
     dataset = opened("mmbench")
     first, second = dataset
     assert ask(first) == f"Which color is shown?\nA. red\nB. green\nC. blue\n{LETTER_LINE}"  # D is nan
@@ -208,13 +208,13 @@ def test_mmbench_test_questions_have_no_answer_and_can_only_be_asked():
 @pytest.mark.parametrize(
     ("column", "value", "words"),
     [
-        ("answer", "D", "answer is 'D'; one of A, B, C is due"),
+        ("answer", "D", "answer is 'D'; one of A, B, C is expected"),
         ("image", "999", "image is '999'"),
         pytest.param("image", "é" * 80, "image is not base64", id="not ASCII"),
         pytest.param("image", "=a" * 40, "image is not base64", id="not base64"),
     ],
 )
-def test_a_bad_row_of_mmbench_is_told_with_file_and_row(editable, column, value, words):
+def test_a_bad_row_of_mmbench_is_reported_with_file_and_row(editable, column, value, words):
     path = editable("mmbench") / "mmbench_dev_20230712.tsv"
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t"))
@@ -228,7 +228,7 @@ def test_a_bad_row_of_mmbench_is_told_with_file_and_row(editable, column, value,
     assert str(error.value).startswith(f"{path}: row 1: ")
 
 
-def test_a_table_without_the_columns_of_mmbench_is_told(editable):
+def test_a_table_without_the_columns_of_mmbench_is_reported(editable):
     path = editable("mmbench") / "mmbench_dev_20230712.tsv"
     path.write_text("index\tquestion\tA\tB\n1\t?\tx\ty\n")
     with pytest.raises(MokaError, match="column image is missing"):
@@ -256,9 +256,9 @@ def test_seed_bench_asks_about_pictures_and_names_the_dimension():
         ({"data_type": None}, "field 'data_type' is missing"),
     ],
 )
-def test_a_bad_record_of_seed_bench_is_told_with_file_and_record(editable, fields, words):
+def test_a_bad_record_of_seed_bench_is_reported_with_file_and_record(editable, fields, words):
     path = editable("seed-bench") / "SEED-Bench.json"
-    edit(path, lambda whole: whole["questions"][1].update(fields))
+    edit(path, lambda full: full["questions"][1].update(fields))
     with pytest.raises(MokaError, match=re.escape(words)) as error:
         open_format("seed-bench", path.parent)[1]
     assert str(error.value).startswith(f"{path}: record 2: ")
@@ -283,7 +283,7 @@ def test_mmau_refers_to_the_text_of_the_right_option_and_carries_all():
         ({"task": None}, "field 'task' is missing"),
     ],
 )
-def test_a_bad_record_of_mmau_is_told_with_file_and_record(editable, fields, words):
+def test_a_bad_record_of_mmau_is_reported_with_file_and_record(editable, fields, words):
     path = editable("mmau") / "mmau-test-mini.json"
     edit(path, lambda records: records[0].update(fields))
     with pytest.raises(MokaError, match=re.escape(words)) as error:
@@ -302,12 +302,12 @@ def test_air_bench_turns_the_right_text_into_its_letter():
     assert dataset.notes == ("2 questions of other tasks than speech left out",)
 
 
-def test_air_bench_tells_sound_and_music_tasks_by_their_names():
+def test_air_bench_says_sound_and_music_tasks_by_their_names():
     assert files(opened("air-bench", tasks="sound")) == ["Audio_Grounding_AudioGrounding/c.flac"]  # listed as .wav
     assert files(opened("air-bench", tasks="music")) == ["Music_AQA_MUSIC-AVQA/d.wav"]
 
 
-def test_a_bad_record_of_air_bench_is_told_with_file_and_record(editable):
+def test_a_bad_record_of_air_bench_is_reported_with_file_and_record(editable):
     path = editable("air-bench") / "Foundation/Foundation_meta.json"
     edit(path, lambda records: records[1].update(answer_gt="never"))
     with pytest.raises(MokaError, match="field 'answer_gt' is 'never', which is none of the options") as error:

@@ -85,7 +85,7 @@ def test_of_the_mixed_file_each_format_reads_its_own_kind_and_says_what_it_left_
     assert [s["id"] for s in open_format("video-llava-image", root)] == [record["id"] for record in images]
 
 
-def test_video_llava_tells_a_record_whose_placeholder_is_absent_and_a_layout_that_is_wrong(tmp_path):
+def test_video_llava_says_a_record_whose_placeholder_is_absent_and_a_layout_that_is_wrong(tmp_path):
     record = {"id": "1", "video": "valley/1.mp4", "conversations": [{"from": "human", "value": "Describe."}]}
     (tmp_path / "valley.json").write_text(json.dumps([record]))
     with pytest.raises(MokaError, match=r"valley\.json: record 1: 1 video file listed, but 0 <video> placeholders"):
@@ -100,10 +100,10 @@ def test_each_caption_of_audiocaps_training_data_is_a_sample():
     dataset = open_format("audiocaps", AUDIOCAPS)
     assert [(s["id"], question(s), answer(s), s["reference"]) for s in dataset] == [
         ("91139", "Describe the sound.", "A low tone", ["A low tone"]),
-        ("58146", "Describe the sound.", "A tone that goes on", ["A tone that goes on"]),
+        ("58146", "Describe the sound.", "A tone that continues", ["A tone that continues"]),
         ("26853", "Describe the sound.", "A tone, higher than most", ["A tone, higher than most"]),
     ]
-    # Named by clip and start, by caption, and by clip alone in the common folder.
+    # Named by clip and start, by caption, and by clip only in the common folder.
     assert files(dataset) == ["audio/train/tone4000000_130.wav", "audio/train/58146.wav", "audio/-tone600_00.flac"]
     assert dataset.missing_media() == []
     assert all(next(media_parts(decode_sample(sample)))[1].rate == 8000 for sample in dataset)
@@ -124,14 +124,14 @@ def test_the_captions_of_a_test_clip_are_references_of_one_sample_and_a_lost_cli
     assert dataset.missing_media() == [f"{AUDIOCAPS / 'test.csv'}:7: audio {gone}: does not exist"]
 
 
-def test_the_place_of_the_sound_can_be_told():
+def test_the_place_of_the_sound_can_be_reported():
     dataset = open_format("audiocaps", AUDIOCAPS, "test", audio="clips/{split}/{youtube_id}.mp3")
     assert files(dataset) == ["clips/test/tone3000000.mp3", "clips/test/gone0000000.mp3"]
     with pytest.raises(MokaError, match=r"test\.csv:2: option audio is .*it may name \{split\}"):
         open_format("audiocaps", AUDIOCAPS, "test", audio="{name}.wav")[0]
 
 
-def test_mistakes_of_audiocaps_are_told_with_file_and_line(tmp_path):
+def test_mistakes_of_audiocaps_are_reported_with_file_and_line(tmp_path):
     with pytest.raises(MokaError, match=r"looked for .*val\.csv, .*dataset/val\.csv"):
         open_format("audiocaps", tmp_path, "val")
     path = tmp_path / "train.csv"
@@ -144,5 +144,5 @@ def test_mistakes_of_audiocaps_are_told_with_file_and_line(tmp_path):
     with pytest.raises(MokaError, match=r"train\.csv:4: field 'caption' is empty"):
         dataset[1]
     path.write_text(HEAD)
-    with pytest.raises(MokaError, match="holds no records"):
+    with pytest.raises(MokaError, match="has no records"):
         open_format("audiocaps", tmp_path)

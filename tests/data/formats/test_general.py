@@ -129,7 +129,7 @@ MISTAKES = {
     ),
     "one and many": (
         {"image": "a.png", "images": ["a.png"], "conversations": turns("<image>?", "x")},
-        "media stand under both 'image' and 'images'",
+        "media are under both 'image' and 'images'",
     ),
     "unknown role": ({"conversations": turns("?", "x", roles=("humam", "gpt"))}, "turn 0 is from 'humam'; allowed are"),
     "no turns": ({"conversations": []}, "a list with at least one turn"),
@@ -142,7 +142,7 @@ MISTAKES = {
 
 @pytest.mark.parametrize("name", ["llava-conversations", "sharegpt"])
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_bad_record_is_told_with_file_and_position(name, mistake, tmp_path):
+def test_a_bad_record_is_reported_with_file_and_position(name, mistake, tmp_path):
     record, words = MISTAKES[mistake]
     with pytest.raises(MokaError) as error:
         open_format(name, write(tmp_path, record))[0]
@@ -157,7 +157,7 @@ def test_other_fields_stay_with_the_sample(tmp_path):
     assert {key: sample[key] for key in sample if key != "messages"} == {"id": "3", "source": "web", "category": "ocr"}
 
 
-def test_media_listed_beside_messages_fill_the_parts_without_one(tmp_path):
+def test_media_listed_next_to_messages_fill_the_parts_without_one(tmp_path):
     content = [{"type": "image"}, {"type": "text", "text": "or"}, {"type": "image"}]
     record = {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "x"}]}
     sample = open_format("messages", write(tmp_path, {**record, "images": ["a.png", "b.png"]}))[0]
@@ -170,7 +170,7 @@ def test_media_listed_beside_messages_fill_the_parts_without_one(tmp_path):
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
-    """A folder as the Hub holds data sets: Parquet shards whose images are embedded bytes, marked as images."""
+    """A folder as the Hub has data sets: Parquet shards whose images are embedded bytes, marked as images."""
     datasets = pytest.importorskip("datasets")
     root = tmp_path_factory.mktemp("table")
     rows = {
@@ -244,18 +244,18 @@ def test_a_parquet_column_of_messages_is_read_past_its_nulls(tmp_path, parquet):
         ({"hub": "a/b", "file": "a.json"}, "hub and file name two sources"),
     ],
 )
-def test_options_that_do_not_go_together_are_told(options, words, tmp_path):
+def test_options_that_do_not_go_together_are_reported(options, words, tmp_path):
     with pytest.raises(MokaError, match=words):
         open_format("sharegpt", tmp_path, **options)
 
 
-def test_a_table_that_cannot_be_opened_is_told_in_one_line(table):
+def test_a_table_that_cannot_be_opened_is_reported_in_one_line(table):
     with pytest.raises(MokaError, match="split 'test' cannot be opened by `datasets`") as error:
         open_format("sharegpt", hub=str(table), split="test")
     assert "\n" not in str(error.value)
 
 
-def test_without_datasets_the_way_to_install_it_is_told(monkeypatch, table):
+def test_without_datasets_the_way_to_install_it_is_reported(monkeypatch, table):
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(MokaError, match=r"pip install 'moka-peft\[data\]'"):
         open_format("sharegpt", hub=str(table))

@@ -36,7 +36,7 @@ def test_llava_instruct_finds_its_images_among_those_of_coco():
     assert next(media_parts(decode_sample(dataset[0])))[1].size == (8, 6)
 
 
-def test_the_images_of_llava_instruct_may_lie_elsewhere(tmp_path):
+def test_the_images_of_llava_instruct_may_are_elsewhere(tmp_path):
     root, images = tmp_path / "llava", tmp_path / "images"
     root.mkdir()
     shutil.copy(LLAVA / "llava_instruct_150k.json", root)
@@ -48,7 +48,7 @@ def test_the_images_of_llava_instruct_may_lie_elsewhere(tmp_path):
     assert open_format("llava-instruct", root).missing_media() == []
 
 
-def test_llava_instruct_tells_a_bad_record_and_a_wrong_layout(tmp_path):
+def test_llava_instruct_says_a_bad_record_and_a_wrong_layout(tmp_path):
     (tmp_path / "detail_23k.json").write_text(json.dumps([{"id": "1", "image": "1.jpg"}]))
     with pytest.raises(MokaError, match=r"looked for .*llava_instruct_150k\.json, and found none"):
         open_format("llava-instruct", tmp_path)
@@ -104,7 +104,7 @@ def test_the_splits_of_a_okvqa_have_their_own_images_and_the_test_split_has_no_a
         ({"image_id": "x"}, "is not a record of format a-okvqa"),
     ],
 )
-def test_a_okvqa_tells_a_bad_record(change, words, tmp_path):
+def test_a_okvqa_says_a_bad_record(change, words, tmp_path):
     (record,) = json.loads((AOKVQA / "aokvqa_v1p0_train.json").read_text())
     (tmp_path / "aokvqa_v1p0_train.json").write_text(json.dumps([record, {**record, **change}]))
     dataset = open_format("a-okvqa", tmp_path)

@@ -1,4 +1,4 @@
-"""Opening a published layout: its mistakes are told, records are read when needed, and the page of formats is true."""
+"""Opening a published layout: its mistakes are reported, records are read when needed, and the page of formats is true."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def make(record):
         ({"media_root": "nowhere"}, ["media_root 'nowhere' is not a folder"]),
     ],
 )
-def test_each_mistake_of_opening_is_told_with_what_is_allowed(given, words):
+def test_each_mistake_of_opening_is_reported_with_what_is_allowed(given, words):
     name = given.pop("name", "audiocaps")
     with pytest.raises(MokaError) as error:
         open_format(name, given.pop("root", FIXTURES / "audiocaps"), **given)
@@ -73,9 +73,9 @@ def test_a_dataset_can_be_sent_to_spawned_loader_workers(name):
     assert list(pickle.loads(pickle.dumps(dataset))) == list(dataset)
 
 
-def test_what_a_reader_raises_is_told_with_the_place_of_the_record(tmp_path):
+def test_what_a_reader_raises_is_reported_with_the_place_of_the_record(tmp_path):
     def refuse(record):
-        raise MokaError("field 'label' is 7; 0 or 1 is due.")
+        raise MokaError("field 'label' is 7; 0 or 1 is expected.")
 
     with pytest.raises(MokaError, match=r"^tiny\.json: record 2: field 'label' is 7"):
         dataset_of(tmp_path, [{}, {}], refuse)[1]
@@ -110,7 +110,7 @@ def test_samples_are_checked_and_paths_stay_under_the_media_root(tmp_path):
     assert moved.missing_media() == [f"tiny.json: record 1: image {other.resolve() / 'a.png'}: does not exist"]
 
 
-def test_an_answer_is_required_unless_told_otherwise(tmp_path):
+def test_an_answer_is_required_unless_reported_otherwise(tmp_path):
     def ask(record):
         return {"messages": [{"role": "user", "content": "?"}]}
 
@@ -134,7 +134,7 @@ def test_a_json_array_gives_the_records_that_json_would(tmp_path, indent, mark):
     assert records.where(2) == f"{path}: record 3"
 
 
-def test_json_lines_are_told_by_their_line(tmp_path):
+def test_json_lines_are_reported_by_their_line(tmp_path):
     path = tmp_path / "rows.json"
     path.write_text('{"id": 1}\n\n{"id": 2}\n{"id": \n', "utf-8")
     records = JsonRecords(path)
@@ -161,14 +161,14 @@ def test_a_json_array_keeps_no_record_in_memory(tmp_path):
         ('"text"', "begins with"),
         ('[{"a": 1}, {"b": "x', "ends inside record 2: the file is cut"),
         ('[{"a": 1},', "ends inside record 2: the file is cut"),
-        ("[1, 2]", "after 0 records stands b'1, 2'"),
-        ('[{"a": 1} {"b": 2}]', "after 1 records stands b''"),
-        ('[{"a": 1}, 3, {"b": 2}]', "after 1 records stands b', 3,'"),
-        ('[{"a": 1}] [', "goes on after its JSON array"),
+        ("[1, 2]", "after 0 records is b'1, 2'"),
+        ('[{"a": 1} {"b": 2}]', "after 1 records is b''"),
+        ('[{"a": 1}, 3, {"b": 2}]', "after 1 records is b', 3,'"),
+        ('[{"a": 1}] [', "continues after its JSON array"),
         ('{"rows": [\n{"a": 1}]}', "neither a JSON array of records nor JSONL"),
     ],
 )
-def test_a_file_that_holds_no_records_is_told_when_it_is_opened(tmp_path, text, words):
+def test_a_file_that_has_no_records_is_reported_when_it_is_opened(tmp_path, text, words):
     path = tmp_path / "rows.json"
     path.write_text(text)
     with pytest.raises(MokaError) as error:
@@ -177,7 +177,7 @@ def test_a_file_that_holds_no_records_is_told_when_it_is_opened(tmp_path, text, 
     assert words in str(error.value)
 
 
-def test_a_record_that_is_not_json_is_told_with_its_position(tmp_path):
+def test_a_record_that_is_not_json_is_reported_with_its_position(tmp_path):
     path = tmp_path / "rows.json"
     path.write_text('[{"a": 1}, {"b": 1 2}]')
     records = JsonRecords(path)

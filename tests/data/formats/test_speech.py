@@ -72,7 +72,7 @@ def test_librispeech_may_keep_its_capitals_and_be_asked_otherwise():
         open_format("librispeech", FIXTURES / "librispeech", "dev-clean", case="upper")
 
 
-def test_an_absent_part_of_librispeech_is_told_with_its_archive(editable):
+def test_an_absent_part_of_librispeech_is_reported_with_its_archive(editable):
     root = editable("librispeech")
     shutil.rmtree(root / "LibriSpeech/train-other-500")
     with pytest.raises(MokaError, match=r"Unpack train-other-500\.tar\.gz") as error:
@@ -80,10 +80,10 @@ def test_an_absent_part_of_librispeech_is_told_with_its_archive(editable):
     assert str(root / "LibriSpeech/train-other-500/SPEAKER/CHAPTER") in str(error.value)
 
 
-def test_a_line_without_words_is_told_with_file_and_line(editable):
+def test_a_line_without_words_is_reported_with_file_and_line(editable):
     path = editable("librispeech") / "LibriSpeech/dev-clean/84/121123/84-121123.trans.txt"
     path.write_text("84-121123-0000\n")
-    with pytest.raises(MokaError, match="name and its words are due") as error:
+    with pytest.raises(MokaError, match="name and its words are expected") as error:
         open_format("librispeech", path.parents[4], "dev-clean")[0]
     assert f"{path}:1: " in str(error.value)
 
@@ -105,7 +105,7 @@ def test_gigaspeech_takes_the_cut_segments_of_one_subset():
     assert pickle.loads(pickle.dumps(dataset))[1] == dataset[1]
 
 
-def test_gigaspeech_chooses_another_subset_and_its_own_for_held_out_splits():
+def test_gigaspeech_chooses_another_subset_and_its_own_for_kept_out_splits():
     root = FIXTURES / "gigaspeech"
     assert len(open_format("gigaspeech", root, subset="{XL}")) == 3
     assert [s["id"] for s in open_format("gigaspeech", root, subset="s")] == ["AUD0000000003_S0000016"]
@@ -121,7 +121,7 @@ def test_gigaspeech_turns_punctuation_tags_into_characters_on_request():
     assert dataset[0]["reference"] == "AS THEY'RE LEAVING, CAN KASH PULL ZAHRA ASIDE REALLY QUICKLY?"
 
 
-def test_gigaspeech_in_parquet_holds_the_clips_themselves(table_cache):
+def test_gigaspeech_in_parquet_has_the_clips_themselves(table_cache):
     root = FIXTURES / "gigaspeech" / "parquet"
     dataset = open_format("gigaspeech", root)
     cut = open_format("gigaspeech", FIXTURES / "gigaspeech")
@@ -141,11 +141,11 @@ def test_parquet_files_in_several_folders_must_be_chosen_from(tmp_path):
         open_format("gigaspeech", tmp_path)
 
 
-def test_a_segment_without_text_is_told_with_its_place(editable):
+def test_a_segment_without_text_is_reported_with_its_place(editable):
     path = editable("gigaspeech") / "GigaSpeech.json"
-    whole = json.loads(path.read_text())
-    del whole["audios"][1]["segments"][0]["text_tn"]
-    path.write_text(json.dumps(whole))
+    full = json.loads(path.read_text())
+    del full["audios"][1]["segments"][0]["text_tn"]
+    path.write_text(json.dumps(full))
     with pytest.raises(MokaError, match="field 'text_tn' or 'text_tts' is missing") as error:
         open_format("gigaspeech", path.parent)
     assert str(error.value).startswith(f"{path}: record 2, segment 1: ")
@@ -177,18 +177,18 @@ def test_salmonn_leaves_out_other_corpora_unless_all_are_asked_for():
     ("fields", "words"),
     [({"task": "sing"}, "task 'sing' has no instruction"), ({"path": None}, "field 'path' is missing")],
 )
-def test_a_bad_record_of_salmonn_is_told_with_file_and_record(editable, fields, words):
+def test_a_bad_record_of_salmonn_is_reported_with_file_and_record(editable, fields, words):
     path = editable("salmonn") / "salmonn_stage2_data.json"
-    whole = json.loads(path.read_text())
-    whole["annotation"][2].update(fields)
-    (path.parent / "mine.json").write_text(json.dumps(whole))
+    full = json.loads(path.read_text())
+    full["annotation"][2].update(fields)
+    (path.parent / "mine.json").write_text(json.dumps(full))
     with pytest.raises(MokaError, match=re.escape(words)) as error:
         open_format("salmonn", path.parent, annotation="mine.json")[2]
     assert str(error.value).startswith(f"{path.parent / 'mine.json'}: record 3: ")
 
 
 @pytest.mark.parametrize(("name", "file"), [("gigaspeech", "GigaSpeech.json"), ("salmonn", "salmonn_stage2_data.json")])
-def test_a_folder_of_another_layout_is_told_with_the_files_looked_for(tmp_path, name, file):
+def test_a_folder_of_another_layout_is_reported_with_the_files_looked_for(tmp_path, name, file):
     with pytest.raises(MokaError, match="Expected under the root") as error:
         open_format(name, tmp_path)
     assert f"format {name}: looked for {tmp_path / file}" in str(error.value)
