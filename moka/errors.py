@@ -17,6 +17,10 @@ class MokaError(ValueError):
     """Bad input. The message names the thing, what was given, what is allowed, and the remedy."""
 
 
+class NotCachedError(MokaError):
+    """A medium whose features are not in the cache, or are those of another file."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint such as ``" Did you mean 'rank'?"`` for an unknown name, or an empty string when nothing is close."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

@@ -45,7 +45,7 @@ PROBLEMS = {
 
 @dataclass(frozen=True)
 class Problem:
-    """Return what is wrong with one sample: ``kind`` of `PROBLEMS`; ``text`` says where and what; ``file`` for media."""
+    """A fault of one sample: ``kind`` of `PROBLEMS`; ``text`` says where and what; ``file`` for media."""
 
     kind: str
     index: int
@@ -55,7 +55,7 @@ class Problem:
 
 @dataclass
 class CheckReport:
-    """Return what `check_samples` found.
+    """The result of `check_samples`.
 
     Attributes:
         name: of the data set.
@@ -204,7 +204,7 @@ def _readable(samples: Any, report: CheckReport, bar: Any) -> Iterator[tuple[int
 
 @dataclass(frozen=True)
 class _Facts:
-    """Return what is known of one medium: items for the encoder, or a problem's (kind, reason, file)."""
+    """The facts of one medium: items for the encoder, or a problem's (kind, reason, file)."""
 
     items: int = 0
     rate: int | None = None

@@ -42,7 +42,7 @@ _UNUSABLE = -1
 
 @dataclass(frozen=True)
 class Lengths:
-    """Return what the samples of a data set take.
+    """The lengths of the samples of a data set.
 
     Attributes:
         tokens: int64 [samples] tokens of each, media expanded, after its text was shortened to fit.

@@ -11,13 +11,12 @@ import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from moka.data.schema import map_media
-from moka.errors import MokaError, nearest
-from moka.features.cache import FeatureCache, NotCachedError
+from moka.errors import MokaError, NotCachedError, nearest
 from moka.io import append_jsonl, read_jsonl
 from moka.modeling.media import AudioFeatures, Waveform
 
@@ -30,6 +29,10 @@ from .media_io import (
     load_image,
     load_video,
 )
+
+if TYPE_CHECKING:
+    from moka.features.cache import FeatureCache
+
 
 __all__ = [
     "AudioWindows",
@@ -130,7 +133,7 @@ def decode_sample(
 
 @dataclass(frozen=True)
 class BadMediaPolicy:
-    """Return what to do about media files that cannot be used.
+    """The treatment of media files that cannot be used.
 
     Attributes:
         policy: ``"error"`` stops at the first; ``"skip"`` leaves bad samples out before the run begins (see

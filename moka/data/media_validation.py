@@ -16,19 +16,22 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tqdm import tqdm
 
 from moka.data.media import BadMediaPolicy, bad_media_record, decode_medium
 from moka.data.records import BAR_AFTER_S
 from moka.data.schema import map_media, media_parts
-from moka.errors import MokaError
-from moka.features.cache import FeatureCache, NotCachedError
+from moka.errors import MokaError, NotCachedError
 from moka.io import atomic_file
 
 from .audio_segments import AudioWindows
 from .media_io import BadMediaError
+
+if TYPE_CHECKING:
+    from moka.features.cache import FeatureCache
+
 
 T = TypeVar("T")
 _SHOWN = 3
@@ -37,7 +40,7 @@ _AHEAD = 4  # samples in work per worker: keeps all busy, and few decoded media 
 
 @dataclass(frozen=True)
 class SkipReport:
-    """Return what was left out of a data set.
+    """The samples that were left out of a data set.
 
     Attributes:
         name: of the data set, for messages.

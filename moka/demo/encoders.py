@@ -19,7 +19,7 @@ from moka.modeling.fields import about
 
 @dataclass
 class PictureConfig(Encoder.Config):
-    """Return what the small image encoders and their front end share."""
+    """The settings that the small image encoders and their front end share."""
 
     image_size: int = field(default=28, metadata=about("height and width of the picture, in pixels", minimum=1))
     grey: bool = field(default=True, metadata=about("one grey channel; False: red, green, blue"))

@@ -71,7 +71,7 @@ LAYOUTS = {
 
 @dataclass
 class Summary:
-    """Return what a conversion did, to be printed."""
+    """The report of a conversion, to be printed."""
 
     source: Path
     output: Path

@@ -28,7 +28,7 @@ from .verify import Checks, make_probes
 
 @dataclass
 class ExportReport:
-    """Return what was exported. Differences are those of the logits, as a part of the largest one."""
+    """The report of an export. Differences are those of the logits, as a part of the largest one."""
 
     format: str
     output: Path

@@ -27,7 +27,7 @@ _ROWS = ((5, 7), (3, 4), (8, 2))
 
 
 class VerificationError(MokaError):
-    """Return what was written is not what it should be."""
+    """Raised if what was written is not what it should be."""
 
 
 @dataclass(frozen=True)

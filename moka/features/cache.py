@@ -26,7 +26,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 from moka.data.media_io import BadMediaError, file_problem
-from moka.errors import MokaError
+from moka.errors import MokaError, NotCachedError
 from moka.modeling.media import AudioFeatures, Features, Waveform
 
 # Part of what a set is found by. Raise it when moka itself makes other features of the same media and settings (decoders,
@@ -40,10 +40,6 @@ _HEX = 32  # digits of a sha256 that are kept: 128 bits
 _NOWHERE = -1
 
 Stamp = tuple[int, int, int]
-
-
-class NotCachedError(MokaError):
-    """A medium whose features are not there, or not those of the file as it is now."""
 
 
 def stamp(path: str) -> Stamp:
@@ -307,7 +303,7 @@ class _OpenShards:
 
 
 class FeatureCache:
-    """Return what training reads: for each kind of medium whose encoder is frozen, the set that has its features."""
+    """The features that training reads: for each kind of medium whose encoder is frozen, the set that has its features."""
 
     def __init__(self, sets: Mapping[str, FeatureSet]) -> None:
         self.sets = dict(sets)

@@ -34,7 +34,7 @@ _AHEAD = 4  # media in work per thread: keeps all busy, and few decoded media in
 
 @dataclass
 class Done:
-    """Return what was done for one modality, by one process or by all."""
+    """The counts of what was done for one modality, by one process or by all."""
 
     media: int = 0
     computed: int = 0
@@ -109,7 +109,7 @@ class _Medium:
 
 @dataclass
 class _Seen:
-    """Return what a thread found of a medium; ``values`` are for the encoder, None where its features are there."""
+    """The result of a thread for a medium; ``values`` are for the encoder, None where its features are there."""
 
     at: Stamp | None = None
     identity: str | None = None

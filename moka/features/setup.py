@@ -17,13 +17,13 @@ from moka.data.media_io import BadMediaError
 from moka.data.records import BAR_AFTER_S
 from moka.data.schema import media_parts
 from moka.distributed import print_main
-from moka.errors import MokaError, counted
+from moka.errors import MokaError, NotCachedError, counted
 from moka.modeling import MokaForConditionalGeneration, MokaProcessor
 from moka.modeling.artifacts import plain
 from moka.modeling.configuration import MEDIA_TYPE_IDS
 from moka.modeling.encoders import Encoder, set_aside
 
-from .cache import FeatureCache, FeatureSet, NotCachedError, open_set, weights_sha256
+from .cache import FeatureCache, FeatureSet, open_set, weights_sha256
 
 # Of an encoder's configuration: where its weights come from, and whether they train, change no feature.
 _NOT_IN_KEY = ("name_or_path", "trainable")

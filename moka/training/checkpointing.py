@@ -35,7 +35,7 @@ _VISIBLE_WITHIN_S = 60.0
 
 @dataclass(frozen=True)
 class CheckpointMetadata:
-    """Return what ``checkpoint.json`` records of the run that wrote the checkpoint.
+    """The content of ``checkpoint.json``: facts of the run that wrote the checkpoint.
 
     Args:
         step: optimizer steps of its stage.

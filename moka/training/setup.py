@@ -49,7 +49,7 @@ from .trainer import training_arguments
 
 @dataclass
 class Run:
-    """Return what the stages of one run share: its configuration and folder, the data, the model and its processor."""
+    """The state that the stages of one run share: its configuration and folder, the data, the model and its processor."""
 
     config: RunConfig
     folder: RunFolder

@@ -28,7 +28,7 @@ def modalities(count: int) -> dict[str, list[int]]:
 
 @dataclass
 class Batch:
-    """Return what a forward takes; ``keep`` and ``targets`` are of the supervised positions only."""
+    """The arguments of a forward; ``keep`` and ``targets`` are of the supervised positions only."""
 
     ids: torch.Tensor  # [batch, seq]
     types: torch.Tensor  # [batch, seq] mm_token_type_ids

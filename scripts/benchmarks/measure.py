@@ -63,7 +63,7 @@ class Case:
 
 @dataclass
 class Point:
-    """Return what was measured of several variants in the same rounds."""
+    """The measurements of several variants in the same rounds."""
 
     settings: dict[str, Any]  # what says this point from the others of its level
     tokens: int = 0

@@ -14,8 +14,7 @@ from PIL import Image
 from moka.data.media import BadMediaError, BadMediaPolicy, DecodedDataset
 from moka.data.media_validation import Subset, find_usable, read_usable, try_media, usable_cores
 from moka.data.schema import check_sample, media_parts
-from moka.errors import MokaError
-from moka.features.cache import NotCachedError
+from moka.errors import MokaError, NotCachedError
 
 
 def samples(folder, count, bad=(), **more):

@@ -169,7 +169,7 @@ def test_workers_of_the_loader_live_on_when_all_are_signalled(
     assert str(checkpoint) in printed[0]
     assert "--resume" in printed[0]
     assert launch("one", "train", config, "--resume").returncode == 0
-    close_curve(tmp_path / "run", uninterrupted)
+    close_curve(tmp_path / "run", uninterrupted, resumes=1)
 
 
 @pytest.mark.slow
@@ -179,11 +179,11 @@ def test_two_processes_signalled_at_the_launcher_save_once_and_resume(
     changes = {**RAGGED, "training__per_device_train_batch_size": 2, "alignment__max_steps": 2}
     full = write_yaml(tmp_path / "full.yaml", tiny_config(tmp_path / "full", **changes))
     config = write_yaml(tmp_path / "run.yaml", tiny_config(tmp_path / "run", **changes))
-    done = launch("torchrun", "training_step,2,5,0,launcher,SIGTERM", "train", config, program=[DYING])
-    checkpoint = tmp_path / "run/checkpoints/stage2/checkpoint-6"
+    done = launch("torchrun", "training_step,2,6,0,launcher,SIGTERM", "train", config, program=[DYING])
+    checkpoint = tmp_path / "run/checkpoints/stage2/checkpoint-7"
     printed = [line for line in done.stderr.splitlines() if "moka: " in line]
     assert len(printed) == 1
-    assert "step 6" in printed[0]
+    assert "step 7" in printed[0]
     assert str(checkpoint) in printed[0]
     assert "--resume" in printed[0]
     assert done.returncode != 0
@@ -193,4 +193,4 @@ def test_two_processes_signalled_at_the_launcher_save_once_and_resume(
         done = launch("torchrun", "train", folder, *how)
         assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((tmp_path / "run/summary.json").read_text())["processes"] == 2
-    close_curve(tmp_path / "run", tmp_path / "full")
+    close_curve(tmp_path / "run", tmp_path / "full", resumes=1)
