@@ -42,3 +42,5 @@ def _is_command_line() -> bool:
 if not _is_command_line():  # `moka --help` does not wait for torch; a command imports what it needs
     # Register PeftType.MOKA with peft, and the model type "moka" with transformers' Auto classes.
     from . import adapter, modeling
+    from .adapter import MokaConfig, routing, turn_markers
+    from .modeling import MokaForConditionalGeneration, MokaProcessor

@@ -615,6 +615,8 @@ _NAMES = {
     type(None): "nothing",
 }
 
+_PLURALS = {int: "integers", float: "numbers", str: "texts", dict: "mappings"}
+
 
 def _type_name(option: Any) -> str:
     origin = typing.get_origin(option) or option
@@ -622,7 +624,7 @@ def _type_name(option: Any) -> str:
         return "text"
     inner = typing.get_args(option)
     if origin is list and inner and inner[0] in _NAMES:
-        return f"a list of {_NAMES[inner[0]].removeprefix('a ').replace('number', 'numbers').replace('text', 'texts')}"
+        return f"a list of {_PLURALS.get(inner[0], _NAMES[inner[0]])}"
     return _NAMES.get(origin, getattr(origin, "__name__", str(option)))
 
 

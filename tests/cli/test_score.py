@@ -79,7 +79,7 @@ def test_blank_lines_and_a_byte_order_mark_do_not_count(moka, file):
         ("", ["empty"]),
         ("\n\n", ["blank lines only"]),
         ('{"id": 1}\nnot json\n', [":2:", "not valid JSON"]),
-        ("[\n{}\n]\n", [":1:", "full object"]),
+        ("[\n{}\n]\n", [":1:", "complete object"]),
         ("[" * 100000, [":1:", "not valid JSON"]),
         (b"\xff\xfe", [":1:", "UTF-8"]),
         ('{"id": 1}\n', [":1:", "'prediction'", "missing"]),

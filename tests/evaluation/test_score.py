@@ -154,7 +154,7 @@ def test_mme_image_with_an_odd_number_of_questions():
     assert value(strict, "accuracy", category="count") == 50
     assert value(strict, "accuracy+", category="count") == 0
     assert paper["counts"]["questions dropped (the last of an odd image)"] == 2
-    assert paper["counts"]["images dropped full (one question)"] == 1
+    assert paper["counts"]["images dropped whole (one question)"] == 1
     assert value(paper, "score", category="count") == 200
     assert (paper["n"], paper["overall"]["n"]) == (4, 2)
 
@@ -267,7 +267,7 @@ def test_results_say_what_they_are():
     assert result["benchmark"] == "pope"
     assert result["protocol"]["name"] == "strict"
     assert result["protocol"]["version"] == "1"
-    assert "full word" in result["protocol"]["parsing"]
+    assert "whole word" in result["protocol"]["parsing"]
     assert set(result["overall"]["figures"]) == set(result["units"])
     assert "95 %" in result["intervals"]
 

@@ -184,7 +184,7 @@ def test_a_second_run_in_the_folder_is_refused_until_the_first_is_gone(trained_r
     with subprocess.Popen(
         command, stdin=-1, stdout=-1, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
     ) as other:
-        assert other.stdout.readline() == "held\n"
+        assert other.stdout.readline() == "kept\n"
         for how in ({"resume": True}, {"overwrite": True}, {}):
             with pytest.raises(MokaError, match=f"is being trained by process {other.pid} on "):
                 run_training(config, **how)

@@ -73,7 +73,7 @@ def listed_media(record: Mapping[str, Any]) -> dict[str, list[Any]]:
     for kind in MEDIA:
         one, many = record.get(kind), record.get(f"{kind}s")
         if one and many:
-            raise MokaError(f"media stand under both {kind!r} and '{kind}s'. Keep one of them.")
+            raise MokaError(f"media are under both {kind!r} and '{kind}s'. Keep one of them.")
         given = one or many or []
         found[kind] = [medium(item) for item in (given if isinstance(given, list) else [given])]
     return found

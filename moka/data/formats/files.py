@@ -189,6 +189,6 @@ def _check_between(text: bytes, due: bytes, path: Path, records: int) -> None:
     if text.strip() != due:
         wanted = "a comma and the next" if due else "nothing more"
         raise MokaError(
-            f"{path}: after {records} records stands {text.strip()[:20]!r}, where {wanted} is expected. A JSON array of objects "
+            f"{path}: after {records} records comes {text.strip()[:20]!r}, where {wanted} is expected. A JSON array of objects "
             "is expected. Correct the file."
         )

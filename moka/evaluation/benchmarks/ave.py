@@ -40,7 +40,7 @@ def _reference(record: Mapping[str, Any]) -> Labels:
         raise MokaError(f"reference event {event!r} is not known; allowed are AVE's 28 names.{hint}")
     for second in (start, end):
         if not isinstance(second, int) or isinstance(second, bool):
-            raise MokaError(f"reference second {second!r} is no whole number; {due}.")
+            raise MokaError(f"reference second {second!r} is no integer; {due}.")
     if not 0 <= start <= end <= SEGMENTS:
         raise MokaError(
             f"reference seconds {start} to {end} are no range; 0 <= start <= end <= {SEGMENTS} is expected."

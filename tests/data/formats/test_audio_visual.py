@@ -173,7 +173,7 @@ def test_reasoning_comes_before_the_tagged_answer():
     assert files(first) == [(kind, "music-avqa-reasoning/videos/00000272.mp4") for kind in ("video", "audio")]
     # Other names for the same fields, and paths of another machine, of which the file's name is looked for.
     assert ask(second) == "Where is the flute?"
-    assert answer(second) == "The flute player is on the left. <answer>left</answer>"
+    assert answer(second) == "The flute player stands on the left. <answer>left</answer>"
     assert files(second) == [
         ("video", "music-avqa-reasoning/videos/00000272.mp4"),
         ("audio", "music-avqa-reasoning/audio/00000272.wav"),

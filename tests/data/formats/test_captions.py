@@ -100,7 +100,7 @@ def test_each_caption_of_audiocaps_training_data_is_a_sample():
     dataset = open_format("audiocaps", AUDIOCAPS)
     assert [(s["id"], question(s), answer(s), s["reference"]) for s in dataset] == [
         ("91139", "Describe the sound.", "A low tone", ["A low tone"]),
-        ("58146", "Describe the sound.", "A tone that continues", ["A tone that continues"]),
+        ("58146", "Describe the sound.", "A tone that goes on", ["A tone that goes on"]),
         ("26853", "Describe the sound.", "A tone, higher than most", ["A tone, higher than most"]),
     ]
     # Named by clip and start, by caption, and by clip only in the common folder.
