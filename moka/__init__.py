@@ -19,7 +19,18 @@ _LAZY = {
     "load_base": "moka.inference",
 }
 
-__all__ = ["MokaError", "adapter", "modeling", *_LAZY]
+__all__ = [
+    "MokaConfig",
+    "MokaError",
+    "MokaForConditionalGeneration",
+    "MokaProcessor",
+    "adapter",
+    "load",
+    "load_base",
+    "modeling",
+    "routing",
+    "turn_markers",
+]
 
 
 def __getattr__(name: str):
