@@ -1,4 +1,4 @@
-"""What the processes of a run share, on a group of one."""
+"""Functions common to the processes of a run, on a group of one."""
 
 import weakref
 

@@ -1,4 +1,4 @@
-"""What an adapted model keeps of its own, what keeps it alive, and copies of it."""
+"""The state of an adapted model, what keeps it alive, and copies of it."""
 
 import copy
 import gc

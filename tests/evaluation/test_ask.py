@@ -135,9 +135,9 @@ def test_bad_media_end_the_evaluation_or_count_as_wrong(spoilt, tmp_path):
     assert "1.png" in records[1]["error"]
     assert [record["reference"] for record in records] == ["answer 0", "answer 1", "answer 2"]
     Image.new("L", (4, 4)).save(tmp_path / "1.png")  # corrected
-    mended = Echo()
-    records = asked(mended, tmp_path / "tolerant", spoilt, tolerate_bad_media=True)
-    assert mended.asked == ["question 1"]
+    repaired = Echo()
+    records = asked(repaired, tmp_path / "tolerant", spoilt, tolerate_bad_media=True)
+    assert repaired.asked == ["question 1"]
     assert [record["prediction"] for record in records] == ["question 0", "question 1", "question 2"]
 
 

@@ -1,4 +1,4 @@
-"""What leaves moka equals what was trained, as far as the format can hold it, and proves it before it is there."""
+"""Exports equal what was trained, as far as the format allows, and prove it before they appear.
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""What is logged and shown: right counts, gradients by part that add up, and a training that is the same without."""
+"""Logs and progress: right counts, gradients by part that add up, and a training that is the same without."""
 
 import importlib.util
 import io

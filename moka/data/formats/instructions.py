@@ -81,7 +81,7 @@ FORMATS = (
         layout=_LLAVA_LAYOUT,
         fields={
             "id": "a string",
-            "image": "file name of the COCO image; set media_root to the folder of the images where it lies elsewhere",
+            "image": "file name of the COCO image; set media_root to the folder of the images if it is elsewhere",
             "conversations": "LLaVA's: turns from human, with `<image>` in the first, and gpt",
         },
         read=_llava_instruct,
