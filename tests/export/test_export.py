@@ -1,4 +1,4 @@
-"""Exports equal what was trained, as far as the format allows, and prove it before they appear.
+"""Exports equal what was trained, as far as the format allows, and prove it before they appear."""
 
 import json
 import shutil
