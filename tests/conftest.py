@@ -147,7 +147,7 @@ def tiny_config(backbones):
             for parent in parents:
                 node = node.setdefault(parent, {})
             node[leaf] = value
-        if raw["data"]["validation"] is None and "training__eval_strategy" not in changes:
+        if raw["data"].get("validation") is None and "training__eval_strategy" not in changes:
             raw["training"]["eval_strategy"] = "no"
         return raw
 
