@@ -127,7 +127,7 @@ def create_set(cache: str | Path, name: str, settings: Mapping[str, Any], dtype:
 
 def remove_partial(folder: str | Path) -> None:
     """Remove what a killed `moka cache` left half-written. No other process may be writing the set."""
-    for left in Path(folder).glob("*.part"):
+    for left in (*Path(folder).glob("*.part"), *Path(folder).glob(".*.tmp")):
         left.unlink()
     sealed = {seal.with_suffix(".safetensors") for seal in Path(folder).glob("shard-*.json")}
     for shard in set(Path(folder).glob("shard-*.safetensors")) - sealed:

@@ -340,6 +340,7 @@ def test_killed_and_started_again_it_resumes(moka, many, write, launch, tmp_path
     deadline = time.monotonic() + 120
     while len(list(cache.glob("*/shard-*.json"))) < 2 and killed.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
+    killed.send_signal(signal.SIGSTOP)
     # Meanwhile no other may fill the folder.
     other = moka(*command(path, cache))
     killed.send_signal(signal.SIGKILL)
@@ -351,12 +352,12 @@ def test_killed_and_started_again_it_resumes(moka, many, write, launch, tmp_path
     assert 32 <= sealed < 80
     # What a process leaves that is killed while it writes.
     (folder,) = cache.glob("clip-*")
-    (folder / "shard-00077-000.safetensors.part").write_bytes(b"half")
+    (folder / ".shard-00077-000.safetensors.x1.tmp").write_bytes(b"half")
     again = moka(*command(path, cache))
     assert again.code == 0, again.err
     assert f"80 media: {80 - sealed} computed" in again.out
     assert f"{sealed} were there" in again.out
-    assert not list(cache.rglob("*.part"))
+    assert not list(cache.rglob(".*.tmp"))
     full = tmp_path / "full"
     assert moka(*command(path, full)).code == 0
     ours, theirs = features_in(cache), features_in(full)
@@ -400,7 +401,7 @@ def test_a_bad_file_on_one_process_stops_the_others(many, write, launch, tmp_pat
     (tmp_path / "many/9.png").write_bytes(b"no picture")
     program = tmp_path / "often.py"
     program.write_text(
-        "from moka.cli.main import main\nfrom moka.training import filling\nfilling._TOGETHER = 10\nraise SystemExit(main())\n"
+        "from moka.cli.main import main\nfrom moka.features import extract\nextract._TOGETHER = 10\nraise SystemExit(main())\n"
     )
     path, cache = write(many), tmp_path / "cache"
     done = launch("torchrun", *command(path, cache), program=[program])
