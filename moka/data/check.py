@@ -227,9 +227,8 @@ class _Look:
         file = medium if isinstance(medium, str) else None
         if isinstance(medium, (str, bytes)) and (reason := file_problem(medium)):
             return _Facts(problem=("missing", reason, file))
-        rates: Counter[int] = Counter()
         try:
-            decoded = decode_medium(kind, medium, self.video_frames, rates=rates)
+            decoded = decode_medium(kind, medium, self.video_frames)
         except BadMediaError as error:
             return _Facts(problem=("decoding", error.reason, file))
         items = decode_medium(kind, decoded, windows=self.windows)
@@ -245,9 +244,9 @@ class _Look:
                 front_end(item)
         except MokaError as error:
             return _Facts(problem=("encoder", str(error), file))
-        return self._sound(name, decoded, items, next(iter(rates), None))
+        return self._sound(name, decoded, items)
 
-    def _sound(self, name: str, decoded: Any, items: Any, rate: int | None) -> _Facts:
+    def _sound(self, name: str, decoded: Any, items: Any) -> _Facts:
         if not isinstance(decoded, Waveform):
             return _Facts(len(items))
         wanted = sampling_rate(self.processor.front_ends[name])
@@ -255,8 +254,8 @@ class _Look:
         longest = max(len(item.samples) / item.rate for item in items)
         return _Facts(
             items=len(items),
-            rate=rate or decoded.rate,
-            resampled=wanted is not None and (rate or decoded.rate) != wanted,
+            rate=decoded.rate,
+            resampled=wanted is not None and decoded.rate != wanted,
             cut=seconds is not None and longest > seconds + 1e-6,
         )
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,9 +56,7 @@ def decode_medium(
     kind: str,
     medium: Any,
     video_frames: int = 10,
-    audio_rate: int | None = None,
     windows: AudioWindows | None = None,
-    rates: Counter[int] | None = None,
     features: FeatureCache | None = None,
 ) -> Any:
     """One medium of a sample, decoded; arguments as for `decode_sample`.
@@ -77,7 +74,7 @@ def decode_medium(
         if kind == "video":
             return load_video(medium, video_frames)
         ready_made = isinstance(medium, str) and medium.lower().endswith(".npy")
-        decoded: Any = load_features(medium) if ready_made else load_audio(medium, audio_rate, rates)
+        decoded: Any = load_features(medium) if ready_made else load_audio(medium)
     else:
         decoded = medium
     if windows is None or kind != "audio":
@@ -94,9 +91,7 @@ def decode_medium(
 def decode_sample(
     sample: dict[str, Any],
     video_frames: int = 10,
-    audio_rate: int | None = None,
     audio_windows: AudioWindows | None = None,
-    rates: Counter[int] | None = None,
     features: FeatureCache | None = None,
 ) -> dict[str, Any]:
     """A copy of a checked sample with every path, and the bytes of every encoded file, replaced by its decoded medium.
@@ -106,9 +101,7 @@ def decode_sample(
     Args:
         sample: from `moka.data.schema.check_sample`, with paths that can be opened.
         video_frames: images taken from each video.
-        audio_rate: Hz that sound is resampled to; each file's own rate by default.
         audio_windows: the windows that each clip is cut into: an audio part becomes a list of `Waveform`.
-        rates: where to count each sound file under its own rate (Hz).
         features: computed before; media of their kinds become lists of `Features` and are not decoded.
 
     Raises:
@@ -118,7 +111,7 @@ def decode_sample(
 
     def decode(kind: str, medium: Any) -> Any:
         try:
-            return decode_medium(kind, medium, video_frames, audio_rate, audio_windows, rates, features)
+            return decode_medium(kind, medium, video_frames, audio_windows, features)
         except NotCachedError as error:
             raise MokaError(f"sample {sample['id']!r}: {error}") from error
         except BadMediaError as error:
@@ -169,11 +162,9 @@ class DecodedDataset:
         dataset: anything with ``len`` and indexing that gives checked samples, such as `JsonlDataset`.
         policy: what to do about bad media; `BadMediaPolicy` by default stops at the first.
         seed: of the substitutes.
-        video_frames, audio_rate, audio_windows, features: as for `decode_sample`.
+        video_frames, audio_windows, features: as for `decode_sample`.
         report_path: a JSONL file that collects the report. Without it the report and the budget are those of the
             process, and loader workers each have their own; with it all processes share them.
-
-    ``sampling_rates`` counts the sound files decoded by this process under their own rates (Hz).
 
     Raises:
         BadMediaError: on indexing, under ``"error"`` and ``"skip"``.
@@ -186,7 +177,6 @@ class DecodedDataset:
         policy: BadMediaPolicy | None = None,
         seed: int = 0,
         video_frames: int = 10,
-        audio_rate: int | None = None,
         report_path: str | os.PathLike[str] | None = None,
         audio_windows: AudioWindows | None = None,
         features: FeatureCache | None = None,
@@ -195,11 +185,9 @@ class DecodedDataset:
         self.policy = policy or BadMediaPolicy()
         self.seed = seed
         self.video_frames = video_frames
-        self.audio_rate = audio_rate
         self.audio_windows = audio_windows
         self.features = features
         self.report_path = None if report_path is None else Path(report_path)
-        self.sampling_rates: Counter[int] = Counter()
         self._seen: dict[int, dict[str, Any]] = {}
 
     def __len__(self) -> int:
@@ -226,9 +214,7 @@ class DecodedDataset:
         for _ in range(_TRIES):
             sample = self.dataset[tried]
             try:
-                return decode_sample(
-                    sample, self.video_frames, self.audio_rate, self.audio_windows, self.sampling_rates, self.features
-                )
+                return decode_sample(sample, self.video_frames, self.audio_windows, self.features)
             except BadMediaError as error:
                 self._record(tried, sample["id"], error)
                 if self.policy.policy != "substitute":

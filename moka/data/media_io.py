@@ -1,7 +1,8 @@
 """Readers of media files: images by Pillow, sound and video by PyAV, ready-made audio features from ``.npy``.
 
 Each takes a path, or the ``bytes`` of an encoded file (a cell of a Parquet or TSV table). A file that cannot be used
-raises `BadMediaError`, one line that names the file and what is wrong.
+raises `BadMediaError`, one line that names the file and the fault. Formats are recognised by content, and only those listed
+here are opened: none that names other files (playlists), none that is a program for an interpreter (EPS, PDF).
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import os
 import stat
 import time
 import warnings
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,48 +22,31 @@ from PIL import Image, ImageOps
 from moka.errors import MokaError
 from moka.modeling.media import AudioFeatures, Waveform
 
-# Containers whose header states the length, so that a shorter stream means a cut file. Ogg, MP3 and ADTS state none:
-# there a cut file cannot be reported from a shorter recording.
-_STATES_LENGTH = ("flac", "aiff", "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
-_PEAK_LIMIT = 10.0  # float sound overshoots 1.0 a little; beyond this its samples are integers in disguise
-_SLACK = 0.1  # share of the length, and seconds, that may lack before a file counts as cut
-# Formats are recognised by content and only these are opened: none that names other files (playlists), none that is a program
-# for an interpreter (EPS, PDF).
-_IMAGE_FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+_IMAGE_FORMATS = ["AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP"]
 _CONTAINERS = (
-    *("wav", "w64", "flac", "mp3", "ogg", "aac", "ac3", "aiff", "au", "caf", "amr", "opus", "wv", "tta"),
-    *(
-        "mov",
-        "mp4",
-        "matroska",
-        "webm",
-        "avi",
-        "mpegts",
-        "mpeg",
-        "mpegvideo",
-        "flv",
-        "asf",
-        "3gp",
-        "gif",
-        "h264",
-        "hevc",
-        "m4v",
-    ),
+    "wav,w64,flac,mp3,ogg,aac,ac3,aiff,au,caf,amr,opus,wv,tta,"
+    "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,3gp,gif,h264,hevc,m4v"
 )
+# Containers whose header states the length, so that a shorter stream means a cut file. Ogg, MP3 and ADTS state none:
+# there a cut file looks like a shorter recording.
+_STATES_LENGTH = ("flac", "aiff", "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 # Larger ones would take gigabytes once they are decoded or resized. They may be changed, as Pillow's MAX_IMAGE_PIXELS.
 MAX_AUDIO_SECONDS = 3600.0
 MAX_ASPECT_RATIO = 200.0
 MAX_DECODING_SECONDS = 600.0  # on one file
+_PEAK_LIMIT = 10.0  # float sound overshoots 1.0 a little; samples beyond this are integers that were not scaled
+_SLACK = 0.1  # share of the length, and seconds, that may be missing before a file counts as cut
+_GAP_S = (
+    0.1  # silence before or between sounds that is restored, as FFmpeg's min_hard_comp; codecs' own delays are shorter
+)
+_AUDIBLE = 1e-3
 _STREAMED_HEADER = 1 << 30  # bytes that a WAV header states if its writer did not know the length
+_SEEK_OVER_S = 2.0  # nearer targets usually share a group of pictures, which a seek would decode again
 # Of each channel in a downmix to mono, by FFmpeg's defaults (ITU-R BS.775): the centre in full, low-frequency effects not.
 _DOWNMIX = {"FL": 0.7071, "FR": 0.7071, "FC": 1.0, "LFE": 0.0}
 _DOWNMIX_OTHERS = 0.5
 # The layouts that FFmpeg takes for files that name no channels, by their number.
 _USUAL_LAYOUTS = {3: "2.1", 4: "4.0", 5: "5.0", 6: "5.1", 7: "6.1", 8: "7.1"}
-_LEAD_S = 0.05  # silence before the first sound that is restored; codecs' own delays are shorter
-_AUDIBLE = 1e-3
-_SEEK_OVER_S = 2.0  # nearer targets usually share a group of pictures, which a seek would decode again
-
 
 MediaFile = str | os.PathLike[str] | bytes
 
@@ -98,74 +81,80 @@ def file_problem(path: MediaFile) -> str | None:
 
 
 def load_image(path: MediaFile) -> Image.Image:
-    """Load an image file (path or bytes), upright by its EXIF orientation, in its own mode; of an animation, the first frame.
+    """Load an image (path or bytes), upright by its EXIF orientation, in its own mode; of an animation, the first frame.
 
     Raises:
-        BadMediaError: absent, empty, not an image, truncated, with more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``, or longer
-            than `MAX_ASPECT_RATIO` times its width.
+        BadMediaError: absent, empty, not an image, truncated, with more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``, or with
+            a longer side of more than `MAX_ASPECT_RATIO` times the shorter.
     """
-    _check_file(path)
-    try:
+    with _bad_media_errors(path, "an image"):
         Image.init()  # registers all formats
-        with Image.open(_opening(path), formats=[one for one in _IMAGE_FORMATS if one in Image.OPEN]) as image:
+        try:
+            opened = Image.open(_source(path), formats=[one for one in _IMAGE_FORMATS if one in Image.OPEN])
+        except Image.UnidentifiedImageError as error:
+            known = ", ".join(_IMAGE_FORMATS)
+            raise _bad(path, f"is not an image in one of the formats that are read: {known}") from error
+        with opened as image:
             _check_pixels(path, *image.size)
             image.load()
             try:
                 return ImageOps.exif_transpose(image)
             except Exception:  # damaged metadata; the pixels are there
                 return image.copy()
-    except (BadMediaError, MemoryError):
-        raise
-    except Image.DecompressionBombError as error:
-        raise _bad(path, f"is too large: {error}") from error
-    except Image.UnidentifiedImageError as error:
-        raise _bad(path, f"is not an image in one of the formats that are read: {', '.join(_IMAGE_FORMATS)}") from error
-    except Exception as error:  # on damaged data Pillow's readers raise SyntaxError, struct.error, KeyError and more
-        raise _bad(path, f"is a damaged or truncated image ({_one_line(error)})") from error
 
 
-def load_audio(path: MediaFile, rate: int | None = None, rates: Counter[int] | None = None) -> Waveform:
-    """Load the first audio stream of a sound or video file, mixed down to one channel.
+def load_audio(path: MediaFile, rate: int | None = None, track: int = 0) -> Waveform:
+    """Load an audio stream of a sound or video file, mixed down to one channel, from the start of the file.
 
     Args:
-        path: a file, or its bytes, of any container and codec that FFmpeg reads (wav, flac, mp3, ogg, mp4, ...).
+        path: a file, or its bytes, of a container listed above and any codec that FFmpeg reads (wav, flac, mp3, mp4, ...).
         rate: samples a second (Hz) to resample to; the file's own by default.
-        rates: where to count the file under its own rate (Hz).
+        track: number of the audio stream, from 0, in a file with several (languages, commentaries).
 
     Returns:
-        `Waveform` with float32 samples [n] in -1 ... 1 at ``rate``.
+        `Waveform` with float32 samples [n] in -1 ... 1 at ``rate``. Gaps in the stream, and what the file has before it, are
+        silence.
 
     Raises:
-        BadMediaError: absent, empty, no audio stream, damaged, or shorter than its header says (wav, flac, aiff, mp4;
-            the other containers do not say, or for all their streams together).
+        BadMediaError: absent, empty, no such audio stream, damaged, longer than `MAX_AUDIO_SECONDS`, or shorter than its
+            header says (wav, flac, aiff, mp4; the other containers do not say, or for all their streams together).
         MokaError: PyAV is not installed, or ``rate`` is not a positive integer.
     """
     if rate is not None and (not isinstance(rate, int) or rate <= 0):
         raise MokaError(f"rate is {rate!r}; a positive integer in Hz is expected, such as 16000.")
-    with _opened(path, "audio") as (container, stream):
+    chunks: list[np.ndarray] = []
+    loudest = seconds = lead = 0.0
+    with _opened(path, "audio", track) as (container, stream):
         resampler = _av().AudioResampler(format="fltp", rate=rate or stream.rate)
-        limit = MAX_AUDIO_SECONDS
-        chunks: list[np.ndarray] = []
-        seconds = loudest = 0.0
-        for frame in (*_frames(container, stream), None):
-            if frame is not None:
-                if not chunks and seconds == 0.0:
-                    # What begins later than the file's other streams has silence before it.
-                    lead = frame.time - (container.start_time or 0) / 1e6
-                    if lead > _LEAD_S:
-                        chunks.append(np.zeros(round(min(lead, limit) * (rate or stream.rate)), np.float32))
-                seconds += frame.samples / frame.sample_rate
-            if seconds > limit:
-                raise _bad(path, f"is longer than MAX_AUDIO_SECONDS ({limit:g} s)")
+        start = (container.start_time or 0) / 1e6
+
+        def resample(frame: Any) -> None:
+            nonlocal loudest
             for out in resampler.resample(frame):
                 if out is not None:
                     channels = out.to_ndarray()  # [channels, n]
                     loudest = max(loudest, float(np.abs(channels).max(initial=0)))
                     chunks.append(_to_mono(channels, [channel.name for channel in out.layout.channels]))
+
+        for frame in _frames(container, stream):
+            gap = frame.time - start - seconds
+            if gap <= _GAP_S:
+                gap = 0.0
+            lead = lead if chunks else gap
+            seconds += gap + frame.samples / frame.sample_rate
+            if seconds > MAX_AUDIO_SECONDS:
+                raise _bad(path, f"is longer than MAX_AUDIO_SECONDS ({MAX_AUDIO_SECONDS:g} s)")
+            if gap:
+                resample(None)  # the sound before the gap ends here
+                resampler = _av().AudioResampler(format="fltp", rate=rate or stream.rate)
+                chunks.append(np.zeros(round(gap * (rate or stream.rate)), np.float32))
+            resample(frame)
+        resample(None)
         if stream.duration is not None:
-            _check_length(path, container, float(stream.duration * stream.time_base), seconds)
+            _check_length(path, container, float(stream.duration * stream.time_base), seconds - lead)
         elif len(container.streams) == 1:  # mkv states only the length of the longest stream
             _check_length(path, container, (container.duration or 0) / 1e6, seconds)
+        own_rate = stream.rate
     samples = np.concatenate(chunks).astype(np.float32, copy=False) if chunks else np.zeros(0, np.float32)
     if not samples.size:
         raise _bad(path, "has no sound that can be decoded")
@@ -178,9 +167,7 @@ def load_audio(path: MediaFile, rate: int | None = None, rates: Counter[int] | N
         warnings.warn(
             f"{_name(path)}: its channels cancel each other in the downmix to mono, and leave silence.", stacklevel=2
         )
-    if rates is not None:
-        rates[stream.rate] += 1
-    return Waveform(np.clip(samples, -1.0, 1.0), rate or stream.rate)
+    return Waveform(np.clip(samples, -1.0, 1.0), rate or own_rate)
 
 
 def _to_mono(channels: np.ndarray, names: list[str]) -> np.ndarray:
@@ -194,23 +181,20 @@ def _to_mono(channels: np.ndarray, names: list[str]) -> np.ndarray:
 
 
 def load_features(path: MediaFile, kind: str = "mfcc") -> AudioFeatures:
-    """Audio features from a ``.npy`` file, or its bytes: floats [frames, bins], of the front end called ``kind``.
+    """Load audio features from a ``.npy`` file, or its bytes: floats [frames, bins], of the front end called ``kind``.
 
     Raises:
         BadMediaError: absent, empty, not a plain ``.npy`` array, truncated, not 2-D, not of floats, or not finite.
     """
-    _check_file(path)
-    try:
+    with _bad_media_errors(path, "an .npy array"):
         # Mapping compares the shape in the header with the size of the file before any memory is taken.
-        mapped = np.load(_opening(path), mmap_mode=None if isinstance(path, bytes) else "r", allow_pickle=False)
-    except Exception as error:  # of the header's parser, of zip files, of the file system
-        raise _bad(path, f"is not a readable .npy array ({_one_line(error)})") from error
-    if not isinstance(mapped, np.ndarray):
-        mapped.close()
-        raise _bad(path, "is an .npz archive; save one array with numpy.save")
-    given = f"{mapped.dtype} {list(mapped.shape)}"
-    values = np.array(mapped, dtype=np.float32) if mapped.ndim == 2 and mapped.dtype.kind == "f" else None
-    del mapped  # the traceback of an error would keep the file open
+        mapped = np.load(_source(path), mmap_mode=None if isinstance(path, bytes) else "r", allow_pickle=False)
+        if not isinstance(mapped, np.ndarray):
+            mapped.close()
+            raise _bad(path, "is an .npz archive; save one array with numpy.save")
+        given = f"{mapped.dtype} {list(mapped.shape)}"
+        values = np.array(mapped, dtype=np.float32) if mapped.ndim == 2 and mapped.dtype.kind == "f" else None
+        del mapped  # the traceback of an error would keep the file open
     if values is None or not values.size:
         raise _bad(path, f"has {given}; audio features are floats [frames, bins]")
     if not np.isfinite(values).all():
@@ -219,10 +203,10 @@ def load_features(path: MediaFile, kind: str = "mfcc") -> AudioFeatures:
 
 
 def load_video(path: MediaFile, frames: int = 10) -> list[Image.Image]:
-    """``frames`` RGB images from the first video stream of a file or its bytes, upright, at the middles of as many equal stretches of time.
+    """Load ``frames`` RGB images from the first video stream of a file or its bytes, upright.
 
-    Each is the frame nearest in time; a video with fewer frames repeats them. Long videos are sought through, not
-    decoded full.
+    Each is the frame nearest to the middle of one of as many equal stretches of the stream's time; a video with fewer frames
+    repeats them. In long videos the times are sought, and only the frames near them are decoded.
 
     Raises:
         BadMediaError: absent, empty, no video stream, damaged, or ending before its header says.
@@ -268,7 +252,7 @@ def _frames_near(container: Any, stream: Any, times: list[float]) -> Iterator[tu
 
 
 def _sought(container: Any, stream: Any, wanted: float) -> tuple[Iterator[Any], Any]:
-    """The frames from a key frame at or before ``wanted`` (seconds) on, and the first of them."""
+    """Return the frames from a key frame at or before ``wanted`` (seconds) on, and the first of them."""
     for earlier in (0.0, 10.0, wanted):  # seeking in MPEG-TS often lands too late
         container.seek(int((wanted - earlier) / stream.time_base), stream=stream)
         frames = _frames(container, stream)
@@ -276,6 +260,26 @@ def _sought(container: Any, stream: Any, wanted: float) -> tuple[Iterator[Any], 
         if first is not None and first.time <= wanted:
             break
     return frames, first
+
+
+@contextmanager
+def _bad_media_errors(path: MediaFile, what: str) -> Iterator[None]:
+    """Refuse a path that is no file, and turn whatever a decoder raises inside into one `BadMediaError`.
+
+    Decoders raise almost anything on damaged data: SyntaxError, struct.error and KeyError (Pillow), BadZipFile (NumPy).
+    """
+    if problem := file_problem(path):
+        raise _bad(path, problem)
+    try:
+        yield
+    except (MokaError, MemoryError):
+        raise
+    except Exception as error:
+        text = getattr(error, "strerror", None) or str(error)  # FFmpeg's str() repeats number and file
+        reason = " ".join(text.split()) or type(error).__name__
+        raise _bad(
+            path, f"cannot be decoded as {what}: damaged, truncated, or not in a format that is read ({reason})"
+        ) from error
 
 
 def _name(path: MediaFile) -> str:
@@ -287,19 +291,8 @@ def _bad(path: MediaFile, reason: str) -> BadMediaError:
     return BadMediaError(f"{file}: {reason}. Repair or replace the file, or remove the sample.", file, reason)
 
 
-def _opening(path: MediaFile) -> Any:
-    """Return what Pillow, NumPy and PyAV open: the path, or a file object over the bytes."""
+def _source(path: MediaFile) -> Any:
     return io.BytesIO(path) if isinstance(path, bytes) else os.fspath(path)
-
-
-def _one_line(error: BaseException) -> str:
-    text = getattr(error, "strerror", None) or str(error)  # FFmpeg's str() repeats number and file
-    return " ".join(text.split()) or type(error).__name__
-
-
-def _check_file(path: MediaFile) -> None:
-    if problem := file_problem(path):
-        raise _bad(path, problem)
 
 
 def _check_pixels(path: MediaFile, width: int, height: int) -> None:
@@ -323,16 +316,15 @@ def _av() -> Any:
 
 
 @contextmanager
-def _opened(path: MediaFile, kind: str) -> Iterator[tuple[Any, Any]]:
-    """The PyAV container of a file and its first stream of ``kind``; whatever FFmpeg raises inside becomes one line."""
+def _opened(path: MediaFile, kind: str, track: int = 0) -> Iterator[tuple[Any, Any]]:
+    """Give the PyAV container of a file and its stream of ``kind`` with the number ``track``."""
     av = _av()
-    _check_file(path)
-    _check_riff(path)
-    try:
-        in_memory = isinstance(path, bytes)
-        # "file:": a name with a colon is no address. Neither may the content name other files or addresses.
-        source = io.BytesIO(path) if isinstance(path, bytes) else f"file:{os.fspath(path)}"
-        options = {"protocol_whitelist": "none" if in_memory else "file", "format_whitelist": ",".join(_CONTAINERS)}
+    in_memory = isinstance(path, bytes)
+    # "file:": a name with a colon is no address. Neither may the content name other files or addresses.
+    source = io.BytesIO(path) if isinstance(path, bytes) else f"file:{os.fspath(path)}"
+    options = {"protocol_whitelist": "none" if in_memory else "file", "format_whitelist": _CONTAINERS}
+    with _bad_media_errors(path, kind):
+        _check_riff(path)
         with av.open(source, metadata_errors="ignore", options=options) as container:
             # The cover picture of a song is a video stream too.
             cover = av.stream.Disposition.attached_pic
@@ -340,22 +332,17 @@ def _opened(path: MediaFile, kind: str) -> Iterator[tuple[Any, Any]]:
             if not streams:
                 found = ", ".join(sorted({s.type for s in container.streams})) or "no streams at all"
                 raise _bad(path, f"has no {kind} stream (it has {found})")
-            stream = streams[0]
+            if not 0 <= track < len(streams):
+                raise _bad(path, f"has no {kind} track {track}; its {kind} tracks are 0 to {len(streams) - 1}")
+            stream = streams[track]
             if stream.codec_context is None:
                 raise _bad(path, f"has {kind} of a codec that this FFmpeg cannot decode")
             stream.codec_context.thread_count = 1  # loader workers are the parallelism; threads on top slow all down
             yield container, stream
-    except (MokaError, MemoryError):
-        raise
-    except Exception as error:  # of FFmpeg, and of PyAV on values that it does not expect
-        raise _bad(
-            path,
-            f"cannot be decoded as {kind}: damaged, truncated, or not in a format that is read ({_one_line(error)})",
-        ) from error
 
 
 def _frames(container: Any, stream: Any) -> Iterator[Any]:
-    """Decoded frames with time stamps. Like FFmpeg's own tools, passes over packets that are damaged."""
+    """Yield the decoded frames that have time stamps. Packets that are damaged are skipped, as FFmpeg's own tools do."""
     invalid = _av().error.InvalidDataError
     deadline = time.monotonic() + MAX_DECODING_SECONDS
     for packet in container.demux(stream):
@@ -396,13 +383,13 @@ def _video_span(path: MediaFile) -> tuple[float, float]:
 
 
 def _check_length(path: MediaFile, container: Any, stated: float, found: float) -> None:
-    """Compares the seconds found with those that the header states."""
+    """Refuse a file that has fewer seconds than its header states."""
     if container.format.name in _STATES_LENGTH and found < (1 - _SLACK) * stated - _SLACK:
         raise _bad(path, f"is truncated: {found:.2f} s can be decoded of the {stated:.2f} s that its header states")
 
 
 def _check_riff(path: MediaFile) -> None:
-    """A cut WAV or AVI file: FFmpeg silently takes the size of the file for the size stated in the header."""
+    """Refuse a cut WAV or AVI file: FFmpeg silently takes the size of the file for the size stated in the header."""
     if isinstance(path, bytes):
         head, size = path[:8], len(path)
     else:

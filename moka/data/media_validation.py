@@ -115,7 +115,6 @@ def find_usable(
     budget: float = 0.01,
     workers: int | None = None,
     video_frames: int = 10,
-    audio_rate: int | None = None,
     audio_windows: AudioWindows | None = None,
     features: FeatureCache | None = None,
     name: str = "data",
@@ -129,7 +128,7 @@ def find_usable(
         dataset: map-style, of checked samples with media as paths or bytes.
         budget: share of the samples that may be left out, as in `BadMediaPolicy`.
         workers: threads; decoding releases Python's lock. Default: the cores of this process.
-        video_frames, audio_rate, audio_windows: as the run will decode.
+        video_frames, audio_windows: as the run will decode.
         features: computed before; media of their kinds are looked up there, and neither decoded nor read from there.
         name: of the data set, for the progress bar and messages.
         share: (k, n): of n processes that try a part each, this is the k-th; `joined` puts their reports together, and
@@ -144,7 +143,7 @@ def find_usable(
             if features is not None and kind in features.kinds:
                 features.check(kind, medium)
             else:
-                decode_medium(kind, medium, video_frames, audio_rate, audio_windows)
+                decode_medium(kind, medium, video_frames, audio_windows)
         except (BadMediaError, NotCachedError) as error:
             return error
         return None

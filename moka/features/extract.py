@@ -246,6 +246,6 @@ class Filler:
     def _values(self, medium: _Medium) -> np.ndarray:
         """Return what the encoder takes of a medium: float32 [items, ...]."""
         source = self.samples
-        decoded = decode_medium(medium.kind, medium.value, source.video_frames, source.audio_rate, source.audio_windows)
+        decoded = decode_medium(medium.kind, medium.value, source.video_frames, source.audio_windows)
         items = decoded if isinstance(decoded, (list, tuple)) else [decoded]
         return np.stack([np.asarray(medium.job.front_end(item), np.float32) for item in items])

@@ -273,14 +273,14 @@ def bad_files(folder):
         "cut_web.mp4": (load_video, "is truncated: its video ends at"),
         "cut.mkv": (load_video, "is truncated"),
         "cut.avi": (load_video, "truncated"),
-        "cut.npy": (load_features, "not a readable .npy"),
+        "cut.npy": (load_features, "cannot be decoded"),
         "image.wav": (load_audio, "not in a format that is read"),
         "silent.mp4": (load_audio, "no audio stream (it has video)"),
         "song.wav": (load_video, "no video stream (it has audio)"),
         "flat.npy": (load_features, "float64 [5]; audio features are floats [frames, bins]"),
         "complete.npy": (load_features, "int64 [5, 2]"),
         "nan.npy": (load_features, "not finite"),
-        "pickle.npy": (load_features, "not a readable .npy"),
+        "pickle.npy": (load_features, "cannot be decoded"),
         "many.npy": (load_features, ".npz archive"),
         "playlist.mp4": (load_video, "cannot be decoded"),
     }
@@ -359,10 +359,10 @@ def test_decode_sample_replaces_each_path_by_its_medium(tmp_path):
     np.save(tmp_path / "x.npy", np.ones((7, 13)))
     kept = Image.new("RGB", (1, 1))
     first = asks("a", image=str(tmp_path / "x.png"), audio=str(tmp_path / "x.wav"), video=str(tmp_path / "x.mp4"))
-    image, sound, video = (medium for _, medium in media_parts(decode_sample(first, video_frames=4, audio_rate=16000)))
+    image, sound, video = (medium for _, medium in media_parts(decode_sample(first, video_frames=4)))
     assert image.size == (3, 2)
     assert isinstance(sound, Waveform)
-    assert sound.rate == 16000
+    assert sound.rate == 8000
     assert len(video) == 4
     second = decode_sample(asks("b", image=kept, audio=str(tmp_path / "x.npy")))
     image, features = (medium for _, medium in media_parts(second))
@@ -604,19 +604,6 @@ def test_windows_that_cannot_be_are_refused(given, words):
         AudioWindows.from_dict(given)
 
 
-@pytest.mark.parametrize("rate", [None, 16000])
-def test_decoding_counts_clips_by_their_own_rate(tmp_path, rate):
-    samples = []
-    for i, own in enumerate([8000, 44100, 8000, 16000]):
-        soundfile.write(tmp_path / f"{i}.wav", tone(0.1, own), own)
-        samples.append(asks(f"s{i}", audio=str(tmp_path / f"{i}.wav")))
-    dataset = DecodedDataset(samples, audio_rate=rate)
-    assert [waveform.rate for i in range(4) for _, waveform in media_parts(dataset[i])] == (
-        [rate] * 4 if rate else [8000, 44100, 8000, 16000]
-    )
-    assert dataset.sampling_rates == {8000: 2, 16000: 1, 44100: 1}
-
-
 def write_with_times(path, frame_times, sound_span=None, rate=5):
     """A video whose frames [k] of a grey ramp have these time stamps (seconds), with sound from and to given times."""
     with av.open(str(path), "w") as container:
@@ -734,3 +721,54 @@ def test_arrays_that_cannot_be_read_are_bad_media(tmp_path, content):
     (tmp_path / "x.npy").write_bytes(content)
     with pytest.raises(BadMediaError, match=r"x\.npy"):
         load_features(tmp_path / "x.npy")
+
+
+def test_a_gap_in_the_sound_is_silence(tmp_path):
+    path = tmp_path / "x.mkv"
+    with av.open(str(path), "w") as container:
+        audio = container.add_stream("pcm_s16le", rate=16000, layout="mono")
+        for at in (*range(0, 16000, 1600), *range(48000, 64000, 1600)):  # 0 to 1 s, 3 to 4 s
+            block = (tone(0.1, 16000)[None] * 32767).astype(np.int16)
+            frame = av.AudioFrame.from_ndarray(block, format="s16", layout="mono")
+            frame.rate, frame.pts, frame.time_base = 16000, at, Fraction(1, 16000)
+            container.mux(audio.encode(frame))
+        container.mux(audio.encode(None))
+    for rate in (16000, 8000):
+        samples = load_audio(path, rate).samples
+        assert len(samples) == pytest.approx(4 * rate, abs=20)
+        loud = [float(np.abs(samples[int(at * rate) : int((at + 0.5) * rate)]).max()) for at in (0.3, 1.4, 2.4, 3.3)]
+        np.testing.assert_allclose(loud, [0.5, 0, 0, 0.5], atol=0.03)
+
+
+def test_a_track_can_be_chosen(tmp_path):
+    path = tmp_path / "x.mkv"
+    with av.open(str(path), "w") as container:
+        streams = [container.add_stream("pcm_s16le", rate=8000, layout="mono") for _ in range(2)]
+        for stream, level in zip(streams, (1000, 20000), strict=True):
+            frame = av.AudioFrame.from_ndarray(np.full((1, 4000), level, np.int16), format="s16", layout="mono")
+            frame.rate, frame.pts, frame.time_base = 8000, 0, Fraction(1, 8000)
+            container.mux(stream.encode(frame))
+    for given, level in (({}, 1000), ({"track": 0}, 1000), ({"track": 1}, 20000)):
+        np.testing.assert_allclose(load_audio(path, **given).samples, level / 32768, atol=1e-4)
+    with pytest.raises(BadMediaError, match=r"track 2; its audio tracks are 0 to 1"):
+        load_audio(path, track=2)
+
+
+def test_a_sound_that_is_too_long_is_not_decoded_to_its_end(tmp_path, monkeypatch):
+    from moka.data import media_io
+
+    decoded = []
+    original = media_io._frames
+    monkeypatch.setattr(media_io, "_frames", lambda c, s: (decoded.append(f) or f for f in original(c, s)))
+    monkeypatch.setattr(media_io, "MAX_AUDIO_SECONDS", 1.0)
+    soundfile.write(tmp_path / "x.flac", np.zeros(16000 * 60, np.float32), 16000)
+    with pytest.raises(BadMediaError, match="MAX_AUDIO_SECONDS"):
+        load_audio(tmp_path / "x.flac")
+    assert sum(frame.samples for frame in decoded) < 16000 * 2
+
+
+def test_decoding_that_takes_too_long_is_ended(tmp_path, monkeypatch):
+    soundfile.write(tmp_path / "x.flac", tone(1.0, 16000), 16000)
+    monkeypatch.setattr("moka.data.media_io.MAX_DECODING_SECONDS", -1.0)
+    with pytest.raises(BadMediaError, match=r"x\.flac.*MAX_DECODING_SECONDS"):
+        load_audio(tmp_path / "x.flac")
