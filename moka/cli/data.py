@@ -176,7 +176,13 @@ def convert_source(arguments: argparse.Namespace) -> None:
     if arguments.format:
         if source and root:
             raise MokaError(f"moka data convert: the folder is {source!r} and --root {root!r}; give one of them.")
-        values = yaml.safe_load("\n".join(_option(option) for option in options)) or {}
+        try:
+            values = yaml.safe_load("\n".join(_option(option) for option in options)) or {}
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: dates and numbers that cannot be
+            reason = " ".join(str(error).split())
+            raise MokaError(
+                f"moka data convert: the options {' '.join(options)} are not valid YAML ({reason})."
+            ) from error
         mapping = {"format": arguments.format, "root": source or root, "split": arguments.split, **values}
         given: Any = {k: v for k, v in mapping.items() if v is not None}
     elif source is None or options:
@@ -213,7 +219,7 @@ def list_formats(arguments: argparse.Namespace) -> None:
     if name is None:
         width = max(map(len, FORMATS), default=0)
         for format in FORMATS.values():
-            print(f"{format.name.ljust(width)}  {format.about}")
+            print(f"{format.name.ljust(width)}  {'(experimental) ' if format.experimental else ''}{format.about}")
         return
     if name not in FORMATS:
         raise MokaError(f"Format {name!r} is not known; there are {', '.join(FORMATS)}.{nearest(name, FORMATS)}")
@@ -221,6 +227,8 @@ def list_formats(arguments: argparse.Namespace) -> None:
     print(f"{format.name}: {format.about}\n")
     splits = ", ".join(format.splits) + (", or any other" if format.any_split else "")
     print(f"media:   {', '.join(format.media)}\nsplits:  {splits} (default {format.splits[0]})")
+    if format.experimental:
+        print(f"experimental: {format.experimental} were not checked against the published files")
     if format.benchmark:
         print(f"scored:  moka score {format.benchmark} FILE")
     print(f"\nlayout:\n{indent(cleandoc(format.layout), '  ')}\n\nfields:")

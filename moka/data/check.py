@@ -37,7 +37,7 @@ PROBLEMS = {
     "missing": "media files absent, empty or unreadable",
     "decoding": "media that cannot be decoded",
     "encoder": "media that no encoder takes",
-    "template": "chats that the template refuses",
+    "template": "chats that the template or the tokenizer refuses",
     "too long": "samples too long, though their text is shortened",
     "unsupervised": "samples without a supervised token",
 }
@@ -294,6 +294,7 @@ def _media_problem(where: str, index: int, sample: dict[str, Any], seen: list[_F
 def _count_tokens(report: CheckReport, counter: MokaProcessor, where: str, index: int, sample: dict[str, Any]) -> None:
     """Return what the sample becomes in training: its length, and what is left when it has to be shortened."""
     try:
+        counter.check_chat(sample["messages"])
         encoded = counter.encode(sample["messages"])
         report.lengths.append(len(encoded["input_ids"]))
         report.media_tokens.append(sum(kind > 0 for kind in encoded["mm_token_type_ids"]))

@@ -7,13 +7,14 @@ open_samples(...)  ->  write_manifest: FILE.jsonl, paths relative to the media r
 from __future__ import annotations
 
 import errno
+import glob
 import io
 import json
 import os
 import shutil
 import struct
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,15 @@ from moka.data.check import place
 from moka.data.records import BAR_AFTER_S
 from moka.data.schema import map_media, media_parts
 from moka.errors import MokaError
+from moka.io import atomic_dir, atomic_file, disk_full_errors
 from moka.modeling.media import AudioFeatures, Waveform
 
 from .media_io import file_problem
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 
 MEDIA_MODES = ("copy", "link", "none")
 DATA = "data.jsonl"
@@ -73,20 +80,17 @@ def write_manifest(path: str | os.PathLike[str], samples: Any, indices: Sequence
             )
         return _relative(medium, root)
 
-    part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "w", encoding="utf-8") as file:
-            for index in indices:
-                file.write(_line(map_media(samples[index], relative)))
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with disk_full_errors(path), atomic_file(path) as part, open(part, "wb") as file:
+        for index in indices:
+            file.write(_line(map_media(samples[index], relative)))
     return root
 
 
 def convert(samples: Any, output: str | os.PathLike[str], media: str = "copy") -> Path:
-    """Writes every sample to ``output/data.jsonl``, and the media as ``media`` says; the folder appears when it is full.
+    """Write every sample to ``output/data.jsonl``, and the media as ``media`` says; the folder appears when it is complete.
+
+    Hidden folders of earlier conversions to ``output`` that were killed are removed.
 
     Args:
         samples: map-style, of checked samples with media as paths, bytes or decoded (drawings as PNG, MFCC as .npy,
@@ -108,22 +112,40 @@ def convert(samples: Any, output: str | os.PathLike[str], media: str = "copy") -
         raise MokaError(
             f"{output} is there already, and nothing is ever overwritten. Name another folder, or delete it."
         )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as made:
-        folder = Path(made) / "whole"
-        folder.mkdir()  # with the permissions of any new folder, which the temporary one lacks
+    for leftover in output.parent.glob(f".{glob.escape(output.name[:80])}.*.tmp"):
+        with _lock(leftover) as free:
+            if free:
+                shutil.rmtree(leftover, ignore_errors=True)
+    with atomic_dir(output) as folder, _lock(folder):
         writer = _MediaWriter(folder, media_root(samples), media)
-        with open(folder / DATA, "w", encoding="utf-8") as file:
+        with open(folder / DATA, "wb") as file:
             for index in tqdm(range(len(samples)), "converting", unit="sample", delay=BAR_AFTER_S, leave=False):
                 file.write(_line(writer.written(samples[index], f"{index:06d}", place(samples, index))))
-        if output.exists():
-            output.rmdir()
-        os.replace(folder, output)
+        if output.exists() and any(output.iterdir()):
+            raise MokaError(f"{output} was filled by another process in the meantime. Name another folder.")
     return output / DATA
 
 
+@contextmanager
+def _lock(folder: Path) -> Iterator[bool]:
+    """Lock a folder while the block runs, also against other processes; give False if another one has locked it."""
+    if fcntl is None or not folder.is_dir():
+        yield False
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        free = True
+    except OSError:
+        free = False
+    try:
+        yield free
+    finally:
+        os.close(descriptor)
+
+
 class _MediaWriter:
-    """Puts media into ``folder``; files named by several samples once."""
+    """A writer of media into ``folder``; files named by several samples are written once."""
 
     def __init__(self, folder: Path, root: Path | None, mode: str) -> None:
         self.folder, self.root, self.mode = folder, root, mode
@@ -216,5 +238,6 @@ def _relative(path: str, root: Path | None) -> str:
     return Path(path).relative_to(root).as_posix() if root and inside else path
 
 
-def _line(sample: dict[str, Any]) -> str:
-    return json.dumps(sample, ensure_ascii=False) + "\n"
+def _line(sample: dict[str, Any]) -> bytes:
+    # Half of a surrogate pair, which is no Unicode text, stays a JSON escape.
+    return json.dumps(sample, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"

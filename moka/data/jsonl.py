@@ -91,19 +91,15 @@ def index_lines(path: Path) -> tuple[array[int], array[int]]:
 
 
 def parse_line(line: bytes, where: str) -> Any:
-    """The JSON value of one line.
+    """Return the JSON value of one line.
 
     Raises:
-        MokaError: not UTF-8, or not JSON; opens with ``where``.
+        MokaError: not UTF-8, not JSON, nested too deep, or with a number of thousands of digits; opens with ``where``.
     """
     try:
         return json.loads(line.decode("utf-8-sig"))  # some editors open the file with a byte order mark
-    except UnicodeDecodeError as error:
-        raise MokaError(f"{where}: is not UTF-8 text ({error.reason}). Save the file as plain UTF-8 JSONL.") from error
-    except RecursionError as error:
-        raise MokaError(f"{where}: is not valid JSON: nested too deep. Correct or remove the line.") from error
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         hint = "Correct or remove the line."
         if line.strip() in (b"[", b"{") or line.lstrip().startswith(b"[{"):
             hint = "Each line must be one complete object: this looks like indented JSON or a JSON array."
-        raise MokaError(f"{where}: is not valid JSON: {error.msg} at column {error.colno}. {hint}") from error
+        raise MokaError(f"{where}: is not valid JSON, or not UTF-8 text ({error}). {hint}") from error

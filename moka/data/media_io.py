@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -276,7 +277,7 @@ def _bad_media_errors(path: MediaFile, what: str) -> Iterator[None]:
         raise
     except Exception as error:
         text = getattr(error, "strerror", None) or str(error)  # FFmpeg's str() repeats number and file
-        reason = " ".join(text.split()) or type(error).__name__
+        reason = shorten(text, 120) or type(error).__name__
         raise _bad(
             path, f"cannot be decoded as {what}: damaged, truncated, or not in a format that is read ({reason})"
         ) from error

@@ -1,17 +1,23 @@
 """``moka data``: check, show, convert and formats, on real picture and sound files."""
 
 import json
+import resource
 import shutil
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import yaml
 from PIL import Image
 
+from moka.data.convert import convert
 from moka.data.jsonl import JsonlDataset
 from moka.data.media import decode_sample, load_audio
 from moka.data.schema import media_parts
 from moka.data.sources import open_samples
+from moka.errors import MokaError
 from moka.modeling import build
 from moka.training import config_from_dict
 
@@ -230,8 +236,6 @@ def test_a_format_is_converted_with_its_options(moka, refused, tmp_path, folder)
 
 
 def test_bytes_and_sound_in_memory_become_files_of_the_same_content(tmp_path, folder):
-    from moka.data.convert import convert
-
     sound, picture = load_audio(folder / "0.wav"), (folder / "0.png").read_bytes()
     content = [{"type": "audio", "audio": sound}, {"type": "image", "image": picture}]
     convert([{"id": "a", "messages": [{"role": "user", "content": content}]}], tmp_path / "made")
@@ -241,6 +245,67 @@ def test_bytes_and_sound_in_memory_become_files_of_the_same_content(tmp_path, fo
     assert load_audio(wav).rate == sound.rate
     with open(png, "rb") as file:
         assert file.read() == picture
+
+
+def test_a_killed_conversion_leaves_nothing_after_the_next(tmp_path, folder):
+    code = """
+import os, signal, sys
+from moka.data import convert, jsonl
+class Killed(jsonl.JsonlDataset):
+    def __getitem__(self, index):
+        if index == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
+convert.convert(Killed(sys.argv[1]), sys.argv[2])
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(folder / "data.jsonl"), str(tmp_path / "made")])
+    assert done.returncode == -signal.SIGKILL
+    (leftover,) = tmp_path.glob(".made.*.tmp")
+    assert list(leftover.rglob("*.png"))
+    mine = tmp_path / ".mine.x.tmp"
+    mine.mkdir()
+    convert(JsonlDataset(folder / "data.jsonl"), tmp_path / "made")
+    assert {path.name for path in tmp_path.iterdir()} == {"media", "made", ".mine.x.tmp"}
+
+
+def test_the_folder_of_a_running_conversion_is_left_to_it(tmp_path, folder):
+    class Nested(JsonlDataset):
+        def __getitem__(self, index):
+            if index == 0:  # another conversion to the same folder begins
+                convert(JsonlDataset(folder / "data.jsonl"), tmp_path / "made")
+            return super().__getitem__(index)
+
+    with pytest.raises(MokaError, match="another process"):
+        convert(Nested(folder / "data.jsonl"), tmp_path / "made")
+    assert len(JsonlDataset(tmp_path / "made/data.jsonl")) == 8
+    assert {path.name for path in tmp_path.iterdir()} == {"media", "made"}
+
+
+def test_a_full_disk_is_reported_for_the_output_and_not_for_the_source(tmp_path, folder):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(MokaError, match=rf"^{tmp_path}/made .*disk"):
+            convert(JsonlDataset(folder / "data.jsonl"), tmp_path / "made")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path.name for path in tmp_path.iterdir()} == {"media"}
+
+
+def test_text_with_half_of_a_surrogate_pair_is_converted_and_named_by_check(moka, config, folder, tmp_path):
+    spoil(folder, lambda lines: lines[2]["messages"][0]["content"].append({"type": "text", "text": "\ud800"}))
+    done = moka("data", "check", config)
+    assert done.code == 1
+    assert "template: " in done.out
+    assert "data.jsonl:3" in done.out
+    convert(JsonlDataset(folder / "data.jsonl"), tmp_path / "made")
+    assert JsonlDataset(tmp_path / "made/data.jsonl")[2]["messages"][0]["content"][-1]["text"] == "\ud800"
+
+
+@pytest.mark.parametrize("option", ["file=[", "file=2026-13-45", "take=" + "9" * 5000])
+def test_options_that_are_no_yaml_are_one_line(refused, folder, tmp_path, option):
+    line = refused("data", "convert", folder, "--format", "messages", "--output", tmp_path / "made", option)
+    assert "options" in line
 
 
 def test_conversion_never_overwrites_and_leaves_nothing_half_written(refused, folder, tmp_path):

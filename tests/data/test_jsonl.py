@@ -65,7 +65,7 @@ def test_indented_json_is_recognised(tmp_path):
 def test_bytes_that_are_not_utf8_are_reported(tmp_path):
     path = tmp_path / "train.jsonl"
     path.write_bytes(b'{"id": "\xff"}\n')
-    with pytest.raises(MokaError, match=r"train\.jsonl:1: is not UTF-8"):
+    with pytest.raises(MokaError, match=r"train\.jsonl:1: .*utf-8"):
         JsonlDataset(path)[0]
 
 
@@ -140,3 +140,13 @@ def test_missing_media_lists_each_file_once_with_its_place_and_the_total(tmp_pat
 def test_a_short_check_shows_no_progress_bar(tmp_path, capfd):
     JsonlDataset(write(tmp_path / "train.jsonl", sample("a"))).missing_media()
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "content", ['{"id": ' + "9" * 5000 + "}", "[" * 100_000, '{"id": "\\ud8"}'], ids=["digits", "depth", "escape"]
+)
+def test_json_that_the_parser_refuses_is_reported_with_its_line(tmp_path, content):
+    path = write(tmp_path / "train.jsonl", sample("a"))
+    path.write_text(path.read_text() + content + "\n")
+    with pytest.raises(MokaError, match=r"train\.jsonl:2: "):
+        JsonlDataset(path)[1]

@@ -82,6 +82,8 @@ def _describe(format: Format) -> str:
     facts = [f"Media: {', '.join(format.media)}. Splits: {splits} (default `{format.splits[0]}`)."]
     if format.benchmark:
         facts.append(f"Scored by `moka score {format.benchmark}`.")
+    if format.experimental:
+        facts.append(f"Experimental: {format.experimental} were not checked against the published files.")
     text = [f"## {format.name}", "", _cell(format.about.removesuffix(".")) + ".", "", " ".join(facts), ""]
     text += ["```text", inspect.cleandoc(format.layout), "```", "", "| field | |", "|---|---|"]
     text += [f"| {_cell(name)} | {_cell(meaning)} |" for name, meaning in format.fields.items()]

@@ -112,7 +112,7 @@ def _listed(name: str, value: Any) -> list[Any]:
     if isinstance(value, str):
         try:
             given = ast.literal_eval(value.strip()) if value.strip().startswith("[") else [value]
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # what literal_eval names
             given = None
     if not isinstance(given, (list, tuple)):
         raise MokaError(f'field {name!r} is {value!r}; a list in a string, such as "[\\"ukulele\\"]", is expected.')
@@ -242,12 +242,10 @@ MUSIC_AVQA = Format(
 
 REASONING = Format(
     name="music-avqa-reasoning",
-    about="MUSIC-AVQA with reasoning before the answer, as the MokA authors train on it (GeWu-Lab/MokA); "
-    "the field names were not checked against the published file",
+    about="MUSIC-AVQA with reasoning before the answer, as the MokA authors train on it (GeWu-Lab/MokA)",
     media=("video", "audio"),
     splits=tuple(_AVQA_NAMES),
-    layout="train_samples_with_reasoning_avqa.json (val_..., test_...) and the videos as for music-avqa; the layout was not "
-    "checked against the published file",
+    layout="train_samples_with_reasoning_avqa.json (val_..., test_...) and the videos as for music-avqa",
     fields={
         "video_id": "name of the mp4; also vid or video",
         "question_id": "the sample's id; also id",
@@ -258,6 +256,7 @@ REASONING = Format(
         "video_path": "used in place of video_id where it is there",
         "audio_path": "the sound, where it is a file of its own; else the video's",
     },
+    experimental="file names, folders and field names",
     read=_read_reasoning,
     options={
         "videos": _VIDEOS_OPTION,

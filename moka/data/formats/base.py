@@ -51,6 +51,8 @@ class Format:
         options: option -> (default, help); ``read`` takes them as keyword arguments.
         benchmark: the scorer (`moka score`) that its predictions go to, where it has one.
         any_split: whether other split names are allowed too (the files of the user decide).
+        experimental: what was not checked against the published files; None if the layout follows the publisher's own
+            description or code.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Format:
     options: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
     benchmark: str | None = None
     any_split: bool = False
+    experimental: str | None = None
 
 
 def find_file(root: Path, *candidates: str, format: Format | str, layout: str = "") -> Path:

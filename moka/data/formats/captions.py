@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import zlib
 from collections.abc import Sequence
 from functools import partial
@@ -14,6 +13,7 @@ from tqdm import tqdm
 from moka.data.formats.base import Format, Rows, find_file
 from moka.data.formats.files import JsonRecords
 from moka.data.formats.general import llava
+from moka.data.formats.questions import csv_rows
 from moka.data.media_validation import Subset
 from moka.data.records import BAR_AFTER_S
 from moka.errors import MokaError
@@ -74,18 +74,13 @@ def _audiocaps(root: Path, split: str, *, question: Any, audio: str | None) -> R
     path = find_file(root, f"{split}.csv", f"dataset/{split}.csv", format="audiocaps", layout=_LAYOUTS["audio"])
     clips: dict[str, dict[str, Any]] = {}
     lines: list[int] = []
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        if absent := [column for column in _COLUMNS if column not in (reader.fieldnames or ())]:
-            given = ", ".join(reader.fieldnames or ()) or "nothing"
-            raise MokaError(f"{path}: the first line names {given}; of the columns due lacks {', '.join(absent)}.")
-        for row in reader:
-            # Training rows are samples of their own; the five captions of a test clip are references of one sample.
-            key = row["audiocap_id"] if split == "train" else f"{row['youtube_id']}_{row['start_time']}"
-            if key not in clips:
-                clips[key] = {**row, "id": key, "captions": []}
-                lines.append(reader.line_num)
-            clips[key]["captions"].append(row["caption"])
+    for number, row in csv_rows(path, _COLUMNS):
+        # Training rows are samples of their own; the five captions of a test clip are references of one sample.
+        key = row["audiocap_id"] if split == "train" else f"{row['youtube_id']}_{row['start_time']}"
+        if key not in clips:
+            clips[key] = {**row, "id": key, "captions": []}
+            lines.append(number)
+        clips[key]["captions"].append(row["caption"])
     make = partial(_clip, root=root, split=split, question=question, audio=audio)
     return Rows(list(clips.values()), make, partial(_line, path, lines), root)
 
@@ -152,6 +147,7 @@ def _video_llava_format(kind: str, about: str) -> Format:
             kind: "a path",
             "conversations": f"LLaVA's: one question with `<{kind}>`, and the caption as the answer",
         },
+        experimental="file names",
         read=partial(_video_llava, name, kind, _FILES[kind]),
         options={
             "file": (None, "the annotation file, relative to the root; by default the first of those in the layout"),
@@ -167,12 +163,11 @@ FORMATS = (
     _video_llava_format(
         "image",
         "Image captions of LLaVA's pretraining data, as Video-LLaVA publishes them "
-        "(github.com/PKU-YuanGroup/Video-LLaVA); file names were not checked against the published files",
+        "(github.com/PKU-YuanGroup/Video-LLaVA)",
     ),
     _video_llava_format(
         "video",
-        "Video captions of Valley, as Video-LLaVA publishes them "
-        "(github.com/PKU-YuanGroup/Video-LLaVA); file names were not checked against the published files",
+        "Video captions of Valley, as Video-LLaVA publishes them (github.com/PKU-YuanGroup/Video-LLaVA)",
     ),
     Format(
         name="audiocaps",

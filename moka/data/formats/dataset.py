@@ -43,6 +43,9 @@ class FormatDataset(RecordDataset):
     ) -> None:
         self.format, self.split, self.rows, self.require_answer = format, split, rows, require_answer
         self.notes = rows.notes
+        if format.experimental:
+            text = f"format {format.name} is experimental: its {format.experimental} were not checked against the published files"
+            self.notes = (text, *rows.notes)
         self.media_root = checked_root(rows.media_root if media_root is None else Path(media_root))
 
     def __len__(self) -> int:

@@ -66,7 +66,7 @@ class JsonRecords(Sequence[Any]):
             return parse_line(text, self.where(index))
         try:
             return json.loads(text)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise MokaError(
                 f"{self.where(index)}: is not valid JSON ({error}). Correct or remove the record."
             ) from error

@@ -6,15 +6,13 @@ one TSV file, a row a question, pictures in base64  ->  samples that hold the pi
 from __future__ import annotations
 
 import base64
-import csv
-import sys
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from moka.data.formats.base import Format, Rows, find_file
-from moka.data.formats.questions import LETTERS, Entry, entries, entry_rows, lettered, question_sample
+from moka.data.formats.questions import LETTERS, Entry, csv_rows, entries, entry_rows, lettered, question_sample
 from moka.errors import MokaError, counted
 
 _MMBENCH_FILES = {
@@ -50,17 +48,12 @@ def _read_mmbench(root: Path, split: str, circular: bool = False) -> Rows:
 
 
 def _mmbench_rows(path: Path) -> list[tuple[str, dict[str, str]]]:
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # a picture is one field, far longer than the default limit
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, delimiter="\t")
-        if missing := {"index", "question", "A", "B", "image"} - set(reader.fieldnames or ()):
-            raise MokaError(f"{path}: column {', '.join(sorted(missing))} is missing. Use the file as it is published.")
-        rows: list[tuple[str, dict[str, str]]] = []
-        for row in reader:
-            place = f"{path}: row {len(rows) + 1}"
-            if None in row or None in row.values() or not row["index"].isdecimal():
-                raise MokaError(f"{place}: has other columns than the first line, or an index that is no number.")
-            rows.append((place, {name: _filled(value) for name, value in row.items()}))
+    rows: list[tuple[str, dict[str, str]]] = []
+    for _, row in csv_rows(path, ("index", "question", "A", "B", "image"), delimiter="\t"):
+        place = f"{path}: row {len(rows) + 1}"
+        if not row["index"].isdecimal():
+            raise MokaError(f"{place}: index is {row['index']!r}; a number is expected.")
+        rows.append((place, {name: _filled(value) for name, value in row.items()}))
     return rows
 
 

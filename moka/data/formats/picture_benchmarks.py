@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from moka.data.formats.questions import (
     json_entries,
     lettered,
     load_json,
+    load_line,
     question_sample,
     take,
     text_lines,
@@ -84,18 +84,13 @@ def _read_pope(root: Path, split: str, splits: Any = _POPE_SPLITS, images: str =
         file = f"coco_pope_{chosen('pope', 'splits', name, _POPE_SPLITS)}.json"
         path = find_file(root, *(folder + file for folder in _POPE_FOLDERS), format=POPE)
         placed += [(place, (name, line)) for place, line in text_lines(path)]
-    found = entries(placed, lambda data: f"{data[0]}-{take(json.loads(data[1]), 'question_id')}")
+    found = entries(placed, lambda data: f"{data[0]}-{take(load_line(data[1]), 'question_id')}")
     return entry_rows(found, partial(_pope_sample, images=images), root)
 
 
 def _pope_sample(entry: Entry, images: str) -> dict[str, Any]:
     name, line = entry.data
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise MokaError(
-            f"is not valid JSON: {error.msg} at column {error.colno}. One object a line is expected."
-        ) from error
+    record = load_line(line)
     truth = take(record, "label").lower()
     if truth not in ("yes", "no"):
         raise MokaError(f"field 'label' is {truth!r}; yes or no is expected.")

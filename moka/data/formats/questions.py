@@ -5,8 +5,9 @@ annotation file  ->  entries(...)  ->  Entry(id, place, data)  ->  question_samp
 
 from __future__ import annotations
 
+import csv
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -115,14 +116,23 @@ def load_json(path: Path) -> Any:
         MokaError: not UTF-8, or not JSON.
     """
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            return json.load(file)
-    except UnicodeDecodeError as error:
-        raise MokaError(f"{path}: is not UTF-8 text ({error.reason}). Use the file as it is published.") from error
-    except json.JSONDecodeError as error:
+        return json.loads(path.read_text("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise MokaError(
-            f"{path}:{error.lineno}: is not valid JSON: {error.msg}. Use the file as it is published."
+            f"{path}: is not valid JSON, or not UTF-8 text ({error}). Use the file as it is published."
         ) from error
+
+
+def load_line(line: str) -> Any:
+    """Return the JSON value of one line; the caller puts its place in front of an error.
+
+    Raises:
+        MokaError: not JSON.
+    """
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise MokaError(f"is not valid JSON ({error}). One object a line is expected.") from error
 
 
 def text_lines(path: Path) -> list[tuple[str, str]]:
@@ -136,6 +146,30 @@ def text_lines(path: Path) -> list[tuple[str, str]]:
     except UnicodeDecodeError as error:
         raise MokaError(f"{path}: is not UTF-8 text ({error.reason}). Use the file as it is published.") from error
     return [(f"{path}:{number}", line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+
+
+def csv_rows(path: Path, columns: Iterable[str], delimiter: str = ",") -> Iterator[tuple[int, dict[str, str]]]:
+    """Yield the rows of a table with a header line, each with the number of its last line.
+
+    Raises:
+        MokaError: not UTF-8, not CSV, a header without one of ``columns``, or a row of another length than the header.
+    """
+    csv.field_size_limit(2**31 - 1)  # a picture in base64 is one field, far longer than the default limit
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, delimiter=delimiter)
+            given = reader.fieldnames or ()
+            if absent := [column for column in columns if column not in given]:
+                raise MokaError(
+                    f"{path}: the first line has no column {', '.join(absent)}; it has {', '.join(given) or 'nothing'}. "
+                    "Use the file as it is published."
+                )
+            for row in reader:
+                if None in row or None in row.values():
+                    raise MokaError(f"{path}:{reader.line_num}: has other columns than the first line.")
+                yield reader.line_num, row
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise MokaError(f"{path}: is not a table in UTF-8 ({error}). Use the file as it is published.") from error
 
 
 def take(record: Any, *names: str) -> str:

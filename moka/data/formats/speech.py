@@ -10,7 +10,16 @@ from typing import Any
 
 from moka.data.formats.base import Format, Rows, find_file
 from moka.data.formats.files import TableRecords
-from moka.data.formats.questions import Entry, chosen, entries, entry_rows, json_entries, question_sample, take
+from moka.data.formats.questions import (
+    Entry,
+    chosen,
+    entries,
+    entry_rows,
+    json_entries,
+    question_sample,
+    take,
+    text_lines,
+)
 from moka.errors import MokaError, counted
 
 TRANSCRIBE = "Please transcribe the speech."
@@ -25,34 +34,29 @@ def _read_librispeech(root: Path, split: str, instruction: str = TRANSCRIBE, cas
     if not root.is_dir():
         raise MokaError(f"format librispeech: root {str(root)!r} is not a folder. Name the folder that has {split}.")
     base = root / "LibriSpeech" if (root / "LibriSpeech").is_dir() else root
-    lines: list[tuple[Path, int, str]] = []
+    placed: list[tuple[str, Any]] = []
     for part in _LIBRISPEECH_960 if split == "train-960" else (split,):
         files = sorted((base / part).glob("*/*/*.trans.txt"))
         if not files:
             looked = base / part / "SPEAKER" / "CHAPTER" / "SPEAKER-CHAPTER.trans.txt"
             raise MokaError(f"format librispeech: looked for {looked}, and found none. {_unpack(part)}")
         for file in files:
-            text = file.read_text("utf-8").split("\n")
-            lines += [(file, number, line) for number, line in enumerate(text, start=1) if line.strip()]
-    make = partial(_librispeech_sample, base=base, instruction=instruction, case=case)
-    return Rows(lines, make, partial(_line_place, lines), base)
-
-
-def _line_place(lines: list[tuple[Path, int, str]], index: int) -> str:
-    return f"{lines[index][0]}:{lines[index][1]}"
+            placed += [(place, (file.parent, line)) for place, line in text_lines(file)]
+    found = entries(placed, lambda data: data[1].split()[0])
+    return entry_rows(found, partial(_librispeech_sample, base=base, instruction=instruction, case=case), base)
 
 
 def _unpack(part: str) -> str:
     return f"Unpack {part}.tar.gz from openslr.org/12 there, or name a split that is there."
 
 
-def _librispeech_sample(item: tuple[Path, int, str], base: Path, instruction: str, case: str) -> dict[str, Any]:
-    file, _, line = item
+def _librispeech_sample(entry: Entry, base: Path, instruction: str, case: str) -> dict[str, Any]:
+    folder, line = entry.data
     name, _, text = line.strip().partition(" ")
     if not text.strip():
         raise MokaError(f"is {line!r}; an utterance's name and its words are expected.")
-    path = (file.parent / f"{name}.flac").relative_to(base).as_posix()
-    return _transcription(name, path, _cased(text.strip(), case), instruction)
+    path = (folder / f"{name}.flac").relative_to(base).as_posix()
+    return _transcription(entry.id, path, _cased(text.strip(), case), instruction)
 
 
 def _transcription(id: str, audio: str | bytes, text: str, instruction: str) -> dict[str, Any]:
@@ -280,7 +284,7 @@ LIBRISPEECH = Format(
 SALMONN = Format(
     name="salmonn",
     about="SALMONN's instructions for speech, of which MokA trains on those for LibriSpeech 960 h (Tang et al. 2024, "
-    "arXiv 2310.13289); file names and prompts were not checked against the published files",
+    "arXiv 2310.13289)",
     media=("audio",),
     splits=tuple(_SALMONN_FILES),
     layout="salmonn_stage2_data.json or salmonn_stage1_data.json (or another name, as option annotation) beside LibriSpeech/",
@@ -290,6 +294,7 @@ SALMONN = Format(
         "task": "the category; asr by default",
         "Q": "the question; without it the task's instruction is asked",
     },
+    experimental="file names and prompts",
     read=_read_salmonn,
     options={
         "annotation": ("", "name of the annotation file under the root, where it is another"),

@@ -179,7 +179,6 @@ def test_reasoning_comes_before_the_tagged_answer():
         ("audio", "music-avqa-reasoning/audio/00000272.wav"),
     ]
     assert first["id"] != second["id"]
-    assert "not checked against the published file" in dataset.format.about
 
 
 def test_a_record_without_reasoning_is_reported(editable):

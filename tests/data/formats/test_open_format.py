@@ -193,3 +193,42 @@ def test_the_page_of_formats_is_the_one_that_the_formats_describe():
         "write the output of moka.data.formats.describe_formats() into docs/formats.md"
     )
     assert [line[3:] for line in generated.splitlines() if line.startswith("## ")] == list(FORMATS)
+
+
+EXPERIMENTAL = ["video-llava-image", "video-llava-video", "music-avqa-reasoning", "salmonn"]
+
+
+def test_layouts_that_were_not_checked_are_experimental_where_they_are_used():
+    assert [name for name, format in FORMATS.items() if format.experimental] == EXPERIMENTAL
+    for name in ("salmonn", "music-avqa-reasoning"):
+        assert "experimental" in open_format(name, FIXTURES / name).notes[0]
+
+
+DEEP = "[" * 100_000
+MANY = "9" * 5000
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "content"),
+    [
+        ("messages", "train.json", '[{"id": ' + MANY + "}]"),
+        ("messages", "train.jsonl", '{"id": ' + MANY + "}"),
+        ("salmonn", "salmonn_stage2_data.json", DEEP),
+        ("salmonn", "salmonn_stage2_data.json", '{"annotation": [' + MANY + "]}"),
+        ("ave", "trainSet.txt", b"\xff\xfe"),
+        ("librispeech", "dev-clean/1/2/1-2.trans.txt", b"1-2-0000 \xff"),
+        ("mme", "existence/a.txt", b"\xff"),
+        ("pope", "coco_pope_random.json", '{"label": ' + MANY + "}"),
+        ("audiocaps", "train.csv", b"audiocap_id,youtube_id,start_time,caption\n1,\xff,0,x\n"),
+        ("audiocaps", "train.csv", "audiocap_id,youtube_id,start_time,caption\n1,x,0\n"),
+        ("mmbench", "MMBench_DEV_EN.tsv", "index\tquestion\tA\tB\timage\n1\t\x00\rx\n"),
+        ("music-avqa", "avqa-train.json", json.dumps([{"question_id": 1, "anser": "yes", "templ_values": DEEP}])),
+    ],
+)
+def test_files_that_a_parser_refuses_are_one_clear_error(tmp_path, name, file, content):
+    path = tmp_path / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    options = {"librispeech": {"split": "dev-clean"}, "pope": {"splits": "random"}}.get(name, {})
+    with pytest.raises(MokaError, match=path.name):
+        list(open_format(name, tmp_path, **options))
