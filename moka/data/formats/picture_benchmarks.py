@@ -104,11 +104,11 @@ _SEED_KINDS = ("image", "video", "all")
 def _read_seed_bench(root: Path, split: str, tasks: str = "image") -> Rows:
     chosen("seed-bench", "tasks", tasks, _SEED_KINDS)
     path = find_file(root, "SEED-Bench.json", format=SEED_BENCH)
-    whole = load_json(path)
-    names = whole.get("question_type") if isinstance(whole, dict) else None
+    content = load_json(path)
+    names = content.get("question_type") if isinstance(content, dict) else None
     if not isinstance(names, dict):
         raise MokaError(f"{path}: has no 'question_type', which names the dimensions. Use the file as it is published.")
-    records = json_entries(path, key="questions", loaded=whole)
+    records = json_entries(path, key="questions", loaded=content)
     kept = [(place, record) for place, record in records if tasks == "all" or _seed_kind(record) in (tasks, None)]
     notes = []
     if left := len(records) - len(kept):
