@@ -336,3 +336,19 @@ def test_an_adapted_head_equals_a_full_forward_at_the_last_position(tiny, batch,
         same(model(**batch.kwargs(), logits_to_keep=ends).logits, full[:, ends])
         model.get_base_model().lm_head.enable_adapters(False)
         assert (model(**batch.kwargs()).logits - full)[:, -1].abs().amax(-1).min() > 0.01
+
+
+def test_hooks_of_a_base_layer_run_at_every_step_of_merged_decoding(pair, batch):
+    """Frameworks hook into modules: a layer whose adapters are merged calls its base layer as a module then."""
+    pair.merge_adapter()
+    layer = next(module for module in pair.modules() if isinstance(module, moka.adapter.layer.MokaLinear))
+    seen = []
+    handles = [
+        layer.base_layer.register_forward_hook(lambda module, args, output: seen.append(args[0].shape[1])),
+        layer.base_layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1])),
+    ]
+    with_hooks = generate(pair, batch, min_new_tokens=NEW)
+    for handle in handles:
+        handle.remove()
+    assert seen.count(1) == 2 * (NEW - 1)
+    assert torch.equal(with_hooks[1], generate(pair, batch, min_new_tokens=NEW)[1])
