@@ -12,19 +12,18 @@ import numpy as np
 import torch
 from transformers import BatchFeature
 
+from moka.config import INTERACTIONS
 from moka.errors import MokaError
 
 from .chat import Segment, resolve_template, segments
 from .configuration import MEDIA_TYPE_IDS, MokaModelConfig
-from .encoders import ENCODERS, features_name
-from .frontends import build_front_end, front_end_from_dict
+from .encoders import ENCODERS, build_front_end, features_name
 from .language_models import load_tokenizer
 from .media import Features
 from .placeholders import check_token_ids, token_beyond_vocabulary
 
 CONFIG_NAME = "moka_processor.json"
 IGNORE = -100
-INTERACTIONS = ("own_turn", "first_turn")
 
 
 class TooLongError(MokaError):
@@ -65,8 +64,7 @@ class MokaProcessor:
         self.decoding = {"video_frames": 10, "audio_windows": None, **(decoding or {})}
         self.chat_template = resolve_template(chat_template, tokenizer)
         self.front_ends = {
-            name: front_end_from_dict(spec["front_end"]) if "front_end" in spec else build_front_end(spec["encoder"])
-            for name, spec in modalities.items()
+            name: build_front_end(spec["encoder"], spec.get("front_end")) for name, spec in modalities.items()
         }
         self._owner = {type_id: name for name, spec in modalities.items() for type_id in spec["type_ids"]}
         words = {token.content for token in tokenizer.added_tokens_decoder.values()}

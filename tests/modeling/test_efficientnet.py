@@ -9,8 +9,13 @@ from PIL import Image
 from moka.demo.stamps import ENCODER_FILES, TUXPAINT_STAMPS, Stamps
 from moka.demo.wheels import cache_dir
 from moka.errors import MokaError
-from moka.modeling.encoders.efficientnet import EfficientNetEncoder, EfficientNetLite0, SameConv2d, load_weights
-from moka.modeling.frontends.efficientnet import EfficientNetFrontEnd
+from moka.modeling.encoders.efficientnet import (
+    EfficientNetEncoder,
+    EfficientNetFrontEnd,
+    EfficientNetLite0,
+    SameConv2d,
+    load_weights,
+)
 from moka.modeling.media import Waveform
 
 KNOWN = {"zebra": 340, "badger": 362, "banana": 954, "strawberry": 949}  # classes of ImageNet

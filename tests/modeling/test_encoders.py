@@ -20,8 +20,7 @@ from transformers import (
 from moka import MokaForConditionalGeneration
 from moka.errors import MokaError
 from moka.modeling.configuration import MokaModelConfig
-from moka.modeling.encoders import ENCODERS, TowerEncoder, build_encoder, tiny_encoder
-from moka.modeling.frontends import build_front_end, front_end_from_dict
+from moka.modeling.encoders import ENCODERS, TowerEncoder, build_encoder, build_front_end, tiny_encoder
 from moka.modeling.media import AudioFeatures, Waveform
 
 CLIP = {
@@ -352,7 +351,7 @@ def test_a_front_end_gives_what_its_encoder_takes(name):
     assert item.dtype == np.float32
     assert item.shape == encoder.input_shape
     assert encoder(torch.from_numpy(item)[None]).isfinite().all()
-    again = front_end_from_dict(json.loads(json.dumps(front_end.to_dict())))
+    again = build_front_end(encoder.to_dict(), json.loads(json.dumps(front_end.to_dict())))
     np.testing.assert_array_equal(again(medium), item)
 
 

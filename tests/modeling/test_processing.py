@@ -14,7 +14,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerF
 
 from moka import MokaError, MokaForConditionalGeneration, MokaProcessor
 from moka.modeling import TooLongError, build_encoder
-from moka.modeling.frontends import build_front_end
+from moka.modeling.encoders import build_front_end
 from moka.modeling.media import AudioFeatures, Waveform
 
 VISUAL = {"encoder": {"type": "conv-image", "image_size": 8, "num_tokens": 2}, "type_ids": [1, 2], "tokens": 2}
