@@ -12,9 +12,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 import moka
 from moka.data.formats import FORMATS
@@ -32,6 +29,7 @@ from .answers import ask, generation_settings, parts
 from .benchmarks import BENCHMARKS, score
 from .benchmarks.text import library
 from .scoring import Tally
+from .tables import Table
 
 OVERALL, AS_GIVEN = "overall", "as given"
 SCORE = "score.json"
@@ -161,15 +159,11 @@ def _blank(medium: Any) -> Any:
 
 def show(result: dict[str, Any], title: str) -> None:
     """Print the result as a table: a row for each kind of question, a column for each condition."""
-    table = Table(title=escape(title), caption=result["protocol"]["scoring"])
-    table.add_column("question")
     conditions = result["conditions"]
-    for condition in conditions:
-        table.add_column(condition, justify="right")
-    for category in conditions[AS_GIVEN]:
-        cells = [_cell(scores.get(category)) for scores in conditions.values()]
-        table.add_row(escape(category), *cells, style="bold" if category == OVERALL else None)
-    Console(width=None if Console().is_terminal else 120).print(table)
+    names = list(conditions[AS_GIVEN])
+    rows = [[name, *(_cell(scores.get(name)) for scores in conditions.values())] for name in names]
+    emphasised = frozenset([names.index(OVERALL)])
+    Table(title, ["question", *conditions], rows, [result["protocol"]["scoring"]], emphasised=emphasised).show()
 
 
 def _cell(score: dict | None) -> str:
