@@ -10,16 +10,14 @@ Or a file that others published: the MokA authors' ``visual_pretrain.bin`` and `
 from __future__ import annotations
 
 import json
-import pickle
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from moka.adapter.checks import check_finite, read_tensors
 from moka.errors import MokaError
 from moka.io import read_json, write_json
 from moka.modeling import ENCODERS, MokaForConditionalGeneration
@@ -79,11 +77,12 @@ def save_connector(model: MokaForConditionalGeneration, folder: str | Path, stat
     state = connector_state(model, state_dict)
     save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
     write_json(folder / METADATA, describe_connector(model))
-    for key, tensor in load_file(folder / WEIGHTS).items():
-        if tensor.numel() == 0 or not torch.isfinite(tensor).all():
-            raise MokaError(
-                f"{folder / WEIGHTS}: {key} was saved empty or not finite; training diverged or was sharded."
-            )
+    written = read_tensors(folder / WEIGHTS)
+    check_finite(written, f"{folder / WEIGHTS}, as saved,")
+    if empty := [key for key, tensor in written.items() if not tensor.numel()]:
+        raise MokaError(
+            f"{folder / WEIGHTS}: {empty[0]} was saved empty; the model was sharded. Save it on all processes."
+        )
 
 
 def load_connector(model: MokaForConditionalGeneration, path: str | Path) -> list[str]:
@@ -128,11 +127,7 @@ def _load_folder(model: MokaForConditionalGeneration, folder: Path) -> list[str]
                     f"{folder}: its {name} {key} has {_shown(theirs, changed)}, and this run's has "
                     f"{_shown(ours.get(key), changed)}. Make model.modalities agree, or train stage 1 again."
                 )
-    try:
-        state = load_file(folder / WEIGHTS)
-    except (SafetensorError, OSError) as error:
-        raise MokaError(f"{folder / WEIGHTS} cannot be read ({error}); it is truncated or damaged.") from error
-    take_connector(model, state, meta["parts"], str(folder / WEIGHTS))
+    take_connector(model, read_tensors(folder / WEIGHTS), meta["parts"], str(folder / WEIGHTS))
     return meta["parts"]
 
 
@@ -188,8 +183,10 @@ def _shown(config: Any, fields: list[str]) -> str:
 
 
 def _load_published(model: MokaForConditionalGeneration, path: Path) -> list[str]:
+    tensors = read_tensors(path)
+    check_finite(tensors, str(path))
     groups: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
-    for key, tensor in _read_tensors(path).items():
+    for key, tensor in tensors.items():
         found = next(((whose, kind) for pattern, whose, kind in PUBLISHED if pattern.match(key)), None)
         if found is None:
             raise MokaError(
@@ -198,13 +195,13 @@ def _load_published(model: MokaForConditionalGeneration, path: Path) -> list[str
             )
         groups.setdefault(found, {})[key] = tensor
     filled: dict[str, dict[str, torch.Tensor]] = {}
-    for (whose, kind), tensors in groups.items():
+    for (whose, kind), group in groups.items():
         name = next((n for n, encoder in model.encoders.items() if encoder.kind == kind), None)
         if name is None or name in filled:
             why = f"has no modality of that medium, only {', '.join(model.encoders)}" if name is None else "takes one"
             raise MokaError(f"{path} has a projector of {kind} features; this model {why}. Leave the file out.")
         try:
-            state, projector = import_llava(tensors) if whose == "llava" else (import_official(tensors)[0], "qformer")
+            state, projector = import_llava(group) if whose == "llava" else (import_official(group)[0], "qformer")
         except MokaError as error:
             raise MokaError(f"{path}: {error}") from error
         _check_published(model, name, projector, state, path)
@@ -212,29 +209,6 @@ def _load_published(model: MokaForConditionalGeneration, path: Path) -> list[str
     for name, state in filled.items():
         model.projectors[name].load_state_dict(state)
     return [f"projectors.{name}" for name in filled]
-
-
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file of safetensors, or of a pickle that has nothing else."""
-    try:
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise MokaError(
-            f"{path} is no file of plain tensors: loading it would run code that it has, or it is damaged. Get it from "
-            "its authors, or save its tensors as safetensors where you trust it."
-        ) from error
-    except Exception as error:  # of bytes that are no pickle torch's reader raises KeyError and more
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise MokaError(f"{path} cannot be read ({reason}); it is truncated or damaged.") from error
-    if not isinstance(state, Mapping) or not state or not all(isinstance(t, torch.Tensor) for t in state.values()):
-        raise MokaError(f"{path} has no mapping of names to tensors; give a published projector file.")
-    for key, tensor in state.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise MokaError(f"{path}: {key} is not finite; the file is damaged. Get it again.")
-    return dict(state)
 
 
 def _check_published(

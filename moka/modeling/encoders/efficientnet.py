@@ -11,9 +11,9 @@ ReLU6 for swish, stem and head not scaled. Names of modules are those of the pub
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from moka.adapter.checks import read_tensors
 from moka.errors import MokaError
 from moka.modeling.fields import about
 
@@ -204,21 +205,14 @@ class EfficientNetEncoder(Encoder):
 
 def load_weights(model: EfficientNetLite0, path: str) -> None:
     """Reads a state dict from a file into ``model``; raises `MokaError` where it is none of this network."""
-    if not os.path.isfile(path):
+    if not Path(path).is_file():
         raise MokaError(
             f"encoder 'efficientnet': name_or_path {path!r} is no file. Give embedded:efficientnet-lite0, or a file with "
             "the network's state dict."
         )
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of bytes that are no pickle torch's reader raises KeyError and more
-        raise MokaError(
-            f"encoder 'efficientnet': {path!r} is no state dict that can be read safely (torch.load with "
-            "weights_only=True); it may be damaged."
-        ) from error
-    try:
-        model.load_state_dict(state, strict=True)
-    except (RuntimeError, TypeError) as error:
+        model.load_state_dict(read_tensors(Path(path)), strict=True)
+    except RuntimeError as error:
         raise MokaError(
             f"encoder 'efficientnet': {path!r} does not hold the weights of EfficientNet-Lite0: "
             f"{' '.join(str(error).split())[:200]}"
