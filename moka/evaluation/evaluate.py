@@ -17,7 +17,7 @@ import moka
 from moka.data.formats import FORMATS
 from moka.data.sources import check_files, open_samples
 from moka.distributed import all_gather_object, print_main, rank_and_world_size, run_on_all, run_on_main
-from moka.errors import MokaError, nearest
+from moka.errors import MokaError
 from moka.inference import LoadedModel
 from moka.io import write_json, write_text
 from moka.modeling.configuration import MEDIA_TYPE_IDS
@@ -26,7 +26,7 @@ from moka.training import RunConfig, load_config
 from moka.training.run_dir import CONFIG
 
 from .answers import ask, generation_settings, parts
-from .benchmarks import BENCHMARKS, score
+from .benchmarks import BENCHMARKS, find_benchmark, score
 from .benchmarks.text import library
 from .scoring import Tally
 from .tables import Table
@@ -214,10 +214,6 @@ def evaluate_benchmark(
         MokaError: an unknown benchmark, or one whose data the run does not name; media that cannot be used, unless
             ``data.on_bad_media`` of the run allows for them.
     """
-    if name not in BENCHMARKS:
-        raise MokaError(
-            f"benchmark {name!r} is not known; allowed are {', '.join(BENCHMARKS)}.{nearest(name, BENCHMARKS)}"
-        )
     config = load_config(Path(run) / CONFIG)
     settings = config.evaluation
     source = benchmark_source(config, name, root, split, format)
@@ -270,10 +266,7 @@ def benchmark_source(
     Raises:
         MokaError: an unknown benchmark, or one whose data neither names.
     """
-    if name not in BENCHMARKS:
-        raise MokaError(
-            f"benchmark {name!r} is not known; allowed are {', '.join(BENCHMARKS)}.{nearest(name, BENCHMARKS)}"
-        )
+    find_benchmark(name)
     if root is None:
         source = config.evaluation.benchmarks.get(name)
         if source is None:

@@ -43,18 +43,12 @@ def words(text: str, record: Mapping[str, Any] | None = None) -> str | None:
     return plain(clean(text)) or None
 
 
-def _one_text(record: Mapping[str, Any]) -> str:
-    given = record["reference"]
-    if not isinstance(given, str) or not words(given):
-        raise MokaError(f"reference {given!r} has no word; the spoken text is expected.")
-    return words(given) or ""
-
-
-def _texts(record: Mapping[str, Any]) -> list[str]:
-    given = record["reference"]
-    if not isinstance(given, list) or not given or not all(isinstance(text, str) and words(text) for text in given):
-        raise MokaError(f"reference {given!r} is no list of captions; a list of one or more texts is expected.")
-    return [words(text) or "" for text in given]
+def _texts(given: Any) -> list[str]:
+    """Return the words of each text of a list."""
+    texts = [words(text) for text in given if isinstance(text, str)] if isinstance(given, list) else []
+    if not texts or None in texts or len(texts) < len(given):
+        raise MokaError(f"reference {given!r} is no list of one or more texts, or one of them has no word.")
+    return [text or "" for text in texts]
 
 
 def error_rates(items: Sequence[Item], overall: bool) -> Figures:
@@ -132,7 +126,7 @@ ASR = Benchmark(
     about="speech recognition, such as LibriSpeech: word and character error rates (jiwer)",
     expects="the spoken text",
     figures={"WER": "%", "CER": "%"},
-    reference=_one_text,
+    reference=lambda record: _texts([record["reference"]])[0],
     measure=error_rates,
     protocols={
         "strict": Protocol(
@@ -149,7 +143,7 @@ CAPTIONING = Benchmark(
     about="captions, such as AudioCaps: CIDEr, BLEU, ROUGE-L (pycocoevalcap)",
     expects="list of texts",
     figures={"CIDEr": "x100", **{f"BLEU-{n + 1}": "%" for n in range(BLEU_ORDERS)}, "ROUGE-L": "%"},
-    reference=_texts,
+    reference=lambda record: _texts(record["reference"]),
     measure=captions,
     protocols={
         "strict": Protocol(
