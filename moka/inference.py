@@ -18,9 +18,8 @@ from moka.adapter.matching import match_names
 from moka.config import ModelSection
 from moka.data import check_sample, decode_sample
 from moka.data.media import AudioWindows, BadMediaError
-from moka.demo.wheels import sha256_of
 from moka.errors import MokaError
-from moka.io import read_json
+from moka.io import read_json, sha256_of
 from moka.modeling import MokaForConditionalGeneration, MokaProcessor, TooLongError
 from moka.modeling.build import build_model, choose_dtype, context_length
 from moka.modeling.quantization import check_quantization

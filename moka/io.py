@@ -7,6 +7,7 @@ for one of ours, and two processes that write the same target do not disturb eac
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -159,6 +160,15 @@ def read_jsonl(path: Path) -> list[Any]:
         with suppress(ValueError):
             records.append(json.loads(line))
     return records
+
+
+def sha256_of(path: Path) -> str:
+    """Return the sha256 of a file, as hexadecimal digits."""
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _umask() -> int:

@@ -1,8 +1,5 @@
 """The MFCC front end: its mathematics, clips of any length and rate, and errors."""
 
-import builtins
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -104,18 +101,3 @@ def test_resampling_keeps_the_sound_and_drops_what_the_rate_cannot_carry():
 def test_bad_sound_is_refused(samples, rate, message):
     with pytest.raises(MokaError, match=message):
         mfcc(samples, rate)
-
-
-def test_without_pyav_the_remedy_is_named(monkeypatch):
-    real_import = builtins.__import__
-
-    def without_av(name, *args, **kwargs):
-        if name == "av":
-            raise ImportError(name)
-        return real_import(name, *args, **kwargs)
-
-    monkeypatch.delitem(sys.modules, "av", raising=False)
-    monkeypatch.setattr(builtins, "__import__", without_av)
-    with pytest.raises(MokaError, match=r'pip install "moka-peft\[media\]"'):
-        resample(np.ones(100, np.float32), 16000, 8000)
-    assert mfcc(np.ones(800, np.float32), 8000).shape == (5, 13)
