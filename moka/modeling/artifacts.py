@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,18 @@ PUBLISHED = (
     (re.compile(r"(model\.)?(al_projector\.|audio_)"), "official", "audio"),
     (re.compile(r"(model\.)?mm_projector\."), "llava", "image"),
 )
+# Settings -> the weight and the axis that show them; widths are those of the encoder's features and of the language model.
+SIZES = {
+    "qformer": {
+        "encoder width": ("norm.weight", 0),
+        "backbone width": ("output.weight", 0),
+        "projector.queries": ("queries", 1),
+        "projector.hidden_size": ("queries", 2),
+        "projector.intermediate_size": ("qformer.encoder.layer.0.intermediate_query.dense.weight", 0),
+    },
+    "mlp": {"encoder width": ("hidden.weight", 1), "backbone width": ("output.weight", 0)},
+    "linear": {"encoder width": ("output.weight", 1), "backbone width": ("output.weight", 0)},
+}
 
 
 def trained_parts(model: MokaForConditionalGeneration) -> list[str]:
@@ -211,10 +224,18 @@ def _load_published(model: MokaForConditionalGeneration, path: Path) -> list[str
     return [f"projectors.{name}" for name in filled]
 
 
+def _sizes(projector: str, state: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """Return the sizes that the weights of a projector show, by the settings that they come from."""
+    known = ((name, state.get(key), axis) for name, (key, axis) in SIZES[projector].items())
+    sizes = {name: tensor.shape[axis] for name, tensor, axis in known if tensor is not None}
+    layers = {match[1] for key in state if (match := re.search(r"layer\.(\d+)\.", key))}
+    return {**sizes, "projector.layers": len(layers)} if layers else sizes
+
+
 def _check_published(
     model: MokaForConditionalGeneration, name: str, projector: str, state: dict[str, torch.Tensor], path: Path
 ) -> None:
-    """Raises `MokaError` unless the tensors, under our names, are all of those of the modality's projector."""
+    """Raise a `MokaError` unless the tensors, under our names, are all of those of the modality's projector."""
     ours: Any = model.projectors[name]
     where = f"model.modalities.{name}"
     if ours.name != projector or (projector == "linear" and ours.config.tokens):
@@ -222,34 +243,14 @@ def _check_published(
             f"{path} has a projector of type {projector!r}, and this run's {name} projector is {ours.to_dict()}. Set "
             f"{where}.projector: {{type: {projector}}}."
         )
-    expected = {key: tensor.shape for key, tensor in ours.state_dict().items()}
-    for key in sorted(set(expected) & set(state), key=_from_the_ends):
-        if state[key].shape != expected[key]:
-            raise MokaError(
-                f"{path}: {key} has shape {list(state[key].shape)}, and this run's {name} projector has "
-                f"{list(expected[key])}. {_remedy(key, state[key].shape, expected[key], projector, where)}"
-            )
-    odd = sorted(set(expected) ^ set(state))
-    if odd:
-        layers = {match[1] for key in state if (match := re.search(r"layer\.(\d+)\.", key))}
-        side = "lacks" if odd[0] in expected else "also has"
+    expected = ours.state_dict()
+    own, given = _sizes(projector, expected), _sizes(projector, state)
+    wrong = [f"{size} {given[size]} (this run: {own.get(size)})" for size in given if given[size] != own.get(size)]
+    shapes = [{key: tensor.shape for key, tensor in one.items()} for one in (state, expected)]
+    if not wrong and shapes[0] != shapes[1]:
+        wrong = sorted(key for key in {*state, *expected} if shapes[0].get(key) != shapes[1].get(key))[:1]
+    if wrong:
         raise MokaError(
-            f"{path} {side} {odd[0]}. It has {len(layers)} layers: set {where}.projector.layers: {len(layers)}, and "
-            "cross_attention_frequency: 1."
+            f"{path}: the projector in it has {', '.join(wrong)}. Set these fields of {where}.projector (and "
+            f"cross_attention_frequency: 1), or choose {where}.encoder and model.backbone of these widths."
         )
-
-
-def _from_the_ends(key: str) -> tuple[bool, bool, str]:
-    """Sorts the ends of a projector first: they tell most of what is wrong."""
-    return key.startswith("qformer."), key != "norm.weight", key
-
-
-def _remedy(key: str, theirs: torch.Size, ours: torch.Size, projector: str, where: str) -> str:
-    reads_features = (projector, key) in (("mlp", "hidden.weight"), ("linear", "output.weight"))
-    if key.startswith("norm.") or (reads_features and theirs[1] != ours[1]):
-        return f"It was made for an encoder of width {theirs[-1]}; choose that one as {where}.encoder."
-    if key == "queries":
-        return f"Set {where}.projector.queries: {theirs[1]} and hidden_size: {theirs[2]}."
-    if key.startswith(("output.", "hidden.")) and theirs[0] != ours[0]:
-        return f"It was made for a language model of width {theirs[0]}; choose that one as model.backbone."
-    return f"Set hidden_size and intermediate_size of {where}.projector to the file's."

@@ -304,7 +304,7 @@ def test_a_saved_tower_is_rebuilt_after_its_source_is_gone(tmp_path):
         ({"type": "conv-imag"}, "Did you mean 'conv-image'"),
         ({}, "encoder type: given None"),
         ({"type": "conv-image", "chanels": [4]}, "no field 'chanels'.*Did you mean 'channels'"),
-        ({"type": "conv-image", "width": "128"}, "width: given '128'; expected int"),
+        ({"type": "conv-image", "width": "128"}, "width is '128'; allowed: int"),
         ({"type": "conv-image", "channels": [4, 0]}, "allowed: at least 1"),
         ({"type": "conv-image", "polarity": "dark"}, "allowed: 'light-on-dark'"),
         ({"type": "conv-image", "image_size": 4}, "at least 8"),

@@ -137,7 +137,7 @@ class WhisperEncoder(TowerEncoder):
     """
 
     name, kind, input_name = "whisper", "audio", "input_features"
-    model_types = ("whisper",)
+    model_types = {"whisper": ("WhisperConfig", "WhisperModel")}
     tiny_model = {
         **{"d_model": 32, "num_mel_bins": 80, "max_source_positions": 50, "vocab_size": 20, "max_target_positions": 8},
         **{"encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 64},
@@ -150,12 +150,6 @@ class WhisperEncoder(TowerEncoder):
     def front_end(cls, config: Any) -> FrontEnd:
         model_config = cls.resolve_model_config(config, use_name=False)
         return WhisperFrontEnd(model_config.num_mel_bins, 2 * model_config.max_source_positions)
-
-    @classmethod
-    def classes(cls, model_type: str | None) -> tuple[Any, Any]:
-        from transformers import WhisperConfig, WhisperModel
-
-        return WhisperConfig, WhisperModel
 
     def read_sizes(self, model_config: Any) -> None:
         self.check_layer(model_config.encoder_layers)
@@ -217,7 +211,7 @@ class AstEncoder(TowerEncoder):
     """
 
     name, kind, input_name = "ast", "audio", "input_features"
-    model_types = ("audio-spectrogram-transformer",)
+    model_types = {"audio-spectrogram-transformer": ("ASTConfig", "ASTModel")}
     tiny_model = {**TINY_TRANSFORMER, "intermediate_size": 64, "num_mel_bins": 32, "max_length": 64}
     special_tokens = 2
     front_end_class = AstFrontEnd
@@ -226,12 +220,6 @@ class AstEncoder(TowerEncoder):
     def front_end(cls, config: Any) -> FrontEnd:
         model_config = cls.resolve_model_config(config, use_name=False)
         return AstFrontEnd.read(config.name_or_path, model_config.max_length, model_config.num_mel_bins)
-
-    @classmethod
-    def classes(cls, model_type: str | None) -> tuple[Any, Any]:
-        from transformers import ASTConfig, ASTModel
-
-        return ASTConfig, ASTModel
 
     def read_sizes(self, model_config: Any) -> None:
         self.check_layer(model_config.num_hidden_layers)
@@ -305,7 +293,7 @@ class HubertEncoder(TowerEncoder):
         )
 
     name, kind, input_name = "hubert", "audio", "input_features"
-    model_types = ("hubert",)
+    model_types = {"hubert": ("HubertConfig", "HubertModel")}
     tiny_model = {
         **{**TINY_TRANSFORMER, "intermediate_size": 64, "conv_dim": [8] * 7, "vocab_size": 20},
         **{"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4},
@@ -322,12 +310,6 @@ class HubertEncoder(TowerEncoder):
     @classmethod
     def tiny(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         return {**super().tiny(config), "seconds": min(2.0, config.get("seconds", 10.0))}
-
-    @classmethod
-    def classes(cls, model_type: str | None) -> tuple[Any, Any]:
-        from transformers import HubertConfig, HubertModel
-
-        return HubertConfig, HubertModel
 
     @classmethod
     def adjust(cls, model_config: Any) -> Any:
@@ -379,10 +361,4 @@ class Wav2Vec2Encoder(HubertEncoder):
     """wav2vec 2.0: as HuBERT, of which it is the predecessor; the same input and the same kinds of checkpoints."""
 
     name = "wav2vec2"
-    model_types = ("wav2vec2",)
-
-    @classmethod
-    def classes(cls, model_type: str | None) -> tuple[Any, Any]:
-        from transformers import Wav2Vec2Config, Wav2Vec2Model
-
-        return Wav2Vec2Config, Wav2Vec2Model
+    model_types = {"wav2vec2": ("Wav2Vec2Config", "Wav2Vec2Model")}

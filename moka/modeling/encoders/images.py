@@ -130,7 +130,7 @@ class ClipEncoder(TowerEncoder):
     """
 
     name, kind, input_name = "clip", "image", "pixel_values"
-    model_types = ("clip", "clip_vision_model")
+    model_types = dict.fromkeys(("clip", "clip_vision_model"), ("CLIPVisionConfig", "CLIPVisionModel"))
     tiny_model = {**TINY_PICTURES, "intermediate_size": 64}
     special_tokens = 1  # the class token
     front_end_class: ClassVar[type[ProcessorFrontEnd]] = ClipFrontEnd
@@ -139,12 +139,6 @@ class ClipEncoder(TowerEncoder):
     def front_end(cls, config: Any) -> FrontEnd:
         model_config = cls.resolve_model_config(config, use_name=False)
         return cls.front_end_class.read(config.name_or_path, model_config.image_size)
-
-    @classmethod
-    def classes(cls, model_type: str | None) -> tuple[Any, Any]:
-        from transformers import CLIPVisionConfig, CLIPVisionModel
-
-        return CLIPVisionConfig, CLIPVisionModel
 
     def read_sizes(self, model_config: Any) -> None:
         self.check_layer(model_config.num_hidden_layers)
@@ -176,15 +170,9 @@ class SiglipEncoder(ClipEncoder):
     """
 
     name = "siglip"
-    model_types = ("siglip", "siglip_vision_model")
+    model_types = dict.fromkeys(("siglip", "siglip_vision_model"), ("SiglipVisionConfig", "SiglipVisionModel"))
     special_tokens = 0
     front_end_class = SiglipFrontEnd
-
-    @classmethod
-    def classes(cls, model_type: str | None) -> tuple[Any, Any]:
-        from transformers import SiglipVisionConfig, SiglipVisionModel
-
-        return SiglipVisionConfig, SiglipVisionModel
 
     @classmethod
     def adjust(cls, model_config: Any) -> Any:
@@ -237,7 +225,10 @@ class Dinov2Encoder(TowerEncoder):
         )
 
     name, kind, input_name = "dinov2", "image", "pixel_values"
-    model_types = ("dinov2", "dinov2_with_registers")
+    model_types = {
+        "dinov2": ("Dinov2Config", "Dinov2Model"),
+        "dinov2_with_registers": ("Dinov2WithRegistersConfig", "Dinov2WithRegistersModel"),
+    }
     tiny_model = {**TINY_PICTURES, "mlp_ratio": 2}
     kept_in_tiny = ("model_type", "num_register_tokens", "use_swiglu_ffn")
     front_end_class = Dinov2FrontEnd
@@ -249,14 +240,6 @@ class Dinov2Encoder(TowerEncoder):
     @classmethod
     def tiny(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         return {**super().tiny(config), "image_size": 28}
-
-    @classmethod
-    def classes(cls, model_type: str | None) -> tuple[Any, Any]:
-        from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
-
-        if model_type == "dinov2_with_registers":
-            return Dinov2WithRegistersConfig, Dinov2WithRegistersModel
-        return Dinov2Config, Dinov2Model
 
     def read_sizes(self, model_config: Any) -> None:
         self.check_layer(model_config.num_hidden_layers)

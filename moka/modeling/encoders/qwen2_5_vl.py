@@ -79,7 +79,7 @@ class QwenVlEncoder(TowerEncoder):
         )
 
     name, kind, input_name = "qwen2.5-vl", "image", "pixel_values"
-    model_types = ("qwen2_5_vl",)
+    model_types = {"qwen2_5_vl": ("Qwen2_5_VLVisionConfig", "")}
     marks = ("<|vision_start|>", "<|vision_end|>")  # what is around a picture in the checkpoint's own prompts
     tiny_model = {
         **{"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 32},

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from torch import nn
 
@@ -41,7 +42,8 @@ class TowerEncoder(Encoder):
             metadata=about("hidden state taken as features: -1 the last, -2 the one before, 0 the embeddings"),
         )
 
-    model_types: ClassVar[tuple[str, ...]]  # `model_type` of the checkpoints that hold this encoder
+    # `model_type` of the checkpoints that hold this encoder -> configuration and model in `transformers`
+    model_types: ClassVar[Mapping[str, tuple[str, str]]]
     tiny_model: ClassVar[dict[str, Any]]  # a small `model_config` of the same architecture, of two layers
     kept_in_tiny: ClassVar[tuple[str, ...]] = ()  # keys of `model_config` that are of the architecture, not of its size
     special_tokens: int = 0  # leading hidden states that mean no part of the medium
@@ -50,8 +52,9 @@ class TowerEncoder(Encoder):
 
     @classmethod
     def classes(cls, model_type: str | None) -> tuple[Any, Any]:
-        """The `transformers` configuration and model whose checkpoints are read; `model_type` distinguishes variants."""
-        raise NotImplementedError
+        """Return the `transformers` configuration and model whose checkpoints are read; of None the first ones."""
+        config, model = cls.model_types.get(model_type or "") or next(iter(cls.model_types.values()))
+        return getattr(transformers, config), getattr(transformers, model)
 
     @classmethod
     def adjust(cls, model_config: Any) -> Any:
@@ -64,9 +67,7 @@ class TowerEncoder(Encoder):
         if config.name_or_path and (use_name or config.model_config is None):
             source = str(config.name_or_path)
             with loading(cls.name, source):
-                from transformers import AutoConfig
-
-                model_type = AutoConfig.from_pretrained(source, trust_remote_code=False).model_type
+                model_type = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False).model_type
                 if model_type not in cls.model_types:
                     raise MokaError(
                         f"encoder {cls.name!r}: {source!r} has a model of type {model_type!r}; "
