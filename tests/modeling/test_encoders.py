@@ -312,7 +312,7 @@ def test_a_saved_tower_is_rebuilt_after_its_source_is_gone(tmp_path):
         ({"type": "patch-image", "image_size": 30}, "not a multiple of patch_size 8"),
         ({"type": "clip"}, "give name_or_path"),
         ({"type": "clip", "model_config": CLIP, "layer": -5}, "given layer -5; the model has 3 layers"),
-        ({"type": "whisper", "name_or_path": "./no/such/folder"}, "cannot load './no/such/folder'"),
+        ({"type": "whisper", "name_or_path": "./no/such/folder"}, "'./no/such/folder' cannot be loaded"),
     ],
 )
 def test_bad_configurations_are_explained(config, message):

@@ -36,9 +36,16 @@ def resample(samples: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
     Raises:
         MokaError: no samples, not one-dimensional, not finite, a rate below 1, or PyAV is not installed.
     """
-    samples = _checked(samples, from_rate)
-    if to_rate < 1:
-        raise MokaError(f"a sample rate of {to_rate} Hz was asked for; it must be 1 or more")
+    samples = np.asarray(samples, dtype=np.float32)
+    problem = ""
+    if samples.ndim != 1 or not samples.size:
+        problem = f"its shape is {list(samples.shape)}; mono sound of shape [samples], with samples, is expected"
+    elif not np.isfinite(samples).all():
+        problem = "it has samples that are not finite (nan or infinity); decode the recording again"
+    elif min(from_rate, to_rate) < 1:
+        problem = f"its sample rate is {from_rate} Hz, to become {to_rate} Hz; at least 1 is expected"
+    if problem:
+        raise MokaError(f"sound: {problem}.")
     if from_rate == to_rate:
         return samples
     try:
@@ -55,22 +62,6 @@ def resample(samples: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
     frames = [*resampler.resample(frame), *resampler.resample(None)]
     # A handful of samples may give none at a lower rate, hence the empty array to begin with.
     return np.concatenate([np.zeros(0, np.float32), *(frame.to_ndarray()[0] for frame in frames)])
-
-
-def _checked(samples: np.ndarray, rate: int) -> np.ndarray:
-    """``samples`` as float32, or a MokaError that says what is wrong with them."""
-    samples = np.asarray(samples, dtype=np.float32)
-    if samples.ndim != 1:
-        raise MokaError(f"sound of shape {list(samples.shape)} was given; mono sound of shape [samples] is needed")
-    if samples.size == 0:
-        raise MokaError(
-            "the sound has no samples: the clip is empty; give a recording that holds sound, or leave it out"
-        )
-    if not np.isfinite(samples).all():
-        raise MokaError("the sound has samples that are not finite (nan or infinity); decode the recording again")
-    if rate < 1:
-        raise MokaError(f"the sound's sample rate is {rate} Hz; it must be 1 or more")
-    return samples
 
 
 def samples_at(medium: Any, rate: int) -> np.ndarray:
