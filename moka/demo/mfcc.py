@@ -11,7 +11,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 import numpy as np
-from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
+from transformers.audio_utils import mel_filter_bank, power_to_db, window_function
 
 from moka.modeling.encoders.audio import resample
 
@@ -41,19 +41,12 @@ def mfcc(samples: np.ndarray, rate: int) -> np.ndarray:
     samples = resample(samples, rate, RATE)
     samples = np.pad(samples, (0, max(0, WINDOW // 2 + 1 - len(samples))))
     bands, basis = _constants()
-    decibels = spectrogram(
-        samples,
-        window_function(WINDOW, "hann"),
-        frame_length=WINDOW,
-        hop_length=HOP,
-        power=2.0,
-        mel_filters=bands,
-        mel_floor=_POWER_FLOOR,
-        log_mel="dB",
-        db_range=FLOOR_DB,
-        dtype=np.dtype(np.float64),
-    )  # [128, frames]
-    return (decibels.T @ basis).astype(np.float32)
+    # As audio_utils.spectrogram, which goes through the frames one by one and takes 40 times as long.
+    padded = np.pad(samples.astype(np.float64), WINDOW // 2, mode="reflect")
+    frames = np.lib.stride_tricks.sliding_window_view(padded, WINDOW)[::HOP]  # [frames, 400]
+    power = np.abs(np.fft.rfft(frames * window_function(WINDOW, "hann"), axis=1)) ** 2  # [frames, 201]
+    decibels = power_to_db(power @ bands, min_value=_POWER_FLOOR, db_range=FLOOR_DB)  # [frames, 128]
+    return (decibels @ basis).astype(np.float32)
 
 
 @lru_cache(maxsize=1)
