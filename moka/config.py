@@ -15,14 +15,11 @@ import yaml
 from transformers import TrainingArguments
 
 from moka.errors import MokaError, nearest
-from moka.modeling.encoders import tiny_encoder
-from moka.modeling.projectors import tiny_projector
-from moka.modeling.quantization import QUANTIZATIONS
-from moka.testing import tiny
 
 METHODS = ("moka", "lora", "none")
 PRESETS = ("paper", "official-avt", "official-vt")
 INTERACTIONS = ("own_turn", "first_turn")
+QUANTIZATIONS = ("nf4", "int8")
 DTYPES = ("auto", "float32", "bfloat16")
 BAD_MEDIA = ("error", "skip", "substitute")
 SECTIONS = {1: "alignment", 2: "training"}  # of each stage
@@ -249,6 +246,11 @@ _TINY_STEPS = 20  # at most, where a configuration asks for more; 2 where it ask
 
 def make_tiny(config: RunConfig) -> None:
     """Put tiny random parts of the same architecture instead of published ones; a second time changes nothing."""
+    # Each part knows its small form; those rooms are above this one.
+    from moka.modeling.encoders import tiny_encoder
+    from moka.modeling.projectors import tiny_projector
+    from moka.testing import tiny
+
     model = config.model
     model.backbone = tiny.PREFIX + tiny.tiny_kind(model.backbone)
     model.dtype = "float32"

@@ -14,13 +14,12 @@ from safetensors import safe_open
 
 from moka.adapter import MokaConfig
 from moka.adapter.checks import check_adapter_folder, check_finite
-from moka.adapter.matching import match_names
+from moka.adapter.matching import match_names, some
 from moka.config import ModelSection
 from moka.data import check_sample, decode_sample
 from moka.data.media import AudioWindows, BadMediaError
-from moka.demo.wheels import sha256_of
 from moka.errors import MokaError
-from moka.io import read_json
+from moka.io import read_json, sha256_of
 from moka.modeling import MokaForConditionalGeneration, MokaProcessor, TooLongError
 from moka.modeling.build import build_model, choose_dtype, context_length
 from moka.modeling.quantization import check_quantization
@@ -145,22 +144,20 @@ def _as_list(media: Any) -> list[Any]:
 
 
 def find_adapter(run: str | Path) -> Path:
-    """The adapter folder of a run, or the folder itself if it is one."""
+    """Return the adapter folder of a run, or the folder itself if it is one."""
     path = Path(run)
     kind = export_kind(path)
-    if kind not in (None, "text-merged"):
-        raise MokaError(
-            f"{path} is an export in the format {kind}, which needs no moka: its README.md says how to load it. Here give a "
-            "run folder of `moka train`, an adapter folder, or the folder of `moka merge`."
-        )
-    for folder in (path / ADAPTER, path):
-        if (folder / "adapter_config.json").is_file():
-            return folder
-    if not path.exists():
-        raise MokaError(f"{path} does not exist; give a run folder of `moka train`, or an adapter folder.")
-    if (path / "connector" / "connector.json").is_file():
-        raise MokaError(f"{path} has a stage-1 run only, without an adapter; train stage 2 from {path}/connector.")
-    raise MokaError(f"{path} has no adapter (no adapter/adapter_config.json); give a finished run of `moka train`.")
+    folders = [folder for folder in (path / ADAPTER, path) if (folder / "adapter_config.json").is_file()]
+    if folders and kind in (None, "text-merged"):
+        return folders[0]
+    problem, remedy = "has no adapter (no adapter/adapter_config.json)", "give a finished run of `moka train`"
+    if kind is not None:
+        problem = f"is an export in the format {kind}, which needs no moka: its README.md says how to load it"
+    elif not path.exists():
+        problem, remedy = "does not exist", "give a run folder of `moka train`, or an adapter folder"
+    elif (path / "connector" / "connector.json").is_file():
+        problem, remedy = "has a stage-1 run only, without an adapter", f"train stage 2 from {path}/connector"
+    raise MokaError(f"{path} {problem}; {remedy}.")
 
 
 def export_kind(path: str | Path) -> str | None:
@@ -171,21 +168,29 @@ def export_kind(path: str | Path) -> str | None:
 
 
 def _model_config(folder: Path) -> dict[str, Any]:
+    """Return the description of the composed model in an adapter folder.
+
+    Raises:
+        MokaError: it is absent, damaged or of a newer format, or files that were written with it are absent.
+    """
     path = folder / MODEL_CONFIG
-    if not path.is_file():
-        raise MokaError(
-            f"{folder} has no {MODEL_CONFIG}, which names the encoders and projectors: it was not written by `moka train`, or "
-            "not copied full. Build the base model yourself and use PeftModel.from_pretrained."
-        )
-    config = read_json(path)
-    lost = {"format_version", "backbone", "backbone_fingerprint", "modalities", "fill_token_id", "parts"} - {*config}
-    if lost:
-        raise MokaError(f"{path} lacks {', '.join(sorted(lost))}; it is damaged. Copy the folder again.")
+    config = read_json(path, dict) if path.is_file() else {}
+    needed = {"format_version", "backbone", "backbone_fingerprint", "modalities", "fill_token_id", "parts"}
     absent = [name for name in config.get("files", []) if not (folder / name).is_file()]
-    if absent:
-        raise MokaError(f"{folder} lacks {', '.join(absent)}, which was written with it. Copy the folder again.")
-    if config["format_version"] > FORMAT_VERSION:
-        raise MokaError(f"{path} was written by a newer moka (format {config['format_version']}); upgrade moka-peft.")
+    problem = ""
+    if not path.is_file():
+        problem = (
+            f"{folder} has no {MODEL_CONFIG}, which names the encoders and projectors. If `moka train` wrote it, copy the full "
+            "folder; else build the base model yourself and use PeftModel.from_pretrained"
+        )
+    elif lost := sorted(needed - {*config}):
+        problem = f"{path} lacks {', '.join(lost)}; it is damaged. Copy the folder again"
+    elif absent:
+        problem = f"{folder} lacks {', '.join(absent)}, which was written with it. Copy the folder again"
+    elif config["format_version"] > FORMAT_VERSION:
+        problem = f"{path} was written by a newer moka (format {config['format_version']}); upgrade moka-peft"
+    if problem:
+        raise MokaError(f"{problem}.")
     if config.get("backbone_relative"):
         # Of an export: its two folders move together.
         config["backbone"] = os.path.normpath(folder.absolute() / config["backbone"])
@@ -281,7 +286,13 @@ def load(
     device = _device(device)
     read_json(folder / "adapter_config.json")
     saved = check_adapter_folder(str(folder))
-    _check_complete_folder(folder)
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise MokaError(f"{folder} has no {weights.name}; moka.load reads safetensors only. Save the adapter as such.")
+    with safe_open(weights, "pt") as file:
+        names = set(file.keys())
+    # A projector that stays randomly initialised answers fluently and blindly.
+    absent = [part for part in _model_config(folder)["parts"] if not any(f".{part}." in name for name in names)]
     processor = MokaProcessor.from_pretrained(folder)
     base = load_base(
         folder, dtype=dtype, backbone=backbone, dequantize=dequantize, quantization=quantization, device=device
@@ -301,10 +312,10 @@ def load(
     if isinstance(model.peft_config["default"], MokaConfig):
         # Files of format 1 and paths that moved between versions of transformers have other names than this model.
         match_names({name: tuple(t.shape) for name, t in expected.items()}, {} if saved is None else saved.shapes)
-    elif missing := sorted(expected.keys() - _tensor_names(folder)):
-        raise MokaError(
-            f"{folder}: the weights lack {len(missing)} tensors ({missing[0]}, ...). Copy or save it again."
-        )
+    else:
+        absent = sorted(expected.keys() - names)
+    if absent:
+        raise MokaError(f"{folder}: the weights lack {some(absent)}, which would stay random. Copy or save it again.")
     return LoadedModel(model.to(device).eval(), processor, folder)
 
 
@@ -318,22 +329,3 @@ def _device(name: str | None) -> str:
         reason = str(error).splitlines()[0]
         raise MokaError(f"device {name!r} cannot be used here ({reason}). Leave it out, or name another.") from error
     return name
-
-
-def _tensor_names(folder: Path) -> set[str]:
-    weights = folder / "adapter_model.safetensors"
-    if not weights.is_file():
-        raise MokaError(f"{folder} has no {weights.name}; moka.load reads safetensors only. Save the adapter as such.")
-    with safe_open(weights, "pt") as file:
-        return set(file.keys())
-
-
-def _check_complete_folder(folder: Path) -> None:
-    """A projector that stays randomly initialised answers fluently and blindly: refuse it."""
-    parts = _model_config(folder)["parts"]
-    names = _tensor_names(folder)
-    absent = [part for part in parts if not any(f".{part}." in name for name in names)]
-    if absent:
-        raise MokaError(
-            f"{folder}: the weights of {', '.join(absent)} are not in it, and would stay random. Save it again."
-        )

@@ -7,11 +7,12 @@ for one of ours, and two processes that write the same target do not disturb eac
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -96,19 +97,48 @@ def write_output(path: Path, text: str, inputs: Iterable[Path] = (), option: str
     write_text(Path(os.path.realpath(path)), text)
 
 
+def check_output_folder(output: Path, source: Path, is_result: Callable[[Path], bool], overwrite: bool) -> None:
+    """Check that a folder that a user named can be written without losing anything else.
+
+    Args:
+        source: the folder that is read; neither may be inside the other.
+        is_result: whether a folder has an earlier result; no other folder is replaced.
+    Raises:
+        MokaError: the place is taken, or is an earlier result and ``overwrite`` is not given.
+    """
+    target, read = output.resolve(), source.resolve()
+    problem = ""
+    if target.is_relative_to(read) or read.is_relative_to(target):
+        problem = f"is {source}, has it or is inside it"
+    elif taken := next(
+        (folder for folder in (target, *target.parents) if folder.exists() and not folder.is_dir()), None
+    ):
+        problem = f"cannot be made: {taken} is a file"
+    elif target.exists() and any(target.iterdir()) and not (overwrite and is_result(target)):
+        problem = "is not empty"
+        problem += (
+            " (add --overwrite to replace it)" if is_result(target) else " and has no earlier result to be replaced"
+        )
+    if problem:
+        raise MokaError(f"--output: {output} {problem}; give another folder.")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file, indented, atomically."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, kind: type = object) -> Any:
     """Read a JSON file.
 
     Raises:
-        MokaError: the file cannot be read or parsed.
+        MokaError: the file cannot be read or parsed, or has a value of another ``kind``.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, kind):
+            raise ValueError(f"a {kind.__name__} is expected, not a {type(value).__name__}")
+        return value
     except (OSError, ValueError, RecursionError) as error:
         raise MokaError(f"{path} cannot be read as JSON ({error}); it is damaged. Copy the folder again.") from error
 
@@ -130,6 +160,15 @@ def read_jsonl(path: Path) -> list[Any]:
         with suppress(ValueError):
             records.append(json.loads(line))
     return records
+
+
+def sha256_of(path: Path) -> str:
+    """Return the sha256 of a file, as hexadecimal digits."""
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _umask() -> int:

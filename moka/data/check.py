@@ -19,10 +19,8 @@ from moka.data.lengths import token_counter
 from moka.data.media import decode_medium
 from moka.data.records import BAR_AFTER_S
 from moka.data.schema import map_media, media_parts
-from moka.demo import mfcc
 from moka.errors import MokaError
 from moka.modeling.configuration import MEDIA_TYPE_IDS
-from moka.modeling.frontends import MfccFrontEnd
 from moka.modeling.media import Waveform
 from moka.modeling.processing import IGNORE, MokaProcessor, TooLongError
 
@@ -249,7 +247,7 @@ class _Look:
     def _sound(self, name: str, decoded: Any, items: Any) -> _Facts:
         if not isinstance(decoded, Waveform):
             return _Facts(len(items))
-        wanted = sampling_rate(self.processor.front_ends[name])
+        wanted = self.processor.front_ends[name].sampling_rate
         seconds = getattr(self.encoders.get(name), "length_in_seconds", None)
         longest = max(len(item.samples) / item.rate for item in items)
         return _Facts(
@@ -258,16 +256,6 @@ class _Look:
             resampled=wanted is not None and decoded.rate != wanted,
             cut=seconds is not None and longest > seconds + 1e-6,
         )
-
-
-def sampling_rate(front_end: Any) -> int | None:
-    """The rate (Hz) that a front end brings sound to, or None where it takes no sound."""
-    if isinstance(front_end, MfccFrontEnd):
-        return mfcc.RATE
-    for holder, name in ((front_end, "rate"), (getattr(front_end, "extractor", None), "sampling_rate")):
-        if isinstance(rate := getattr(holder, name, None), int):
-            return rate
-    return None
 
 
 def _count_media(

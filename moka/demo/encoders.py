@@ -1,4 +1,4 @@
-"""Small encoders that are trained together with the adapter; the embedded quickstarts use them."""
+"""Small encoders, with their front ends, that are trained together with the adapter; the embedded quickstarts use them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,145 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 from moka.errors import MokaError
-from moka.modeling.encoders.base import Encoder
+from moka.modeling.encoders.base import Encoder, FrontEnd, wrong_medium
+from moka.modeling.encoders.images import border_colour, fit_square, picture
 from moka.modeling.fields import about
+from moka.modeling.media import AudioFeatures, Waveform
+
+from .mfcc import COEFFICIENTS, RATE, mfcc
+
+
+@dataclass
+class ImageFrontEnd(FrontEnd):
+    """Pictures of any size and mode for the small image encoders: float32 [1 or 3, image_size, image_size] in -1 ... 1.
+
+    The picture keeps its aspect ratio; what is left of the square takes the colour of its border. With polarity
+    "light-on-dark" it is a drawing, and becomes one in MNIST's manner (`centre_ink`).
+    """
+
+    image_size: int
+    grey: bool = True
+    polarity: str | None = None
+
+    name: ClassVar[str] = "image"
+
+    def __call__(self, medium: Any) -> np.ndarray:
+        if self.polarity:
+            pixels = centre_ink(np.asarray(picture(medium, "L")), self.image_size)[:, :, None]
+            pixels = np.repeat(pixels, 1 if self.grey else 3, axis=2)
+        else:
+            pixels = fit_square(picture(medium, "L" if self.grey else "RGB"), self.image_size)
+        return np.ascontiguousarray(pixels.astype(np.float32).transpose(2, 0, 1) / 127.5 - 1)
+
+
+def centre_ink(pixels: np.ndarray, size: int) -> np.ndarray:
+    """A drawing of any size, dark on light or light on dark, as MNIST's makers would have stored it.
+
+    Light ink on black; cropped to the ink, the longer side scaled to 20 of 28 pixels, the centre of mass moved to the
+    middle. A drawing that already is of that form comes back unchanged. Thin strokes stay thin: their brightness is
+    restored, not their width.
+
+    Args:
+        pixels: uint8 [height, width], grey.
+        size: height and width of the result, in pixels.
+
+    Returns:
+        uint8 [size, size]; zeros for an empty page.
+
+    Source: LeCun and Cortes, The MNIST database (2010), on how the digits were normalised.
+    """
+    box = round(size * 20 / 28)
+    if _is_centred(pixels, size, box):
+        return pixels
+    ground = float(border_colour(pixels[:, :, None])[0])
+    ink = (pixels - ground) * (1 if pixels.mean() > ground else -1)
+    if ink.max() < 16:  # grain of the paper, not a drawing
+        return np.zeros((size, size), np.uint8)
+    ink = ink / ink.max()
+    ink[ink < 0.2] = 0  # shadows and grain would widen the box
+    rows, columns = np.flatnonzero(ink.any(1)), np.flatnonzero(ink.any(0))
+    ink = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    scale = box / max(ink.shape)
+    height, width = (max(1, round(side * scale)) for side in ink.shape)
+    small = Image.fromarray(ink.astype(np.float32)).resize((width, height), Image.Resampling.BILINEAR)
+    ink = np.asarray(small) / np.asarray(small).max()
+    top, left = (
+        int(np.clip(round(size / 2 - centre), 0, size - side))
+        for centre, side in zip(_centre_of_mass(ink), ink.shape, strict=True)
+    )
+    page = np.zeros((size, size), np.uint8)
+    page[top : top + height, left : left + width] = (ink * 255).round()
+    return page
+
+
+def _centre_of_mass(ink: np.ndarray) -> tuple[float, float]:
+    """Row and column, counted in pixels from the first."""
+    mass = ink.sum()
+    return float(ink.sum(1) @ np.arange(ink.shape[0]) / mass), float(ink.sum(0) @ np.arange(ink.shape[1]) / mass)
+
+
+def _is_centred(pixels: np.ndarray, size: int, box: int) -> bool:
+    """Return whether a drawing has MNIST's form: its size, a black ground, ink within the box and centred to half a pixel."""
+    if pixels.shape != (size, size) or not pixels.any() or border_colour(pixels[:, :, None])[0] > 0:
+        return False
+    rows, columns = np.flatnonzero(pixels.any(1)), np.flatnonzero(pixels.any(0))
+    longest = 1 + max(rows[-1] - rows[0], columns[-1] - columns[0])
+    off = max(abs(centre - size / 2) for centre in _centre_of_mass(pixels.astype(np.float64)))
+    return box - 1 <= longest <= box and off <= 0.51
+
+
+# Mean and standard deviation of each coefficient over all frames of the 2160 training recordings of the embedded spoken
+# digits (`moka.demo.embedded.split_indices("recordings", "train")`).
+MFCC_MEAN = np.array(
+    [-304.31, 26.84, -4.01, -18.78, -37.12, -19.17, -17.41, -9.86, -13.90, -7.62, -12.05, -11.06, -12.15], np.float32
+)
+MFCC_STD = np.array(
+    [145.05, 50.56, 38.71, 29.46, 30.02, 25.27, 18.86, 15.36, 15.45, 14.77, 14.25, 12.49, 12.49], np.float32
+)
+
+
+@dataclass
+class MfccFrontEnd(FrontEnd):
+    """Recordings, or their stored MFCC, for `conv-audio`: float32 [14, frames], 13 coefficients and the mask.
+
+    Coefficients are normalised. A longer recording is cut to its loudest stretch of `frames`; a shorter one is followed
+    by zeros, where the mask is 0 too.
+    """
+
+    frames: int
+
+    name: ClassVar[str] = "mfcc"
+    sampling_rate = RATE
+
+    def __call__(self, medium: Any) -> np.ndarray:
+        if isinstance(medium, Waveform):
+            values = mfcc(medium.samples, medium.rate)
+        elif isinstance(medium, AudioFeatures) and medium.kind == "mfcc":
+            values = np.asarray(medium.values, np.float32)
+        else:
+            raise wrong_medium(medium, "recordings, or audio features of kind 'mfcc'")
+        bins = len(MFCC_MEAN)
+        if values.ndim != 2 or not len(values) or values.shape[1] != bins:
+            raise MokaError(
+                f"MFCC of shape {list(values.shape)} given; expected [frames, {bins}] with at least one frame."
+            )
+        values = (values - MFCC_MEAN) / MFCC_STD
+        if len(values) > self.frames:
+            # the first coefficient is the loudness
+            loudness = np.convolve(values[:, 0], np.ones(self.frames), mode="valid")
+            start = int(loudness.argmax())
+            values = values[start : start + self.frames]
+        item = np.zeros((bins + 1, self.frames), np.float32)
+        item[:bins, : len(values)] = values.T
+        item[bins, : len(values)] = 1
+        return item
 
 
 @dataclass
@@ -53,6 +185,11 @@ class ConvImageEncoder(Encoder):
         )
 
     name, kind, input_name = "conv-image", "image", "pixel_values"
+    front_end_class = ImageFrontEnd
+
+    @classmethod
+    def front_end(cls, config: Any) -> FrontEnd:
+        return ImageFrontEnd(config.image_size, config.grey, config.polarity)
 
     @classmethod
     def tiny(cls, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,6 +245,11 @@ class PatchImageEncoder(Encoder):
         heads: int = field(default=4, metadata=about("attention heads", minimum=1))
 
     name, kind, input_name = "patch-image", "image", "pixel_values"
+    front_end_class = ImageFrontEnd
+
+    @classmethod
+    def front_end(cls, config: Any) -> FrontEnd:
+        return ImageFrontEnd(config.image_size, config.grey, config.polarity)
 
     @classmethod
     def tiny(cls, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -161,7 +303,16 @@ class ConvAudioEncoder(Encoder):
         )
 
     name, kind, input_name = "conv-audio", "audio", "input_features"
+    front_end_class = MfccFrontEnd
     windows_per_token: ClassVar[int] = 3
+
+    @classmethod
+    def front_end(cls, config: Any) -> FrontEnd:
+        if config.bins != COEFFICIENTS:
+            raise MokaError(
+                f"encoder 'conv-audio': given bins {config.bins}; its front end gives {COEFFICIENTS} MFCC. Leave bins out."
+            )
+        return MfccFrontEnd(config.frames)
 
     @classmethod
     def tiny(cls, config: Mapping[str, Any]) -> dict[str, Any]:

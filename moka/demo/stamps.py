@@ -24,9 +24,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from moka.data.media_io import load_audio
 from moka.errors import MokaError, nearest
-from moka.modeling.frontends import to_8_bit
+from moka.modeling.encoders.images import to_8_bit
 
 from .debian import DebianPackage, fetch_deb, package_files
 from .embedded import PREFIX, SPLITS, Split
@@ -281,6 +280,8 @@ def _first_line(content: bytes) -> str:
 def _decoded(content: bytes, scratch: Path) -> np.ndarray:
     """An encoded recording as int16 [samples] at 16 kHz; ``scratch`` is a file to use on the way."""
     scratch.write_bytes(content)
+    from moka.data.media_io import load_audio  # moka.data imports the embedded tasks
+
     samples = load_audio(scratch, RATE).samples
     scratch.unlink()
     return np.round(samples * 32767).astype(np.int16)

@@ -6,8 +6,6 @@ come along, and a checked archive is all that is needed.
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import os
 import shutil
 import subprocess
@@ -20,9 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moka.errors import MokaError
-
-# What the operating system answers when a folder cannot be made or written: a file in its place, or no permission.
-_NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR}
+from moka.io import disk_full_errors, sha256_of
 
 
 @dataclass(frozen=True)
@@ -100,24 +96,21 @@ def staging(megabytes: float) -> Iterator[Path]:
     root = cache_dir()
     try:
         root.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(root).free / 1e6
-        if free < megabytes:
-            raise no_space(f"{megabytes:.0f} MB are needed and {free:.0f} MB are free")
-        with tempfile.TemporaryDirectory(dir=root, prefix="tmp-", ignore_cleanup_errors=True) as folder:
-            yield Path(folder)
-    except MokaError:
-        raise
-    except Exception as error:
-        code = getattr(error, "errno", None)
-        # safetensors wraps the system's error into one of its own, of which the text only is left.
-        if code == errno.ENOSPC or "No space left on device" in str(error):
-            raise no_space("the disk filled up while writing") from error
-        if code in _NOT_WRITABLE:
+        folder = Path(tempfile.mkdtemp(dir=root, prefix="tmp-"))
+    except OSError as error:
+        raise MokaError(
+            f"cannot write into the cache folder {root} ({error.strerror}); set MOKA_CACHE to a folder you may write to"
+        ) from error
+    try:
+        if (free := shutil.disk_usage(root).free / 1e6) < megabytes:
             raise MokaError(
-                f"cannot write into the cache folder {root} ({os.strerror(code)}); "
-                "set MOKA_CACHE to a folder you may write to"
-            ) from error
-        raise
+                f"no space left for the cache folder {root}: {megabytes:.0f} MB are needed and {free:.0f} MB are free; free "
+                "some, or set MOKA_CACHE to a folder on another disk"
+            )
+        with disk_full_errors(root):
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def publish(made: Path, target: Path) -> None:
@@ -149,30 +142,7 @@ def _pip_download(wheel: Wheel, folder: Path, target: Path) -> None:
         return
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     last = lines[-1].removeprefix("ERROR: ") if lines else f"exit code {done.returncode}"
-    if "No space left on device" in done.stderr:
-        raise no_space("the disk filled up while downloading")
-    if "No module named pip" in last:
-        remedy = "install pip into this environment (python -m ensurepip)"
-    else:
-        remedy = "check the network and pip's index (pip config list)"
     raise MokaError(
-        f"pip could not download {wheel.name}=={wheel.version}: {last}; {remedy}, or put {wheel.filename} into "
+        f"pip could not download {wheel.name}=={wheel.version}: {last}; check the network and pip's index (pip config list), or put {wheel.filename} into "
         f"{target.parent} by hand"
     )
-
-
-def no_space(what: str) -> MokaError:
-    """The error for a full disk; ``what`` says how it showed."""
-    return MokaError(
-        f"no space left for the cache folder {cache_dir()}: {what}; free some, or set MOKA_CACHE to a folder on "
-        "another disk"
-    )
-
-
-def sha256_of(path: Path) -> str:
-    """The sha256 of a file, as hexadecimal digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

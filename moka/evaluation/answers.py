@@ -53,7 +53,7 @@ def ask(
         folder: gets ``predictions.jsonl`` and ``settings.json``. Answers that are there already, to the same questions by the
             same model with the same settings, are kept; others are moved to ``predictions.previous.jsonl``.
         source: what the samples are, for the settings.
-        condition: name of the repetition: its answers are kept apart in the same folder.
+        condition: name of the repetition, such as "audio blanked"; one of the settings.
         transform: changes the decoded messages before they are asked.
         size: ask that many, from the first.
         tolerate_bad_media: a question whose media cannot be used gets an empty answer and an ``error``, and counts as wrong;
@@ -69,13 +69,13 @@ def ask(
     n = min(size or len(samples), len(samples))
     with collective_errors():
         # Before anything is moved: a question without a truth is an error.
-        keys = [_key(samples[index], condition) for index in range(n)]
-    settings = generation_settings(loaded, source, max_new_tokens)
+        keys = [_key(unanswered(samples[index])) for index in range(n)]
+    settings = generation_settings(loaded, source, max_new_tokens) | ({"condition": condition} if condition else {})
     known = broadcast_from_main(lambda: _kept(folder, json.loads(json.dumps(settings))))
-    found = {place: known[key] for place, key in enumerate(keys) if key in known}
+    found = {index: known[key] for index, key in enumerate(keys) if key in known}
     if found and is_main():
         print(f"note: {len(found)} of {n} answers are in {folder / PREDICTIONS} already; resuming from there.")
-    pending = [place for place in range(n) if place not in found]
+    pending = [index for index in range(n) if index not in found]
     batches = [pending[start : start + batch_size] for start in range(0, len(pending), batch_size)]
     rank, world = rank_and_world_size()
     label = condition or "asking"
@@ -83,22 +83,21 @@ def ask(
         for start in range(0, len(batches), world):
             together = batches[start : start + world]
             with collective_errors():
-                for places in together[rank : rank + 1]:
-                    answered = answer(
-                        loaded, [samples[i] for i in places], max_new_tokens, tolerate_bad_media, transform
-                    )
-                    for place, record in zip(places, answered, strict=True):
-                        found[place] = record
-                        append_jsonl(_part(folder, rank), {"key": keys[place], **record})
+                for indices in together[rank : rank + 1]:
+                    batch = [samples[index] for index in indices]
+                    records = answer(loaded, batch, max_new_tokens, tolerate_bad_media, transform)
+                    found |= zip(indices, records, strict=True)
+                    for record in records:
+                        append_jsonl(folder / f"{PREDICTIONS}.part-{rank}", record)
             bar.update(sum(map(len, together)))
-    for other in all_gather_object({place: found[place] for places in batches[rank::world] for place in places}):
+    for other in all_gather_object({index: found[index] for indices in batches[rank::world] for index in indices}):
         found |= other
+    records = [found[index] for index in range(n)]
     with collective_errors():
         if is_main():
-            mine = {key: found[place] for place, key in enumerate(keys)}
-            others = {key: record for key, record in known.items() if key not in mine}
-            _write(folder, {**mine, **others})
-    return [found[place] for place in range(n)]
+            asked = dict(zip(keys, records, strict=True))
+            _write(folder, asked | {key: record for key, record in known.items() if key not in asked})
+    return records
 
 
 def generation_settings(loaded: LoadedModel, source: Any, max_new_tokens: int) -> dict[str, Any]:
@@ -116,10 +115,6 @@ def generation_settings(loaded: LoadedModel, source: Any, max_new_tokens: int) -
     }
 
 
-def _part(folder: Path, rank: int) -> Path:
-    return folder / f"{PREDICTIONS}.part-{rank}"
-
-
 def _kept(folder: Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the answers with the same settings by key, of a finished file and of the parts of an interrupted run."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -133,11 +128,9 @@ def _kept(folder: Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
             print(f"note: earlier answers, of another model or with other settings, were moved to {before}.")
     write_json(folder / SETTINGS, settings)
     kept: dict[str, dict[str, Any]] = {}
-    for record in (record for file in (path, *parts) if file.exists() for record in read_jsonl(file)):
+    for record in (record for file in (path, *parts) for record in read_jsonl(file)):
         if isinstance(record, dict) and {"id", "question", "reference"} <= record.keys() and "error" not in record:
-            condition = record.get("condition", "")
-            key = record.pop("key", None) or _hash([record["id"], record["question"], record["reference"], condition])
-            kept[key] = record
+            kept[_key(record)] = record
     _write(folder, kept)
     return kept
 
@@ -149,13 +142,10 @@ def _write(folder: Path, records: dict[str, dict[str, Any]]) -> None:
         part.unlink()
 
 
-def _key(sample: dict[str, Any], condition: str) -> str:
-    """Return what a kept answer must have in common with a question to be its answer."""
-    return _hash([sample["id"], asked(sample), truth(sample), condition])
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:32]
+def _key(record: dict[str, Any]) -> str:
+    """Return a hash of what a kept answer must have in common with a question to be its answer."""
+    question = json.dumps([record["id"], record["question"], record["reference"]])
+    return hashlib.sha256(question.encode()).hexdigest()
 
 
 def answer(
@@ -168,8 +158,7 @@ def answer(
     """Return the records of one batch, in the order of the samples."""
     records, decodable, chats = [], [], []
     for sample in samples:
-        record = {"id": sample["id"], "question": asked(sample), "prediction": "", "reference": truth(sample)}
-        record |= {key: sample[key] for key in _CARRIED if key in sample}
+        record = unanswered(sample)
         records.append(record)
         try:
             decoded = decode_sample(sample, **loaded.decoding)
@@ -194,25 +183,21 @@ def before_answer(messages: list[dict]) -> list[dict]:
     return messages[:-1] if messages[-1]["role"] == "assistant" else messages
 
 
-def asked(sample: dict[str, Any]) -> str:
-    """Return the text of the chat before the answer."""
-    return "\n".join(words([message]) for message in before_answer(sample["messages"]))
-
-
-def truth(sample: dict[str, Any]) -> Any:
-    """Return the reference of a sample.
+def unanswered(sample: dict[str, Any]) -> dict[str, Any]:
+    """Return the record of a question before it is asked: id, text of the chat before the answer, truth, and what scorers read.
 
     Raises:
-        MokaError: it has none.
+        MokaError: the sample has no truth.
     """
-    if "reference" in sample:
-        return sample["reference"]
-    last = sample["messages"][-1]
-    if last["role"] != "assistant":
+    messages = sample["messages"]
+    if "reference" not in sample and messages[-1]["role"] != "assistant":
         raise MokaError(
             f"sample {sample['id']!r} has no 'reference', and no assistant's answer at its end: nothing to score against."
         )
-    return words([last])
+    question = "\n".join(words([message]) for message in before_answer(messages))
+    reference = sample["reference"] if "reference" in sample else words(messages[-1:])
+    record = {"id": sample["id"], "question": question, "prediction": "", "reference": reference}
+    return record | {key: sample[key] for key in _CARRIED if key in sample}
 
 
 def parts(message: dict) -> list[dict]:

@@ -54,7 +54,8 @@ def compare(
     Raises:
         MokaError: an unknown method, or no test data.
     """
-    methods = _checked(config, [method.strip() for method in methods], seeds)
+    methods = [method.strip() for method in methods]
+    _check(config, methods, seeds)
     root = Path(config.output.dir)
     adapters = {method: _adapter_section(config, method) for method in methods}
     if match_params:
@@ -83,9 +84,8 @@ def compare(
     again = sum((Path(c.output.dir) / RESULT).exists() for key, c in plan.items() if key not in records)
     if again:
         print(f"note: {again} runs were made with other settings and are made again; another output.dir keeps both.")
-    open_questions(
-        config.data.test, "test", config.data.media_root
-    )  # what is wrong with it is reported before anything is trained
+    # What is wrong with the data is reported before anything is trained.
+    open_questions(config.data.test, "test", config.data.media_root)
     write_comparison(root, result())
     for seed in numbers:
         _stage_one(config, root, seed)
@@ -96,25 +96,24 @@ def compare(
     return result()
 
 
-def _checked(config: RunConfig, methods: list[str], seeds: int) -> list[str]:
-    if not methods or len(set(methods)) < len(methods):
-        raise MokaError(f"--methods: name each method once; got {', '.join(methods) or 'none'}.")
-    for method in methods:
-        if method in RENAMED:
-            raise MokaError(
-                f"--methods: {method!r} is called {RENAMED[method]!r}, as in the paper, whose Multiple LoRA is another method."
-            )
-        if method not in METHODS:
-            raise MokaError(f"--methods: unknown {method!r}; known: {', '.join(METHODS)}.{nearest(method, METHODS)}")
-    if seeds < 1:
-        raise MokaError(f"--seeds: at least 1 is expected, got {seeds}.")
-    if config.data.test is None:
-        raise MokaError("data.test is not set, and a comparison is made on it.")
-    if 2 not in config.stages:
-        raise MokaError(f"stages: {config.stages} trains no adapter to compare; set stages: [1, 2] or [2].")
-    if (Path(config.output.dir) / CONFIG).exists():
-        raise MokaError(f"output.dir: {config.output.dir} has a single run; choose another folder with output.dir=...")
-    return methods
+def _check(config: RunConfig, methods: list[str], seeds: int) -> None:
+    """Refuse what would fail, or compare nothing, after hours of training."""
+    unknown = next((method for method in methods if method not in METHODS), "")
+    renamed = f"; it is called {RENAMED[unknown]!r}, as in the paper" if unknown in RENAMED else ""
+    problems = {
+        f"--methods: name each method once; got {', '.join(methods) or 'none'}.": len({*methods})
+        < max(1, len(methods)),
+        f"--methods: unknown {unknown!r}{renamed}; known: {', '.join(METHODS)}.{nearest(unknown, METHODS)}": unknown,
+        f"--seeds: at least 1 is expected, got {seeds}.": seeds < 1,
+        "data.test is not set, and a comparison is made on it.": config.data.test is None,
+        f"stages: {config.stages} trains no adapter to compare; set stages: [1, 2] or [2].": 2 not in config.stages,
+        f"output.dir: {config.output.dir} has a single run; choose another folder with output.dir=...": (
+            Path(config.output.dir) / CONFIG
+        ).exists(),
+    }
+    for problem, found in problems.items():
+        if found:
+            raise MokaError(problem)
 
 
 def _adapter_section(config: RunConfig, method: str) -> dict[str, Any]:
@@ -187,10 +186,10 @@ def _settings(changed: RunConfig) -> dict[str, Any]:
 
 
 def _finished(changed: RunConfig) -> dict[str, Any] | None:
-    """The record of a run that was made before, with the same settings."""
+    """Return the record of a run that was made before, with the same settings."""
     done = Path(changed.output.dir) / RESULT
-    record = read_json(done) if done.exists() else None
-    return record if record and record.get("settings") == _settings(changed) else None
+    record = read_json(done, dict) if done.exists() else {}
+    return record if record.get("settings") == _settings(changed) else None
 
 
 def _one_run(changed: RunConfig, progress: bool) -> dict[str, Any]:

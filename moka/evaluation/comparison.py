@@ -117,21 +117,22 @@ def read_comparison(folder: str | Path) -> dict[str, Any]:
         MokaError: there is none, or it is damaged.
     """
     path = Path(folder) / RESULT
+    result = read_json(path) if path.is_file() else {}
+    keys = {"adapter", "seeds", "parameters", "n", "mean", "spread", "runs"}
+    problem = ""
     if not path.is_file():
-        raise MokaError(f"{folder} has no comparison (no {RESULT}); give the output.dir of a `moka compare`.")
-    result = read_json(path)
-    if isinstance(result, dict) and "settings" in result:
-        raise MokaError(f"{folder} is one run of a comparison; give the comparison's folder, two levels up.")
-    needed = {"methods", "seeds", "data", "matched_parameters"}
-    if not isinstance(result, dict) or not needed <= set(result) or not _complete(result["methods"]):
-        raise MokaError(f"{path} is no comparison of `moka compare`, or is damaged. Run the comparison again.")
+        problem = f"has no comparison (no {RESULT}); give the output.dir of a `moka compare`"
+    elif isinstance(result, dict) and "settings" in result:
+        problem = "is one run of a comparison; give the comparison's folder, two levels up"
+    elif not isinstance(result, dict) or not {"methods", "seeds", "data", "matched_parameters"} <= set(result):
+        problem = f"has a {RESULT} that is no comparison, or is damaged. Run the comparison again"
+    elif not result["methods"] or not all(
+        isinstance(one, dict) and keys <= {*one} for one in result["methods"].values()
+    ):
+        problem = f"has a {RESULT} in which methods are no comparison, or damaged. Run the comparison again"
+    if problem:
+        raise MokaError(f"{folder} {problem}.")
     result["methods"] = {RENAMED.get(name, name): summary for name, summary in result["methods"].items()}
     for missing in result.get("missing", []):
         missing["method"] = RENAMED.get(missing["method"], missing["method"])
     return result
-
-
-def _complete(methods: Any) -> bool:
-    keys = {"adapter", "seeds", "parameters", "n", "mean", "spread", "runs"}
-    summaries = list(methods.values()) if isinstance(methods, dict) else []
-    return bool(summaries) and all(isinstance(summary, dict) and keys <= set(summary) for summary in summaries)

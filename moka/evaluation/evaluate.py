@@ -12,15 +12,12 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 import moka
 from moka.data.formats import FORMATS
 from moka.data.sources import check_files, open_samples
 from moka.distributed import all_gather_object, print_main, rank_and_world_size, run_on_all, run_on_main
-from moka.errors import MokaError, nearest
+from moka.errors import MokaError
 from moka.inference import LoadedModel
 from moka.io import write_json, write_text
 from moka.modeling.configuration import MEDIA_TYPE_IDS
@@ -29,9 +26,10 @@ from moka.training import RunConfig, load_config
 from moka.training.run_dir import CONFIG
 
 from .answers import ask, generation_settings, parts
-from .benchmarks import BENCHMARKS, score
+from .benchmarks import BENCHMARKS, find_benchmark, score
 from .benchmarks.text import library
 from .scoring import Tally
+from .tables import Table
 
 OVERALL, AS_GIVEN = "overall", "as given"
 SCORE = "score.json"
@@ -161,15 +159,11 @@ def _blank(medium: Any) -> Any:
 
 def show(result: dict[str, Any], title: str) -> None:
     """Print the result as a table: a row for each kind of question, a column for each condition."""
-    table = Table(title=escape(title), caption=result["protocol"]["scoring"])
-    table.add_column("question")
     conditions = result["conditions"]
-    for condition in conditions:
-        table.add_column(condition, justify="right")
-    for category in conditions[AS_GIVEN]:
-        cells = [_cell(scores.get(category)) for scores in conditions.values()]
-        table.add_row(escape(category), *cells, style="bold" if category == OVERALL else None)
-    Console(width=None if Console().is_terminal else 120).print(table)
+    names = list(conditions[AS_GIVEN])
+    rows = [[name, *(_cell(scores.get(name)) for scores in conditions.values())] for name in names]
+    emphasised = frozenset([names.index(OVERALL)])
+    Table(title, ["question", *conditions], rows, [result["protocol"]["scoring"]], emphasised=emphasised).show()
 
 
 def _cell(score: dict | None) -> str:
@@ -220,10 +214,6 @@ def evaluate_benchmark(
         MokaError: an unknown benchmark, or one whose data the run does not name; media that cannot be used, unless
             ``data.on_bad_media`` of the run allows for them.
     """
-    if name not in BENCHMARKS:
-        raise MokaError(
-            f"benchmark {name!r} is not known; allowed are {', '.join(BENCHMARKS)}.{nearest(name, BENCHMARKS)}"
-        )
     config = load_config(Path(run) / CONFIG)
     settings = config.evaluation
     source = benchmark_source(config, name, root, split, format)
@@ -276,10 +266,7 @@ def benchmark_source(
     Raises:
         MokaError: an unknown benchmark, or one whose data neither names.
     """
-    if name not in BENCHMARKS:
-        raise MokaError(
-            f"benchmark {name!r} is not known; allowed are {', '.join(BENCHMARKS)}.{nearest(name, BENCHMARKS)}"
-        )
+    find_benchmark(name)
     if root is None:
         source = config.evaluation.benchmarks.get(name)
         if source is None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import yaml
 
 import moka
@@ -18,13 +16,18 @@ def make_card(source: Source, name: str, origin: str, checks: Checks, base_model
     header = {"library_name": library, "tags": ["moka", source.format], "base_model": base_model}
     lost = source.lost()
     losses = "".join(f"- {item}\n" for item in lost) or "Nothing: outputs equal those of the run, for text and media.\n"
+    path = f"The {source.modality} path of a MokA adapter" if source.is_moka else "The LoRA of a run"
+    dtype = str(source.dtype).removeprefix("torch.")
+    rows = {f"difference, {name}": value for name, value in checks.differences.items()}
+    rows |= {f"difference to the live model, {name} (lost)": value for name, value in checks.losses.items()}
+    table = "".join(f"| {name} | {value:.2g} |\n" for name, value in rows.items())
     return f"""---
 {yaml.safe_dump(header, sort_keys=False).strip()}
 ---
 
 # {name}
 
-{_SUMMARIES[source.format].format(base=base_model, path=_path(source))} Made from `{origin}` with moka {moka.__version__}.
+{_SUMMARIES[source.format].format(base=base_model, path=path)} Made from `{origin}` with moka {moka.__version__}.
 
 ## Use
 
@@ -37,12 +40,12 @@ def make_card(source: Source, name: str, origin: str, checks: Checks, base_model
 {losses}
 ## Checks
 
-The folder was read back from disk and compared with the live model (weights in {_dtype(source)}, compared in float32).
+The folder was read back from disk and compared with the live model (weights in {dtype}, compared in float32).
 
 | check | result |
 |---|---|
 | modules changed / expected | {checks.changed} / {checks.expected} |
-{_table(checks)}
+{table}
 Differences are those of the logits, as a part of the largest logit; {checks.tolerance:g} is allowed where they should be zero.
 """
 
@@ -59,17 +62,3 @@ _USES = {
     LORA: "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
     'backbone = AutoModelForCausalLM.from_pretrained("{place}")\nmodel = PeftModel.from_pretrained(backbone, "{name}")',
 }
-
-
-def _path(source: Source) -> str:
-    return f"The {source.modality} path of a MokA adapter" if source.is_moka else "The LoRA of a run"
-
-
-def _dtype(source: Source) -> str:
-    return str(source.dtype).removeprefix("torch.")
-
-
-def _table(checks: Checks) -> str:
-    rows: list[tuple[str, Any]] = [(f"difference, {k}", v) for k, v in checks.differences.items()]
-    rows += [(f"difference to the live model, {k} (lost)", v) for k, v in checks.losses.items()]
-    return "".join(f"| {name} | {value:.2g} |\n" for name, value in rows)

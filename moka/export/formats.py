@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import save_file
 from torch import nn
@@ -75,14 +76,13 @@ class Source:
         # Of the weights that are written; the comparison is made in float32.
         self.dtype: torch.dtype = self.base.language_model.dtype  # type: ignore[assignment]
         self.modality = modality or TEXT
-        self._check_config(modality)
+        if problem := self._problem(modality):
+            raise MokaError(f"{live.folder}: {problem}")
         self.updates = self._read_updates()
-        if not self.updates:
-            raise MokaError(f"{live.folder}: no layer of the language model is adapted; there is nothing to export.")
-        if all(not update.B.any() or not update.A.any() for update in self.updates):
+        if not any(update.B.any() and update.A.any() for update in self.updates):
             raise MokaError(
-                f"{live.folder}: the {self.modality} path of every adapted layer is zero, so an export would be the backbone "
-                "as it was. Train the adapter, or take another checkpoint."
+                f"{live.folder}: the {self.modality} path of every adapted layer of the language model is zero, so an export "
+                "would be the backbone as it was. Train the adapter, or take another checkpoint."
             )
         if format != LORA:
             self._check_not_tied()
@@ -115,69 +115,66 @@ class Source:
                 parts.append("the interaction of media tokens with the question")
         return parts
 
-    def _check_config(self, modality: str | None) -> None:
-        config, folder = self.config, self.live.folder
+    def _problem(self, modality: str | None) -> str:
+        """Return why this adapter cannot be exported in this format, or an empty string."""
+        config, path = self.config, self.modality
         if not self.is_moka and not isinstance(config, LoraConfig):
-            raise MokaError(f"{folder}: an adapter of type {config.peft_type} cannot be exported; MokA and LoRA can.")
+            return f"an adapter of type {config.peft_type} cannot be exported; MokA and LoRA can."
         if modality is not None and self.format != LORA:
-            raise MokaError(
-                f"modality: {modality!r} goes with the format {LORA} only; {self.format} keeps the text path."
-            )
-        if self.is_moka:
-            if config.text_merged:
-                raise MokaError(f"{folder} is an export already (text_merged); give the run that it was made from.")
-            names = list(config.modalities)
-            if self.modality not in names:
-                raise MokaError(
-                    f"modality: {self.modality!r} is none of the adapter's: {', '.join(names)}.{nearest(self.modality, names)}"
-                )
-            if self.modality not in config.adapted:
-                raise MokaError(
-                    f"modality: this adapter leaves {self.modality} tokens only (adapt is {config.adapt}), so there is no "
-                    f"{self.modality} path to export. `moka export --format lora --modality {config.adapted[0]}` exports "
-                    "another."
-                )
-        elif self.format == TEXT_MERGED:
-            raise MokaError(
-                f"{folder} has a plain LoRA, which has one path for all tokens: there is nothing to keep apart. Use `moka "
-                f"export --format {HF_BACKBONE}`, which merges all of it, or --format {LORA}."
-            )
-        elif modality not in (None, TEXT):
-            raise MokaError(f"modality: {modality!r} is not in a plain LoRA, which has one path for all; leave it out.")
-        elif getattr(config, "use_dora", False) or getattr(config, "lora_bias", False):
-            raise MokaError(f"{folder}: DoRA and lora_bias cannot be exported; a plain LoRA can.")
+            return f"modality: {modality!r} goes with the format {LORA} only; {self.format} keeps the text path."
         if self.format == LORA and config.bias != "none":
-            raise MokaError(
-                f"{folder}: its trained biases (bias={config.bias!r}) have no place in a LoRA folder. Use `moka export --format "
+            return (
+                f"its trained biases (bias={config.bias!r}) have no place in a LoRA folder. Use `moka export --format "
                 f"{HF_BACKBONE}`, which keeps them."
             )
+        if self.is_moka:
+            names = list(config.modalities)
+            if config.text_merged:
+                return "it is an export already (text_merged); give the run that it was made from."
+            if path not in names:
+                return f"modality: {path!r} is none of the adapter's: {', '.join(names)}.{nearest(path, names)}"
+            if path not in config.adapted:
+                return (
+                    f"modality: this adapter leaves {path} tokens only (adapt is {config.adapt}), so there is no {path} path to "
+                    f"export. `moka export --format lora --modality {config.adapted[0]}` exports another."
+                )
+        elif self.format == TEXT_MERGED:
+            return (
+                "it has a plain LoRA, which has one path for all tokens: there is nothing to keep apart. Use `moka export "
+                f"--format {HF_BACKBONE}`, which merges all of it, or --format {LORA}."
+            )
+        elif path != TEXT:
+            return f"modality: {path!r} is not in a plain LoRA, which has one path for all; leave it out."
+        elif getattr(config, "use_dora", False) or getattr(config, "lora_bias", False):
+            return "DoRA and lora_bias cannot be exported; a plain LoRA can."
+        return ""
 
     def _read_updates(self) -> list[Update]:
+        """Return the updates of the language model's layers; adapted encoders of a plain LoRA are lost with the encoders."""
         updates = []
         for path, module in self.base.named_modules():
-            if isinstance(module, AuxiliaryTrainingWrapper) and path.startswith(INSIDE):
+            inside = path.startswith(INSIDE)
+            if isinstance(module, AuxiliaryTrainingWrapper) and inside:
                 raise MokaError(f"{path} is in modules_to_save, and inside the language model; it cannot be exported.")
-            if not isinstance(module, BaseTunerLayer):
+            if not isinstance(module, BaseTunerLayer) or not (inside or self.is_moka):
                 continue
-            if not path.startswith(INSIDE):
-                if self.is_moka:
-                    raise MokaError(f"{path} is adapted, and is outside the language model; it cannot be exported.")
-                continue  # lost with the encoders
-            name, layer = path.removeprefix(INSIDE), module  # type: Any, Any
-            transposed = isinstance(layer.get_base_layer(), Conv1D)
-            if isinstance(layer, MokaLinear):
+            layer: Any = module
+            if inside and isinstance(module, MokaLinear):
                 row = list(self.config.modalities).index(self.modality)
                 A, B = layer.moka_A["default"]()[row], layer.moka_B["default"]()
                 B = B if self.config.share_b else B[row]
                 r, alpha, scale = layer.moka_r, layer.moka_alpha, layer.moka_scaling
-            elif "default" in getattr(layer, "lora_A", {}):
+            elif inside and "default" in getattr(layer, "lora_A", {}):
                 A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
                 r, alpha, scale = layer.r, layer.lora_alpha, layer.scaling
             else:
                 raise MokaError(
-                    f"{path}: a LoRA of {type(layer).__name__} cannot be exported; one of linear layers can."
+                    f"{path}: an adapted {type(module).__name__}{'' if inside else ' outside of the language model'} cannot be "
+                    "exported; linear layers of the language model can."
                 )
             A, B = A.detach().float().contiguous(), B.detach().float().contiguous()
+            transposed = isinstance(layer.get_base_layer(), Conv1D)
+            name = path.removeprefix(INSIDE)
             updates.append(Update(name, A, B, r["default"], alpha["default"], scale["default"], transposed))
         return updates
 
@@ -216,7 +213,7 @@ def merged_copy(language_model: nn.Module) -> Any:
 
 def write(source: Source, folder: Path) -> None:
     """Write the export's tensors and configurations into an empty folder."""
-    {TEXT_MERGED: _write_text_merged, HF_BACKBONE: _write_hf_backbone, LORA: _write_lora}[source.format](source, folder)
+    {TEXT_MERGED: _write_text_merged, HF_BACKBONE: _write_backbone, LORA: _write_lora}[source.format](source, folder)
 
 
 def _write_text_merged(source: Source, folder: Path) -> None:
@@ -227,15 +224,10 @@ def _write_text_merged(source: Source, folder: Path) -> None:
     finally:
         source.config.text_merged = False
     relative = f"../{BACKBONE}"
-    path = folder / ADAPTER / MODEL_CONFIG
     own = {"backbone": relative, "backbone_relative": True, "backbone_fingerprint": fingerprint}
-    write_json(path, {**read_json(path), **own})
-    path = folder / ADAPTER / "adapter_config.json"
-    write_json(path, {**read_json(path), "base_model_name_or_path": relative})
-
-
-def _write_hf_backbone(source: Source, folder: Path) -> None:
-    _write_backbone(source, folder)
+    for name, changes in ((MODEL_CONFIG, own), (CONFIG_NAME, {"base_model_name_or_path": relative})):
+        path = folder / ADAPTER / name
+        write_json(path, {**read_json(path), **changes})
 
 
 def _write_backbone(source: Source, folder: Path) -> str:
@@ -288,12 +280,11 @@ def _write_lora(source: Source, folder: Path) -> None:
     )
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
-    # The sorted list rather than a set's order of the day.
-    path = folder / "adapter_config.json"
-    saved = read_json(path)
-    write_json(path, {**saved, "target_modules": sorted(saved["target_modules"])})
+    # peft writes a set, in an order that differs from process to process.
+    saved = read_json(folder / CONFIG_NAME)
+    write_json(folder / CONFIG_NAME, {**saved, "target_modules": sorted(saved["target_modules"])})
     meta = {"format": "pt", "moka_path": source.modality, "moka_lost": "; ".join(source.lost())}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata=meta)
+    save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata=meta)
     _save_tokenizer(source, folder)
 
 

@@ -12,60 +12,59 @@ going back gives every tensor under its own name, bit for bit.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors.torch import save_file
 
 from moka.adapter import MokaConfig
-from moka.adapter.checks import read_tensors
+from moka.adapter.checks import check_finite, read_tensors
 from moka.adapter.config import PRESETS
-from moka.adapter.matching import PREFIX
+from moka.adapter.matching import PREFIX, some
 from moka.errors import MokaError, nearest
-from moka.io import atomic_dir, read_json, write_json
-from moka.modeling.projectors import import_official
+from moka.io import atomic_dir, check_output_folder, read_json, write_json
+from moka.modeling.importers import official_projector_name
+from moka.type_checks import check_types
 
 RECORD, PROJECTORS, EXTRA = "official.json", "projectors.safetensors", "extra.safetensors"
 OTHERS = "non_lora_trainables"  # LLaVA's name for what is trained next to the adapter
 
 Tensors = dict[str, torch.Tensor]
+Names = dict[str, dict[str, str]]  # layer -> part ("lora_A0", ...) -> the tensor's name
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One of the authors' layouts: the names of the A of each modality, in ``moka_A``'s order, and of the shared B."""
+    """Parts of an adapted layer: A [r, in] of each modality, in the order of ``moka_A`` [modalities, r, in], and B [out, r]."""
 
-    preset: str
     a: tuple[str, ...]
     b: str
-    pattern: str  # groups: module, part
 
-    def slot(self, key: str) -> tuple[str, str] | None:
-        """Module and part (one of ``a``, or ``b``) of a key; None for a key that is not of this layout."""
-        match = re.fullmatch(self.pattern, key)
-        if match is None or match["part"] not in (*self.a, self.b):
-            return None
-        return match["module"], match["part"]
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return (*self.a, self.b)
+
+    def match(self, key: str) -> re.Match[str] | None:
+        """Find layer and part in a tensor's name; depending on how it was saved an adapter's name follows."""
+        parts = "|".join(map(re.escape, self.parts))
+        return re.fullmatch(rf"(?P<layer>.+)\.(?P<part>{parts})(?:\.(?!weight$)\w+)?(?:\.weight)?", key)
 
 
-# An adapter's name may stand inside, depending on how the checkpoint was saved.
 LAYOUTS = {
-    "official-avt": Layout(
-        "official-avt",
-        ("lora_A0", "lora_A1", "lora_A2"),
-        "lora_B0",
-        r"(?P<module>.+)\.(?P<part>lora_[AB]\d)(?:\.(?!weight$)\w+)?(?:\.weight)?",
-    ),
-    "official-vt": Layout(
-        "official-vt",
-        ("lora_A.text", "lora_A.image"),
-        "lora_B.text",
-        r"(?P<module>.+)\.(?P<part>lora_[AB]\.(?:text|image))(?:\.default)?(?:\.weight)?",
-    ),
+    "official-avt": Layout(("lora_A0", "lora_A1", "lora_A2"), "lora_B0"),
+    "official-vt": Layout(("lora_A.text", "lora_A.image"), "lora_B.text"),
+}
+# Fields of their adapter_config.json -> ours.
+SETTINGS = {
+    "r": "r",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "target_modules": "target_modules",
+    "use_rslora": "use_rslora",
 }
 
 
@@ -119,180 +118,133 @@ def convert(
         raise MokaError(f"{source} {state}; give the folder that has {WEIGHTS_NAME} and {CONFIG_NAME}.")
     if not (source / CONFIG_NAME).is_file() and (source / "adapter" / CONFIG_NAME).is_file():
         source = source / "adapter"  # a run folder
-    _check_output(source, output, overwrite)
-    settings = _read_settings(source)
-    ours = settings.get("peft_type") == "MOKA"
-    if to is not None:
-        if not ours:
-            raise MokaError(
-                f"{source} has {_kind_of(source, settings)}; --to takes a moka adapter folder (peft_type MOKA in "
-                f"{CONFIG_NAME}). To read the authors' checkpoint, leave --to out."
+    check_output_folder(output, source, lambda folder: (folder / CONFIG_NAME).is_file(), overwrite)
+    settings = read_json(source / CONFIG_NAME, dict) if (source / CONFIG_NAME).is_file() else {}
+    weights = next((file for file in _candidates(source, Path(WEIGHTS_NAME).stem) if file.is_file()), None)
+    method = settings.get("peft_type", "nameless")
+    if (method == "MOKA") != (to is not None):
+        remedy = f"to write it in the authors' layout, add --to {' or --to '.join(LAYOUTS)}"
+        if to is not None:
+            remedy = (
+                "--to takes a moka adapter folder (peft_type MOKA). To read the authors' checkpoint, leave --to out"
             )
-        return _to_official(source, output, LAYOUTS[to], backbone)
-    if ours:
         raise MokaError(
-            f"{source} has a moka adapter already. To write it in the authors' layout, add --to {' or --to '.join(LAYOUTS)}."
+            f"{source} has a {'moka' if to is None else method} adapter{' already' * (to is None)}; {remedy}."
         )
-    return _to_moka(source, output, settings, backbone)
-
-
-# ---------------------------------------------------------------- the authors' to ours
-
-
-def _to_moka(source: Path, output: Path, settings: dict[str, Any], backbone: str | None) -> Summary:
-    weights = _file(source, Path(WEIGHTS_NAME).stem)
     if weights is None:
         found = some(sorted(path.name for path in source.iterdir())) or "nothing"
         raise MokaError(
-            f"{source} has neither {WEIGHTS_NAME} nor {SAFETENSORS_WEIGHTS_NAME}; found: {found}. Give the folder of the "
-            "authors' checkpoint that has one of them."
+            f"{source} has neither {WEIGHTS_NAME} nor {SAFETENSORS_WEIGHTS_NAME}; found: {found}. Copy the full folder."
         )
+    if to is None:
+        return _to_moka(source, weights, output, settings, backbone)
+    return _to_official(source, weights, output, to, backbone)
+
+
+def _candidates(folder: Path, stem: str) -> list[Path]:
+    return [folder / f"{stem}.safetensors", folder / f"{stem}.bin"]
+
+
+def _to_moka(source: Path, weights: Path, output: Path, settings: dict[str, Any], backbone: str | None) -> Summary:
+    """Write the moka adapter folder of an authors' checkpoint."""
     tensors = read_tensors(weights)
-    layout = _layout_of(weights, tensors)
-    parts = _gather(weights, layout, tensors)
-    rank = _check_shapes(weights, layout, parts, tensors)
-    _check_finite(weights, tensors)
-    summary = Summary(source, output, layout.preset, layers=len(parts), rank=rank, mapped=len(tensors))
-    config = _config(settings, layout, parts, rank, backbone, summary)
-
+    preset = _layout_of(weights, tensors)
+    layout = LAYOUTS[preset]
+    names = _layers_of(weights, layout, tensors)
+    check_finite(tensors, str(weights))
+    rank = len(tensors[next(iter(names.values()))[layout.a[0]]])
+    summary = Summary(source, output, preset, layers=len(names), rank=rank, mapped=len(tensors))
+    config = _config(settings, preset, [name.removeprefix(PREFIX) for name in names], rank, backbone, summary)
     adapter: Tensors = {}
-    names: dict[str, dict[str, str]] = {}
-    for module, keys in parts.items():
-        name = _our_module(module)
-        if name in names:
-            raise MokaError(f"{weights} has {name} with and without the prefix {PREFIX!r}; one adapter is allowed.")
-        adapter[f"{name}.moka_A.weight"] = torch.stack([tensors[keys[part]] for part in layout.a])  # [M, r, in]
-        adapter[f"{name}.moka_B.weight"] = tensors[keys[layout.b]]  # [out, r]
-        names[name] = keys
-
-    others = _file(source, OTHERS)
-    projectors, renamed, extra = _split(others) if others else ({}, {}, {})
+    for layer, keys in names.items():
+        adapter[f"{layer}.moka_A.weight"] = torch.stack([tensors[keys[part]] for part in layout.a])  # [M, r, in]
+        adapter[f"{layer}.moka_B.weight"] = tensors[keys[layout.b]]  # [out, r]
+    others = next((file for file in _candidates(source, OTHERS) if file.is_file()), None)
+    projectors, renamed, extra = _split_others(others) if others else ({}, {}, {})
     summary.projectors, summary.aside = len(projectors), sorted(extra)
-    record = {
-        "layout": layout.preset,
-        "adapter_config": settings,
-        "adapter": names,
-        "projectors": renamed,
-        OTHERS: others is not None,
-    }
+    record = {"layout": preset, "adapter_config": settings, "adapter": names, "projectors": renamed}
     with atomic_dir(output) as part:
         config.save_pretrained(str(part))
-        _save(adapter, part / SAFETENSORS_WEIGHTS_NAME)
-        for file, some_tensors in ((PROJECTORS, projectors), (EXTRA, extra)):
-            if some_tensors:
-                _save(some_tensors, part / file)
-        write_json(part / RECORD, record)
+        for file, written in ((SAFETENSORS_WEIGHTS_NAME, adapter), (PROJECTORS, projectors), (EXTRA, extra)):
+            if written:  # safetensors refuses views and tensors that share their memory
+                save_file({k: v.clone().contiguous() for k, v in written.items()}, part / file, {"format": "pt"})
+        write_json(part / RECORD, {**record, OTHERS: others is not None})
     known = {CONFIG_NAME, weights.name, others.name if others else ""}
-    unread = sorted(path.name for path in source.iterdir() if path.name not in known)
-    if unread:
+    if unread := sorted(path.name for path in source.iterdir() if path.name not in known):
         summary.notes.append(f"not read: {some(unread)}")
     model = config.base_model_name_or_path or "BACKBONE"
-    summary.notes.append(
-        f'next, in Python: import moka; PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{model}"), '
-        f'"{output}")'
-    )
+    load = f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{model}"), "{output}")'
+    summary.notes.append(f"next, in Python: import moka; {load}")
     return summary
 
 
-def _layout_of(weights: Path, tensors: Tensors) -> Layout:
-    counts = {name: sum(layout.slot(key) is not None for key in tensors) for name, layout in LAYOUTS.items()}
-    fitting = [name for name, count in counts.items() if count]
+def _layout_of(weights: Path, tensors: Tensors) -> str:
+    """Return the name of the one layout that names of the file belong to."""
+    fitting = [name for name, layout in LAYOUTS.items() if any(layout.match(key) for key in tensors)]
     if len(fitting) == 1:
-        return LAYOUTS[fitting[0]]
-    allowed = "lora_A0/A1/A2 with lora_B0 (official-avt), or lora_A.text/lora_A.image with lora_B.text (official-vt)"
+        return fitting[0]
+    problem, remedy = "has other tensors", "Give the folder of the authors' checkpoint."
     if fitting:
-        raise MokaError(
-            f"{weights} mixes the layouts {' and '.join(fitting)} ({some(tensors)}); allowed is one: {allowed}."
-        )
-    if not tensors:
-        raise MokaError(f"{weights} has no tensors; allowed: {allowed}. Copy the checkpoint again.")
-    if any(re.search(r"\.lora_[AB](\.\w+)?(\.weight)?$", key) for key in tensors):
-        raise MokaError(
-            f"{weights} has a plain LoRA adapter ({some(sorted(tensors))}), which knows no modalities; allowed: {allowed}. "
-            "Load it with peft itself: PeftModel.from_pretrained(backbone, folder)."
-        )
-    raise MokaError(f"{weights} has other tensors ({some(sorted(tensors))}); allowed: {allowed}.")
+        problem = f"mixes the layouts {' and '.join(fitting)}"
+    elif not tensors:
+        problem = "has no tensors"
+    elif any(re.search(r"\.lora_[AB](\.\w+)?(\.weight)?$", key) for key in tensors):
+        problem, remedy = "has a plain LoRA adapter", "Load it with peft: PeftModel.from_pretrained(backbone, folder)."
+    allowed = "; or ".join(f"{', '.join(layout.parts)} ({name})" for name, layout in LAYOUTS.items())
+    raise MokaError(f"{weights} {problem} ({some(sorted(tensors))}); allowed: {allowed}. {remedy}")
 
 
-def _gather(weights: Path, layout: Layout, tensors: Tensors) -> dict[str, dict[str, str]]:
-    """Module -> part -> key, complete."""
-    parts: dict[str, dict[str, str]] = {}
-    unknown = []
+def _layers_of(weights: Path, layout: Layout, tensors: Tensors) -> Names:
+    """Return the names of the tensors by layer, under peft's name of the layer, and part.
+
+    Raises:
+        MokaError: a tensor that is unknown, missing, twice there, or of another shape or type than the others.
+    """
+    names: Names = {}
+    problems = []
     for key in tensors:
-        slot = layout.slot(key)
-        if slot is None:
-            unknown.append(key)
+        match = layout.match(key)
+        if match is None:
+            problems.append(f"{key} is not known")
             continue
-        module, part = slot
-        keys = parts.setdefault(module, {})
-        if part in keys:
-            raise MokaError(f"{weights} has {part} of {module} twice ({keys[part]}, {key}); one adapter is allowed.")
-        keys[part] = key
-    if unknown:
-        raise MokaError(
-            f"{weights} has {len(unknown)} tensors that layout {layout.preset} does not know: {', '.join(sorted(unknown))}. "
-            f"Known: {', '.join((*layout.a, layout.b))}. Nothing was written."
-        )
-    lacking = [
-        f"{module} lacks {', '.join(p for p in (*layout.a, layout.b) if p not in keys)}"
-        for module, keys in parts.items()
-        if len(keys) < len(layout.a) + 1
-    ]
-    if lacking:
-        raise MokaError(
-            f"{weights}: {len(lacking)} of {len(parts)} layers are incomplete: {'; '.join(lacking)}. Copy the checkpoint again."
-        )
-    return parts
-
-
-def _check_shapes(weights: Path, layout: Layout, parts: dict[str, dict[str, str]], tensors: Tensors) -> int:
-    """The one rank of all layers."""
+        layer = PREFIX + match["layer"].removeprefix(PREFIX).removeprefix("base_model.")
+        if (before := names.setdefault(layer, {}).setdefault(match["part"], key)) != key:
+            problems.append(f"{match['part']} of {layer} is there twice ({before}, {key})")
     ranks: dict[int, str] = {}
-    for module, keys in parts.items():
+    for layer, keys in names.items():
+        if lacking := [part for part in layout.parts if part not in keys]:
+            problems.append(f"{layer} lacks {', '.join(lacking)}")
+            continue
         shapes = {part: list(tensors[key].shape) for part, key in keys.items()}
         a, b = shapes[layout.a[0]], shapes[layout.b]
-        fits = len(a) == 2 and len(b) == 2 and 0 not in (*a, *b) and b[1] == a[0]
-        if not fits or any(shapes[part] != a for part in layout.a):
-            raise MokaError(
-                f"{weights}: the shapes of {module} do not belong together: {shapes}. Each A must be [r, in], equally, and B "
-                "[out, r]; gather a sharded (ZeRO-3) checkpoint first."
-            )
+        if not (
+            len(a) == len(b) == 2 and b[1] == a[0] and all([*a, *b]) and all(shapes[part] == a for part in layout.a)
+        ):
+            problems.append(f"the shapes of {layer} do not belong together: {shapes}")
         dtypes = {tensors[key].dtype for key in keys.values()}
         if len(dtypes) > 1 or not next(iter(dtypes)).is_floating_point:
-            raise MokaError(
-                f"{weights}: {module} has dtypes {sorted(map(str, dtypes))}; one floating dtype is allowed."
-            )
-        ranks.setdefault(a[0], module)
+            problems.append(f"{layer} has dtypes {sorted(map(str, dtypes))}, of which one floating dtype is allowed")
+        ranks.setdefault(a[0] if a else 0, layer)
     if len(ranks) > 1:
+        problems.append(f"the ranks differ: {', '.join(f'{rank} in {layer}' for rank, layer in ranks.items())}")
+    if problems:
         raise MokaError(
-            f"{weights}: the ranks differ: {', '.join(f'{r} in {m}' for r, m in ranks.items())}; one is allowed."
+            f"{weights}: {some(problems)}. Each layer needs {', '.join(layout.a)} [r, in] and {layout.b} [out, r] once. Copy "
+            "the checkpoint again; gather a sharded (ZeRO-3) one first."
         )
-    return next(iter(ranks))
-
-
-def _check_finite(path: Path, tensors: Tensors) -> None:
-    damaged = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    if damaged:
-        raise MokaError(
-            f"{path} has values that are not finite ({some(damaged)}); copy it again, or take an earlier one."
-        )
+    return names
 
 
 def _config(
-    settings: dict[str, Any],
-    layout: Layout,
-    parts: dict[str, dict[str, str]],
-    rank: int,
-    backbone: str | None,
-    summary: Summary,
+    settings: dict[str, Any], preset: str, layers: list[str], rank: int, backbone: str | None, summary: Summary
 ) -> MokaConfig:
+    """Return the adapter's configuration: of their settings, or else of the tensors; notes say what was not given."""
     for name in ("rank_pattern", "alpha_pattern"):
         if settings.get(name):
             raise MokaError(
                 f"{CONFIG_NAME}: {name} is {settings[name]!r}; the authors' layouts have one r and one lora_alpha."
             )
-    leaves = sorted({module.rpartition(".")[2] for module in parts})
-    values = _basic(settings)
+    values = _our_settings(settings)
     if "r" not in values:
         summary.notes.append(f"r: {rank}, from the tensors")
     elif values["r"] != rank:
@@ -302,22 +254,20 @@ def _config(
     if "alpha" not in values:
         summary.notes.append(f"lora_alpha is not given in {CONFIG_NAME}: alpha 16 is taken, the authors' default")
     if not values.get("target_modules"):
-        values["target_modules"] = leaves
-        summary.notes.append(f"target_modules: {', '.join(leaves)}, from the tensors")
-    targets = values["target_modules"]
-    _check_targets(targets)
-    for module in parts:
-        inner = _our_module(module).removeprefix(PREFIX)
-        if isinstance(targets, str):
-            hit = re.fullmatch(targets, inner) is not None
-        else:
-            hit = any(inner == name or inner.endswith(f".{name}") for name in targets)
-        if not hit:
-            raise MokaError(
-                f"{CONFIG_NAME}: target_modules {targets!r} leaves out {inner}, which the tensors hold. Take the file that "
-                "belongs to them."
-            )
-    config = MokaConfig.preset(layout.preset, **{"r": rank, **values})
+        values["target_modules"] = sorted({layer.rpartition(".")[2] for layer in layers})
+        summary.notes.append(f"target_modules: {', '.join(values['target_modules'])}, from the tensors")
+    config = MokaConfig.preset(preset, **{"r": rank, **values})
+    try:
+        left_out = [layer for layer in layers if not check_target_module_exists(config, layer)]
+    except re.error as error:
+        raise MokaError(
+            f"{CONFIG_NAME}: target_modules {config.target_modules!r}: no regular expression ({error})."
+        ) from error
+    if left_out:
+        raise MokaError(
+            f"{CONFIG_NAME}: target_modules {settings['target_modules']!r} leaves out {some(left_out)}, of which there are "
+            "tensors. Take the file that belongs to them."
+        )
     config.task_type = settings.get("task_type") or "CAUSAL_LM"
     config.base_model_name_or_path = backbone or settings.get("base_model_name_or_path")
     config.inference_mode = True
@@ -325,110 +275,65 @@ def _config(
     return config
 
 
-def _basic(settings: dict[str, Any]) -> dict[str, Any]:
-    """Those of LoRA's settings that MokA has too, under our names; checked."""
-    values: dict[str, Any] = {}
-    r = settings.get("r")
-    if isinstance(r, list):
-        if not r or len(set(map(str, r))) != 1:
-            raise MokaError(f"{CONFIG_NAME}: r is {r!r}; all modalities share one rank, so the numbers must agree.")
-        r = r[0]
-    checks = (
-        ("r", "r", r, (int,), "an integer, or a list of one number repeated"),
-        ("alpha", "lora_alpha", settings.get("lora_alpha"), (int, float), "a number"),
-        ("dropout", "lora_dropout", settings.get("lora_dropout"), (int, float), "a number"),
-        (
-            "target_modules",
-            "target_modules",
-            settings.get("target_modules"),
-            (str, list),
-            "a list of names, or one regex",
-        ),
-    )
-    for ours, theirs, value, types, allowed in checks:
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, types):
-            raise MokaError(f"{CONFIG_NAME}: {theirs} is {value!r}; allowed: {allowed}.")
-        values[ours] = value
-    if settings.get("use_rslora"):
-        values["use_rslora"] = True
-    return values
+def _our_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return those of their settings that MokA has too, under our names; r may be a list of one number repeated."""
+    given = {theirs: settings[theirs] for theirs in SETTINGS if settings.get(theirs) is not None}
+    r = given.get("r")
+    if isinstance(r, list) and r and r.count(r[0]) == len(r):
+        given["r"] = r[0]
+    for theirs, value in given.items():
+        check_types(MokaConfig, {SETTINGS[theirs]: value}, f"{CONFIG_NAME}: {theirs}")
+    return {SETTINGS[theirs]: value for theirs, value in given.items()}
 
 
-def _split(path: Path) -> tuple[Tensors, dict[str, str], Tensors]:
-    """Tensors trained next to the adapter: projectors under our names, those names -> the original ones, and the rest."""
+def _split_others(path: Path) -> tuple[Tensors, dict[str, str], Tensors]:
+    """Return what was trained next to the adapter: projectors under our names, those names -> the original ones, the rest."""
     tensors = read_tensors(path)
-    _check_finite(path, tensors)
-    projectors: Tensors = {}
+    check_finite(tensors, str(path))
     names: dict[str, str] = {}
-    extra: Tensors = {}
-    for key, tensor in tensors.items():
-        short = re.sub(r"^base_model\.(model\.)?(?=(model\.)?(vl|al)_projector\.)", "", key)
-        match = re.match(r"(?:model\.)?(?:vl_projector\.(visual)|al_projector\.(audio))_", short)
-        try:
-            state = import_official({short: tensor})[0] if match else {}
-        except MokaError:
-            state = {}
-        if match and state:
-            name = f"projectors.{match[1] or match[2]}.{next(iter(state))}"
-            if name in projectors:
-                raise MokaError(f"{path} has {names[name]} and {key}, which are one tensor of one projector; keep one.")
-            projectors[name], names[name] = tensor, key
-        else:
-            extra[key] = tensor
-    return projectors, names, extra
+    for key in tensors:
+        medium, name = official_projector_name(key)
+        if name:
+            ours = f"projectors.{medium}.{name}"
+            if names.setdefault(ours, key) != key:
+                raise MokaError(f"{path} has {names[ours]} and {key}, which are one tensor of one projector; keep one.")
+    projectors = {ours: tensors[key] for ours, key in names.items()}
+    return projectors, names, {key: tensor for key, tensor in tensors.items() if key not in names.values()}
 
 
-# ---------------------------------------------------------------- ours to the authors'
-
-
-def _to_official(source: Path, output: Path, layout: Layout, backbone: str | None) -> Summary:
+def _to_official(source: Path, weights: Path, output: Path, to: str, backbone: str | None) -> Summary:
+    """Write the authors' checkpoint of a moka adapter folder."""
+    layout = LAYOUTS[to]
     config: Any = MokaConfig.from_pretrained(str(source))
-    _check_preset(source, config, layout)
+    _check_preset(source, config, to)
     record = _record(source)
-    same = record.get("layout") == layout.preset
-    names = record.get("adapter", {}) if same else {}
-    weights = _file(source, Path(WEIGHTS_NAME).stem)
-    if weights is None:
-        raise MokaError(f"{source} has no {SAFETENSORS_WEIGHTS_NAME}; copy the full adapter folder.")
-    tensors = read_tensors(weights)
+    names: Names = record["adapter"] if record.get("layout") == to else {}
     official: Tensors = {}
     others: Tensors = {}
-    modules = set()
-    for key, tensor in tensors.items():
-        module, _, part = key.removesuffix(".weight").rpartition(".")  # format 1 has no .weight
+    layers = set()
+    for key, tensor in read_tensors(weights).items():
+        layer, _, part = key.removesuffix(".weight").rpartition(".")  # format 1 has no .weight
         if part not in ("moka_A", "moka_B"):
             others[key] = tensor
             continue
-        modules.add(module)
-        known = names.get(module, {})
-        if part == "moka_B":
-            official[known.get(layout.b, f"{module}.{layout.b}.weight")] = tensor.clone()
-            continue
-        if len(tensor) != len(layout.a):
-            raise MokaError(f"{key} is {list(tensor.shape)}; layout {layout.preset} has {len(layout.a)} modalities.")
-        for name, matrix in zip(layout.a, tensor, strict=True):
-            official[known.get(name, f"{module}.{name}.weight")] = matrix.clone()
-    summary = Summary(source, output, layout.preset, len(modules), list(config.modalities), config.r, len(official))
+        if part == "moka_A" and len(tensor) != len(layout.a):
+            raise MokaError(
+                f"{key} is {list(tensor.shape)}; layout {to} has {len(layout.a)} modalities. Copy it again."
+            )
+        layers.add(layer)
+        known = names.get(layer, {})
+        for name, matrix in zip(layout.a, tensor, strict=True) if part == "moka_A" else [(layout.b, tensor)]:
+            official[known.get(name, f"{layer}.{name}.weight")] = matrix.clone()
+    summary = Summary(source, output, to, len(layers), list(config.modalities), config.r, len(official))
     if others:
-        summary.notes.append(
-            f"{len(others)} tensors next to the adapter ({some(others)}) go to {OTHERS}.bin as they are"
-        )
-    for file in (PROJECTORS, EXTRA):
-        if (source / file).is_file():
-            renamed = record.get("projectors", {}) if file == PROJECTORS else {}
-            found = read_tensors(source / file)
-            lost = [key for key in found if file == PROJECTORS and key not in renamed]
-            if lost:
-                raise MokaError(
-                    f"{source / RECORD} does not say the original names of {some(lost)}; copy the full folder as "
-                    "`moka convert` wrote it."
-                )
-            others |= {renamed.get(key, key): tensor for key, tensor in found.items()}
-            summary.projectors += len(found) if file == PROJECTORS else 0
-            summary.aside += sorted(found) if file == EXTRA else []
-    settings = _official_settings(config, record, backbone)
+        note = f"{len(others)} tensors next to the adapter ({some(list(others))}) go to {OTHERS}.bin as they are"
+        summary.notes.append(note)
+    projectors, extra = (read_tensors(source / f) if (source / f).is_file() else {} for f in (PROJECTORS, EXTRA))
+    if lost := sorted(projectors.keys() - record["projectors"].keys()):
+        raise MokaError(f"{source / RECORD} lacks the original names of {some(lost)}. Copy the full folder again.")
+    summary.projectors, summary.aside = len(projectors), sorted(extra)
+    others |= {record["projectors"][key]: tensor for key, tensor in projectors.items()} | extra
+    settings = _their_settings(config, record["adapter_config"], backbone)
     with atomic_dir(output) as folder:
         torch.save(official, folder / WEIGHTS_NAME)
         if others or record.get(OTHERS):
@@ -440,141 +345,46 @@ def _to_official(source: Path, output: Path, layout: Layout, backbone: str | Non
     return summary
 
 
-def _check_preset(source: Path, config: MokaConfig, layout: Layout) -> None:
-    """The authors' code computes what the preset says and nothing else."""
-    preset = MokaConfig.preset(layout.preset)
-    if list(config.modalities) != list(preset.modalities):
-        raise MokaError(
-            f"{source}: its modalities are {list(config.modalities)}; layout {layout.preset} has {list(preset.modalities)}. "
-            + _fitting(config)
-        )
-    lambdas = {config.weight_of(name) for name in config.modalities if name != "text"}
-    given = {
-        "scale_position": config.scale_position,
-        "interaction": config.interaction,
-        "interaction_weight": lambdas.pop() if len(lambdas) == 1 else config.interaction_weight,
-        "share_b": config.share_b,
-        "adapt": config.adapt if config.adapted != list(config.modalities) else None,
-        "text_merged": config.text_merged,
-        "rank_pattern": config.rank_pattern,
-        "alpha_pattern": config.alpha_pattern,
-        "bias": config.bias,
-    }
+def _check_preset(source: Path, config: MokaConfig, to: str) -> None:
+    """Check that the authors' code, which computes what the preset names, would compute what this adapter does."""
+    preset = MokaConfig.preset(to)
+    weights = {config.weight_of(name) for name in config.modalities if name != "text"}
+    given: dict[str, Any] = {"modalities": list(config.modalities)}
+    for name in ("scale_position", "interaction", "share_b", "text_merged", "rank_pattern", "alpha_pattern", "bias"):
+        given[name] = getattr(config, name)
+    given["interaction_weight"] = weights.pop() if len(weights) == 1 else config.interaction_weight
+    given["adapt"] = config.adapt if config.adapted != list(config.modalities) else None
     for name, value in given.items():
-        allowed = getattr(preset, name)
+        allowed = list(preset.modalities) if name == "modalities" else getattr(preset, name)
         if value != allowed:
+            fits = [other for other in LAYOUTS if all(getattr(config, k) == v for k, v in PRESETS[other].items())]
             raise MokaError(
-                f"{source}: its {name} is {value!r}; the authors' code of layout {layout.preset} has {allowed!r}, so it would "
-                f"compute something else. {_fitting(config)}"
+                f"{source}: its {name} is {value!r}; the authors' code of layout {to} has {allowed!r}, so it would compute "
+                f"something else. Its settings are those of --to {fits[0] if fits else 'no layout'}."
             )
-
-
-def _fitting(config: MokaConfig) -> str:
-    for name, preset in PRESETS.items():
-        if name in LAYOUTS and all(getattr(config, key) == value for key, value in preset.items()):
-            return f"Its settings are those of --to {name}."
-    return f"Train with one of the presets {' and '.join(LAYOUTS)} to write the authors' layout."
 
 
 def _record(source: Path) -> dict[str, Any]:
-    path = source / RECORD
-    if not path.is_file():
-        return {}
-    record = read_json(path)
-    shapes = {"adapter": dict, "projectors": dict, "adapter_config": dict}
-    if not isinstance(record, dict) or any(not isinstance(record.get(k, t()), t) for k, t in shapes.items()):
-        raise MokaError(f"{path} is damaged; copy the folder as `moka convert` wrote it, or delete the file.")
+    """Return the original names and settings, each an empty mapping if the folder was not converted from theirs."""
+    names = ("adapter", "projectors", "adapter_config")
+    record = read_json(source / RECORD, dict) if (source / RECORD).is_file() else {}
+    if not all(isinstance(record.setdefault(name, {}), dict) for name in names):
+        raise MokaError(f"{source / RECORD} is damaged: {', '.join(names)} are no mappings. Copy the folder again.")
     return record
 
 
-def _official_settings(config: Any, record: dict[str, Any], backbone: str | None) -> dict[str, Any]:
-    settings = dict(record.get("adapter_config", {}))
-    targets = config.target_modules
-    ours = {
-        "r": config.r,
-        "alpha": config.alpha,
-        "dropout": config.dropout,
-        "target_modules": targets if isinstance(targets, str) else sorted(targets or []),
-    }
-    theirs = {"r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "target_modules": "target_modules"}
-    before = _basic(settings)
-    if isinstance(before.get("target_modules"), list):
-        before["target_modules"] = sorted(before["target_modules"])
-    if settings:  # as they were, but for what was changed since
-        settings |= {theirs[name]: value for name, value in ours.items() if name in before and before[name] != value}
+def _their_settings(config: Any, before: dict[str, Any], backbone: str | None) -> dict[str, Any]:
+    """Return their ``adapter_config.json``: as it was before but for what was changed since, or a new one."""
+    known = _our_settings(before)
+    was = MokaConfig(**known)
+    ours = {theirs: getattr(config, name) for theirs, name in SETTINGS.items()}
+    if not isinstance(config.target_modules, str):
+        ours["target_modules"] = sorted(config.target_modules or [])
+    if before:
+        changed = [t for t, name in SETTINGS.items() if name in known and getattr(was, name) != getattr(config, name)]
+        settings = {**before, **{theirs: ours[theirs] for theirs in changed}}
     else:
         settings = {"peft_type": "LORA", "task_type": config.task_type, "bias": "none", "inference_mode": True}
-        settings |= {theirs[name]: value for name, value in ours.items()}
+        settings |= {theirs: value for theirs, value in ours.items() if value is not False}
         settings["base_model_name_or_path"] = config.base_model_name_or_path
-        if config.use_rslora:
-            settings["use_rslora"] = True
-    if backbone:
-        settings["base_model_name_or_path"] = backbone
-    return settings
-
-
-# ---------------------------------------------------------------- files
-
-
-def _check_targets(targets: str | list) -> None:
-    if isinstance(targets, str):
-        try:
-            re.compile(targets)
-        except re.error as error:
-            raise MokaError(f"{CONFIG_NAME}: target_modules {targets!r} is no regular expression ({error}).") from error
-    elif not all(isinstance(name, str) for name in targets):
-        raise MokaError(f"{CONFIG_NAME}: target_modules {targets!r} has what is no name; it is a list of strings.")
-
-
-def _check_output(source: Path, output: Path, overwrite: bool) -> None:
-    inside, place = source.resolve(), output.resolve()
-    if place == inside or place in inside.parents or inside in place.parents:
-        raise MokaError(f"--output {output} is the source, has it or is in it; give another folder.")
-    for folder in (output, *output.parents):
-        if folder.is_file():
-            raise MokaError(f"--output {output}: {folder} is a file; give a folder.")
-    if output.exists() and any(output.iterdir()):
-        if not overwrite:
-            raise MokaError(f"--output {output} is not empty; give another folder, or add --overwrite to replace it.")
-        if not (output / CONFIG_NAME).is_file():
-            raise MokaError(
-                f"--output {output} has no adapter ({CONFIG_NAME}), so it is not replaced; give another folder."
-            )
-
-
-def _read_settings(source: Path) -> dict[str, Any]:
-    path = source / CONFIG_NAME
-    settings = read_json(path) if path.is_file() else {}
-    if not isinstance(settings, dict):
-        raise MokaError(
-            f"{path} has a {type(settings).__name__}; an object with peft's fields is expected. Copy the folder again."
-        )
-    return settings
-
-
-def _kind_of(source: Path, settings: dict[str, Any]) -> str:
-    if not settings:
-        return f"no {CONFIG_NAME}"
-    return f"a {settings.get('peft_type', 'nameless')} adapter"
-
-
-def _file(folder: Path, stem: str) -> Path | None:
-    """The file of that name, as safetensors if there is one, or pickled."""
-    for suffix in (".safetensors", ".bin"):
-        if (folder / f"{stem}{suffix}").is_file():
-            return folder / f"{stem}{suffix}"
-    return None
-
-
-def _our_module(module: str) -> str:
-    return module if module.startswith(PREFIX) else PREFIX + module.removeprefix("base_model.")
-
-
-def _save(tensors: Tensors, path: Path) -> None:
-    # safetensors refuses views and tensors that share their memory.
-    save_file({key: value.detach().clone().contiguous() for key, value in tensors.items()}, path, {"format": "pt"})
-
-
-def some(names: Iterable[str], most: int = 4) -> str:
-    listed = list(names)
-    return ", ".join(listed[:most]) + (f", ... ({len(listed)} in all)" if len(listed) > most else "")
+    return settings | ({"base_model_name_or_path": backbone} if backbone else {})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ import moka
 from moka.data.jsonl import JsonlDataset
 from moka.errors import MokaError, nearest
 from moka.inference import EXPORT, export_kind, find_adapter, load
-from moka.io import atomic_dir, read_json, write_json, write_text
+from moka.io import atomic_dir, check_output_folder, read_json, write_json, write_text
 from moka.training.run_dir import ADAPTER, CONFIG, MODEL_CONFIG
 
 from . import formats, verify
@@ -76,7 +75,8 @@ def export(
     if export_kind(run) is not None:
         raise MokaError(f"{run} is an export already ({export_kind(run)}); give the run that it was made from.")
     adapter = find_adapter(run)
-    out = _check_output(Path(output), Path(run), adapter, overwrite)
+    check_output_folder(Path(output), adapter, lambda folder: export_kind(folder) is not None, overwrite)
+    out = Path(output).resolve()
     own = None if samples is None else JsonlDataset(samples, require_answer=False)
     live = load(adapter, device="cpu", dtype=dtype, backbone=backbone, dequantize=True)
     source = Source(live, format, modality)
@@ -120,25 +120,6 @@ def export(
         next_command=_next_command(format, str(output), source.backbone_place),
         trained_on=read_json(adapter / MODEL_CONFIG).get("quantization"),
     )
-
-
-def _check_output(output: Path, run: Path, adapter: Path, overwrite: bool) -> Path:
-    """The absolute output folder, once it is a place that may be written."""
-    out = Path(os.path.abspath(output)).resolve()
-    run, adapter = run.resolve(), adapter.resolve()
-    for place in (out, *out.parents):
-        if place.exists() and not place.is_dir():
-            raise MokaError(f"--output: {place} is a file; name a folder.")
-    if out.is_relative_to(adapter):
-        raise MokaError(f"--output: {output} is inside the adapter folder {adapter}; choose another folder.")
-    if run.is_relative_to(out) or adapter.is_relative_to(out):
-        raise MokaError(f"--output: {output} has the run itself; choose another folder.")
-    if out.is_dir() and any(out.iterdir()):
-        if export_kind(out) is None:
-            raise MokaError(f"--output: {output} is not empty and has no export; choose another folder.")
-        if not overwrite:
-            raise MokaError(f"--output: {output} has an export already; choose another folder, or give --overwrite.")
-    return out
 
 
 def _keep_config(adapter: Path, folder: Path, format: str) -> None:

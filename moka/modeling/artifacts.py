@@ -10,16 +10,15 @@ Or a file that others published: the MokA authors' ``visual_pretrain.bin`` and `
 from __future__ import annotations
 
 import json
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from moka.adapter.checks import check_finite, read_tensors
 from moka.errors import MokaError
 from moka.io import read_json, write_json
 from moka.modeling import ENCODERS, MokaForConditionalGeneration
@@ -36,6 +35,18 @@ PUBLISHED = (
     (re.compile(r"(model\.)?(al_projector\.|audio_)"), "official", "audio"),
     (re.compile(r"(model\.)?mm_projector\."), "llava", "image"),
 )
+# Settings -> the weight and the axis that show them; widths are those of the encoder's features and of the language model.
+SIZES = {
+    "qformer": {
+        "encoder width": ("norm.weight", 0),
+        "backbone width": ("output.weight", 0),
+        "projector.queries": ("queries", 1),
+        "projector.hidden_size": ("queries", 2),
+        "projector.intermediate_size": ("qformer.encoder.layer.0.intermediate_query.dense.weight", 0),
+    },
+    "mlp": {"encoder width": ("hidden.weight", 1), "backbone width": ("output.weight", 0)},
+    "linear": {"encoder width": ("output.weight", 1), "backbone width": ("output.weight", 0)},
+}
 
 
 def trained_parts(model: MokaForConditionalGeneration) -> list[str]:
@@ -79,11 +90,12 @@ def save_connector(model: MokaForConditionalGeneration, folder: str | Path, stat
     state = connector_state(model, state_dict)
     save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
     write_json(folder / METADATA, describe_connector(model))
-    for key, tensor in load_file(folder / WEIGHTS).items():
-        if tensor.numel() == 0 or not torch.isfinite(tensor).all():
-            raise MokaError(
-                f"{folder / WEIGHTS}: {key} was saved empty or not finite; training diverged or was sharded."
-            )
+    written = read_tensors(folder / WEIGHTS)
+    check_finite(written, f"{folder / WEIGHTS}, as saved,")
+    if empty := [key for key, tensor in written.items() if not tensor.numel()]:
+        raise MokaError(
+            f"{folder / WEIGHTS}: {empty[0]} was saved empty; the model was sharded. Save it on all processes."
+        )
 
 
 def load_connector(model: MokaForConditionalGeneration, path: str | Path) -> list[str]:
@@ -128,11 +140,7 @@ def _load_folder(model: MokaForConditionalGeneration, folder: Path) -> list[str]
                     f"{folder}: its {name} {key} has {_shown(theirs, changed)}, and this run's has "
                     f"{_shown(ours.get(key), changed)}. Make model.modalities agree, or train stage 1 again."
                 )
-    try:
-        state = load_file(folder / WEIGHTS)
-    except (SafetensorError, OSError) as error:
-        raise MokaError(f"{folder / WEIGHTS} cannot be read ({error}); it is truncated or damaged.") from error
-    take_connector(model, state, meta["parts"], str(folder / WEIGHTS))
+    take_connector(model, read_tensors(folder / WEIGHTS), meta["parts"], str(folder / WEIGHTS))
     return meta["parts"]
 
 
@@ -188,8 +196,10 @@ def _shown(config: Any, fields: list[str]) -> str:
 
 
 def _load_published(model: MokaForConditionalGeneration, path: Path) -> list[str]:
+    tensors = read_tensors(path)
+    check_finite(tensors, str(path))
     groups: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
-    for key, tensor in _read_tensors(path).items():
+    for key, tensor in tensors.items():
         found = next(((whose, kind) for pattern, whose, kind in PUBLISHED if pattern.match(key)), None)
         if found is None:
             raise MokaError(
@@ -198,13 +208,13 @@ def _load_published(model: MokaForConditionalGeneration, path: Path) -> list[str
             )
         groups.setdefault(found, {})[key] = tensor
     filled: dict[str, dict[str, torch.Tensor]] = {}
-    for (whose, kind), tensors in groups.items():
+    for (whose, kind), group in groups.items():
         name = next((n for n, encoder in model.encoders.items() if encoder.kind == kind), None)
         if name is None or name in filled:
             why = f"has no modality of that medium, only {', '.join(model.encoders)}" if name is None else "takes one"
             raise MokaError(f"{path} has a projector of {kind} features; this model {why}. Leave the file out.")
         try:
-            state, projector = import_llava(tensors) if whose == "llava" else (import_official(tensors)[0], "qformer")
+            state, projector = import_llava(group) if whose == "llava" else (import_official(group)[0], "qformer")
         except MokaError as error:
             raise MokaError(f"{path}: {error}") from error
         _check_published(model, name, projector, state, path)
@@ -214,33 +224,18 @@ def _load_published(model: MokaForConditionalGeneration, path: Path) -> list[str
     return [f"projectors.{name}" for name in filled]
 
 
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file of safetensors, or of a pickle that has nothing else."""
-    try:
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise MokaError(
-            f"{path} is no file of plain tensors: loading it would run code that it has, or it is damaged. Get it from "
-            "its authors, or save its tensors as safetensors where you trust it."
-        ) from error
-    except Exception as error:  # of bytes that are no pickle torch's reader raises KeyError and more
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise MokaError(f"{path} cannot be read ({reason}); it is truncated or damaged.") from error
-    if not isinstance(state, Mapping) or not state or not all(isinstance(t, torch.Tensor) for t in state.values()):
-        raise MokaError(f"{path} has no mapping of names to tensors; give a published projector file.")
-    for key, tensor in state.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise MokaError(f"{path}: {key} is not finite; the file is damaged. Get it again.")
-    return dict(state)
+def _sizes(projector: str, state: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """Return the sizes that the weights of a projector show, by the settings that they come from."""
+    known = ((name, state.get(key), axis) for name, (key, axis) in SIZES[projector].items())
+    sizes = {name: tensor.shape[axis] for name, tensor, axis in known if tensor is not None}
+    layers = {match[1] for key in state if (match := re.search(r"layer\.(\d+)\.", key))}
+    return {**sizes, "projector.layers": len(layers)} if layers else sizes
 
 
 def _check_published(
     model: MokaForConditionalGeneration, name: str, projector: str, state: dict[str, torch.Tensor], path: Path
 ) -> None:
-    """Raises `MokaError` unless the tensors, under our names, are all of those of the modality's projector."""
+    """Raise a `MokaError` unless the tensors, under our names, are all of those of the modality's projector."""
     ours: Any = model.projectors[name]
     where = f"model.modalities.{name}"
     if ours.name != projector or (projector == "linear" and ours.config.tokens):
@@ -248,34 +243,14 @@ def _check_published(
             f"{path} has a projector of type {projector!r}, and this run's {name} projector is {ours.to_dict()}. Set "
             f"{where}.projector: {{type: {projector}}}."
         )
-    expected = {key: tensor.shape for key, tensor in ours.state_dict().items()}
-    for key in sorted(set(expected) & set(state), key=_from_the_ends):
-        if state[key].shape != expected[key]:
-            raise MokaError(
-                f"{path}: {key} has shape {list(state[key].shape)}, and this run's {name} projector has "
-                f"{list(expected[key])}. {_remedy(key, state[key].shape, expected[key], projector, where)}"
-            )
-    odd = sorted(set(expected) ^ set(state))
-    if odd:
-        layers = {match[1] for key in state if (match := re.search(r"layer\.(\d+)\.", key))}
-        side = "lacks" if odd[0] in expected else "also has"
+    expected = ours.state_dict()
+    own, given = _sizes(projector, expected), _sizes(projector, state)
+    wrong = [f"{size} {given[size]} (this run: {own.get(size)})" for size in given if given[size] != own.get(size)]
+    shapes = [{key: tensor.shape for key, tensor in one.items()} for one in (state, expected)]
+    if not wrong and shapes[0] != shapes[1]:
+        wrong = sorted(key for key in {*state, *expected} if shapes[0].get(key) != shapes[1].get(key))[:1]
+    if wrong:
         raise MokaError(
-            f"{path} {side} {odd[0]}. It has {len(layers)} layers: set {where}.projector.layers: {len(layers)}, and "
-            "cross_attention_frequency: 1."
+            f"{path}: the projector in it has {', '.join(wrong)}. Set these fields of {where}.projector (and "
+            f"cross_attention_frequency: 1), or choose {where}.encoder and model.backbone of these widths."
         )
-
-
-def _from_the_ends(key: str) -> tuple[bool, bool, str]:
-    """Sorts the ends of a projector first: they tell most of what is wrong."""
-    return key.startswith("qformer."), key != "norm.weight", key
-
-
-def _remedy(key: str, theirs: torch.Size, ours: torch.Size, projector: str, where: str) -> str:
-    reads_features = (projector, key) in (("mlp", "hidden.weight"), ("linear", "output.weight"))
-    if key.startswith("norm.") or (reads_features and theirs[1] != ours[1]):
-        return f"It was made for an encoder of width {theirs[-1]}; choose that one as {where}.encoder."
-    if key == "queries":
-        return f"Set {where}.projector.queries: {theirs[1]} and hidden_size: {theirs[2]}."
-    if key.startswith(("output.", "hidden.")) and theirs[0] != ours[0]:
-        return f"It was made for a language model of width {theirs[0]}; choose that one as model.backbone."
-    return f"Set hidden_size and intermediate_size of {where}.projector to the file's."

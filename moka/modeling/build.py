@@ -220,15 +220,9 @@ def build_processor(section: ModelSection) -> tuple[MokaForConditionalGeneration
         MokaError: a backbone that is not there, an unknown encoder or projector.
     """
     folder = resolve_backbone(section.backbone)
-    try:
-        tokenizer = load_tokenizer(folder)
+    with loading_errors("model.backbone", section.backbone):
+        tokenizer = load_tokenizer(folder, name=section.backbone)
         text_config = load_config(folder)
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise MokaError(
-            f"model.backbone: {section.backbone!r} cannot be loaded ({reason}). Give a folder of a causal language model, "
-            "a hub name that this machine can reach, or embedded:smollm2-135m."
-        ) from error
     config = MokaModelConfig(text_config, section.modalities, backbone=section.backbone)
     with torch.device("meta"):
         encoders: dict[str, Any] = {}

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moka.errors import MokaError, nearest
+from moka.type_checks import check_types
 
 
 def about(
@@ -44,36 +44,22 @@ def read_config(config: Mapping[str, Any], known: Mapping[str, type], what: str)
     if str(name) not in known:
         raise MokaError(f"{what} type: given {name!r}; known: {', '.join(known)}.{nearest(str(name), known)}")
     cls = known[name].Config  # type: ignore[attr-defined]
-    hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
+    if unknown := next((key for key in values if key not in fields), ""):
+        raise MokaError(
+            f"{what} {name!r} has no field {unknown!r}. Fields: {', '.join(fields)}.{nearest(unknown, fields)}"
+        )
+    check_types(cls, values, f"{what} {name!r}")
     for key, value in values.items():
-        if key not in fields:
-            raise MokaError(f"{what} {name!r} has no field {key!r}. Fields: {', '.join(fields)}.{nearest(key, fields)}")
-        check_value(f"{what} {name!r}: {key}", value, hints[key], fields[key])
+        minimum, maximum, choices = (fields[key].metadata[bound] for bound in ("minimum", "maximum", "choices"))
+        for item in value if isinstance(value, (list, tuple)) else [value]:
+            if item is None:
+                continue
+            if (minimum is not None and item < minimum) or (maximum is not None and item > maximum):
+                allowed = f"at least {minimum}" + ("" if maximum is None else f" and at most {maximum}")
+            elif choices and item not in choices:
+                allowed = f"{', '.join(map(repr, choices))}, or None"
+            else:
+                continue
+            raise MokaError(f"{what} {name!r}: {key}: given {value!r}; allowed: {allowed}.")
     return known[name], cls(**values)
-
-
-def check_value(where: str, value: Any, hint: Any, field: dataclasses.Field) -> None:
-    """Raises `MokaError` unless `value` has the annotated type and keeps to the field's bounds or choices."""
-    if not _matches(value, hint):
-        expected = str(hint) if typing.get_args(hint) else hint.__name__
-        raise MokaError(f"{where}: given {value!r}; expected {expected} ({field.metadata['help']}).")
-    minimum, maximum, choices = (field.metadata[key] for key in ("minimum", "maximum", "choices"))
-    for item in value if isinstance(value, (list, tuple)) else [value]:
-        if item is None:
-            continue
-        if (minimum is not None and item < minimum) or (maximum is not None and item > maximum):
-            bounds = f"at least {minimum}" + ("" if maximum is None else f" and at most {maximum}")
-            raise MokaError(f"{where}: given {value!r}; allowed: {bounds}.")
-        if choices and item not in choices:
-            raise MokaError(f"{where}: given {value!r}; allowed: {', '.join(map(repr, choices))}, or None.")
-
-
-def _matches(value: Any, hint: Any) -> bool:
-    if typing.get_origin(hint) is list:
-        return isinstance(value, (list, tuple)) and all(_matches(item, typing.get_args(hint)[0]) for item in value)
-    if typing.get_args(hint):
-        return any(_matches(value, part) for part in typing.get_args(hint))
-    if isinstance(value, bool):
-        return hint is bool
-    return isinstance(value, (int, float) if hint is float else hint)

@@ -28,33 +28,40 @@ OFFICIAL_UNUSED = (
 )
 
 
+_OFFICIAL_PREFIX = re.compile(r"(?:base_model\.(?:model\.)?)?(?:model\.)?(?:(?:vl|al)_projector\.)?(visual|audio)_")
+
+
+def official_projector_name(key: str) -> tuple[str | None, str | None]:
+    """Return the medium (visual, audio) and our name of a tensor of the MokA authors' projectors.
+
+    The name is "" for the text half, which queries never pass through, and None for a tensor of anything else.
+    """
+    prefix = _OFFICIAL_PREFIX.match(key)
+    if prefix is None:
+        return None, None
+    short = key[prefix.end() :]
+    if any(re.fullmatch(pattern, short) for pattern in OFFICIAL_UNUSED):
+        return prefix[1], ""
+    matches = ((re.fullmatch(pattern, short), name) for pattern, name in OFFICIAL_NAMES)
+    return prefix[1], next((match.expand(name) for match, name in matches if match), None)
+
+
 def import_official(state_dict: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[str]]:
     """The MokA authors' `visual_pretrain.bin` or `audio_pretrain.bin`, as `torch.load` gives it, in our names.
 
     Returns:
-        the state dict for a `qformer` projector, to load strictly, and the names left out (the text half, which
-        queries never use).
+        the state dict for a `qformer` projector, to load strictly, and the names left out (the text half).
 
     Raises:
         MokaError: a name that belongs to neither.
     """
-    state, unused = {}, []
-    for key, value in state_dict.items():
-        short = re.sub(r"^(model\.)?((vl|al)_projector\.)?(visual|audio)_", "", key)
-        if any(re.fullmatch(pattern, short) for pattern in OFFICIAL_UNUSED):
-            unused.append(key)
-            continue
-        for pattern, name in OFFICIAL_NAMES:
-            match = re.fullmatch(pattern, short)
-            if match:
-                state[match.expand(name)] = value
-                break
-        else:
-            raise MokaError(
-                f"not one of the weights of the MokA authors' projectors: {key!r}. Give one of their files "
-                f"visual_pretrain.bin and audio_pretrain.bin."
-            )
-    return state, unused
+    names = {key: official_projector_name(key)[1] for key in state_dict}
+    if unknown := [key for key, name in names.items() if name is None]:
+        raise MokaError(
+            f"not one of the weights of the MokA authors' projectors: {unknown[0]!r}. Give one of their files "
+            "visual_pretrain.bin and audio_pretrain.bin."
+        )
+    return {name: state_dict[key] for key, name in names.items() if name}, [key for key in names if not names[key]]
 
 
 # LLaVA's names, without "model.mm_projector.", to ours.

@@ -33,6 +33,7 @@ _TOKENIZER_FILES = (
     "spiece.model",
     "sentencepiece.bpe.model",
 )
+_BACKBONES = "a folder of a causal language model, a hub name that this machine can reach, or embedded:smollm2-135m"
 _LFS = b"version https://git-lfs"
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
@@ -107,12 +108,13 @@ def decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 @contextmanager
-def loading_errors(what: str, name: str) -> Iterator[None]:
+def loading_errors(what: str, name: str, expected: str = "") -> Iterator[None]:
     """Turn whatever goes wrong in loading a model, a configuration or a tokenizer into one clear error.
 
     Args:
         what: the setting that names it, such as "model.backbone".
         name: its value, a folder or a hub name.
+        expected: what to give instead; default: a causal language model.
     Raises:
         MokaError: the folder has no model, is damaged, or has code of its own, which is never run.
     """
@@ -134,8 +136,7 @@ def loading_errors(what: str, name: str) -> Iterator[None]:
         else:
             reason = reason[:300]
         raise MokaError(
-            f"{what}: {name!r} cannot be loaded: {reason.rstrip('.')}. Give a folder of a causal language model, a hub name "
-            "that this machine can reach, or embedded:smollm2-135m."
+            f"{what}: {name!r} cannot be loaded: {reason.rstrip('.')}. Give {expected or _BACKBONES}."
         ) from error
 
 

@@ -12,19 +12,18 @@ import numpy as np
 import torch
 from transformers import BatchFeature
 
+from moka.config import INTERACTIONS
 from moka.errors import MokaError
 
 from .chat import Segment, resolve_template, segments
 from .configuration import MEDIA_TYPE_IDS, MokaModelConfig
-from .encoders import ENCODERS, features_name
-from .frontends import build_front_end, front_end_from_dict
+from .encoders import ENCODERS, build_front_end, features_name
 from .language_models import load_tokenizer
 from .media import Features
 from .placeholders import check_token_ids, token_beyond_vocabulary
 
 CONFIG_NAME = "moka_processor.json"
 IGNORE = -100
-INTERACTIONS = ("own_turn", "first_turn")
 
 
 class TooLongError(MokaError):
@@ -42,7 +41,7 @@ class MokaProcessor:
         vocab_size: of the backbone; placeholder ids start there, so no token of the tokenizer may have an id beyond.
         chat_template: "chatml", "bare", "plain", Jinja text, or None for the tokenizer's own.
         interaction: "own_turn": a medium interacts with the question of its own user turn (default);
-            "first_turn": with the first question of the chat. For one sample a turn see ``split_turns``.
+            "first_turn": with the first question of the chat.
         decoding: how media files are to be decoded for it, as it was in training: {"video_frames": pictures of a video,
             "audio_windows": fields of ``moka.data.media.AudioWindows`` or None}. The processor only remembers it.
     """
@@ -65,8 +64,7 @@ class MokaProcessor:
         self.decoding = {"video_frames": 10, "audio_windows": None, **(decoding or {})}
         self.chat_template = resolve_template(chat_template, tokenizer)
         self.front_ends = {
-            name: front_end_from_dict(spec["front_end"]) if "front_end" in spec else build_front_end(spec["encoder"])
-            for name, spec in modalities.items()
+            name: build_front_end(spec["encoder"], spec.get("front_end")) for name, spec in modalities.items()
         }
         self._owner = {type_id: name for name, spec in modalities.items() for type_id in spec["type_ids"]}
         words = {token.content for token in tokenizer.added_tokens_decoder.values()}
@@ -223,27 +221,6 @@ class MokaProcessor:
                 if items:
                     batch[key] = torch.from_numpy(np.concatenate(items))
         return BatchFeature(batch)
-
-    def split_turns(self, messages: list[dict]) -> list[list[dict]]:
-        """One chat for each answered question: all media so far, that question, that answer (the authors' way)."""
-        system = [m for m in messages if m["role"] == "system"]
-        media: list[dict] = []
-        question: list[dict] = []
-        chats: list[list[dict]] = []
-        asked = False
-        for message in messages:
-            content = message["content"]
-            content = [{"type": "text", "text": content}] if isinstance(content, str) else content
-            if message["role"] == "user":
-                media += [part for part in content if part["type"] != "text"]
-                question += [part for part in content if part["type"] == "text"]
-                asked = True
-            elif message["role"] == "assistant" and asked:
-                chats.append([*system, {"role": "user", "content": [*media, *question]}, message])
-                question, asked = [], False
-            elif message["role"] == "assistant" and chats:
-                chats[-1].append(message)  # an answer in two messages
-        return chats
 
     def decode(self, token_ids: Any) -> str:
         """Generated token ids to text, special tokens removed."""

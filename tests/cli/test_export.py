@@ -65,7 +65,7 @@ def test_lossy_formats_say_what_they_lose(moka, trained_run, tmp_path, arguments
 def test_mistakes_are_one_line(refused, moka, trained_run, media, tmp_path):
     out = tmp_path / "out"
     assert "does not exist" in refused("merge", tmp_path / "none", "--output", out)
-    assert "inside the adapter folder" in refused("merge", trained_run, "--output", trained_run / "adapter/merged")
+    assert "is inside it" in refused("merge", trained_run, "--output", trained_run / "adapter/merged")
     assert "none of the adapter's" in refused(
         "export", trained_run, "--format", "lora", "--modality", "smell", "--output", out
     )

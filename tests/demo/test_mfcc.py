@@ -1,14 +1,12 @@
 """The MFCC front end: its mathematics, clips of any length and rate, and errors."""
 
-import builtins
-import sys
-
 import numpy as np
 import pytest
 import torch
 
-from moka.demo.mfcc import dct_basis, mel_bands, mfcc, resample
+from moka.demo.mfcc import mfcc
 from moka.errors import MokaError
+from moka.modeling.encoders.audio import resample
 
 
 def sine(hertz: float, rate: int, seconds: float = 1.0, amplitude: float = 0.5) -> np.ndarray:
@@ -46,19 +44,6 @@ def test_equals_the_same_front_end_by_torch():
     angles = np.pi / 128 * np.outer(np.arange(13), np.arange(128) + 0.5)
     expected = decibels @ (np.cos(angles) * np.sqrt(np.r_[1, np.full(12, 2)] / 128)[:, None]).T
     np.testing.assert_allclose(mfcc(clip, 8000), expected, atol=1e-3)
-
-
-@pytest.mark.parametrize("hertz", [200, 440, 1000, 3000])
-def test_a_sine_sounds_in_the_band_around_its_frequency(hertz):
-    frame = sine(hertz, 8000)[:400] * np.hanning(400)
-    power = np.abs(np.fft.rfft(frame)) ** 2
-    edges = 700 * (10 ** (np.linspace(0, 2595 * np.log10(1 + 4000 / 700), 130) / 2595) - 1)
-    loudest = int(np.argmax(power @ mel_bands()))
-    assert edges[loudest] <= hertz <= edges[loudest + 2]
-
-
-def test_the_dct_vectors_are_orthonormal():
-    np.testing.assert_allclose(dct_basis().T @ dct_basis(), np.eye(13), atol=1e-12)
 
 
 def test_a_gain_moves_the_first_coefficient_only():
@@ -106,9 +91,9 @@ def test_resampling_keeps_the_sound_and_drops_what_the_rate_cannot_carry():
 @pytest.mark.parametrize(
     ("samples", "rate", "message"),
     [
-        (np.zeros(0, np.float32), 8000, "no samples"),
-        (np.zeros(0, np.float32), 44100, "no samples"),
-        (np.zeros((2, 800), np.float32), 8000, "mono"),
+        (np.zeros(0, np.float32), 8000, r"shape is \[0\]"),
+        (np.zeros(0, np.float32), 44100, r"shape is \[0\]"),
+        (np.zeros((2, 800), np.float32), 8000, r"shape is \[2, 800\]"),
         (np.array([0.0, np.nan], np.float32), 8000, "not finite"),
         (np.ones(500, np.float32), 0, "sample rate is 0"),
     ],
@@ -116,18 +101,3 @@ def test_resampling_keeps_the_sound_and_drops_what_the_rate_cannot_carry():
 def test_bad_sound_is_refused(samples, rate, message):
     with pytest.raises(MokaError, match=message):
         mfcc(samples, rate)
-
-
-def test_without_pyav_the_remedy_is_named(monkeypatch):
-    real_import = builtins.__import__
-
-    def without_av(name, *args, **kwargs):
-        if name == "av":
-            raise ImportError(name)
-        return real_import(name, *args, **kwargs)
-
-    monkeypatch.delitem(sys.modules, "av", raising=False)
-    monkeypatch.setattr(builtins, "__import__", without_av)
-    with pytest.raises(MokaError, match=r'pip install "moka-peft\[media\]"'):
-        resample(np.ones(100, np.float32), 16000, 8000)
-    assert mfcc(np.ones(800, np.float32), 8000).shape == (5, 13)

@@ -75,6 +75,27 @@ def test_interrupted_evaluation_resumes_and_gives_the_same(tmp_path, capsys):
     assert records == lines(tmp_path) == asked(Echo(), tmp_path / "other")
 
 
+@pytest.mark.parametrize("condition", ["", "as given"])
+def test_no_question_is_asked_again_however_often_it_was_interrupted(tmp_path, condition):
+    finished = []
+    for _ in range(3):
+        model = Echo(fails_after=2)
+        with pytest.raises(KeyboardInterrupt):
+            asked(model, tmp_path, condition=condition)
+        finished += model.asked
+    last = Echo()
+    records = asked(last, tmp_path, condition=condition)
+    assert finished + last.asked == [f"question {n}" for n in range(7)]
+    assert records == lines(tmp_path)
+
+
+def test_answers_of_another_condition_are_asked_again(tmp_path):
+    asked(Echo(), tmp_path, condition="as given")
+    again = Echo()
+    asked(again, tmp_path, condition="audio blanked")
+    assert len(again.asked) == 7
+
+
 @pytest.mark.parametrize("other", [{"max_new_tokens": 5}, {"source": {"format": "pope", "splits": "popular"}}, {}])
 def test_answers_of_another_model_or_other_settings_are_kept_aside(tmp_path, capsys, other):
     asked(Echo(), tmp_path)

@@ -333,7 +333,7 @@ def test_duplicate_id_names_both_places():
     [
         ("popes", "strict", "Did you mean 'pope'?"),
         ("pope", "papers", "Did you mean 'paper'?"),
-        ("asr", "paper", "not known to asr; allowed are strict"),
+        ("asr", "paper", "'paper' is not known; allowed are strict"),
     ],
 )
 def test_unknown_names_get_the_nearest(name, protocol, words):

@@ -427,17 +427,15 @@ def test_tied_weight_is_not_folded(make_run, tmp_path):
 def test_places_that_are_taken_are_refused(run, tmp_path):
     out = tmp_path / "out"
     adapter = run / "adapter"
-    assert "inside the adapter folder" in refused(run, adapter / "merged")
-    assert "inside the adapter folder" in refused(run, adapter)
-    assert "has the run itself" in refused(run, run)
-    assert "has the run itself" in refused(adapter, tmp_path, overwrite=True)
+    for output in (adapter / "merged", adapter, run, tmp_path):
+        assert f"--output: {output} is {adapter}, has it or is inside it" in refused(run, output, overwrite=True)
     (tmp_path / "file").write_text("mine")
     assert "is a file" in refused(run, tmp_path / "file")
     assert "is a file" in refused(run, tmp_path / "file/out")
     out.mkdir()
     (out / "mine.txt").write_text("mine")
     for overwrite in (False, True):
-        assert "has no export" in refused(run, out, overwrite=overwrite)
+        assert "is not empty and has no earlier result" in refused(run, out, overwrite=overwrite)
     assert (out / "mine.txt").read_text() == "mine"
     (out / "mine.txt").unlink()
     export(run, out, "lora")

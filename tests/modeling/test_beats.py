@@ -12,11 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from moka.errors import MokaError
-from moka.modeling.encoders import build_encoder, tiny_encoder
-from moka.modeling.encoders.beats import load_published
+from moka.modeling.encoders import build_encoder, build_front_end, tiny_encoder
+from moka.modeling.encoders.beats import kaldi_fbank, load_published
 from moka.modeling.encoders.beats_model import BeatsModel, BeatsModelConfig, relative_buckets
-from moka.modeling.frontends import build_front_end
-from moka.modeling.frontends.sound import kaldi_fbank
 from moka.modeling.media import Waveform
 
 GOLDEN = Path(__file__).parents[1] / "golden"

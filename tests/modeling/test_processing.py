@@ -14,7 +14,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerF
 
 from moka import MokaError, MokaForConditionalGeneration, MokaProcessor
 from moka.modeling import TooLongError, build_encoder
-from moka.modeling.frontends import build_front_end
+from moka.modeling.encoders import build_front_end
 from moka.modeling.media import AudioFeatures, Waveform
 
 VISUAL = {"encoder": {"type": "conv-image", "image_size": 8, "num_tokens": 2}, "type_ids": [1, 2], "tokens": 2}
@@ -279,37 +279,6 @@ def test_own_turn_each_medium_belongs_to_its_question(processor):
 def test_first_turn_all_media_belong_to_the_first_question(tiny_tokenizer):
     processor = build(tiny_tokenizer, chat_template="chatml", interaction="first_turn")
     assert runs(processor, processor.encode(CHAT)) == several(1, 0)
-
-
-def test_split_turns_one_chat_for_each_question(processor):
-    chats = processor.split_turns(CHAT)
-    assert [runs(processor, processor.encode(c)) for c in chats] == [
-        [
-            ("<|im_start|>system\nbe short<|im_end|>\n<|im_start|>user\n", False, 0),
-            ("image 2", False, 1),
-            ("onewhich digit", False, 1),
-            ("<|im_end|>\n<|im_start|>assistant\n", False, 0),
-            ("seven<|im_end|>", True, 0),
-            ("\n", False, 0),
-        ],
-        [
-            ("<|im_start|>system\nbe short<|im_end|>\n<|im_start|>user\n", False, 0),
-            ("image 2", False, 1),
-            ("audio 3", False, 1),
-            ("and now?", False, 1),
-            ("<|im_end|>\n<|im_start|>assistant\n", False, 0),
-            ("no, eight<|im_end|>", True, 0),
-            ("\n", False, 0),
-        ],
-    ]
-
-
-def test_split_turns_of_greetings_media_only_and_answers_in_two_messages(processor):
-    chat = [answer("yes?"), user(image()), answer("one"), answer("two"), user(audio()), answer("three"), user("four")]
-    assert processor.split_turns(chat) == [
-        [user(image()), answer("one"), answer("two")],
-        [user(image(), audio()), answer("three")],
-    ]
 
 
 def test_media_between_texts_and_two_user_messages_in_a_row(processor):

@@ -18,8 +18,7 @@ from moka import MokaConfig, MokaError, MokaForConditionalGeneration
 from moka.config import AdapterSection, ModelSection
 from moka.modeling.artifacts import trained_parts
 from moka.modeling.build import adapter_parameters, attach_adapter, build_model, build_processor, count_parameters
-from moka.modeling.encoders import build_encoder, tiny_encoder
-from moka.modeling.frontends import build_front_end, front_end_from_dict
+from moka.modeling.encoders import build_encoder, build_front_end, tiny_encoder
 from moka.modeling.positions import grid_positions
 from moka.modeling.projectors import build_projector
 from moka.testing.tiny import tiny_kind, write_tiny_backbone
@@ -302,7 +301,7 @@ def test_the_front_end_gives_the_pixels_of_the_checkpoints_processor(folder):
     image = picture(2)
     expected = Qwen2VLImageProcessorPil.from_pretrained(folder)(image, return_tensors="np")["pixel_values"]
     assert np.array_equal(front_end(image), expected)
-    assert np.array_equal(front_end_from_dict(front_end.to_dict())(image), expected)
+    assert np.array_equal(build_front_end({"type": "qwen2.5-vl"}, front_end.to_dict())(image), expected)
 
 
 def test_pictures_of_any_shape_and_mode_become_the_fixed_square(folder):

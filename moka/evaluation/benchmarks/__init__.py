@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from moka.errors import MokaError, nearest
+from moka.errors import MokaError
 
 from . import ave, choice, mme, music_avqa, pope, text
-from .base import Benchmark, Item, Protocol, by_category, read_items
+from .base import Benchmark, Item, Protocol, by_category, known_name, read_items
 from .intervals import RESAMPLES, SEED
 
-__all__ = ["BENCHMARKS", "Benchmark", "Protocol", "score"]
+__all__ = ["BENCHMARKS", "Benchmark", "Protocol", "find_benchmark", "score"]
 
 BENCHMARKS: dict[str, Benchmark] = {
     benchmark.name: benchmark
@@ -31,6 +31,11 @@ BENCHMARKS: dict[str, Benchmark] = {
         text.CAPTIONING,
     )
 }
+
+
+def find_benchmark(name: str) -> Benchmark:
+    """Return the benchmark of a name, or raise a `MokaError` with the nearest."""
+    return BENCHMARKS[known_name("benchmark", name, BENCHMARKS)]
 
 
 def score(
@@ -59,18 +64,10 @@ def score(
     Raises:
         MokaError: an unknown benchmark or protocol, no records, or a bad record, named by ``where``.
     """
-    if name not in BENCHMARKS:
-        raise MokaError(
-            f"benchmark {name!r} is not known; allowed are {', '.join(BENCHMARKS)}.{nearest(name, BENCHMARKS)}"
-        )
-    benchmark = BENCHMARKS[name]
+    benchmark = find_benchmark(name)
     for module in benchmark.libraries:
         text.library(module, name)
-    if protocol not in benchmark.protocols:
-        hint = nearest(protocol, benchmark.protocols)
-        raise MokaError(
-            f"protocol {protocol!r} is not known to {name}; allowed are {', '.join(benchmark.protocols)}.{hint}"
-        )
+    known_name(f"protocol of {name}", protocol, benchmark.protocols)
     rules = benchmark.protocols[protocol]
     given = read_items(benchmark, rules, records, where)
     items, counts = benchmark.select(given, protocol)

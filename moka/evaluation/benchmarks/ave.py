@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from moka.data.vocabulary import ave_events
-from moka.errors import MokaError, nearest
+from moka.errors import MokaError
 
-from .base import Benchmark, Figures, Item, Protocol
+from .base import Benchmark, Figures, Item, Protocol, known_name
 from .intervals import bootstrap, percent
 from .parsing import clean, tagged
 
@@ -26,26 +26,21 @@ def labels(event: str, ranges: Sequence[tuple[int, int]]) -> Labels:
     return tuple(event if hit else BACKGROUND for hit in inside)
 
 
-def _events() -> dict[str, str]:
-    return {name.casefold(): name for name in ave_events()}
+def _event(text: str) -> str | None:
+    return {name.casefold(): name for name in ave_events()}.get(text.strip().casefold())
 
 
 def _reference(record: Mapping[str, Any]) -> Labels:
-    given, due = record["reference"], 'due is {"event": name, "start": second, "end": second}'
+    given = record["reference"]
     if not isinstance(given, Mapping) or not {"event", "start", "end"} <= set(given):
-        raise MokaError(f"reference {given!r} is no event with its seconds; {due}.")
-    event, start, end = given["event"], given["start"], given["end"]
-    if not isinstance(event, str) or event.strip().casefold() not in _events():
-        hint = nearest(event, ave_events()) if isinstance(event, str) else ""
-        raise MokaError(f"reference event {event!r} is not known; allowed are AVE's 28 names.{hint}")
-    for second in (start, end):
-        if not isinstance(second, int) or isinstance(second, bool):
-            raise MokaError(f"reference second {second!r} is no integer; {due}.")
-    if not 0 <= start <= end <= SEGMENTS:
+        raise MokaError(f'reference {given!r} is not of the form {{"event": name, "start": second, "end": second}}.')
+    event = known_name("reference event", given["event"], ave_events(), "AVE's 28 names")
+    start, end = given["start"], given["end"]
+    if any(type(second) is not int for second in (start, end)) or not 0 <= start <= end <= SEGMENTS:
         raise MokaError(
-            f"reference seconds {start} to {end} are no range; 0 <= start <= end <= {SEGMENTS} is expected."
+            f"reference seconds {start!r} to {end!r} are no range of integers; 0 <= start <= end <= {SEGMENTS} is expected."
         )
-    return labels(_events()[event.strip().casefold()], [(start, end)])
+    return labels(event, [(start, end)])
 
 
 _RANGE = re.compile(r"<range>\s*(\d{1,4})\s*,\s*(\d{1,4})\s*</range>")
@@ -58,14 +53,12 @@ def _seconds(pattern: re.Pattern[str], text: str) -> list[tuple[int, int]]:
 
 
 def _event_and_ranges(inner: str, text: str) -> tuple[str, list[tuple[int, int]]] | None:
-    """Return what an event tag says: a name, with the ranges of the text, or "name, (a b) (c d)" by itself."""
-    if event := _events().get(inner.strip().casefold()):
+    """Return what an event tag has: a name, with the ranges of the text, or "name, (a b) (c d)" by itself."""
+    if event := _event(inner):
         return event, _seconds(_RANGE, text)
-    if match := _NAME_THEN_RANGES.fullmatch(inner):
-        event = _events().get(match[1].casefold())
-        if event:
-            return event, _seconds(_PAIR, match[2])
-    return None
+    match = _NAME_THEN_RANGES.fullmatch(inner)
+    event = _event(match[1]) if match else None
+    return (event, _seconds(_PAIR, match[2])) if match and event else None
 
 
 def parse_paper(text: str, record: Mapping[str, Any] | None = None) -> Labels | None:
@@ -101,10 +94,6 @@ def measure(items: Sequence[Item], overall: bool) -> Figures:
     return {"accuracy": bootstrap(units, percent, SEGMENTS * len(items))}
 
 
-def _count(items: list[Item], protocol: str) -> tuple[list[Item], dict[str, int]]:
-    return items, {"segments": SEGMENTS * len(items)}
-
-
 AVE = Benchmark(
     name="ave",
     about="AVE: event and when it happens; accuracy over the 10 one-second segments of every clip",
@@ -126,5 +115,5 @@ AVE = Benchmark(
         ),
     },
     optional={"category": "a row each"},
-    select=_count,
+    select=lambda items, protocol: (items, {"segments": SEGMENTS * len(items)}),
 )

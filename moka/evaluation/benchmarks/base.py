@@ -103,18 +103,19 @@ def read_items(
     places: dict[str, str] = {}
     for position, record in enumerate(records):
         place = where(position)
-        if not isinstance(record, Mapping):
-            raise MokaError(f"{place}: is {type(record).__name__}; one object a record is expected.")
-        _check_fields(benchmark, record, place)
-        name = str(record["id"])
-        if name in places:
-            raise MokaError(
-                f"{place}: id {name!r} was given before, at {places[name]}. Each record needs an id of its own: "
-                "is the file two runs in one, or `moka eval`'s with blanked conditions?"
+        problem = _field_problem(benchmark, record)
+        if not problem and (name := str(record["id"])) in places:
+            problem = (
+                f"id {name!r} was given before, at {places[name]}. Each record needs an id of its own: is the file two runs "
+                "in one, or `moka eval`'s with blanked conditions?"
             )
+        if problem:
+            raise MokaError(f"{place}: {problem}")
         places[name] = place
         try:
-            reference, category = benchmark.reference(record), _category(benchmark, record)
+            reference, category = benchmark.reference(record), record.get("category")
+            if category is not None and benchmark.categories:
+                category = known_name(f"category of {benchmark.name}", category, benchmark.categories)
             # A question that could not be asked has no answer, whatever a protocol makes of an empty text.
             answer = None if record.get("error") else protocol.parse(record["prediction"], record)
         except MokaError as error:
@@ -134,48 +135,46 @@ def of_complete_groups(items: Sequence[Item]) -> list[Item]:
     return [item for item in items if item.complete] if parsable_only else list(items)
 
 
-def _check_fields(benchmark: Benchmark, record: Mapping[str, Any], place: str) -> None:
+def _field_problem(benchmark: Benchmark, record: Any) -> str:
+    """Return what is wrong with the fields of a record, or an empty string."""
+    if not isinstance(record, Mapping):
+        return f"is {type(record).__name__}; one object a record is expected."
     for name in benchmark.fields:
         if record.get(name) is None:
             close = nearest(name, [key for key in record if key not in benchmark.fields])
-            raise MokaError(
-                f"{place}: field {name!r} is {'null' if name in record else 'missing'}; {benchmark.name} needs {', '.join(benchmark.fields)}.{close}"
-            )
+            state = "null" if name in record else "missing"
+            return f"field {name!r} is {state}; {benchmark.name} needs {', '.join(benchmark.fields)}.{close}"
     for name in ("id", "group"):
         value = record.get(name)
         if value is not None and (not isinstance(value, (str, int)) or isinstance(value, bool) or value == ""):
-            raise MokaError(f"{place}: field {name!r} is {value!r}; a string or a number is expected.")
+            return f"field {name!r} is {value!r}; a string or a number is expected."
     for name in ("prediction", "category"):
         value = record.get(name)
         if value is not None and not isinstance(value, str):
-            raise MokaError(f"{place}: field {name!r} is {type(value).__name__}; text is expected.")
+            return f"field {name!r} is {type(value).__name__}; text is expected."
+    return ""
 
 
-def _category(benchmark: Benchmark, record: Mapping[str, Any]) -> str | None:
-    given = record.get("category")
-    if given is None or not benchmark.categories:
-        return given
-    known = {name.casefold(): name for name in benchmark.categories}
-    if given.strip().casefold() not in known:
+def known_name(what: str, given: Any, known: Iterable[str], shown: str = "") -> str:
+    """Return a name as ``known`` spells it; case and space around it are ignored.
+
+    Args:
+        shown: the known names in words, if they are many.
+    Raises:
+        MokaError: no such name; with those that are allowed, and the nearest.
+    """
+    names = {name.casefold(): name for name in known}
+    key = given.strip().casefold() if isinstance(given, str) else ""
+    if key not in names:
         raise MokaError(
-            f"category {given!r} is not known to {benchmark.name}; allowed are "
-            f"{', '.join(benchmark.categories)}.{nearest(given, benchmark.categories)}"
+            f"{what} {given!r} is not known; allowed are {shown or ', '.join(names.values())}.{nearest(str(given), names.values())}"
         )
-    return known[given.strip().casefold()]
+    return names[key]
 
 
 def word_reference(allowed: Sequence[str], shown: str = "") -> Callable[[Mapping[str, Any]], str]:
-    """A check that the reference is one of the allowed words, case ignored; gives the word as allowed spells it."""
-    known = {word.casefold(): word for word in allowed}
-
-    def check(record: Mapping[str, Any]) -> str:
-        given = record["reference"]
-        if not isinstance(given, str) or given.strip().casefold() not in known:
-            hint = nearest(given.strip().casefold(), known) if isinstance(given, str) else ""
-            raise MokaError(f"reference {given!r} is not known; allowed are {shown or ', '.join(allowed)}.{hint}")
-        return known[given.strip().casefold()]
-
-    return check
+    """Return a check that the reference of a record is one of the allowed words, which gives the word as allowed spells it."""
+    return lambda record: known_name("reference", record["reference"], allowed, shown)
 
 
 def accuracy(items: Sequence[Item], overall: bool) -> Figures:

@@ -50,13 +50,12 @@ def _options(record: Mapping[str, Any]) -> dict[str, str]:
     if options is None:
         return {}
     texts = list(options.values()) if isinstance(options, Mapping) else options
-    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+    lettered = letters_of(options) if isinstance(options, (list, Mapping)) else {}
+    letters_fit = len(lettered) > 1 and all(len(name) == 1 and "A" <= name <= "Z" for name in lettered)
+    if not letters_fit or not all(isinstance(text, str) for text in texts):
         raise MokaError(
-            f"field 'options' is {options!r}; a list of texts, or an object of texts by letter, is expected."
+            f"field 'options' is {options!r}; a list of two or more texts, or an object of texts by letter, A to Z, is expected."
         )
-    lettered = letters_of(options)
-    if len(lettered) < 2 or not all(len(name) == 1 and "A" <= name <= "Z" for name in lettered):
-        raise MokaError(f"field 'options' has the letters {', '.join(lettered)}; two or more of A to Z are expected.")
     return lettered
 
 
@@ -92,10 +91,10 @@ def _benchmark(name: str, about: str, letters: str, **more: Any) -> Benchmark:
 
 def _mmau_reference(record: Mapping[str, Any]) -> str:
     given, options = record["reference"], _options(record)
-    if not isinstance(given, str) or not plain(given):
-        raise MokaError(f"reference {given!r} is not known; the right option's text is expected.")
-    if options and plain(given) not in map(plain, options.values()):
-        raise MokaError(f"reference {given!r} is not known; the record's options are {', '.join(options.values())}.")
+    known = list(map(plain, options.values())) if options else [plain(str(given))]
+    if not isinstance(given, str) or not plain(given) or plain(given) not in known:
+        expected = ", ".join(options.values()) or "the right option's text"
+        raise MokaError(f"reference {given!r} is not known; expected: {expected}.")
     return plain(given)
 
 

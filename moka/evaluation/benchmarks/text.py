@@ -16,7 +16,7 @@ import numpy as np
 from moka.errors import MokaError
 
 from .base import Benchmark, Figures, Item, Protocol
-from .intervals import BOOTSTRAP, bootstrap, figure, percent, percentiles, resampled
+from .intervals import BOOTSTRAP, bootstrap, figure, percent
 from .parsing import clean, plain
 
 BLEU_ORDERS = 4
@@ -43,18 +43,12 @@ def words(text: str, record: Mapping[str, Any] | None = None) -> str | None:
     return plain(clean(text)) or None
 
 
-def _one_text(record: Mapping[str, Any]) -> str:
-    given = record["reference"]
-    if not isinstance(given, str) or not words(given):
-        raise MokaError(f"reference {given!r} has no word; the spoken text is expected.")
-    return words(given) or ""
-
-
-def _texts(record: Mapping[str, Any]) -> list[str]:
-    given = record["reference"]
-    if not isinstance(given, list) or not given or not all(isinstance(text, str) and words(text) for text in given):
-        raise MokaError(f"reference {given!r} is no list of captions; a list of one or more texts is expected.")
-    return [words(text) or "" for text in given]
+def _texts(given: Any) -> list[str]:
+    """Return the words of each text of a list."""
+    texts = [words(text) for text in given if isinstance(text, str)] if isinstance(given, list) else []
+    if not texts or None in texts or len(texts) < len(given):
+        raise MokaError(f"reference {given!r} is no list of one or more texts, or one of them has no word.")
+    return [text or "" for text in texts]
 
 
 def error_rates(items: Sequence[Item], overall: bool) -> Figures:
@@ -95,33 +89,27 @@ def captions(items: Sequence[Item], overall: bool) -> Figures:
 
 
 def _bleu(items: Sequence[Item]) -> Figures:
-    """Corpus BLEU of pycocoevalcap ("closest" reference length), with intervals over resampled clips."""
+    """Corpus BLEU of pycocoevalcap's n-gram counts ("closest" reference length: of two, the shorter); clips are resampled."""
     scorer = library("pycocoevalcap.bleu.bleu_scorer", "captioning").BleuScorer(n=BLEU_ORDERS)
     for item in items:
         scorer += (item.answer or "", item.reference)
-    values, _ = scorer.compute_score(option="closest")
-    units = np.array(
-        [_bleu_counts(item.answer or "", item.reference, clip) for item, clip in zip(items, scorer.ctest, strict=True)]
-    )
-    drawn = 100.0 * bleu_of_sums(resampled(units))
+    units = []
+    for clip in scorer.ctest:
+        length = clip["testlen"]
+        closest = min((abs(reference - length), reference) for reference in clip["reflen"])[1]
+        units.append([length, closest, *clip["correct"], *clip["guess"]])
+    counts = np.array(units, dtype=float)
     return {
-        f"BLEU-{n + 1}": figure(100.0 * value, percentiles(drawn[:, n]), len(items), BOOTSTRAP)
-        for n, value in enumerate(values)
+        f"BLEU-{n + 1}": bootstrap(counts, lambda sums, n=n: 100.0 * bleu_of_sums(sums)[..., n])  # type: ignore[misc]
+        for n in range(BLEU_ORDERS)
     }
-
-
-def _bleu_counts(answer: str, references: Sequence[str], clip: Mapping[str, Any]) -> list[float]:
-    """Of one clip: its length, the closest reference's (the shorter of two), n-grams right, n-grams given."""
-    length = len(answer.split())
-    closest = min((abs(len(text.split()) - length), len(text.split())) for text in references)[1]
-    return [length, closest, *clip["correct"], *clip["guess"]]
 
 
 def bleu_of_sums(sums: np.ndarray) -> np.ndarray:
     """BLEU-1 to BLEU-4 of summed counts (Papineni et al. 2002), as pycocoevalcap computes them.
 
     Args:
-        sums: [..., 2 + 8], as `_bleu_counts` orders them.
+        sums: [..., 2 + 8]: lengths of the answers and of the references, n-grams right, n-grams given.
 
     Returns:
         [..., 4], from 0 to 1.
@@ -138,7 +126,7 @@ ASR = Benchmark(
     about="speech recognition, such as LibriSpeech: word and character error rates (jiwer)",
     expects="the spoken text",
     figures={"WER": "%", "CER": "%"},
-    reference=_one_text,
+    reference=lambda record: _texts([record["reference"]])[0],
     measure=error_rates,
     protocols={
         "strict": Protocol(
@@ -155,7 +143,7 @@ CAPTIONING = Benchmark(
     about="captions, such as AudioCaps: CIDEr, BLEU, ROUGE-L (pycocoevalcap)",
     expects="list of texts",
     figures={"CIDEr": "x100", **{f"BLEU-{n + 1}": "%" for n in range(BLEU_ORDERS)}, "ROUGE-L": "%"},
-    reference=_texts,
+    reference=lambda record: _texts(record["reference"]),
     measure=captions,
     protocols={
         "strict": Protocol(

@@ -16,23 +16,25 @@ from typing import Any
 from moka.demo.encoders import ConvAudioEncoder, ConvImageEncoder, PatchImageEncoder
 from moka.modeling.fields import read_config
 
-from .base import RESOLVERS, Encoder, features_name
+from .audio import AstEncoder, HubertEncoder, Wav2Vec2Encoder, WhisperEncoder
+from .base import RESOLVERS, Encoder, FrontEnd, features_name
 from .beats import BeatsEncoder
 from .cached import CachedEncoder, bring_back, set_aside
 from .efficientnet import EfficientNetEncoder
+from .images import ClipEncoder, Dinov2Encoder, SiglipEncoder
 from .qwen2_5_vl import QwenVlEncoder
-from .sound import AstEncoder, HubertEncoder, Wav2Vec2Encoder, WhisperEncoder
 from .towers import TowerEncoder
-from .vision import ClipEncoder, Dinov2Encoder, SiglipEncoder
 
 __all__ = [
     "ENCODERS",
     "RESOLVERS",
     "CachedEncoder",
     "Encoder",
+    "FrontEnd",
     "TowerEncoder",
     "bring_back",
     "build_encoder",
+    "build_front_end",
     "features_name",
     "set_aside",
     "tiny_encoder",
@@ -57,6 +59,18 @@ def build_encoder(config: Mapping[str, Any], pretrained: bool = True) -> Encoder
     """
     cls, parsed = read_config(config, ENCODERS, "encoder")
     return cls(parsed, pretrained)
+
+
+def build_front_end(config: Mapping[str, Any], settings: Mapping[str, Any] | None = None) -> FrontEnd:
+    """Return the front end of the encoder that `config` describes (as for `build_encoder`, or from `Encoder.to_dict`).
+
+    `settings` are those of a `FrontEnd.to_dict`, which needs no network; default: see `Encoder.front_end`. Raises
+    `MokaError` for a bad configuration.
+    """
+    cls, parsed = read_config(config, ENCODERS, "encoder")
+    if settings is None:
+        return cls.front_end(parsed)
+    return cls.front_end_class(**{key: value for key, value in settings.items() if key != "type"})
 
 
 def tiny_encoder(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,11 +8,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
 from moka.errors import MokaError
 from moka.modeling.fields import about
+from moka.modeling.media import AudioFeatures, Waveform
 
 # Prefix of names -> what makes a local file of such a name. The rooms above add theirs.
 RESOLVERS: dict[str, Callable[[str], str]] = {}
@@ -39,6 +42,36 @@ def features_name(encoder: Any) -> str:
     return f"{encoder.kind}_features"
 
 
+class FrontEnd:
+    """Base of the front ends, dataclasses of settings: one decoded medium to the float32 array that its encoder takes.
+
+        PIL.Image | Waveform | AudioFeatures  ->  front_end(medium)  ->  values [*encoder.input_shape]
+
+    Raises `MokaError` for a medium of another kind.
+    """
+
+    name: ClassVar[str]
+    sampling_rate: int | None = None  # Hz that sound is brought to
+
+    def __call__(self, medium: Any) -> np.ndarray:
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return its settings, fit for JSON; `build_front_end` takes them."""
+        return {"type": self.name, **dataclasses.asdict(self)}  # type: ignore[call-overload]
+
+
+def wrong_medium(medium: Any, expected: str) -> MokaError:
+    """Build the error for a medium of the wrong kind; `expected` says what the encoder takes."""
+    given = {
+        Waveform: "a recording (Waveform)",
+        AudioFeatures: f"audio features of kind {getattr(medium, 'kind', None)!r}",
+    }.get(type(medium), "an image" if isinstance(medium, Image.Image) else f"a {type(medium).__name__}")
+    return MokaError(
+        f"given {given}, but this encoder takes {expected}. Check which modality the file is listed under."
+    )
+
+
 class Encoder(nn.Module):
     """Base of all encoders: `forward` checks, casts and keeps frozen; subclasses write `build` and `encode`."""
 
@@ -49,6 +82,7 @@ class Encoder(nn.Module):
         )
 
     name: ClassVar[str]  # the `type` in a configuration
+    front_end_class: ClassVar[type[FrontEnd]]
     kind: ClassVar[str]  # "image" or "audio"
     input_name: ClassVar[str]  # what transformers calls the values: "pixel_values" or "input_features"
     input_shape: tuple[int, ...]  # of one item
@@ -66,6 +100,15 @@ class Encoder(nn.Module):
 
     def build(self, pretrained: bool) -> None:
         """Creates the modules and sets `input_shape`, `width` and `num_tokens`, for sound also `length_in_seconds`."""
+        raise NotImplementedError
+
+    @classmethod
+    def front_end(cls, config: Any) -> FrontEnd:
+        """Return what makes the values of one medium, for a `Config`; needs no weights.
+
+        The preprocessing of a published encoder is read from `name_or_path` if one is named and has one; else it is the
+        published one at the model's size.
+        """
         raise NotImplementedError
 
     @classmethod

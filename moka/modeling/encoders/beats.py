@@ -7,17 +7,21 @@ import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import nn
+from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
 
 from moka.errors import MokaError
 from moka.modeling.fields import about
 
+from .audio import RATE, fit_length, narrow_bands, samples_at
+from .base import FrontEnd
 from .beats_model import MEL_BINS, BeatsModel, BeatsModelConfig
-from .sound import RATE
 from .towers import TowerEncoder, check_missing, check_same_sizes, wrong_shape
 
 FRAME, HOP = 400, 160  # samples: 25 ms every 10 ms
@@ -25,6 +29,65 @@ FRAME, HOP = 400, 160  # samples: 25 ms every 10 ms
 PREDICTOR = ("predictor.weight", "predictor.bias")
 SHARED = re.compile(r"encoder\.layers\.\d+\.self_attn\.relative_attention_bias\.weight")
 SHARED_FIRST = "encoder.layers.0.self_attn.relative_attention_bias.weight"
+
+
+@dataclass
+class BeatsFrontEnd(FrontEnd):
+    """Recordings for BEATs: Kaldi's filter bank of 16 kHz sound of a fixed length, float32 [frames, 128].
+
+    Shorter recordings are followed by silence, and longer ones are cut. Mean and deviation are those of the authors.
+    """
+
+    samples: int
+
+    name: ClassVar[str] = "beats"
+    sampling_rate = RATE
+    mean: ClassVar[float] = 15.41663
+    std: ClassVar[float] = 6.55582
+
+    def __call__(self, medium: Any) -> np.ndarray:
+        sound = fit_length(samples_at(medium, RATE), self.samples)
+        return ((kaldi_fbank(sound * 2**15) - self.mean) / (2 * self.std)).astype(np.float32)
+
+
+def kaldi_fbank(samples: np.ndarray) -> np.ndarray:
+    """Logarithm of the power in 128 mel bands of 16 kHz sound: float [n] -> float32 [1 + (n - 400) // 160, 128].
+
+    Frames of 25 ms every 10 ms, full ones only; mean removed, pre-emphasis 0.97, Povey window, 512-point FFT, bands
+    from 20 Hz to 8 kHz; no dither. What `torchaudio.compliance.kaldi.fbank` gives for the same settings.
+    """
+    window, bands = _kaldi_constants()
+    return spectrogram(
+        np.asarray(samples, np.float64),
+        window,
+        frame_length=400,
+        hop_length=160,
+        fft_length=512,
+        power=2.0,
+        center=False,
+        preemphasis=0.97,
+        mel_filters=bands,
+        log_mel="log",
+        mel_floor=float(np.finfo(np.float32).eps),
+        remove_dc_offset=True,
+    ).T
+
+
+@lru_cache(maxsize=1)
+def _kaldi_constants() -> tuple[np.ndarray, np.ndarray]:
+    """The window [400] and the mel bands [257, 128]."""
+    with narrow_bands():
+        bands = mel_filter_bank(
+            num_frequency_bins=257,
+            num_mel_filters=128,
+            min_frequency=20,
+            max_frequency=8000,
+            sampling_rate=16_000,
+            norm=None,
+            mel_scale="kaldi",
+            triangularize_in_mel_space=True,
+        )
+    return window_function(400, "povey", periodic=False), bands
 
 
 class BeatsEncoder(TowerEncoder):
@@ -52,7 +115,12 @@ class BeatsEncoder(TowerEncoder):
         **{"encoder_layers": 2, "encoder_embed_dim": 32, "encoder_ffn_embed_dim": 64, "encoder_attention_heads": 4},
         **{"embed_dim": 24, "conv_pos": 16, "conv_pos_groups": 4, "num_buckets": 32, "max_distance": 80},
     }
+    front_end_class = BeatsFrontEnd
     kept_in_tiny = ("relative_position_embedding", "gru_rel_pos", "deep_norm", "activation_fn", "conv_bias")
+
+    @classmethod
+    def front_end(cls, config: Any) -> FrontEnd:
+        return BeatsFrontEnd(round(config.seconds * RATE))
 
     @classmethod
     def resolve_model_config(cls, config: Any, use_name: bool) -> BeatsModelConfig:

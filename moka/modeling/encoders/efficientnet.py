@@ -11,19 +11,22 @@ ReLU6 for swish, stem and head not scaled. Names of modules are those of the pub
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from moka.adapter.checks import read_tensors
 from moka.errors import MokaError
 from moka.modeling.fields import about
 
-from .base import Encoder, local_path, same_weights
+from .base import Encoder, FrontEnd, local_path, same_weights
+from .images import fit_square, picture
 
 # Stages of (blocks, kernel, stride of the first block, expansion, channels).
 STAGES = (
@@ -37,6 +40,8 @@ STAGES = (
 )
 STEM, HEAD, CLASSES = 32, 1280, 1000
 _SHRINKS = 32  # pixels to a cell of the last map
+# As EfficientNet-Lite was trained: (value - 127) / 128 for values 0 ... 255.
+MEAN, STD = 127.0, 128.0
 _EPS = 1e-3  # of the batch norms; PyTorch's own default is 1e-5
 
 
@@ -110,6 +115,22 @@ class EfficientNetLite0(nn.Module):
         return self._fc(self.head(self.last_map(values)).mean((2, 3)))
 
 
+@dataclass
+class EfficientNetFrontEnd(FrontEnd):
+    """Pictures of any size and mode for `efficientnet`: float32 [3, image_size, image_size] in -0.992 ... 1.
+
+    The full picture is kept, with its aspect ratio; what is left of the square takes the colour of its border.
+    """
+
+    image_size: int = 224
+
+    name: ClassVar[str] = "efficientnet"
+
+    def __call__(self, medium: Any) -> np.ndarray:
+        pixels = fit_square(picture(medium), self.image_size)
+        return np.ascontiguousarray((pixels.astype(np.float32).transpose(2, 0, 1) - MEAN) / STD)
+
+
 class EfficientNetEncoder(Encoder):
     """EfficientNet-Lite0's map before its classifier, averaged over the cells of a grid; frozen unless the configuration says otherwise.
 
@@ -140,6 +161,11 @@ class EfficientNetEncoder(Encoder):
         )
 
     name, kind, input_name = "efficientnet", "image", "pixel_values"
+    front_end_class = EfficientNetFrontEnd
+
+    @classmethod
+    def front_end(cls, config: Any) -> FrontEnd:
+        return EfficientNetFrontEnd(config.image_size)
 
     def build(self, pretrained: bool) -> None:
         config = self.config
@@ -179,21 +205,14 @@ class EfficientNetEncoder(Encoder):
 
 def load_weights(model: EfficientNetLite0, path: str) -> None:
     """Reads a state dict from a file into ``model``; raises `MokaError` where it is none of this network."""
-    if not os.path.isfile(path):
+    if not Path(path).is_file():
         raise MokaError(
             f"encoder 'efficientnet': name_or_path {path!r} is no file. Give embedded:efficientnet-lite0, or a file with "
             "the network's state dict."
         )
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of bytes that are no pickle torch's reader raises KeyError and more
-        raise MokaError(
-            f"encoder 'efficientnet': {path!r} is no state dict that can be read safely (torch.load with "
-            "weights_only=True); it may be damaged."
-        ) from error
-    try:
-        model.load_state_dict(state, strict=True)
-    except (RuntimeError, TypeError) as error:
+        model.load_state_dict(read_tensors(Path(path)), strict=True)
+    except RuntimeError as error:
         raise MokaError(
             f"encoder 'efficientnet': {path!r} does not hold the weights of EfficientNet-Lite0: "
             f"{' '.join(str(error).split())[:200]}"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
@@ -13,6 +15,8 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTra
 from moka.errors import MokaError
 from moka.modeling.fields import about
 
+from .base import FrontEnd
+from .images import ProcessorFrontEnd, picture
 from .towers import TowerEncoder
 
 
@@ -24,6 +28,37 @@ class VisionTower(Qwen2_5_VisionTransformerPretrainedModel):
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         return super().from_pretrained(*args, key_mapping={r"^(model\.)?visual\.": ""}, **kwargs)
+
+
+class QwenVlFrontEnd(ProcessorFrontEnd):
+    """Pictures for Qwen2.5-VL: the full picture stretched to a square, as float32 [patches, 2 * 3 * 14 * 14].
+
+    Patches are in the order of the checkpoint's own image processor, the four of a token together; each has the
+    picture twice, for the two frames that the tower reads at once.
+    """
+
+    name: ClassVar[str] = "qwen2.5-vl"
+
+    def __call__(self, medium: Any) -> np.ndarray:
+        side = math.isqrt(self.settings["size"]["shortest_edge"])
+        image = picture(medium).resize((side, side), self.processor.resample)
+        return np.asarray(self.processor(image, return_tensors="np")["pixel_values"], np.float32)
+
+    @staticmethod
+    def processor_class() -> Any:
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+        return Qwen2VLImageProcessorPil
+
+    @classmethod
+    def defaults(cls, image_size: int) -> dict[str, Any]:
+        return {"size": {"shortest_edge": image_size**2, "longest_edge": image_size**2}}
+
+    @classmethod
+    def fitted(cls, settings: dict[str, Any], image_size: int) -> dict[str, Any]:
+        # The checkpoint's range of sizes gives way to the one size of the encoder.
+        kept = {key: value for key, value in settings.items() if key not in ("min_pixels", "max_pixels")}
+        return {**kept, **cls.defaults(image_size)}
 
 
 class QwenVlEncoder(TowerEncoder):
@@ -44,13 +79,18 @@ class QwenVlEncoder(TowerEncoder):
         )
 
     name, kind, input_name = "qwen2.5-vl", "image", "pixel_values"
-    model_types = ("qwen2_5_vl",)
+    model_types = {"qwen2_5_vl": ("Qwen2_5_VLVisionConfig", "")}
     marks = ("<|vision_start|>", "<|vision_end|>")  # what is around a picture in the checkpoint's own prompts
     tiny_model = {
         **{"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 32},
         "fullatt_block_indexes": [1],
     }
+    front_end_class = QwenVlFrontEnd
     grid: tuple[int, int]  # rows and columns of a picture's tokens
+
+    @classmethod
+    def front_end(cls, config: Any) -> FrontEnd:
+        return QwenVlFrontEnd.read(config.name_or_path, config.image_size)
 
     @classmethod
     def tiny(cls, config: Mapping[str, Any]) -> dict[str, Any]:

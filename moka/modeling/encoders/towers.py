@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from safetensors import SafetensorError
+import transformers
 from torch import nn
 
 from moka.errors import MokaError
 from moka.modeling.fields import about
+from moka.modeling.language_models import loading_errors
 
 from .base import Encoder, same_weights
+
+_SOURCES = "a folder with such a model, or the name of one on a hub that this machine can reach"
 
 
 class TowerEncoder(Encoder):
@@ -41,7 +43,8 @@ class TowerEncoder(Encoder):
             metadata=about("hidden state taken as features: -1 the last, -2 the one before, 0 the embeddings"),
         )
 
-    model_types: ClassVar[tuple[str, ...]]  # `model_type` of the checkpoints that hold this encoder
+    # `model_type` of the checkpoints that hold this encoder -> configuration and model in `transformers`
+    model_types: ClassVar[Mapping[str, tuple[str, str]]]
     tiny_model: ClassVar[dict[str, Any]]  # a small `model_config` of the same architecture, of two layers
     kept_in_tiny: ClassVar[tuple[str, ...]] = ()  # keys of `model_config` that are of the architecture, not of its size
     special_tokens: int = 0  # leading hidden states that mean no part of the medium
@@ -50,8 +53,9 @@ class TowerEncoder(Encoder):
 
     @classmethod
     def classes(cls, model_type: str | None) -> tuple[Any, Any]:
-        """The `transformers` configuration and model whose checkpoints are read; `model_type` distinguishes variants."""
-        raise NotImplementedError
+        """Return the `transformers` configuration and model whose checkpoints are read; of None the first ones."""
+        config, model = cls.model_types.get(model_type or "") or next(iter(cls.model_types.values()))
+        return getattr(transformers, config), getattr(transformers, model)
 
     @classmethod
     def adjust(cls, model_config: Any) -> Any:
@@ -63,10 +67,8 @@ class TowerEncoder(Encoder):
         """The `transformers` configuration: of `name_or_path` when `use_name` or without `model_config`, else that."""
         if config.name_or_path and (use_name or config.model_config is None):
             source = str(config.name_or_path)
-            with loading(cls.name, source):
-                from transformers import AutoConfig
-
-                model_type = AutoConfig.from_pretrained(source, trust_remote_code=False).model_type
+            with loading_errors(f"encoder {cls.name!r}", source, _SOURCES):
+                model_type = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False).model_type
                 if model_type not in cls.model_types:
                     raise MokaError(
                         f"encoder {cls.name!r}: {source!r} has a model of type {model_type!r}; "
@@ -118,7 +120,7 @@ class TowerEncoder(Encoder):
 
     def load(self, source: str, model_config: Any) -> nn.Module:
         """The module with the checkpoint's weights; `MokaError` where one is missing or of another shape."""
-        with loading(self.name, source):
+        with loading_errors(f"encoder {self.name!r}", source, _SOURCES):
             loaded: Any = self.classes(model_config.model_type)[1].from_pretrained(
                 source, config=model_config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
             )
@@ -196,17 +198,3 @@ def check_same_sizes(name: str, source: str, theirs: Mapping[str, Any], given: M
                 f"encoder {name!r}: {source!r} is a checkpoint of another encoder size: its {key} is {own}, and "
                 f"model_config asks for {value}. Take model_config out, or name a checkpoint of that size."
             )
-
-
-@contextmanager
-def loading(name: str, source: str) -> Iterator[None]:
-    """Turns what `transformers` raises for a source that is not there into a `MokaError` that names it."""
-    try:
-        yield
-    except MokaError:
-        raise
-    except (OSError, ValueError, SafetensorError) as error:
-        raise MokaError(
-            f"encoder {name!r}: cannot load {source!r}: neither a folder with a model nor a model on the hub that can "
-            f"be reached. Check the name, or download it first. ({str(error).strip().splitlines()[0]})"
-        ) from error

@@ -1,16 +1,24 @@
-"""Front ends for pictures: drawings and photographs for the small encoders, and those of the published encoders."""
+"""Published encoders of pictures and their front ends: CLIP, SigLIP and DINOv2, one feature vector per patch."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from moka.errors import MokaError
+from moka.modeling.fields import about
+
 from .base import FrontEnd, wrong_medium
+from .towers import TowerEncoder
+
+TINY_TRANSFORMER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+TINY_PICTURES = {**TINY_TRANSFORMER, "image_size": 28, "patch_size": 14}
 
 
 def to_8_bit(image: Image.Image) -> Image.Image:
@@ -39,98 +47,24 @@ def border_colour(pixels: np.ndarray) -> np.ndarray:
     return np.median(np.concatenate(sides), axis=0)
 
 
-@dataclass
-class ImageFrontEnd(FrontEnd):
-    """Pictures of any size and mode for the small image encoders: float32 [1 or 3, image_size, image_size] in -1 ... 1.
-
-    The picture keeps its aspect ratio; what is left of the square takes the colour of its border. With polarity
-    "light-on-dark" it is a drawing, and becomes one in MNIST's manner (`centre_ink`).
-    """
-
-    image_size: int
-    grey: bool = True
-    polarity: str | None = None
-
-    name: ClassVar[str] = "image"
-
-    def __call__(self, medium: Any) -> np.ndarray:
-        if not isinstance(medium, Image.Image):
-            raise wrong_medium(medium, "images")
-        image = to_8_bit(medium)
-        if self.polarity:
-            pixels = centre_ink(np.asarray(image.convert("L")), self.image_size)[:, :, None]
-            pixels = np.repeat(pixels, 1 if self.grey else 3, axis=2)
-        else:
-            pixels = self.fit(image.convert("L" if self.grey else "RGB"))
-        return np.ascontiguousarray(pixels.astype(np.float32).transpose(2, 0, 1) / 127.5 - 1)
-
-    def fit(self, image: Image.Image) -> np.ndarray:
-        """The picture in the middle of a square of its border's colour: uint8 [image_size, image_size, channels]."""
-        scale = self.image_size / max(image.size)
-        width, height = (max(1, round(side * scale)) for side in image.size)
-        pixels = np.atleast_3d(np.asarray(image))
-        square = np.empty((self.image_size, self.image_size, pixels.shape[2]), np.uint8)
-        square[:] = border_colour(pixels).round()
-        top, left = (self.image_size - height) // 2, (self.image_size - width) // 2
-        resized = image.resize((width, height), Image.Resampling.BICUBIC)
-        square[top : top + height, left : left + width] = np.atleast_3d(np.asarray(resized))
-        return square
+def picture(medium: Any, mode: str = "RGB") -> Image.Image:
+    """Return a medium as a picture of a mode; raise `MokaError` if it is none."""
+    if not isinstance(medium, Image.Image):
+        raise wrong_medium(medium, "images")
+    return to_8_bit(medium).convert(mode)
 
 
-def centre_ink(pixels: np.ndarray, size: int) -> np.ndarray:
-    """A drawing of any size, dark on light or light on dark, as MNIST's makers would have stored it.
-
-    Light ink on black; cropped to the ink, the longer side scaled to 20 of 28 pixels, the centre of mass moved to the
-    middle. A drawing that already is of that form comes back unchanged. Thin strokes stay thin: their brightness is
-    restored, not their width.
-
-    Args:
-        pixels: uint8 [height, width], grey.
-        size: height and width of the result, in pixels.
-
-    Returns:
-        uint8 [size, size]; zeros for an empty page.
-
-    Source: LeCun and Cortes, The MNIST database (2010), on how the digits were normalised.
-    """
-    box = round(size * 20 / 28)
-    if _is_centred(pixels, size, box):
-        return pixels
-    ground = float(border_colour(pixels[:, :, None])[0])
-    ink = (pixels - ground) * (1 if pixels.mean() > ground else -1)
-    if ink.max() < 16:  # grain of the paper, not a drawing
-        return np.zeros((size, size), np.uint8)
-    ink = ink / ink.max()
-    ink[ink < 0.2] = 0  # shadows and grain would widen the box
-    rows, columns = np.flatnonzero(ink.any(1)), np.flatnonzero(ink.any(0))
-    ink = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    scale = box / max(ink.shape)
-    height, width = (max(1, round(side * scale)) for side in ink.shape)
-    small = Image.fromarray(ink.astype(np.float32)).resize((width, height), Image.Resampling.BILINEAR)
-    ink = np.asarray(small) / np.asarray(small).max()
-    top, left = (
-        int(np.clip(round(size / 2 - centre), 0, size - side))
-        for centre, side in zip(_centre_of_mass(ink), ink.shape, strict=True)
-    )
-    page = np.zeros((size, size), np.uint8)
-    page[top : top + height, left : left + width] = (ink * 255).round()
-    return page
-
-
-def _centre_of_mass(ink: np.ndarray) -> tuple[float, float]:
-    """Row and column, counted in pixels from the first."""
-    mass = ink.sum()
-    return float(ink.sum(1) @ np.arange(ink.shape[0]) / mass), float(ink.sum(0) @ np.arange(ink.shape[1]) / mass)
-
-
-def _is_centred(pixels: np.ndarray, size: int, box: int) -> bool:
-    """Return whether a drawing has MNIST's form: its size, a black ground, ink within the box and centred to half a pixel."""
-    if pixels.shape != (size, size) or not pixels.any() or border_colour(pixels[:, :, None])[0] > 0:
-        return False
-    rows, columns = np.flatnonzero(pixels.any(1)), np.flatnonzero(pixels.any(0))
-    longest = 1 + max(rows[-1] - rows[0], columns[-1] - columns[0])
-    off = max(abs(centre - size / 2) for centre in _centre_of_mass(pixels.astype(np.float64)))
-    return box - 1 <= longest <= box and off <= 0.51
+def fit_square(image: Image.Image, size: int) -> np.ndarray:
+    """Return a full picture in the middle of a square of its border's colour: uint8 [size, size, channels]."""
+    scale = size / max(image.size)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    pixels = np.atleast_3d(np.asarray(image))
+    square = np.empty((size, size, pixels.shape[2]), np.uint8)
+    square[:] = border_colour(pixels).round()
+    top, left = (size - height) // 2, (size - width) // 2
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    square[top : top + height, left : left + width] = np.atleast_3d(np.asarray(resized))
+    return square
 
 
 @dataclass
@@ -143,9 +77,7 @@ class ProcessorFrontEnd(FrontEnd):
         self.processor = self.processor_class()(**self.settings)
 
     def __call__(self, medium: Any) -> np.ndarray:
-        if not isinstance(medium, Image.Image):
-            raise wrong_medium(medium, "images")
-        values = self.processor(to_8_bit(medium).convert("RGB"), return_tensors="np")["pixel_values"][0]
+        values = self.processor(picture(medium), return_tensors="np")["pixel_values"][0]
         return np.asarray(values, np.float32)
 
     # The Pillow classes by name: where torchvision is installed, the plain ones give slightly other pixels.
@@ -191,6 +123,30 @@ class ClipFrontEnd(ProcessorFrontEnd):
         return {"size": {"shortest_edge": image_size}, "crop_size": {"height": image_size, "width": image_size}}
 
 
+class ClipEncoder(TowerEncoder):
+    """CLIP's vision tower: one feature vector per patch, without the class token, before the final layer norm.
+
+    LLaVA takes layer -2; the class token and the pooled output are never used.
+    """
+
+    name, kind, input_name = "clip", "image", "pixel_values"
+    model_types = dict.fromkeys(("clip", "clip_vision_model"), ("CLIPVisionConfig", "CLIPVisionModel"))
+    tiny_model = {**TINY_PICTURES, "intermediate_size": 64}
+    special_tokens = 1  # the class token
+    front_end_class: ClassVar[type[ProcessorFrontEnd]] = ClipFrontEnd
+
+    @classmethod
+    def front_end(cls, config: Any) -> FrontEnd:
+        model_config = cls.resolve_model_config(config, use_name=False)
+        return cls.front_end_class.read(config.name_or_path, model_config.image_size)
+
+    def read_sizes(self, model_config: Any) -> None:
+        self.check_layer(model_config.num_hidden_layers)
+        self.input_shape = (model_config.num_channels, model_config.image_size, model_config.image_size)
+        self.width = model_config.hidden_size
+        self.num_tokens = (model_config.image_size // model_config.patch_size) ** 2
+
+
 class SiglipFrontEnd(ProcessorFrontEnd):
     """Pictures for SigLIP: the full picture stretched to a square, in -1 ... 1."""
 
@@ -205,6 +161,23 @@ class SiglipFrontEnd(ProcessorFrontEnd):
     @classmethod
     def defaults(cls, image_size: int) -> dict[str, Any]:
         return {"size": {"height": image_size, "width": image_size}}
+
+
+class SiglipEncoder(ClipEncoder):
+    """SigLIP's vision tower: one feature vector per patch, before the final layer norm; it has no class token.
+
+    Its attention pooling is not built. SigLIP 2 checkpoints of one fixed size are of the same type.
+    """
+
+    name = "siglip"
+    model_types = dict.fromkeys(("siglip", "siglip_vision_model"), ("SiglipVisionConfig", "SiglipVisionModel"))
+    special_tokens = 0
+    front_end_class = SiglipFrontEnd
+
+    @classmethod
+    def adjust(cls, model_config: Any) -> Any:
+        model_config.vision_use_head = False
+        return model_config
 
 
 class Dinov2FrontEnd(ProcessorFrontEnd):
@@ -234,3 +207,49 @@ class Dinov2FrontEnd(ProcessorFrontEnd):
             return settings
         sizes = {key: value for key, value in cls.defaults(image_size).items() if key in ("size", "crop_size")}
         return {**settings, **sizes}
+
+
+class Dinov2Encoder(TowerEncoder):
+    """DINOv2, with or without registers: one feature vector per patch, before the final layer norm.
+
+    The class token and the registers are dropped. The model interpolates its positions to the size of the picture.
+    """
+
+    @dataclass
+    class Config(TowerEncoder.Config):
+        image_size: int = field(
+            default=224,
+            metadata=about(
+                "height and width of the picture, in pixels; a multiple of the patch size", minimum=1, weightless=True
+            ),
+        )
+
+    name, kind, input_name = "dinov2", "image", "pixel_values"
+    model_types = {
+        "dinov2": ("Dinov2Config", "Dinov2Model"),
+        "dinov2_with_registers": ("Dinov2WithRegistersConfig", "Dinov2WithRegistersModel"),
+    }
+    tiny_model = {**TINY_PICTURES, "mlp_ratio": 2}
+    kept_in_tiny = ("model_type", "num_register_tokens", "use_swiglu_ffn")
+    front_end_class = Dinov2FrontEnd
+
+    @classmethod
+    def front_end(cls, config: Any) -> FrontEnd:
+        return cls.front_end_class.read(config.name_or_path, config.image_size)
+
+    @classmethod
+    def tiny(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        return {**super().tiny(config), "image_size": 28}
+
+    def read_sizes(self, model_config: Any) -> None:
+        self.check_layer(model_config.num_hidden_layers)
+        size, patch = self.config.image_size, model_config.patch_size
+        if size % patch:
+            raise MokaError(
+                f"encoder 'dinov2': given image_size {size}; it must be a multiple of the patch size {patch}, such as "
+                f"{max(1, size // patch) * patch}."
+            )
+        self.input_shape = (model_config.num_channels, size, size)
+        self.width = model_config.hidden_size
+        self.num_tokens = (size // patch) ** 2
+        self.special_tokens = 1 + getattr(model_config, "num_register_tokens", 0)
