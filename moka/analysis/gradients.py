@@ -31,7 +31,9 @@ class ModalityGradients:
     """The parts of the gradient of every layer's B."""
 
     parts: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)  # layer -> modality -> [out, r] float32
-    tokens: dict[str, int] = field(default_factory=lambda: defaultdict(int))  # modality -> tokens without padding, counted in one layer
+    tokens: dict[str, int] = field(
+        default_factory=lambda: defaultdict(int)
+    )  # modality -> tokens without padding, counted in one layer
     z_norm: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # sum of |z~| over tokens and layers
     z_count: dict[str, int] = field(default_factory=lambda: defaultdict(int))
 
@@ -149,14 +151,17 @@ def average(gradients: ModalityGradients) -> ModalityGradients:
         return found
     device = next((part.device for parts in gradients.parts.values() for part in parts.values()), torch.device("cpu"))
     own = [gradients.parts.get(layer, {}).get(m) for layer, m in shapes]
-    flat = [torch.zeros(shape, device=device) if p is None else p for p, shape in zip(own, shapes.values(), strict=True)]
+    flat = [
+        torch.zeros(shape, device=device) if p is None else p for p, shape in zip(own, shapes.values(), strict=True)
+    ]
     total = torch.cat([part.flatten() for part in flat])
     dist.all_reduce(total)
     parts = (total / len(everyone)).split([part.numel() for part in flat])
     for (layer, m), shape, part in zip(shapes, shapes.values(), parts, strict=True):
         found.parts.setdefault(layer, {})[m] = part.view(shape)
     for _, theirs in everyone:
-        for into, values in zip((found.tokens, found.z_norm, found.z_count), theirs, strict=True):
+        totals: tuple[dict[str, Any], ...] = (found.tokens, found.z_norm, found.z_count)
+        for into, values in zip(totals, theirs, strict=True):
             for name, value in values.items():
                 into[name] += value
     return found

@@ -71,7 +71,9 @@ def plot_balance(folder: RunFolder) -> Path | None:
             keys = sorted({key for r in of_stage for key in r if key.startswith(prefix)})
             for key in keys:
                 # A's gradient is zero as long as B is, which a logarithmic axis cannot show.
-                points = [(r["step"], r[key]) for r in of_stage if r.get(key) or (r.get(key) == 0 and "yscale" not in scale)]
+                points = [
+                    (r["step"], r[key]) for r in of_stage if r.get(key) or (r.get(key) == 0 and "yscale" not in scale)
+                ]
                 if points:
                     axis.plot(*zip(*points, strict=True), ".-", label=key.removeprefix(prefix))
             axis.set(ylabel=label, **scale)
