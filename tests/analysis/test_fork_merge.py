@@ -11,7 +11,13 @@ from moka.testing.mllms import SPECIAL
 
 NAMES = ("composed, moka", "composed, lora", "composed, none", "qwen2_5_omni, none", "qwen2_5_omni, moka")
 # Without a cache a placeholder among the decoded tokens would be taken for a medium.
-GREEDY = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6, "pad_token_id": 0, "suppress_tokens": [*SPECIAL]}
+GREEDY = {
+    "do_sample": False,
+    "max_new_tokens": 6,
+    "min_new_tokens": 6,
+    "pad_token_id": 0,
+    "suppress_tokens": [*SPECIAL],
+}
 
 
 @pytest.fixture(params=NAMES)

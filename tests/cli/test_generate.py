@@ -41,7 +41,9 @@ def test_media_reach_the_model(trained_run, media):
 
 def test_fork_merge_decoding_is_that_of_the_library_and_needs_both_media(moka, refused, trained_run, media):
     both = ("--image", media / "0.png", "--audio", media / "0.wav", "Which digit is it?")
-    done = moka("generate", trained_run, *both, "--decoding", "fork-merge", "--fork-layers", "1", "--visual-weight", "0.2")
+    done = moka(
+        "generate", trained_run, *both, "--decoding", "fork-merge", "--fork-layers", "1", "--visual-weight", "0.2"
+    )
     expected = load(trained_run).generate(
         "Which digit is it?",
         image=media / "0.png",
