@@ -408,6 +408,16 @@ def _check_together(config: RunConfig, where: str) -> None:
                 f"{where}: {name}.packing fills rows up to model.max_length, which is not set. Set it to the tokens of a "
                 "row, at least as many as the longest sample has (`moka data check` says), for example 2048."
             )
+    if config.alignment.get("observe_modalities"):
+        raise MokaError(
+            f"{where}: alignment.observe_modalities: {config.alignment['observe_modalities']}: stage 1 trains no adapter. Set "
+            "training.observe_modalities."
+        )
+    if config.training.get("observe_modalities") and 2 in config.stages and config.adapter.method != "moka":
+        raise MokaError(
+            f"{where}: training.observe_modalities: {config.training['observe_modalities']}: adapter.method "
+            f"{config.adapter.method} has no B that modalities share. Take it out, or use moka."
+        )
     if config.adapter.method == "lora":
         for name in ("share_b", *LORA_HAS_NOT):
             default = name == "share_b"
@@ -511,6 +521,7 @@ OWN_TRAINING_KEYS = {
     "projector_learning_rate": "Learning rate of projectors (default: learning_rate).",
     "objective": "Stage 1: language_modeling, or embedding (no pass through the language model).",
     "packing": "Fill rows of model.max_length tokens with several samples; batch sizes then count rows.",
+    "observe_modalities": "Stage 2: every that many steps, split B's gradient by modality and log the shares (0: never).",
 }
 _OWN_TYPES = {
     "global_batch_size": int,
@@ -518,6 +529,7 @@ _OWN_TYPES = {
     "projector_learning_rate": float,
     "objective": str,
     "packing": bool,
+    "observe_modalities": int,
     "fsdp": bool | str,  # annotated as text for the command line only
 }
 
@@ -541,6 +553,7 @@ _AT_LEAST = {
     "per_device_eval_batch_size": 1,
     "gradient_accumulation_steps": 1,
     "global_batch_size": 1,
+    "observe_modalities": 0,
     "num_train_epochs": 0,
     "learning_rate": 0,
     "encoder_learning_rate": 0,

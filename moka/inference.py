@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from safetensors import safe_open
 from moka.adapter import MokaConfig
 from moka.adapter.checks import check_adapter_folder, check_finite
 from moka.adapter.matching import match_names, some
+from moka.analysis.fork_merge import fork_merge_decoding
 from moka.config import ModelSection
 from moka.data import check_sample, decode_sample
 from moka.data.media import AudioWindows, BadMediaError
@@ -29,6 +31,7 @@ from moka.training.run_dir import ADAPTER, FORMAT_VERSION, MODEL_CONFIG
 EXPORT = "export.json"
 # The backbone quantised as the run says, or not at all.
 AS_TRAINED = "as-trained"
+DECODINGS = ("standard", "fork-merge")
 
 
 class LoadedModel:
@@ -54,7 +57,8 @@ class LoadedModel:
             question: the text.
             image, audio, video: a path or decoded medium each, or a list of them; they come before the question.
             messages: a full chat instead, in the format of ``moka.data.schema``.
-            kwargs: for ``generate`` (``num_beams``, ``do_sample``, ...). Decoding is greedy by default.
+            kwargs: for ``generate`` (``num_beams``, ``do_sample``, ...), and of ``generate_batch``. Decoding is greedy by
+                default.
         Raises:
             MokaError: nothing to answer, a medium that cannot be read or has no encoder, a question that is too long.
         """
@@ -77,9 +81,20 @@ class LoadedModel:
         chats: Sequence[list[dict]],
         max_new_tokens: int = 64,
         names: Sequence[str] | None = None,
+        decoding: str = DECODINGS[0],
+        fork_layers: int | None = None,
+        visual_weight: float = 0.5,
         **kwargs: Any,
     ) -> list[str]:
-        """Answer several chats at once; each ends in a user's turn. ``names`` are what errors call them."""
+        """Answer several chats at once; each ends in a user's turn.
+
+        Args:
+            names: what errors call the chats.
+            decoding: "standard" or "fork-merge".
+            fork_layers, visual_weight: of ``moka.analysis.fork_merge``.
+        """
+        if decoding not in DECODINGS:
+            raise MokaError(f"generate: decoding {decoding!r} is not one of {', '.join(DECODINGS)}.")
         for name, value in (("max_new_tokens", max_new_tokens), ("num_beams", kwargs.get("num_beams", 1))):
             if value < 1:
                 raise MokaError(f"generate: {name} is {value}; at least 1 is expected.")
@@ -109,7 +124,11 @@ class LoadedModel:
         batch.pop("labels")
         self.model.eval()
         model: Any = self.model
-        tokens = model.generate(**batch, **{"do_sample": False, **kwargs, "max_new_tokens": max_new_tokens})
+        how = (
+            fork_merge_decoding(model, batch, fork_layers, visual_weight) if decoding == "fork-merge" else nullcontext()
+        )
+        with how:
+            tokens = model.generate(**batch, **{"do_sample": False, **kwargs, "max_new_tokens": max_new_tokens})
         return self.processor.batch_decode(tokens[:, batch["input_ids"].shape[1] :])
 
     @property

@@ -74,6 +74,16 @@ def test_unknown_key_names_the_nearest(raw, key, near):
         ({"training": {"output_dir": "x"}}, ["training.output_dir", "output.dir"]),
         ({"training": {"label_smoothing_factor": 0.1}}, ["training.label_smoothing_factor"]),
         ({"training": {"objective": "embedding"}}, ["training.objective", "alignment.objective"]),
+        ({"training": {"observe_modalities": -1}}, ["training.observe_modalities", "-1", "0"]),
+        ({"training": {"observe_modalities": True}}, ["training.observe_modalities", "True", "integer"]),
+        (
+            {"alignment": {"observe_modalities": 5}},
+            ["alignment.observe_modalities", "5", "training.observe_modalities"],
+        ),
+        (
+            {"adapter": {"method": "lora"}, "training": {"observe_modalities": 5}},
+            ["training.observe_modalities", "5", "adapter.method", "lora"],
+        ),
         ({"alignment": {"objective": "clip"}}, ["alignment.objective", "language_modeling, embedding"]),
     ],
 )

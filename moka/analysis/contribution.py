@@ -255,7 +255,7 @@ def hidden_from_attention(model: nn.Module, hidden: torch.Tensor) -> Iterator[No
                 f"mm_token_type_ids is {list(hidden.shape)}, and the decoder was given {got} tokens: this model expands "
                 "media inside. Pass the ids of the expanded tokens."
             )
-        given["attention_mask"] = _hide(given.get("attention_mask"), hidden.to(embeds.device))
+        given["attention_mask"] = hidden_in(given.get("attention_mask"), hidden.to(embeds.device))
         return (), given
 
     handle = decoder.register_forward_pre_hook(hide, with_kwargs=True)
@@ -265,12 +265,14 @@ def hidden_from_attention(model: nn.Module, hidden: torch.Tensor) -> Iterator[No
         handle.remove()
 
 
-def _hide(mask: Any, hidden: torch.Tensor) -> Any:
+def hidden_in(mask: Any, hidden: torch.Tensor) -> Any:
     """Return an attention mask, of any kind that transformers passes, without the ``hidden`` keys [batch, seq]."""
     if mask is None:
         return (~hidden).long()
     if isinstance(mask, Mapping):
-        return {name: None if own is None and "linear" in name else _hide(own, hidden) for name, own in mask.items()}
+        return {
+            name: None if own is None and "linear" in name else hidden_in(own, hidden) for name, own in mask.items()
+        }
     if isinstance(mask, torch.Tensor) and mask.dim() == 2:
         return mask.masked_fill(hidden, 0)
     if isinstance(mask, torch.Tensor) and mask.dim() == 4:

@@ -20,15 +20,20 @@ from torch import nn
 from moka.adapter.config import TEXT
 from moka.adapter.layer import MokaLinear
 from moka.adapter.routing import View
+from moka.adapter.text_decoder import language_decoder
 from moka.errors import MokaError
+
+from .contribution import unwrapped
 
 
 @dataclass
 class ModalityGradients:
-    """The parts of the gradient of every layer's B, as observed since the last `reset`."""
+    """The parts of the gradient of every layer's B."""
 
     parts: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)  # layer -> modality -> [out, r] float32
-    tokens: dict[str, int] = field(default_factory=lambda: defaultdict(int))  # modality -> tokens, counted in one layer
+    tokens: dict[str, int] = field(
+        default_factory=lambda: defaultdict(int)
+    )  # modality -> tokens without padding, counted in one layer
     z_norm: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # sum of |z~| over tokens and layers
     z_count: dict[str, int] = field(default_factory=lambda: defaultdict(int))
 
@@ -79,9 +84,15 @@ def observed_gradients(model: nn.Module, adapter: str | None = None) -> Iterator
     """
     found = ModalityGradients()
     layers = {name: m for name, m in model.named_modules() if isinstance(m, MokaLinear) and not m.moka_tower}
+    present: torch.Tensor | None = None  # [batch * seq] bool, of the last forward
     if not layers:
         raise MokaError(f"observed_gradients: {type(model).__name__} has no MokA adapter.")
     names, first = {id(layer): name for name, layer in layers.items()}, next(iter(layers.values()))
+
+    def read_mask(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        nonlocal present
+        mask = kwargs.get("attention_mask")
+        present = mask.flatten() > 0 if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
 
     def observe(layer: MokaLinear, name: str, z: torch.Tensor, view: View, result: torch.Tensor) -> None:
         if name != (adapter or layer.adapters_in_use()[0]):
@@ -91,6 +102,7 @@ def observed_gradients(model: nn.Module, adapter: str | None = None) -> Iterator
         scale = layer.moka_scaling[name] if config.scale_position == "output" else 1.0
         rows = view.rows
         flat = torch.full((len(z),), view.row, device=z.device) if rows is None else rows.flatten()
+        valid = torch.ones_like(flat, dtype=torch.bool) if present is None or len(present) != len(z) else present
 
         def split(grad: torch.Tensor) -> None:
             delta = grad.reshape(len(z), -1).float()  # [tokens, out]
@@ -103,38 +115,55 @@ def observed_gradients(model: nn.Module, adapter: str | None = None) -> Iterator
                 mine = mine.view(len(mine), -1, layer.moka_r[name]).sum(1)
                 part = scale * delta[here].T @ mine
                 own[modality] = own[modality] + part if modality in own else part
-                found.z_norm[modality] += float(mine.norm(dim=-1).sum())
-                found.z_count[modality] += len(mine)
+                counted = valid.to(here.device)[here]  # padding has no gradient, and counts as no token
+                found.z_norm[modality] += float(mine.norm(dim=-1)[counted].sum())
+                found.z_count[modality] += int(counted.sum())
                 if layer is first:
-                    found.tokens[modality] += len(mine)
+                    found.tokens[modality] += int(counted.sum())
 
         result.register_hook(split)
 
+    handle = language_decoder(unwrapped(model)).register_forward_pre_hook(read_mask, with_kwargs=True)
     for layer in layers.values():
         layer.moka_observer = observe
     try:
         yield found
     finally:
+        handle.remove()
         for layer in layers.values():
             layer.moka_observer = None
 
 
 def average(gradients: ModalityGradients) -> ModalityGradients:
-    """Average the parts over all processes, as DDP averages gradients; a modality that a process lacks counts as zero there."""
+    """Average the parts over all processes, as DDP averages gradients; a modality that a process lacks counts as zero there.
+
+    All processes have to call it.
+    """
     if not (dist.is_available() and dist.is_initialized()):
         return gradients
     everyone: list[Any] = [None] * dist.get_world_size()
-    own = {layer: {m: part.cpu() for m, part in parts.items()} for layer, parts in gradients.parts.items()}
-    dist.all_gather_object(everyone, (own, dict(gradients.tokens), dict(gradients.z_norm), dict(gradients.z_count)))
+    shapes = {(layer, m): part.shape for layer, parts in gradients.parts.items() for m, part in parts.items()}
+    counts = [dict(values) for values in (gradients.tokens, gradients.z_norm, gradients.z_count)]
+    dist.all_gather_object(everyone, (shapes, counts))
     found = ModalityGradients()
-    for parts, tokens, norms, counts in everyone:
-        for layer, by_modality in parts.items():
-            into = found.parts.setdefault(layer, {})
-            for name, part in by_modality.items():
-                into[name] = into.get(name, 0) + part / len(everyone)
-        for total, values in ((found.tokens, tokens), (found.z_norm, norms), (found.z_count, counts)):
+    shapes = {key: shape for theirs, _ in everyone for key, shape in theirs.items()}
+    if not shapes:
+        return found
+    device = next((part.device for parts in gradients.parts.values() for part in parts.values()), torch.device("cpu"))
+    own = [gradients.parts.get(layer, {}).get(m) for layer, m in shapes]
+    flat = [
+        torch.zeros(shape, device=device) if p is None else p for p, shape in zip(own, shapes.values(), strict=True)
+    ]
+    total = torch.cat([part.flatten() for part in flat])
+    dist.all_reduce(total)
+    parts = (total / len(everyone)).split([part.numel() for part in flat])
+    for (layer, m), shape, part in zip(shapes, shapes.values(), parts, strict=True):
+        found.parts.setdefault(layer, {})[m] = part.view(shape)
+    for _, theirs in everyone:
+        totals: tuple[dict[str, Any], ...] = (found.tokens, found.z_norm, found.z_count)
+        for into, values in zip(totals, theirs, strict=True):
             for name, value in values.items():
-                total[name] += value
+                into[name] += value
     return found
 
 

@@ -13,7 +13,7 @@ import moka
 from moka.config import QUANTIZATIONS
 from moka.data.media import file_problem
 from moka.errors import MokaError
-from moka.inference import AS_TRAINED
+from moka.inference import AS_TRAINED, DECODINGS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +23,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{kind}", action="append", metavar="FILE", help=f"{kind} file; may be repeated")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer, in tokens (default 64)")
     parser.add_argument("--num-beams", type=int, default=1, help="beam search with that many beams (default 1: greedy)")
+    parser.add_argument(
+        "--decoding",
+        choices=DECODINGS,
+        default=DECODINGS[0],
+        help="fork-merge: the first layers see pictures and sound apart (arXiv 2505.20873); the prompt needs both",
+    )
+    parser.add_argument("--fork-layers", type=int, metavar="N", help="of fork-merge: how many (default: a quarter)")
+    parser.add_argument(
+        "--visual-weight", type=float, default=0.5, metavar="W", help="of fork-merge: 0 sound only, 1 pictures only"
+    )
     parser.add_argument("--backbone", metavar="FOLDER", help="where the language model is, if not where it was trained")
     parser.add_argument("--device", help="cpu, cuda, ... (default: an accelerator if there is one)")
     add_quantization(parser)
@@ -57,5 +67,8 @@ def run(arguments: argparse.Namespace) -> None:
         video=arguments.video,
         max_new_tokens=arguments.max_new_tokens,
         num_beams=arguments.num_beams,
+        decoding=arguments.decoding,
+        fork_layers=arguments.fork_layers,
+        visual_weight=arguments.visual_weight,
     )
     print(answer)

@@ -1,6 +1,6 @@
 """From what the configuration names to a data set of model inputs.
 
-"embedded:TASK" | "train.jsonl" | {format: ave, root: ...} | a list of these
+"embedded:TASK" | {source: embedded:TASK, noise: ...} | "train.jsonl" | {format: ave, root: ...} | a list of these
     -> open_samples: checked samples, media as paths -> open_source: media decoded -> EncodedDataset -> Collator
 """
 
@@ -22,6 +22,7 @@ from moka.data.streaming import SampleStream, is_tar, open_stream
 from moka.demo import stamps
 from moka.demo.digit_tasks import EmbeddedTask
 from moka.demo.embedded import ATTRIBUTION, PREFIX, Split
+from moka.demo.knobs import KNOBS, Knobs
 from moka.demo.stamp_tasks import PhotographsTask
 from moka.errors import MokaError, nearest
 from moka.io import append_jsonl, read_jsonl
@@ -40,7 +41,8 @@ def describe_source(source: Source | None) -> str:
     """Return a source on one line, for tables and messages."""
     if isinstance(source, dict) and "source" in source:
         weight = f" x {source['weight']:g}" if "weight" in source else ""
-        return describe_source(source["source"]) + weight
+        knobs = "".join(f", {name} {source[name]}" for name in KNOBS if name in source)
+        return describe_source(source["source"]) + knobs + weight
     if isinstance(source, list):
         return " + ".join(describe_source(one) for one in source)
     if isinstance(source, dict):
@@ -62,8 +64,9 @@ def open_samples(
     """A map-style data set of checked samples whose media are still paths (those of embedded tasks are decoded).
 
     Args:
-        source: ``embedded:TASK``, the path of a JSONL file of chat messages, a mapping ``{format: NAME, root: FOLDER,
-            split: ..., media_root: ..., option: value}`` (see ``moka.data.formats``), or a list of these, joined.
+        source: ``embedded:TASK``, or ``{source: embedded:TASK, noise: ...}`` (see ``moka.demo.knobs``), the path of a JSONL
+            file of chat messages, a mapping ``{format: NAME, root: FOLDER, split: ..., media_root: ..., option: value}``
+            (see ``moka.data.formats``), or a list of these, joined.
         split: which split of an embedded task or of a format that names none; a JSONL file is a split by itself.
         stage: 1 pairs single media with captions (embedded tasks), 2 asks questions.
         size: use that many samples, from the start.
@@ -78,6 +81,11 @@ def open_samples(
         "media_root": media_root,
         "require_answer": require_answer,
     }
+    if is_embedded(source):
+        knobs = {} if isinstance(source, str) else {**source}  # type: ignore[dict-item]
+        name = str(knobs.pop("source", source)).removeprefix(PREFIX)
+        task: Any = PhotographsTask if PREFIX + name == PHOTOGRAPHS else EmbeddedTask
+        return task(name, split, size=size, seed=seed, stage=stage, knobs=Knobs(**knobs))
     entries = mixture_of(source)
     if entries is not None and is_streamed(source):
         open_one = partial(open_samples, split=split, **settings)
@@ -94,13 +102,16 @@ def open_samples(
         samples = Joined([open_samples(one, split, **settings) for one in source])  # type: ignore[arg-type]
     elif isinstance(source, dict):
         samples = _open_mapping(source, split, require_answer)
-    elif source == PHOTOGRAPHS:
-        return PhotographsTask(split=split, size=size, seed=seed, stage=stage)
-    elif source.startswith(PREFIX):
-        return EmbeddedTask(source.removeprefix(PREFIX), split, size=size, seed=seed, stage=stage)
     else:
         samples = JsonlDataset(source, media_root=media_root, require_answer=require_answer)
     return samples if size is None else Prefix(samples, size)
+
+
+def is_embedded(source: Source | None) -> bool:
+    """Return whether a source is one embedded task, as it is or with knobs."""
+    if isinstance(source, dict) and set(source) > {"source"} and set(source) <= {"source", *KNOBS}:
+        source = source["source"]
+    return isinstance(source, str) and source.startswith(PREFIX)
 
 
 _ENTRY = ("source", "weight", "streaming", "buffer")
@@ -108,6 +119,8 @@ _ENTRY = ("source", "weight", "streaming", "buffer")
 
 def mixture_of(source: Source) -> list[dict[str, Any]] | None:
     """Return the entries of a mixture, ``{source, weight, streaming, buffer}`` each; None if the source is none.
+
+    The knobs of an embedded task, which are written next to ``source``, are inside the entry's source.
 
     A mapping with ``source``, a list in which one has it, or tar shards are mixtures.
 
@@ -118,12 +131,17 @@ def mixture_of(source: Source) -> list[dict[str, Any]] | None:
     if not any(is_tar(one) or (isinstance(one, dict) and "source" in one) for one in listed):
         return None
     entries = [one if isinstance(one, dict) and "source" in one else {"source": one} for one in listed]
-    for entry in entries:
+    for k, entry in enumerate(entries):
+        known = (*_ENTRY, *KNOBS) if is_embedded(entry["source"]) else _ENTRY
         for key in entry:
-            if key not in _ENTRY:
+            if key not in known:
                 raise MokaError(
-                    f"data source: unknown key {key!r} next to 'source'; known: {', '.join(_ENTRY)}.{nearest(str(key), _ENTRY)}"
+                    f"data source: unknown key {key!r} next to 'source'; known: {', '.join(known)}.{nearest(str(key), known)}"
                 )
+        knobs = {key: value for key, value in entry.items() if key in KNOBS}
+        if knobs:
+            rest = {key: value for key, value in entry.items() if key not in KNOBS}
+            entries[k] = entry = {**rest, "source": {"source": entry["source"], **knobs}}
         weight, buffer = entry.get("weight", 1.0), entry.get("buffer", 1)
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
             raise MokaError(
@@ -252,7 +270,7 @@ def open_source(
     samples = open_samples(
         source, split, stage=stage, size=size, seed=seed, media_root=media_root, require_answer=require_answer
     )
-    if isinstance(samples, SampleStream) or (isinstance(source, str) and source.startswith(PREFIX)):
+    if isinstance(samples, SampleStream) or is_embedded(source):
         return samples
     if look_for_files and on_bad_media == "error":
         check_files(samples)

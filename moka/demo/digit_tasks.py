@@ -18,7 +18,8 @@ from PIL import Image
 from moka.errors import MokaError, nearest
 from moka.modeling.media import AudioFeatures
 
-from .embedded import SPLITS, Drawings, Recordings, Split, split_indices
+from .embedded import PREFIX, SPLITS, Drawings, Recordings, Split, split_indices
+from .knobs import OFF, Knobs
 
 # fmt: off
 WORDS = (
@@ -111,6 +112,7 @@ TASKS: dict[str, tuple[tuple[str, str], dict[str, Maker]]] = {
         },
     ),
 }
+_MODALITY = {"drawing": "visual", "recording": "audio"}
 DEFAULT_SIZES = {"train": 20000, "validation": 400, "test": 1000}
 # Validation and test are drawn from these only, whatever the seed.
 _FIXED_SEEDS = {"validation": 31, "test": 32}
@@ -134,9 +136,12 @@ class EmbeddedTask:
             the categories are then ``"drawing"`` and ``"recording"``.
         augment: vary training media a little (drawings: turn, size, place; recordings: loudness, tempo). The questions
             and the items shown stay the same.
+        knobs: noise, leaks, missing and corrupted media. Everything else stays as it is without; ``sample["knobs"]``, absent
+            if all knobs are off, says what was changed.
 
     Raises:
-        MokaError: an unknown name, split or stage, a negative seed, or a size below 1 or beyond a fixed list.
+        MokaError: an unknown name, split or stage, a negative seed, a size below 1 or beyond a fixed list, or what
+            ``Knobs.check`` raises.
     """
 
     def __init__(
@@ -147,6 +152,7 @@ class EmbeddedTask:
         seed: int = 0,
         stage: int = 2,
         augment: bool = True,
+        knobs: Knobs = OFF,
     ):
         check_task(tuple(TASKS), DEFAULT_SIZES, name, split, size, seed, stage)
         self.name, self.split, self.stage = name, split, stage
@@ -154,6 +160,8 @@ class EmbeddedTask:
         self.augment = augment and split == "train"
         self._seed = _FIXED_SEEDS.get(split, seed)
         media, makers = TASKS[name]
+        knobs.check(PREFIX + name, tuple(dict.fromkeys(_MODALITY[medium] for medium in media)), stage)
+        self.knobs = knobs
         self.categories = tuple(makers) if stage == 2 else tuple(dict.fromkeys(media))
         self._items: dict[str, Any] = {}
         self._by_digit: dict[str, list[np.ndarray]] = {}
@@ -182,10 +190,15 @@ class EmbeddedTask:
         digits, question, answer = make(self._deal(turn, place), rng, turn % 2 == 0)
         # All items are chosen before any is augmented, which so does not change the choice.
         chosen = [rng.choice(self._by_digit[medium][digit]) for medium, digit in zip(media, digits, strict=True)]
+        draw = self.knobs.draw(self._seed, index)
+        chosen = [
+            self._other(medium, digit, draw.other(position)) if _MODALITY[medium] in draw.corrupt else item
+            for position, (medium, digit, item) in enumerate(zip(media, digits, chosen, strict=True))
+        ]
         content = [self._part(medium, item, rng) for medium, item in zip(media, chosen, strict=True)]
         if question:
             content.append({"type": "text", "text": question})
-        return {
+        sample = {
             "id": f"{self.name}-{self.stage}-{self.split}-{self._seed}-{index}",
             "category": category,
             "messages": [
@@ -193,6 +206,11 @@ class EmbeddedTask:
                 {"role": "assistant", "content": [{"type": "text", "text": answer}]},
             ],
         }
+        return self.knobs.apply(sample, draw) if self.knobs else sample
+
+    def _other(self, medium: str, digit: int, rng: np.random.RandomState) -> int:
+        """Return an item of another digit."""
+        return rng.choice(self._by_digit[medium][(digit + 1 + rng.randint(9)) % 10])
 
     def _deal(self, turn: int, place: int) -> Digits:
         """Two random digits for a category's question number ``turn``; ten in a row hold each digit once per medium.

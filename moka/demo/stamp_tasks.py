@@ -18,7 +18,8 @@ from PIL import Image
 from moka.modeling.media import Waveform
 
 from .digit_tasks import check_task
-from .embedded import Split
+from .embedded import PREFIX, Split
+from .knobs import OFF, Draw, Knobs
 from .stamps import KINDS, LANGUAGES, RATE, Stamps
 
 NAMES = tuple(LANGUAGES.values())
@@ -85,10 +86,11 @@ class PhotographsTask:
             with its kind (three times of four) or its English caption ("A duck."), and a recording with its language.
         augment: vary training media a little (photographs: mirrored, cropped; recordings: loudness). The questions and
             the items shown stay the same.
+        knobs: as of ``EmbeddedTask``.
 
     Raises:
         MokaError: an unknown name, split or stage, a negative seed, a size below 1 or beyond a fixed list, or what
-            ``Stamps.load`` raises.
+            ``Knobs.check`` and ``Stamps.load`` raise.
     """
 
     def __init__(
@@ -99,8 +101,11 @@ class PhotographsTask:
         seed: int = 0,
         stage: int = 2,
         augment: bool = True,
+        knobs: Knobs = OFF,
     ):
         check_task(TASKS, DEFAULT_SIZES, name, split, size, seed, stage)
+        knobs.check(PREFIX + name, ("visual", "audio"), stage)
+        self.knobs = knobs
         self.name, self.split, self.stage = name, split, stage
         self.size = DEFAULT_SIZES[split] if size is None else size
         self.augment = augment and split == "train"
@@ -120,11 +125,11 @@ class PhotographsTask:
         turn, place = divmod(index, len(self.categories))
         # RandomState and not default_rng: numpy promises that its stream never changes, so the questions never do.
         rng = np.random.RandomState([self._seed, index])
-        dealt = self._deal(turn, place)
+        dealt, draw = self._deal(turn, place), self.knobs.draw(self._seed, index)
         content, answer = (
-            self._ask(dealt, rng, turn, place) if self.stage == 2 else self._align(dealt, rng, turn, place)
+            self._ask(dealt, rng, turn, place, draw) if self.stage == 2 else self._align(dealt, rng, turn, place)
         )
-        return {
+        sample = {
             "id": f"{self.name}-{self.stage}-{self.split}-{self._seed}-{index}",
             "category": self.categories[place],
             "messages": [
@@ -132,12 +137,22 @@ class PhotographsTask:
                 {"role": "assistant", "content": [{"type": "text", "text": answer}]},
             ],
         }
+        return self.knobs.apply(sample, draw) if self.knobs else sample
 
-    def _ask(self, dealt: Dealt, rng: np.random.RandomState, turn: int, place: int) -> tuple[list[dict[str, Any]], str]:
+    def _ask(
+        self, dealt: Dealt, rng: np.random.RandomState, turn: int, place: int, draw: Draw
+    ) -> tuple[list[dict[str, Any]], str]:
         make = CATEGORIES[self.categories[place]]
         (kind, language), question, answer = make(dealt, rng, turn)
         # Both items are chosen before any is augmented, which so does not change the choice.
         shown, spoken = int(rng.choice(self._of_kind[kind])), int(rng.choice(self._spoken[language]))
+        if "visual" in draw.corrupt:
+            other = draw.other(0)
+            shown = int(other.choice(self._of_kind[_other(kind, tuple(KINDS), other)]))
+        if "audio" in draw.corrupt:
+            other = draw.other(1)
+            language = _other(language, NAMES, other)
+            spoken = int(other.choice(self._spoken[language]))
         content = [self._image(shown, rng), self._audio(spoken, language, rng), {"type": "text", "text": question}]
         return content, answer
 

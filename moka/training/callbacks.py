@@ -15,7 +15,9 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import timedelta
+from statistics import fmean
 from typing import Any
 
 import psutil
@@ -31,6 +33,7 @@ from transformers.integrations import (
 )
 from transformers.trainer_utils import IntervalStrategy
 
+from moka.analysis.gradients import FisherInformation, ModalityGradients, average, observed_gradients
 from moka.errors import MokaError, nearest
 
 from .gradients import modality_rows, norms_by_part
@@ -153,6 +156,48 @@ class Meter(TrainerCallback):
             **{f"grad_norm/{part}": norm * clipped for part, norm in self.norms.items()},
         }
         self.norms = {}
+
+
+class ModalityObserver(TrainerCallback):
+    """Splits the gradient of the shared B by modality in every ``every``-th step, and adds to the next logged loss the means
+    over the steps that were observed since the last log:
+
+    ``update_share/MODALITY`` and ``fisher_share/MODALITY``, 0 to 1; ``gradient_cosine/A-B``, below 0 if two modalities are in
+    conflict; ``non_text_dominance``, IMoD's rate; ``z_norm/MODALITY``, of a token (see ``moka.analysis.gradients``). Of the
+    gradient of the full step, all micro-batches and processes; the training itself is the same.
+    """
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self.block = ExitStack()
+        self.observed: ModalityGradients | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self.fisher = FisherInformation()
+        self.figures: list[dict[str, float]] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if (state.global_step + 1) % self.every == 0:
+            self.observed = self.block.enter_context(observed_gradients(kwargs["model"]))
+
+    def on_gradients(self, trainer: Any, norms: Callable[[], dict[str, list[float] | None]]) -> None:
+        if self.observed is None:
+            return
+        self.block.close()
+        found, self.observed = average(self.observed), None
+        self.fisher.add(found)
+        cosines = {f"{a}-{b}": cosine for (a, b), cosine in found.cosines().items()}
+        groups = {"update_share": found.update_shares(), "gradient_cosine": cosines, "z_norm": found.z_norms()}
+        self.figures.append({f"{group}/{name}": x for group, values in groups.items() for name, x in values.items()})
+
+    def on_measure(self, trainer: Any, logs: dict[str, Any]) -> None:
+        if self.figures:
+            names = dict.fromkeys(name for figures in self.figures for name in figures)
+            logs |= {name: fmean(one[name] for one in self.figures if name in one) for name in names}
+            logs |= {f"fisher_share/{name}": share for name, share in self.fisher.shares().items()}
+            logs["non_text_dominance"] = self.fisher.non_text_dominance_rate()
+        self._forget()
 
 
 def memory_gib(device: torch.device) -> float:

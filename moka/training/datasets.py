@@ -14,7 +14,6 @@ from moka.data.media import DecodedDataset
 from moka.data.media_validation import SkipReport, Subset, find_usable, read_usable
 from moka.data.records import BAR_AFTER_S
 from moka.data.streaming import SampleStream
-from moka.demo.embedded import PREFIX
 from moka.errors import MokaError, counted
 from moka.features.cache import FeatureCache
 from moka.features.setup import check_features, note_moved, with_features
@@ -118,7 +117,7 @@ def check_media(datasets: dict[str, Any], config: RunConfig, share: tuple[int, i
     for name, samples in datasets.items():
         if config.data.on_bad_media == "skip" or isinstance(samples, SampleStream):
             continue  # all were tried, or are tried as they come
-        embedded = str(getattr(config.data, name)).startswith(PREFIX)
+        embedded = sources.is_embedded(getattr(config.data, name))
         if config.data.feature_cache is None and embedded:
             continue
         if config.data.feature_cache is not None and not embedded:
@@ -138,7 +137,7 @@ def check_chats(datasets: dict[str, Any], config: RunConfig, processor: MokaProc
             counted in a printed line, and replaced when they come.
     """
     for name, samples in datasets.items():
-        if isinstance(samples, SampleStream) or str(getattr(config.data, name)).startswith(PREFIX):
+        if isinstance(samples, SampleStream) or sources.is_embedded(getattr(config.data, name)):
             continue
         chosen = samples.indices if isinstance(samples, Subset) else range(len(samples))
         undecoded = samples.dataset if isinstance(samples, Subset) else samples

@@ -50,7 +50,9 @@ def plot_loss(folder: RunFolder) -> Path | None:
 
 
 def plot_balance(folder: RunFolder) -> Path | None:
-    """RUN/balance.png: tokens a second, the share of time spent waiting for data, and gradient norms by part."""
+    """RUN/balance.png: tokens a second, the share of time spent waiting for data, gradient norms by part, and, if they were
+    observed, the shares and cosines of the modalities.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -59,26 +61,41 @@ def plot_balance(folder: RunFolder) -> Path | None:
     stages = sorted({r["stage"] for r in records if "tokens_per_second" in r})
     if not stages:
         return None
-    figure = Figure(figsize=(5 * len(stages), 7), layout="constrained")
-    axes = figure.subplots(3, len(stages), squeeze=False, sharex="col", height_ratios=[1, 1, 2])
+    panels = [panel for panel in _PANELS if any(key.startswith(panel[0]) for r in records for key in r)]
+    heights = [2 if key.endswith("/") else 1 for key, _, _ in panels]
+    figure = Figure(figsize=(5 * len(stages), 1.75 * sum(heights)), layout="constrained")
+    axes = figure.subplots(len(panels), len(stages), squeeze=False, sharex="col", height_ratios=heights)
     for column, stage in enumerate(stages):
-        speed, wait, norms = axes[:, column]
         of_stage = [r for r in records if r["stage"] == stage]
-        parts = sorted({key for r in of_stage for key in r if key.startswith("grad_norm/")})
-        for axis, key in ((speed, "tokens_per_second"), (wait, "data_wait"), *((norms, part) for part in parts)):
-            # A's gradient is zero as long as B is, which a logarithmic axis cannot show.
-            points = [(r["step"], r[key]) for r in of_stage if r.get(key) is not None and (axis is not norms or r[key])]
-            if points:
-                axis.plot(*zip(*points, strict=True), ".-", label=key.removeprefix("grad_norm/"))
-        speed.set(title=f"stage {stage}", ylabel="tokens/s", ylim=(0, None))
-        wait.set(ylabel="waiting for data", ylim=(0, 1))
-        norms.set(xlabel="step", ylabel="gradient norm", yscale="log")
-        if parts:
-            norms.legend(fontsize="small", ncols=2)
+        for axis, (prefix, label, scale) in zip(axes[:, column], panels, strict=True):
+            keys = sorted({key for r in of_stage for key in r if key.startswith(prefix)})
+            for key in keys:
+                # A's gradient is zero as long as B is, which a logarithmic axis cannot show.
+                points = [
+                    (r["step"], r[key]) for r in of_stage if r.get(key) or (r.get(key) == 0 and "yscale" not in scale)
+                ]
+                if points:
+                    axis.plot(*zip(*points, strict=True), ".-", label=key.removeprefix(prefix))
+            axis.set(ylabel=label, **scale)
+            if keys and prefix.endswith("/"):
+                axis.legend(fontsize="small", ncols=2)
+        axes[0][column].set(title=f"stage {stage}")
+        axes[-1][column].set(xlabel="step")
     path = folder / "balance.png"
     with disk_full_errors(path):
         figure.savefig(path, dpi=120)
     return path
+
+
+# Prefix of the keys, label, scale of the axis.
+_PANELS: list[tuple[str, str, dict[str, Any]]] = [
+    ("tokens_per_second", "tokens/s", {"ylim": (0, None)}),
+    ("data_wait", "waiting for data", {"ylim": (0, 1)}),
+    ("grad_norm/", "gradient norm", {"yscale": "log"}),
+    ("update_share/", "share of B's update", {"ylim": (0, 1)}),
+    ("fisher_share/", "share of Fisher information", {"ylim": (0, 1)}),
+    ("gradient_cosine/", "cosine of gradients", {"ylim": (-1, 1)}),
+]
 
 
 def write_card(folder: RunFolder, config: RunConfig, summary: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from moka.modeling.encoders import CachedEncoder, bring_back, set_aside
 from moka.modeling.sharding import is_sharded
 
 from .alignment import EmbeddingAlignment
-from .callbacks import Meter, MetricsWriter, ProgressBar, add_tensorboard
+from .callbacks import Meter, MetricsWriter, ModalityObserver, ProgressBar, add_tensorboard
 from .checkpointing import last_checkpoint, print_changes
 from .dataloading import build_train_dataset, data_seed
 from .datasets import bad_media_report
@@ -113,7 +113,9 @@ def _encoded(run: Run, samples: Any, arguments: Any, report: Path) -> EncodedDat
 def _callbacks(run: Run, stage: int) -> list[Any]:
     meter = Meter(run.model.config.type_ids)
     guards = [DivergenceGuard(run.folder, SECTIONS[stage]), GradientGuard(SECTIONS[stage])]
-    return [meter, MetricsWriter(run.folder, stage), ProgressBar(stage), *guards]
+    every = run.config.section(stage).get("observe_modalities", 0)
+    observers = [ModalityObserver(every)] if every else []
+    return [meter, *observers, MetricsWriter(run.folder, stage), ProgressBar(stage), *guards]
 
 
 def _train(run: Run, stage: int, module: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -5,7 +5,7 @@ RUN/connector/          stage 1: trained encoders and projectors
 RUN/adapter/            adapter, projectors, encoders, processor, model configuration
 RUN/metrics.jsonl       one line for each logging step
 RUN/loss.png            loss and learning rate
-RUN/balance.png         throughput, waiting for data, and gradient norms by part
+RUN/balance.png         throughput, waiting for data, gradient norms by part; shares of modalities if observed
 RUN/diverged.json       the steps and samples at which a run diverged
 RUN/samples.jsonl       answers to validation questions
 RUN/evaluation.json     written by `moka eval`

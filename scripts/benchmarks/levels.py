@@ -17,12 +17,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import moka
+from moka.analysis.gradients import FisherInformation, observed_gradients
 
 from .batches import Batch, make_batch
 from .measure import Case, Point, measure, synchronize
 from .reference import Masks
 from .sizes import DTYPES, one_block, open_backbone, quantize
-from .variants import ALL, check_same, forward_arguments, make_variants, precision, trained
+from .variants import ALL, OBSERVED, check_same, forward_arguments, make_variants, precision, trained
 
 LOSS = "loss at supervised positions"  # the range of it in a profile
 DECODED = ("bare", "bare again", "lora", "moka", "moka merged")
@@ -109,7 +110,8 @@ def _forward_backward(model: nn.Module, call: Callable, x: torch.Tensor, argumen
 def step(arguments: Namespace) -> list[Point]:
     """A full training step, without gradient checkpointing and with it."""
     backbone = open_backbone(arguments.backbone, arguments.dtype, arguments.device, arguments.seed)
-    models, shared = make_variants(backbone, arguments, chosen(arguments))
+    names = chosen(arguments) + [name for name in arguments.variants or () if name == OBSERVED]
+    models, shared = make_variants(backbone, arguments, names)
     batch = make_batch(arguments, backbone.config.vocab_size)
     shared["masks"] = batch.masks
     check_step(models, batch, arguments)
@@ -163,6 +165,14 @@ def training_step(name: str, model: nn.Module, batch: Batch, arguments: Namespac
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True) if parameters else None
     forward = torch.compile(logits_of) if arguments.compile else logits_of
 
+    def observed_step() -> None:
+        with observed_gradients(model) as observed:
+            run()
+        fisher = FisherInformation()
+        fisher.add(observed)
+        observed.update_shares(), observed.cosines(), observed.z_norms()
+        fisher.shares(), fisher.non_text_dominance_rate()
+
     def run() -> None:
         with precision(arguments):
             logits = forward(batch, name, model, embeds)
@@ -174,7 +184,7 @@ def training_step(name: str, model: nn.Module, batch: Batch, arguments: Namespac
             optimizer.zero_grad(set_to_none=True)
         embeds.grad = None
 
-    return run
+    return observed_step if name == OBSERVED else run
 
 
 def prefill(arguments: Namespace) -> list[Point]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .growth import CURVES, LADDER
 from .sizes import DTYPES, EMBEDDED, PREFIX, SHAPES
-from .variants import ALL
+from .variants import ALL, OBSERVED
 
 # level -> its help, and what differs from the defaults below
 LEVELS: dict[str, tuple[str, dict]] = {
@@ -91,7 +91,12 @@ def _measuring(level: argparse.ArgumentParser, defaults: dict, name: str) -> Non
     if name in ("layer", "block", "step"):
         add("--compile", action="store_true", help="run under torch.compile (slow to start)")
     if not several:
-        add("--variants", nargs="+", choices=[*ALL, "moka merged"], help="next to the two bare backbones; None: all")
+        add(
+            "--variants",
+            nargs="+",
+            choices=[*ALL, "moka merged", OBSERVED],
+            help="next to the two bare backbones; None: all",
+        )
     add("--json", type=Path, help="where to write; None: runs/benchmarks/LEVEL.json, with a plot next to it")
     add("--format", choices=("text", "markdown"), default="text", help="of the table")
 

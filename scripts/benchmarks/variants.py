@@ -20,6 +20,7 @@ from .batches import Batch, modalities
 from .reference import Masks, ReferenceLinear, put_reference, stacked_gradients
 
 ALL = ("bare", "bare again", "lora", "moka", "reference")
+OBSERVED = "moka observed"  # of a training step, if asked for: B's gradient is split by modality in every step
 INFERENCE = ("prefill", "decode")  # levels
 SHARED_ABOVE = 2 << 30  # bytes of a backbone of which the variants do not hold a copy each
 TOLERANCE = 1e-4  # of the largest magnitude, between MokA and the reference
@@ -36,7 +37,7 @@ def make_variants(
     Args:
         backbone: frozen.
         arguments: ``rank``, ``dropout``, ``modalities``, ``dtype``.
-        names: of ``ALL``, and "moka merged".
+        names: of ``ALL``, "moka merged" and ``OBSERVED``.
         targets: the linear maps to adapt.
     """
     shared: dict[str, Masks] = {}

@@ -1,11 +1,19 @@
 """The parts of B's gradient sum to B's gradient, whatever the training does around the layers."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
+import moka
 from moka import MokaError
 from moka.adapter import MokaLinear
-from moka.analysis.gradients import FisherInformation, observed_gradients
+from moka.analysis.gradients import FisherInformation, average, observed_gradients
+
+ROOT = Path(moka.__file__).parents[1]
 
 
 def step(model, batch, times=1):
@@ -39,6 +47,60 @@ def test_the_parts_sum_to_the_gradient(composed, how):
     assert set(observed.modalities()) == {"text", "visual", "audio"}
     assert sum(observed.update_shares().values()) == pytest.approx(1)
     assert all(-1 <= cosine <= 1 for cosine in observed.cosines().values())
+
+
+def row(batch, index):
+    """One row of the batch of the examples; only the first has sound."""
+    one = {name: value[index : index + 1] for name, value in batch.items() if name != "input_features"}
+    return {**one, **({"input_features": batch["input_features"]} if index == 0 else {})}
+
+
+def processes(rank, folder):
+    """One of two processes: its row twice, by accumulation, with recomputation; writes its gradients and the parts."""
+    from conftest import composed_example
+    from torch.nn.parallel import DistributedDataParallel
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    example = composed_example()
+    model = example.model.train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+    parallel, batch = DistributedDataParallel(model), row(example.batch, rank)
+    with observed_gradients(model) as observed:
+        with parallel.no_sync():
+            (parallel(**batch).loss / 2).backward()
+        (parallel(**batch).loss / 2).backward()
+    gradients = {name: layer.moka_B["default"].weight.grad for name, layer in layers(model).items()}
+    found = average(observed)
+    torch.save((gradients, found.parts, dict(found.tokens), observed.modalities()), f"{folder}/{rank}.pt")
+    torch.distributed.barrier()
+    os._exit(0)  # gloo's own end sometimes waits for a process that has left already
+
+
+def test_the_parts_of_two_processes_sum_to_the_averaged_gradient(composed, tmp_path):
+    paths = [str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__]
+    running = [
+        subprocess.Popen([*command, str(rank), str(tmp_path)], env=environment, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    try:
+        for process in running:
+            _, said = process.communicate(timeout=60)
+            assert process.returncode == 0, said[-3000:]
+    finally:
+        for process in running:
+            process.kill()
+    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    assert [result[3] for result in results] == [["text", "visual", "audio"], ["text", "visual"]]
+    for gradients, parts, tokens, _ in results:
+        assert set(parts) == set(gradients)
+        for name, own in parts.items():
+            assert list(own) == ["text", "visual", "audio"]
+            torch.testing.assert_close(sum(own.values()), gradients[name], atol=1e-5, rtol=1e-5)
+        assert tokens == {"text": 2 * 12, "visual": 2 * 4, "audio": 2 * 3}  # without padding
 
 
 def test_the_parts_sum_to_the_gradient_of_a_hugging_face_model(hugging_face):
@@ -110,3 +172,7 @@ def test_fisher_shares_and_the_dominance_rate(composed):
 def test_a_model_without_an_adapter_is_refused(composed):
     with pytest.raises(MokaError, match="no MokA adapter"), observed_gradients(composed("none").model):
         pass
+
+
+if __name__ == "__main__":
+    processes(int(sys.argv[1]), sys.argv[2])

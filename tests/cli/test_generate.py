@@ -39,6 +39,30 @@ def test_media_reach_the_model(trained_run, media):
     assert not np.allclose(first["input_features"], other["input_features"])
 
 
+def test_fork_merge_decoding_is_that_of_the_library_and_needs_both_media(moka, refused, trained_run, media):
+    both = ("--image", media / "0.png", "--audio", media / "0.wav", "Which digit is it?")
+    done = moka(
+        "generate", trained_run, *both, "--decoding", "fork-merge", "--fork-layers", "1", "--visual-weight", "0.2"
+    )
+    expected = load(trained_run).generate(
+        "Which digit is it?",
+        image=media / "0.png",
+        audio=media / "0.wav",
+        decoding="fork-merge",
+        fork_layers=1,
+        visual_weight=0.2,
+    )
+    assert done.out == expected + "\n"
+    plain = moka("generate", trained_run, *both)
+    assert plain.out == moka("generate", trained_run, *both, "--decoding", "fork-merge", "--fork-layers", "0").out
+    line = refused("generate", trained_run, *both[:2], "Which?", "--decoding", "fork-merge")
+    assert "fork-merge" in line
+    assert "no sound" in line
+    line = refused("generate", trained_run, *both, "--decoding", "fork-merge", "--fork-layers", "9")
+    assert "fork_layers" in line
+    assert "9" in line
+
+
 def test_question_without_media_is_answered(moka, trained_run):
     done = moka("generate", trained_run, "Which digit is written?", "--max-new-tokens", "3")
     assert done.code == 0

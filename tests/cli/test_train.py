@@ -401,3 +401,16 @@ def test_installed_command_and_module_say_the_same(tmp_path):
         assert done.returncode == 2
         last = done.stderr.strip().splitlines()[-1]  # libraries may print lines of their own before
         assert last.startswith(f"moka: error: No configuration file {tmp_path / 'none.yaml'}")
+
+
+def test_embedded_tasks_with_knobs_are_trained_validated_and_evaluated_on(moka, tiny_config, write_yaml, tmp_path):
+    source = "embedded:audio-visual-text"
+    train = {"source": source, "missing": {"visual": 0.5, "audio": 0.5}, "corrupt": {"visual": 0.3}}
+    changes = {"data__train": train, "data__validation": {"source": source, "noise": {"audio": 1.0}}}
+    changes |= {"data__test": {"source": source, "leak": 1.0}, "stages": [2], "training__max_steps": 3}
+    done = moka("train", write_yaml(tmp_path / "run.yaml", tiny_config(tmp_path / "run", **changes)))
+    assert done.code == 0, done.err
+    assert "Free Spoken Digit Dataset" in (tmp_path / "run/README.md").read_text()
+    done = moka("eval", tmp_path / "run", "--size", "4", "--no-blank")
+    assert done.code == 0, done.err
+    assert f"{source}, leak 1.0, test" in (tmp_path / "run/evaluation.json").read_text()

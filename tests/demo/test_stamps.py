@@ -17,6 +17,7 @@ from PIL import Image
 import moka.demo.stamps as stamps_module
 from moka.data.schema import check_sample
 from moka.demo.debian import DebianPackage, fetch_deb, package_files
+from moka.demo.knobs import Knobs
 from moka.demo.stamp_tasks import CATEGORIES, DEFAULT_SIZES, NAMES, PhotographsTask
 from moka.demo.stamps import KINDS, LANGUAGES, RATE, TUXPAINT_STAMPS, Stamps, resolve_encoder_file
 from moka.demo.wheels import cache_dir
@@ -320,6 +321,20 @@ def test_fixed_lists_are_balanced_correct_and_of_their_split_only(stamps, split)
             asked = question(sample).replace("a household item", "household")
             expected = "yes" if all(word in asked for word in shown) else "no"
         assert answer(sample) == expected
+
+
+def test_corrupted_media_show_another_kind_or_language(stamps):
+    plain = PhotographsTask(split="test", size=120)
+    some = PhotographsTask(split="test", size=120, knobs=Knobs(corrupt={"visual": 0.3, "audio": 0.3}))
+    truth = {key: {label for label, _ in labels} for key, labels in known(stamps).items()}
+    corrupted = Counter()
+    for before, after in zip(plain, some, strict=True):
+        assert (question(before), answer(before)) == (question(after), answer(after))
+        for name, one, other in zip(("visual", "audio"), media(before), media(after), strict=True):
+            noted = name in after["knobs"]["corrupt"]
+            assert truth[as_bytes(one)].isdisjoint(truth[as_bytes(other)]) == noted
+            corrupted[name] += noted
+    assert min(corrupted.values()) >= 20
 
 
 def test_neither_medium_only_answers_what_asks_for_both(stamps):

@@ -32,7 +32,9 @@ TWICE = {
     "training__learning_rate": 0.1,
     "training__max_grad_norm": 0.05,
     "training__logging_steps": 2,
+    "training__observe_modalities": 2,
 }
+OBSERVED = ("update_share/", "fisher_share/", "gradient_cosine/", "z_norm/", "non_text_dominance")
 ROOT = Path(__file__).parents[2]
 TYPES = {"text": (0,), "visual": (1, 2), "audio": (3,)}
 
@@ -115,6 +117,40 @@ def test_training_is_the_same_unobserved(trained_run, tiny_config, tmp_path, mon
         assert all(ours[key].equal(theirs[key]) for key in ours)
     assert (trained_run / "balance.png").stat().st_size > 0
     assert not (single / "balance.png").exists()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_observed_modalities_are_logged_and_training_is_the_same(tiny_config, tmp_path, checkpointing):
+    """Once over the micro-batches of a step, and with the same result for one batch of the full size."""
+    changes = {**SHORT, **NO_DROPOUT, "training__max_steps": 5, "training__logging_steps": 2}
+    changes |= {"training__global_batch_size": 4, "training__gradient_checkpointing": checkpointing}
+    runs = {
+        name: train(tiny_config(tmp_path / name, **changes, training__observe_modalities=every, **more))
+        for name, every, more in (
+            ("plain", 0, {}),
+            ("observed", 2, {}),
+            ("accumulated", 2, {"training__per_device_train_batch_size": 1}),
+        )
+    }
+    plain, observed, accumulated = (logged(folder) for folder in runs.values())
+    for step, record in observed.items():
+        new = set(record) - set(plain[step])
+        assert bool(new) == (step in (2, 4)), step
+        assert all(key.startswith(OBSERVED) for key in new)
+        assert (record["loss"], record["grad_norm"]) == (plain[step]["loss"], plain[step]["grad_norm"])
+        for key in new:
+            assert record[key] == pytest.approx(accumulated[step][key], rel=1e-2, abs=1e-3), key
+        if new:
+            for group in ("update_share", "fisher_share"):
+                assert sum(record[f"{group}/{name}"] for name in TYPES) == pytest.approx(1)
+            assert {key for key in new if key.startswith("gradient_cosine")} == {
+                f"gradient_cosine/{pair}" for pair in ("text-visual", "text-audio", "visual-audio")
+            }
+            assert 0 <= record["non_text_dominance"] <= 1
+            assert record["z_norm/audio"] > 0
+    ours, theirs = (load_file(runs[name] / "adapter/adapter_model.safetensors") for name in ("observed", "plain"))
+    assert all(ours[key].equal(theirs[key]) for key in theirs)
+    assert (runs["observed"] / "balance.png").stat().st_size > (runs["plain"] / "balance.png").stat().st_size
 
 
 def test_waiting_and_pauses_are_separate(monkeypatch):
@@ -256,6 +292,9 @@ def test_two_processes_log_as_one(one_process, tiny_config, tmp_path, launch, wr
                 assert record[key] == one[key]
             if key.startswith("grad_norm"):
                 assert record[key] == pytest.approx(one[key], rel=2e-3, abs=1e-6), key
+            if key.startswith(OBSERVED):
+                assert record[key] == pytest.approx(one[key], rel=2e-3, abs=1e-3), key
+        assert ("update_share/visual" in record) == (step in (2, 4))
         tokens, due = (r["tokens_per_second"] / r["samples_per_second"] for r in (record, one))
         assert tokens == pytest.approx(due)
     assert done.stdout.count("step 4/4: ") == 1
