@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import moka
-from moka.config import LORA_HAS_NOT
+from moka.config import MOKA_ONLY
 from moka.data.sources import describe_source
 from moka.errors import MokaError, nearest
 from moka.io import read_json, write_json
@@ -120,7 +120,7 @@ def _checked(config: RunConfig, methods: list[str], seeds: int) -> list[str]:
 def _adapter_section(config: RunConfig, method: str) -> dict[str, Any]:
     section = {**config.to_dict()["adapter"], **METHODS[method]}
     if section["method"] == "lora":
-        section |= {**dict.fromkeys(LORA_HAS_NOT), "share_b": True}
+        return {key: value for key, value in section.items() if key not in MOKA_ONLY}
     return section
 
 

@@ -156,10 +156,9 @@ class Meter(TrainerCallback):
 
 
 def memory_gib(device: torch.device) -> float:
-    """Return the peak of this process on its GPU, or its resident memory on a CPU, in GiB."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / _GIB
-    return psutil.Process().memory_info().rss / _GIB
+    """Return the peak of this process on its GPU, or its resident memory where there is no such figure, in GiB."""
+    peak = getattr(getattr(torch, device.type), "max_memory_allocated", None)  # of torch.cuda, torch.xpu, torch.npu
+    return (psutil.Process().memory_info().rss if peak is None else peak(device)) / _GIB
 
 
 class MetricsWriter(TrainerCallback):

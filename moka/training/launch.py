@@ -22,8 +22,8 @@ from accelerate.commands.config.config_args import ClusterConfig, load_config_fr
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import parse_flag_from_env
 
-from moka.config import configs_folder
 from moka.errors import MokaError, nearest
+from moka.yaml_files import configs_folder
 
 _DEEPSPEED = "pip install 'moka-peft[deepspeed]'"
 

@@ -83,13 +83,17 @@ def plot_balance(folder: RunFolder) -> Path | None:
 
 def write_card(folder: RunFolder, config: RunConfig, summary: dict[str, Any]) -> None:
     """RUN/README.md and the adapter's README.md: what it is, how to load it, how it was made, its numbers."""
-    method = config.adapter.method
+    method = config.adapter["method"]
     evaluation = folder / "evaluation.json"
     numbers = (
         _evaluation_table(json.loads(evaluation.read_text("utf-8"))) if evaluation.exists() else "Not evaluated yet."
     )
     data = "".join(dict.fromkeys(attribution(s) for s in (config.data.train, config.data.alignment) if s))
-    header = {"library_name": "peft", "tags": ["moka", "multimodal", method], "base_model": config.model.backbone}
+    header = {
+        "library_name": "peft",
+        "tags": list(dict.fromkeys(["moka", "multimodal", method])),
+        "base_model": config.model.backbone,
+    }
     run = folder.path.as_posix()
     modalities = ", ".join(["text", *config.model.modalities])
     text = f"""---

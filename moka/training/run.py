@@ -24,9 +24,10 @@ from moka.modeling.encoders import CachedEncoder, bring_back, set_aside
 from moka.modeling.sharding import is_sharded
 
 from .alignment import EmbeddingAlignment
+from .arguments import data_seed
 from .callbacks import Meter, MetricsWriter, ProgressBar, add_tensorboard
 from .checkpointing import last_checkpoint, print_changes
-from .dataloading import build_train_dataset, data_seed
+from .dataloading import build_train_dataset
 from .datasets import bad_media_report
 from .distributed_backend import BackendNote, forget_engine, in_words
 from .model_card import plot_balance, plot_loss, write_card, write_samples
@@ -60,15 +61,9 @@ def run_training(config: RunConfig, resume: bool = False, overwrite: bool = Fals
 def _trainer(run: Run, stage: int, module: torch.nn.Module, step: int) -> MokaTrainer:
     arguments = run.arguments[stage]
     forget_engine(arguments)
-    section = run.config.section(stage)
     train = run.datasets["alignment" if stage == 1 else "train"]
     validation = run.datasets.get("validation") if arguments.eval_strategy != IntervalStrategy.NO else None
     check_dtypes(module)
-    rates = {
-        f"{part}s": section[f"{part}_learning_rate"]
-        for part in ("encoder", "projector")
-        if f"{part}_learning_rate" in section
-    }
     dropped = run.folder / f"dropped-stage{stage}.jsonl"
     trainer = MokaTrainer(
         model=module,
@@ -76,7 +71,6 @@ def _trainer(run: Run, stage: int, module: torch.nn.Module, step: int) -> MokaTr
         train_dataset=build_train_dataset(
             _encoded(run, train, arguments, dropped),
             arguments,
-            packing=bool(section.get("packing")),
             path=run.folder / f"lengths-stage{stage}.npz",
             resume=run.resume,
             name=f"data.{'alignment' if stage == 1 else 'train'}",
@@ -85,9 +79,8 @@ def _trainer(run: Run, stage: int, module: torch.nn.Module, step: int) -> MokaTr
         data_collator=Collator(run.processor),
         processing_class=run.processor,
         callbacks=_callbacks(run, stage),
-        rates=rates,
     )
-    add_tensorboard(trainer, run.folder, stage, step, section.get("report_to"))
+    add_tensorboard(trainer, run.folder, stage, step, run.config.section(stage).get("report_to"))
     return trainer
 
 
@@ -149,7 +142,7 @@ def _say_batch(run: Run, stage: int, going_on: bool) -> None:
     total = batch * accumulated * arguments.world_size
     name = SECTIONS[stage]
     section = run.config.section(stage)
-    unit = "packed rows" if section.get("packing") else "samples"
+    unit = "packed rows" if arguments.packing else "samples"
     print_main(
         f"stage {stage}: {total} {unit} a step ({batch} x {counted(arguments.world_size, 'process', 'processes')} x {accumulated} "
         "accumulated)"
@@ -180,7 +173,7 @@ def train_connectors(run: Run) -> None:
         load_connector(run.model, target)
         return
     run.model.language_model.requires_grad_(False)
-    embedding = run.config.alignment.get("objective") == "embedding"
+    embedding = run.arguments[1].objective == "embedding"
     state = _train(run, 1, EmbeddingAlignment(run.model) if embedding else run.model)
 
     def save() -> None:
@@ -257,7 +250,7 @@ def finish(run: Run, result: PeftModel | None) -> None:
 
 def _write_artefacts(run: Run, result: PeftModel | None, seconds: float) -> None:
     config, folder = run.config, run.folder
-    summary: dict[str, Any] = {"method": config.adapter.method if 2 in config.stages else "stage 1 only"}
+    summary: dict[str, Any] = {"method": config.adapter["method"] if 2 in config.stages else "stage 1 only"}
     if result is not None:
         counts = count_parameters(result)
         summary |= {f"trainable parameters, {part}": f"{n:,}" for part, n in counts.items() if part != "total"}
@@ -268,13 +261,14 @@ def _write_artefacts(run: Run, result: PeftModel | None, seconds: float) -> None
         if path.exists():
             bad = {r["index"] for r in read_jsonl(path) if "index" in r}
             summary[f"samples of data.{name} {_BAD_MEDIA[config.data.on_bad_media]}"] = len(bad)
+    device = run.arguments[config.stages[-1]].device
     summary |= {
         "seed": config.seed(config.stages[-1]),
         "seconds": round(seconds),
         "processes": next(iter(run.arguments.values())).world_size,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }
     if run.logits_change is not None:
         summary["adapter changes logits by"] = f"{100 * run.logits_change:.3g} %"

@@ -28,11 +28,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 import moka
-from moka.config import RunConfig, config_from_dict, load_yaml
+from moka.config import RunConfig, config_from_dict
 from moka.errors import MokaError
 from moka.io import append_jsonl, atomic_dir, read_jsonl, write_json, write_text
 from moka.modeling.artifacts import trained_parts
 from moka.modeling.sharding import without_wrappers
+from moka.yaml_files import load_yaml
 
 from .lock import LOCK, FolderLock
 

@@ -86,7 +86,7 @@ def test_stage_two_only_says_that_connectors_are_untrained(moka, config_file):
 def test_help_config_prints_the_keys(moka):
     done = moka("train", "--help-config")
     assert done.code == 0
-    assert "  share_b: True" in done.out
+    assert "  share_b: true" in done.out
     assert "  global_batch_size:" in done.out
     assert "  learning_rate:" in done.out
 

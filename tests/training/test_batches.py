@@ -168,16 +168,3 @@ def test_a_backbone_in_parts_is_tried_on_all_processes(
     assert done.returncode != 0
     assert len(re.findall(r"moka: error: .* model_type 'opt'", done.stderr)) == 1, done.stderr[-3000:]
     assert not (tmp_path / "bad").exists()
-
-
-def test_packing_that_cannot_be_is_reported_with_the_configuration(tiny_config, tmp_path):
-    with pytest.raises(
-        MokaError, match=r"training.packing fills rows up to model.max_length, which is not set. Set it"
-    ):
-        config_from_dict(tiny_config(tmp_path / "x", training__packing=True))
-    with pytest.raises(MokaError, match=r"alignment.packing: the embedding objective pairs each row's media with one"):
-        config_from_dict(tiny_config(tmp_path / "x", alignment__packing=True, model__max_length=96))
-    with pytest.raises(MokaError, match=r"training.packing: 'yes' is text; true or false is expected"):
-        config_from_dict(tiny_config(tmp_path / "x", training__packing="yes"))
-    with pytest.raises(MokaError, match=r"'batch_rebalance' is not one of random, sequential, group_by_length"):
-        config_from_dict(tiny_config(tmp_path / "x", training__train_sampling_strategy="batch_rebalance"))

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from moka.training import config_from_dict, dataloading, run_training
+from moka.training import arguments, config_from_dict, run_training
 from moka.training import run as run_module
-from moka.training.trainer import training_arguments
+from moka.training.arguments import loader_settings, training_arguments
 
 SHORT = {
     "data__train_size": 12,
@@ -25,8 +25,8 @@ SHORT = {
 @pytest.fixture
 def gpu(monkeypatch):
     """A machine with a GPU, as far as the settings look."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(dataloading, "usable_cores", lambda: 16)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(arguments, "usable_cores", lambda: 16)
 
 
 class Seen(TrainerCallback):
@@ -93,7 +93,7 @@ def test_workers_that_stay_do_not_change_what_dropout_draws(observed, same_run):
 
 
 def test_settings_of_a_machine_with_a_gpu(gpu):
-    assert dataloading.loader_settings({}) == {
+    assert loader_settings({}) == {
         "dataloader_num_workers": 4,
         "dataloader_persistent_workers": True,
         "accelerator_config": {"non_blocking": True},
@@ -101,24 +101,24 @@ def test_settings_of_a_machine_with_a_gpu(gpu):
     assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
     # The cores of a process bound their number; one is the process's own.
     for cores, workers in ((3, 2), (2, 1), (1, 1)):
-        dataloading.usable_cores = lambda cores=cores: cores
-        assert dataloading.loader_settings({})["dataloader_num_workers"] == workers
+        arguments.usable_cores = lambda cores=cores: cores
+        assert loader_settings({})["dataloader_num_workers"] == workers
 
 
 def test_what_a_configuration_says_stays(gpu):
     given = {"dataloader_num_workers": 0, "accelerator_config": {"split_batches": True}}
-    assert dataloading.loader_settings(given) == {
+    assert loader_settings(given) == {
         "dataloader_num_workers": 0,
         "accelerator_config": {"split_batches": True, "non_blocking": True},
     }
     given = {"dataloader_num_workers": 2, "dataloader_persistent_workers": False, "dataloader_pin_memory": False}
-    assert dataloading.loader_settings(given) == {
+    assert loader_settings(given) == {
         "dataloader_num_workers": 2,
         "dataloader_persistent_workers": False,
     }
     given = {"accelerator_config": {"non_blocking": False}}
-    assert dataloading.loader_settings(given)["accelerator_config"] == {"non_blocking": False}
-    assert "accelerator_config" not in dataloading.loader_settings({"accelerator_config": "accelerator.json"})
+    assert loader_settings(given)["accelerator_config"] == {"non_blocking": False}
+    assert "accelerator_config" not in loader_settings({"accelerator_config": "accelerator.json"})
 
 
 @pytest.mark.parametrize("section", [{}, {"dataloader_num_workers": 2}, {"dataloader_pin_memory": True}])

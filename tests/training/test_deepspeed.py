@@ -8,7 +8,7 @@ import torch
 
 from moka.errors import MokaError
 from moka.training import config_from_dict, run_training
-from moka.training.trainer import training_arguments
+from moka.training.arguments import training_arguments
 
 STEPS = 20
 MODES = ("zero1", "zero2", "zero3", "zero3-offload")

@@ -21,15 +21,13 @@ from accelerate.utils.launch import (
     prepare_simple_launcher_cmd_env,
 )
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
-from transformers import TrainingArguments
 
 from moka.cli.main import main
-from moka.config import OWN_TRAINING_KEYS
+from moka.config import MokaTrainingArguments
 from moka.errors import MokaError
 from moka.training import load_config
-from moka.training.dataloading import divide
+from moka.training.arguments import divide, training_arguments
 from moka.training.launch import alone_by_mistake, launch_of, launcher_names
-from moka.training.trainer import training_arguments
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -135,8 +133,7 @@ def test_deepspeed_settings_are_filled_from_the_section(path, tmp_path):
 
     key = f"training.deepspeed={path.relative_to(ROOT)}"
     section = load_config(QUICKSTART, [key, "training.per_device_train_batch_size=4"]).training
-    settings = {key: value for key, value in section.items() if key not in OWN_TRAINING_KEYS}
-    arguments = TrainingArguments(str(tmp_path), **settings, gradient_accumulation_steps=4, use_cpu=True)
+    arguments = MokaTrainingArguments(str(tmp_path), **section, gradient_accumulation_steps=4, use_cpu=True)
     filled = arguments.hf_deepspeed_config
     model = torch.nn.Linear(2, 2)
     model.config = type("Config", (), {"hidden_size": 64})

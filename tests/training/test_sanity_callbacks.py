@@ -16,8 +16,9 @@ from moka.modeling import MokaForConditionalGeneration
 from moka.modeling.build import attach_adapter, build_model
 from moka.training import config_from_dict, run_training
 from moka.training import run as run_module
+from moka.training.arguments import training_arguments
 from moka.training.sanity_callbacks import DivergenceGuard, check_dtypes, logits_change, supervised_type_ids, unreached
-from moka.training.trainer import MokaTrainer, training_arguments
+from moka.training.trainer import MokaTrainer
 
 SHORT = {"stages": [2], "training__max_steps": 3, "training__save_strategy": "no", "data__validation": None}
 
