@@ -17,6 +17,7 @@ from moka.io import disk_full_errors, write_text
 from moka.modeling import MokaProcessor
 from moka.modeling.configuration import DEFAULT_TYPE_IDS, MEDIA_TYPE_IDS
 
+from .distributed_backend import in_words
 from .run_dir import ADAPTER, RunFolder
 
 
@@ -84,6 +85,8 @@ def plot_balance(folder: RunFolder) -> Path | None:
 def write_card(folder: RunFolder, config: RunConfig, summary: dict[str, Any]) -> None:
     """RUN/README.md and the adapter's README.md: what it is, how to load it, how it was made, its numbers."""
     method = config.adapter["method"]
+    engines = {f"stage {stage}": in_words(engine) for stage, engine in summary.get("engines", {}).items()}
+    rows = {key: value for key, value in summary.items() if key != "engines"} | engines
     evaluation = folder / "evaluation.json"
     numbers = (
         _evaluation_table(json.loads(evaluation.read_text("utf-8"))) if evaluation.exists() else "Not evaluated yet."
@@ -113,13 +116,14 @@ model = moka.load("{run}")
 print(model.generate("Your question?"{_media_arguments(config)}))
 ```
 
-With peft only, after `import moka`: `PeftModel.from_pretrained(moka.load_base("{run}"), "{run}/{ADAPTER}")`.
+With peft only: `PeftModel.from_pretrained(moka.load_base("{run}"), "{run}/{ADAPTER}")`, after `import moka`, which makes the
+method known to peft; without it peft raises `KeyError: 'MOKA'`.
 
 ## Training
 
 | | |
 |---|---|
-{"".join(f"| {key} | {value} |{chr(10)}" for key, value in summary.items())}
+{"".join(f"| {key} | {value} |{chr(10)}" for key, value in rows.items())}
 The resolved configuration is in `config.yaml`, every logged number in `metrics.jsonl`.
 
 ## Evaluation

@@ -29,7 +29,7 @@ from .callbacks import Meter, MetricsWriter, ProgressBar, add_tensorboard
 from .checkpointing import last_checkpoint, print_changes
 from .dataloading import build_train_dataset
 from .datasets import bad_media_report
-from .distributed_backend import BackendNote, forget_engine, in_words
+from .distributed_backend import BackendNote, forget_engine
 from .model_card import plot_balance, plot_loss, write_card, write_samples
 from .preemption import SaveAndLeave
 from .run_dir import ADAPTER, CONNECTOR, SUMMARY, save_result
@@ -274,5 +274,6 @@ def _write_artefacts(run: Run, result: PeftModel | None, seconds: float) -> None
         summary["adapter changes logits by"] = f"{100 * run.logits_change:.3g} %"
     plot_loss(folder)
     plot_balance(folder)
-    write_card(folder, config, summary | {f"stage {n}": in_words(backend) for n, backend in run.engines.items()})
-    write_json(folder / SUMMARY, summary | {"engines": run.engines})
+    summary["engines"] = run.engines
+    write_card(folder, config, summary)
+    write_json(folder / SUMMARY, summary)

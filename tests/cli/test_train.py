@@ -354,18 +354,27 @@ def test_no_space_for_the_cache_is_reported(refused, config_file, tmp_path, monk
     assert not list((tmp_path / "cache").rglob("*.whl"))
 
 
-def test_model_card_has_what_it_says(trained_run):
-    text = (trained_run / "README.md").read_text()
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_model_card_has_what_it_says(trained_run, tmp_path, evaluated, moka):
+    run = trained_run
+    if evaluated:
+        run = tmp_path / "run"
+        shutil.copytree(trained_run, run)
+        assert moka("eval", run).code == 0
+    text = (run / "README.md").read_text()
     _, header, body = text.split("---\n", 2)
     front = yaml.safe_load(header)
     assert front["library_name"] == "peft"
-    assert "moka" in front["tags"]
-    assert "Not evaluated yet." in body
+    assert sorted(front["tags"]) == ["moka", "multimodal"]
+    assert ("Not evaluated yet." in body) is not evaluated
+    assert "| stage 2 | one process, PeftModel" in body
+    assert "{" not in body
+    assert "`KeyError: 'MOKA'`" in body
     code = body.split("```python\n")[1].split("```")[0]
     # The names in it exist: run it with real media in the places of the user's.
-    assert f'moka.load("{trained_run.as_posix()}")' in code
+    assert f'moka.load("{run.as_posix()}")' in code
     assert 'image="picture.png", audio="sound.wav"' in code
-    assert (trained_run / "adapter/README.md").read_text() == text
+    assert (run / "adapter/README.md").read_text() == text
     assert "Free Spoken Digit Dataset" in body
 
 

@@ -1,15 +1,13 @@
 """Batches are the same whoever makes them, and reach the device as the machine allows."""
 
-import os
 import warnings
 
 import pytest
 import torch
 from transformers import TrainerCallback
 
-from moka.training import arguments, config_from_dict, run_training
+from moka.training import config_from_dict, run_training
 from moka.training import run as run_module
-from moka.training.arguments import loader_settings, training_arguments
 
 SHORT = {
     "data__train_size": 12,
@@ -20,13 +18,6 @@ SHORT = {
     "training__save_strategy": "no",
     "alignment__save_strategy": "no",
 }
-
-
-@pytest.fixture
-def gpu(monkeypatch):
-    """A machine with a GPU, as far as the settings look."""
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    monkeypatch.setattr(arguments, "usable_cores", lambda: 16)
 
 
 class Seen(TrainerCallback):
@@ -90,46 +81,3 @@ def test_workers_that_stay_do_not_change_what_dropout_draws(observed, same_run):
     stay, _ = observed("stay", training__dataloader_num_workers=1)
     leave, _ = observed("leave", training__dataloader_num_workers=1, training__dataloader_persistent_workers=False)
     same_run(stay, leave)
-
-
-def test_settings_of_a_machine_with_a_gpu(gpu):
-    assert loader_settings({}) == {
-        "dataloader_num_workers": 4,
-        "dataloader_persistent_workers": True,
-        "accelerator_config": {"non_blocking": True},
-    }
-    assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
-    # The cores of a process bound their number; one is the process's own.
-    for cores, workers in ((3, 2), (2, 1), (1, 1)):
-        arguments.usable_cores = lambda cores=cores: cores
-        assert loader_settings({})["dataloader_num_workers"] == workers
-
-
-def test_what_a_configuration_says_stays(gpu):
-    given = {"dataloader_num_workers": 0, "accelerator_config": {"split_batches": True}}
-    assert loader_settings(given) == {
-        "dataloader_num_workers": 0,
-        "accelerator_config": {"split_batches": True, "non_blocking": True},
-    }
-    given = {"dataloader_num_workers": 2, "dataloader_persistent_workers": False, "dataloader_pin_memory": False}
-    assert loader_settings(given) == {
-        "dataloader_num_workers": 2,
-        "dataloader_persistent_workers": False,
-    }
-    given = {"accelerator_config": {"non_blocking": False}}
-    assert loader_settings(given)["accelerator_config"] == {"non_blocking": False}
-    assert "accelerator_config" not in loader_settings({"accelerator_config": "accelerator.json"})
-
-
-@pytest.mark.parametrize("section", [{}, {"dataloader_num_workers": 2}, {"dataloader_pin_memory": True}])
-def test_on_a_cpu_nothing_is_pinned_and_no_one_warned(tmp_path, section, caplog):
-    if torch.cuda.is_available():
-        section = {**section, "use_cpu": True}
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        arguments = training_arguments(section, tmp_path)
-    assert arguments.dataloader_num_workers == section.get("dataloader_num_workers", 0)
-    assert arguments.dataloader_persistent_workers == ("dataloader_num_workers" in section)
-    assert not arguments.dataloader_pin_memory
-    assert not arguments.accelerator_config.non_blocking
-    assert not caplog.records

@@ -1,6 +1,5 @@
 """Launch configurations as their readers parse them, the commands built from them, and processes really started."""
 
-import itertools
 import json
 import os
 import re
@@ -174,24 +173,6 @@ def test_every_recipe_fixes_its_global_batch(path):
         for processes in (1, 2, 4, 8):
             size, steps = divide(total, largest, processes)
             assert size * steps * processes == total
-
-
-def test_global_batch_is_divided_exactly_or_refused_with_what_would_do():
-    for total, largest, processes in itertools.product(range(1, 25), range(1, 10), range(1, 10)):
-        try:
-            size, steps = divide(total, largest, processes)
-        except MokaError as error:
-            assert total % processes or (total // processes > largest and (total // processes) % largest)
-            remedies = {"per_device_train_batch_size to": 1, "launch": 2, "set global_batch_size to": 0}
-            for words, position in remedies.items():
-                found = re.search(rf"{words} ([\d, or]+)", str(error), re.IGNORECASE)
-                for number in map(int, re.findall(r"\d+", found[1])) if found else ():
-                    changed = [total, largest, processes]
-                    changed[position] = number
-                    divide(*changed)
-        else:
-            assert size * steps * processes == total
-            assert 1 <= size <= largest
 
 
 def printed(capsys, *words):

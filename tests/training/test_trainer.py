@@ -1,6 +1,5 @@
 """The trainer: equal losses however a batch is cut, checkpoints of what is trained, no half-written result."""
 
-import importlib.util
 import json
 import os
 import resource
@@ -60,15 +59,6 @@ def test_accumulated_batches_lose_as_one_big_batch(tiny_config, tmp_path, object
     assert found[2] == pytest.approx(found[8], rel=1e-4)
 
 
-def test_global_batch_that_cannot_be_had_is_reported(tmp_path):
-    with pytest.raises(MokaError, match=r"alignment.global_batch_size: 10 cannot be divided over 1 processes.*: 4"):
-        training_arguments({"global_batch_size": 10, "per_device_train_batch_size": 4}, tmp_path / "x", "alignment")
-    section = {"global_batch_size": 8, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}
-    with pytest.raises(MokaError, match="takes 2 accumulation steps, and gradient_accumulation_steps is 3"):
-        training_arguments(section, tmp_path / "x")
-    assert not (tmp_path / "x").exists()
-
-
 def test_checkpoints_hold_what_is_trained_and_no_backbone(trained_run, backbones):
     backbone = sum(t.numel() for t in load_file(backbones["llama"] / "model.safetensors").values())
     one, two = (trained_run / f"checkpoints/stage{stage}/checkpoint-2" for stage in (1, 2))
@@ -118,43 +108,6 @@ def test_each_part_gets_its_learning_rate(tiny_config, tmp_path):
         if name.endswith(".bias"):
             assert of[id(parameter)]["weight_decay"] == 0.0
     assert {group["weight_decay"] for group in of.values()} == {0.0, 0.1}
-
-
-@pytest.mark.parametrize(
-    ("section", "words"),
-    [
-        ({"optim": "adamw_torchy"}, ["adamw_torchy"]),
-        ({"optim": "lomo"}, ["optim", "lomo"]),
-        ({"adam_beta1": 2}, ["adam_beta1", "2"]),
-        ({"adam_epsilon": -1.0}, ["adam_epsilon", "-1"]),
-        ({"lr_scheduler_type": "cosin"}, ["cosin"]),
-        ({"lr_scheduler_kwargs": {"foo": 1}}, ["lr_scheduler_kwargs", "foo"]),
-        ({"load_best_model_at_end": True, "eval_strategy": "no"}, ["strateg"]),
-        ({"save_strategy": "best"}, ["save_strategy", "metric_for_best_model"]),
-        ({"data_seed": 10**20}, ["data_seed"]),
-        ({"log_level": "foo"}, ["log_level", "foo"]),
-        ({"torch_compile_backend": "nope"}, ["torch_compile_backend", "NOPE"]),
-        ({"neftune_noise_alpha": -5.0}, ["neftune_noise_alpha", "-5"]),
-        ({"use_liger_kernel": True}, ["use_liger_kernel"]),
-        ({"bf16": True, "use_cpu": True}, ["training.bf16"]),
-        ({"fp16": True, "use_cpu": True}, ["training.fp16"]),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
-def test_settings_that_cannot_work_are_refused_before_training(tmp_path, section, words):
-    if "use_liger_kernel" in section and importlib.util.find_spec("liger_kernel"):
-        pytest.skip("it is installed")
-    with pytest.raises(MokaError) as caught:
-        training_arguments(section, tmp_path / "x")
-    assert all(word in str(caught.value) for word in ["training", *words])
-    assert not (tmp_path / "x").exists()
-
-
-@pytest.mark.parametrize(("key", "value"), [("training__adam_beta1", 2), ("adapter__r", 10**9)])
-def test_settings_of_stage_2_are_tried_before_stage_1_is_trained(tiny_config, tmp_path, key, value):
-    with pytest.raises(MokaError, match=key.rpartition("__")[2]):
-        train(tiny_config(tmp_path / "run", **{key: value}))
-    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError()])
