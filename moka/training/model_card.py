@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -20,66 +20,50 @@ from moka.modeling.configuration import DEFAULT_TYPE_IDS, MEDIA_TYPE_IDS
 from .distributed_backend import in_words
 from .run_dir import ADAPTER, RunFolder
 
+# Panels of a plot: prefixes of the logged keys, label, settings of the axis.
+Panels = list[tuple[tuple[str, ...], str, dict[str, Any]]]
+_LOSS: Panels = [(("loss", "eval_loss"), "loss", {}), (("learning_rate",), "learning rate", {})]
+_BALANCE: Panels = [
+    (("tokens_per_second",), "tokens/s", {"ylim": (0, None)}),
+    (("data_wait",), "waiting for data", {"ylim": (0, 1)}),
+    (("grad_norm/",), "gradient norm", {"yscale": "log"}),
+]
 
-def plot_loss(folder: RunFolder) -> Path | None:
-    """RUN/loss.png: training and validation loss over the learning rate, a column for each stage."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return None
+
+def plot_metrics(folder: RunFolder) -> None:
+    """Draw RUN/loss.png (loss and learning rate) and RUN/balance.png (throughput, waiting for data, gradient norms by part)."""
+    with suppress(ImportError):  # matplotlib
+        _plot(folder, "loss.png", _LOSS)
+        _plot(folder, "balance.png", _BALANCE)
+
+
+def _plot(folder: RunFolder, name: str, panels: Panels) -> None:
+    """Draw a panel below the other, a column for each stage; nothing if the first panel's figures were not logged."""
+    from matplotlib.figure import Figure
+
     records = folder.metrics()
-    stages = sorted({r["stage"] for r in records if "loss" in r})
+    stages = sorted({r["stage"] for r in records if any(key in r for key in panels[0][0])})
     if not stages:
-        return None
-    figure = Figure(figsize=(5 * len(stages), 5), layout="constrained")
-    axes = figure.subplots(2, len(stages), squeeze=False, sharex="col", height_ratios=[3, 1])
+        return
+    heights = [2 if len(keys) > 1 or keys[0].endswith("/") else 1 for keys, _, _ in panels]
+    figure = Figure(figsize=(5 * len(stages), 1.75 * sum(heights)), layout="constrained")
+    axes = figure.subplots(len(panels), len(stages), squeeze=False, sharex="col", height_ratios=heights)
     for column, stage in enumerate(stages):
-        loss, rate = axes[0][column], axes[1][column]
-        for key, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o--")):
-            points = [(r["step"], r[key]) for r in records if r["stage"] == stage and key in r]
-            if points:
-                loss.plot(*zip(*points, strict=True), style, label=label)
-        points = [(r["step"], r["learning_rate"]) for r in records if r["stage"] == stage and "learning_rate" in r]
-        rate.plot(*zip(*points, strict=True), color="grey")
-        loss.set(title=f"stage {stage}", ylabel="loss")
-        loss.legend()
-        rate.set(xlabel="step", ylabel="learning rate")
-    path = folder / "loss.png"
-    with disk_full_errors(path):
-        figure.savefig(path, dpi=120)
-    return path
-
-
-def plot_balance(folder: RunFolder) -> Path | None:
-    """RUN/balance.png: tokens a second, the share of time spent waiting for data, and gradient norms by part."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return None
-    records = folder.metrics()
-    stages = sorted({r["stage"] for r in records if "tokens_per_second" in r})
-    if not stages:
-        return None
-    figure = Figure(figsize=(5 * len(stages), 7), layout="constrained")
-    axes = figure.subplots(3, len(stages), squeeze=False, sharex="col", height_ratios=[1, 1, 2])
-    for column, stage in enumerate(stages):
-        speed, wait, norms = axes[:, column]
         of_stage = [r for r in records if r["stage"] == stage]
-        parts = sorted({key for r in of_stage for key in r if key.startswith("grad_norm/")})
-        for axis, key in ((speed, "tokens_per_second"), (wait, "data_wait"), *((norms, part) for part in parts)):
-            # A's gradient is zero as long as B is, which a logarithmic axis cannot show.
-            points = [(r["step"], r[key]) for r in of_stage if r.get(key) is not None and (axis is not norms or r[key])]
-            if points:
-                axis.plot(*zip(*points, strict=True), ".-", label=key.removeprefix("grad_norm/"))
-        speed.set(title=f"stage {stage}", ylabel="tokens/s", ylim=(0, None))
-        wait.set(ylabel="waiting for data", ylim=(0, 1))
-        norms.set(xlabel="step", ylabel="gradient norm", yscale="log")
-        if parts:
-            norms.legend(fontsize="small", ncols=2)
-    path = folder / "balance.png"
-    with disk_full_errors(path):
-        figure.savefig(path, dpi=120)
-    return path
+        for axis, (prefixes, label, settings) in zip(axes[:, column], panels, strict=True):
+            for key in sorted({key for r in of_stage for key in r if key.startswith(prefixes)}):
+                points = [(r["step"], r[key]) for r in of_stage if r.get(key) is not None]
+                # A's gradient is zero as long as B is, which a logarithmic axis cannot show.
+                points = [point for point in points if point[1] or "yscale" not in settings]
+                if points:
+                    axis.plot(*zip(*points, strict=True), ".-", label=key.removeprefix(prefixes[0]) or key)
+            axis.set(ylabel=label, **settings)
+            if len(axis.lines) > 1:
+                axis.legend(fontsize="small", ncols=2)
+        axes[0][column].set(title=f"stage {stage}")
+        axes[-1][column].set(xlabel="step")
+    with disk_full_errors(folder / name):
+        figure.savefig(folder / name, dpi=120)
 
 
 def write_card(folder: RunFolder, config: RunConfig, summary: dict[str, Any]) -> None:

@@ -68,10 +68,6 @@ class Run:
     def max_length(self) -> int | None:
         return context_length(self.config.model, self.model)
 
-    def leave_if_told(self) -> None:
-        """End here where a signal came after the last step of a stage; its result is saved."""
-        self.interruption.check()
-
 
 @contextmanager
 def open_run(config: RunConfig, resume: bool = False, overwrite: bool = False) -> Iterator[Run | None]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from moka.config import MokaTrainingArguments
 from moka.data.streaming import EncodedStream
-from moka.distributed import all_gather_object, is_main, run_on_all, run_on_main
+from moka.distributed import all_gather_object, collective_errors, is_main, run_on_all, run_on_main
 from moka.errors import MokaError
 from moka.io import disk_full_errors
 from moka.modeling import MokaForConditionalGeneration
@@ -228,37 +228,23 @@ class MokaTrainer(Trainer):
         folder = Path(self.args.output_dir or ".")
         checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
         zero_stage = describe(self)["zero_stage"]
+        # DeepSpeed and FSDP write together: one that fails in the middle can say the others only by ending.
+        together = self.is_deepspeed_enabled or self.is_fsdp_enabled
         self._save_error = None
-
-        def write() -> None:
-            with disk_full_errors(checkpoint), _without_fsdp_model_copy():
-                super(MokaTrainer, self)._save_checkpoint(model, trial)
-
-        def fail() -> None:
-            with disk_full_errors(checkpoint):
-                if self._save_error is not None:
-                    raise self._save_error
-
-        def both() -> None:
-            write()
-            fail()
-
-        def finish() -> None:
-            with disk_full_errors(checkpoint):
-                metadata = CheckpointMetadata(step, self.args.world_size, zero_stage, self.data_fingerprint)
-                complete(checkpoint, metadata, written)
-            rotate(folder, self._save_limit, checkpoint, self.state.best_model_checkpoint)
-
         try:
             run_on_main(lambda: shutil.rmtree(checkpoint, ignore_errors=True))
-            if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-                # These write together: one that fails in the middle can say the others only by ending.
-                write()
-                run_on_all(fail)
-            else:
-                run_on_all(both)
+            errors = nullcontext() if together else collective_errors()
+            with errors, disk_full_errors(checkpoint), _without_fsdp_model_copy():
+                super()._save_checkpoint(model, trial)
+            with collective_errors(), disk_full_errors(checkpoint):
+                if self._save_error is not None:
+                    raise self._save_error
             written = all_gather_object(file_sizes(checkpoint))
-            run_on_main(finish)
+            with collective_errors(), disk_full_errors(checkpoint):
+                if is_main():
+                    metadata = CheckpointMetadata(step, self.args.world_size, zero_stage, self.data_fingerprint)
+                    complete(checkpoint, metadata, written)
+                    rotate(folder, self._save_limit, checkpoint, self.state.best_model_checkpoint)
         except BaseException:
             if is_main():
                 shutil.rmtree(checkpoint, ignore_errors=True)

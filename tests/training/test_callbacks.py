@@ -15,7 +15,7 @@ from moka.data import Collator
 from moka.errors import MokaError
 from moka.training import callbacks, config_from_dict, run_training
 from moka.training import run as run_module
-from moka.training.callbacks import MetricsWriter, ProgressBar, StepClock
+from moka.training.callbacks import Meter, MetricsWriter, ProgressBar
 
 SHORT = {"stages": [2], "training__max_steps": 4, "training__save_strategy": "no", "data__validation": None}
 NO_DROPOUT = {
@@ -120,23 +120,23 @@ def test_training_is_the_same_unobserved(trained_run, tiny_config, tmp_path, mon
 def test_waiting_and_pauses_are_separate(monkeypatch):
     now = SimpleNamespace(time=0.0)
     monkeypatch.setattr(callbacks.time, "perf_counter", lambda: now.time)
-    clock = StepClock()
+    meter = Meter({})
 
     def step(fetching, computing):
-        clock.fetch_began()
+        meter.on_fetch_begin(None)
         now.time += fetching
-        clock.fetch_ended()
+        meter.on_fetch_end(None)
         now.time += computing
-        clock.step_ended()
+        meter.on_step_end(None, None, None)
 
     step(3.0, 5.0)
     now.time += 100.0  # an evaluation
     step(3.0, 1.0)
     now.time += 0.5  # the device ends its work
-    assert clock.read() == (12.5, 6.0)
+    assert meter.read_times() == (12.5, 6.0)
     now.time += 50.0  # a checkpoint
     step(2.0, 0.0)
-    assert clock.read() == (2.0, 2.0)
+    assert meter.read_times() == (2.0, 2.0)
 
 
 def test_lines_at_logs_where_there_is_no_terminal(tiny_config, tmp_path, capfd):

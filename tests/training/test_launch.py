@@ -221,7 +221,7 @@ def test_cpu_launcher_hides_the_gpus(monkeypatch, with_gpus):
     ("options", "words"),
     [
         (["zerro2"], ["zerro2", "Did you mean 'zero2'?"]),
-        (["configs/none.yaml"], ["configs/none.yaml", "no such file"]),
+        (["configs/none.yaml"], ["configs/none.yaml", "a file"]),
         (["ddp", "--num-processes", "0"], ["--num-processes: 0 is too small", "at least 1"]),
         (["single_gpu", "--num-processes", "2"], ["one process", "ddp"]),
         (["multi_node"], ["--main_process_ip"]),
