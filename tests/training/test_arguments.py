@@ -11,7 +11,7 @@ import torch
 
 from moka.distributed import default_device
 from moka.errors import MokaError
-from moka.training import arguments, config_from_dict, run_training
+from moka.training import arguments
 from moka.training.arguments import divide, loader_settings, training_arguments
 
 
@@ -90,9 +90,9 @@ def test_settings_that_cannot_work_are_refused_before_training(tmp_path, section
 
 
 @pytest.mark.parametrize(("key", "value"), [("training__adam_beta1", 2), ("adapter__r", 10**9)])
-def test_settings_of_stage_2_are_tried_before_stage_1_is_trained(tiny_config, tmp_path, key, value):
+def test_settings_of_stage_2_are_tried_before_stage_1_is_trained(train, tmp_path, key, value):
     with pytest.raises(MokaError, match=key.rpartition("__")[2]):
-        run_training(config_from_dict(tiny_config(tmp_path / "run", **{key: value})))
+        train(tmp_path / "run", **{key: value})
     assert not (tmp_path / "run").exists()
 
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from moka.training import config_from_dict, run_training
 from moka.training import run as run_module
 
 SHORT = {
@@ -42,13 +41,13 @@ def children():
 
 
 @pytest.fixture
-def observed(tiny_config, tmp_path, monkeypatch):
+def observed(train, tmp_path, monkeypatch):
     def run(name, **changes):
         seen = Seen()
         own = run_module._callbacks
         with monkeypatch.context() as patch:
             patch.setattr(run_module, "_callbacks", lambda run, stage: [*own(run, stage), seen])
-            folder = run_training(config_from_dict(tiny_config(tmp_path / name, **SHORT, **changes)))
+            folder = train(tmp_path / name, **SHORT, **changes)
         return folder, seen
 
     return run
