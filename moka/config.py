@@ -25,6 +25,7 @@ from moka.type_checks import check_types
 from moka.yaml_files import find_config, read_config
 
 SECTIONS = {1: "alignment", 2: "training"}  # of each stage
+DATA = {1: "alignment", 2: "train"}  # the training data of each stage
 Source = str | dict[str, Any] | list[Any] | None
 
 
@@ -408,7 +409,7 @@ def check_complete(config: RunConfig, where: str = "config") -> None:
         MokaError: names the key that is not set.
     """
     for stage in config.stages:
-        name = "train" if stage == 2 else "alignment"
+        name = DATA[stage]
         if getattr(config.data, name) is None:
             raise MokaError(
                 f"{where}: data.{name} is not set, and stage {stage} trains on it: a JSONL file, embedded:TASK or a format."

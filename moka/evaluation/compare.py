@@ -212,7 +212,7 @@ def _one_run(changed: RunConfig, progress: bool) -> dict[str, Any]:
     summary = read_json(folder / SUMMARY)
     record = {
         "settings": _settings(changed),
-        "parameters": int(summary["trainable parameters, adapter"].replace(",", "")),
+        "parameters": summary["trainable parameters, adapter"],
         "scores": {name: s["accuracy"] for name, s in result["conditions"][AS_GIVEN].items()},
         "n": result["protocol"]["n"],
         "torch": torch.__version__,

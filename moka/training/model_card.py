@@ -20,6 +20,7 @@ from moka.modeling.configuration import DEFAULT_TYPE_IDS, MEDIA_TYPE_IDS
 from .distributed_backend import in_words
 from .run_dir import ADAPTER, RunFolder
 
+_NAMES = {"moka": "MokA (https://arxiv.org/abs/2506.05191)", "lora": "LoRA"}
 # Panels of a plot: prefixes of the logged keys, label, settings of the axis.
 Panels = list[tuple[tuple[str, ...], str, dict[str, Any]]]
 _LOSS: Panels = [(("loss", "eval_loss"), "loss", {}), (("learning_rate",), "learning rate", {})]
@@ -70,7 +71,11 @@ def write_card(folder: RunFolder, config: RunConfig, summary: dict[str, Any]) ->
     """RUN/README.md and the adapter's README.md: what it is, how to load it, how it was made, its numbers."""
     method = config.adapter["method"]
     engines = {f"stage {stage}": in_words(engine) for stage, engine in summary.get("engines", {}).items()}
-    rows = {key: value for key, value in summary.items() if key != "engines"} | engines
+    rows = {
+        key: f"{n:,}" if "parameters" in key and isinstance(n, int) else n
+        for key, n in summary.items()
+        if key != "engines"
+    } | engines
     evaluation = folder / "evaluation.json"
     numbers = (
         _evaluation_table(json.loads(evaluation.read_text("utf-8"))) if evaluation.exists() else "Not evaluated yet."
@@ -89,7 +94,7 @@ def write_card(folder: RunFolder, config: RunConfig, summary: dict[str, Any]) ->
 
 # {folder.path.name}
 
-A {_name(method)} adapter for `{config.model.backbone}` with the modalities {modalities}, trained with moka {moka.__version__}.
+A {_NAMES.get(method, method)} adapter for `{config.model.backbone}` with the modalities {modalities}, trained with moka {moka.__version__}.
 
 ## Use
 
@@ -131,10 +136,6 @@ def _media_arguments(config: RunConfig) -> str:
         (spec.get("type_ids") or DEFAULT_TYPE_IDS.get(name) or [0])[0] for name, spec in config.model.modalities.items()
     )
     return "".join(f', {kinds[i]}="{files[kinds[i]]}"' for i in first if i in kinds)
-
-
-def _name(method: str) -> str:
-    return {"moka": "MokA (https://arxiv.org/abs/2506.05191)", "lora": "LoRA"}.get(method, method)
 
 
 def _evaluation_table(result: dict[str, Any]) -> str:

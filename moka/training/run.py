@@ -11,7 +11,7 @@ import transformers
 from peft import PeftModel
 from transformers.trainer_utils import IntervalStrategy
 
-from moka.config import SECTIONS, RunConfig
+from moka.config import DATA, SECTIONS, RunConfig
 from moka.data import Collator, EncodedDataset
 from moka.data.media import AudioWindows
 from moka.data.streaming import EncodedStream, SampleStream
@@ -61,7 +61,7 @@ def run_training(config: RunConfig, resume: bool = False, overwrite: bool = Fals
 def _trainer(run: Run, stage: int, module: torch.nn.Module, step: int) -> MokaTrainer:
     arguments = run.arguments[stage]
     forget_engine(arguments)
-    train = run.datasets["alignment" if stage == 1 else "train"]
+    train = run.datasets[DATA[stage]]
     validation = run.datasets.get("validation") if arguments.eval_strategy != IntervalStrategy.NO else None
     check_dtypes(module)
     dropped = run.folder / f"dropped-stage{stage}.jsonl"
@@ -73,7 +73,7 @@ def _trainer(run: Run, stage: int, module: torch.nn.Module, step: int) -> MokaTr
             arguments,
             path=run.folder / f"lengths-stage{stage}.npz",
             resume=run.resume,
-            name=f"data.{'alignment' if stage == 1 else 'train'}",
+            name=f"data.{DATA[stage]}",
         ),
         eval_dataset=None if validation is None else EncodedDataset(validation, run.processor, run.max_length),
         data_collator=Collator(run.processor),
@@ -123,8 +123,7 @@ def _train(run: Run, stage: int, module: torch.nn.Module) -> dict[str, torch.Ten
     _note_batch(run, stage, resumed=checkpoint is not None)
     trainer = _trainer(run, stage, module, step)
     if checkpoint is not None and is_main():
-        name = f"data.{'alignment' if stage == 1 else 'train'}"
-        print_changes(checkpoint, arguments.world_size, trainer.data_fingerprint, name)
+        print_changes(checkpoint, arguments.world_size, trainer.data_fingerprint, f"data.{DATA[stage]}")
     trainer.add_callback(BackendNote(trainer, stage, run.engines))
     trainer.add_callback(SaveAndLeave(run.interruption, trainer))
     run.interruption.defer()
@@ -214,7 +213,7 @@ def _note_replaced(run: Run, stage: int) -> None:
     """Print how many samples could not be used, or only in part, over all processes and loader workers."""
     paths = [run.folder / f"dropped-stage{stage}.jsonl"]
     if run.config.data.on_bad_media == "substitute":
-        paths.append(bad_media_report(run.folder.path, "alignment" if stage == 1 else "train"))
+        paths.append(bad_media_report(run.folder.path, DATA[stage]))
     for path in paths:
         if not is_main() or not path.exists():
             continue
@@ -245,8 +244,8 @@ def _write_artefacts(run: Run, result: PeftModel | None, seconds: float) -> None
     summary: dict[str, Any] = {"method": config.adapter["method"] if 2 in config.stages else "stage 1 only"}
     if result is not None:
         counts = count_parameters(result)
-        summary |= {f"trainable parameters, {part}": f"{n:,}" for part, n in counts.items() if part != "total"}
-        summary["all parameters"] = f"{counts['total']:,}"
+        summary |= {f"trainable parameters, {part}": n for part, n in counts.items() if part != "total"}
+        summary["all parameters"] = counts["total"]
         summary["adapter covers"] = f"{adapter_coverage(result):.0%} of the decoder's block weights"
     for name in run.datasets:
         path = bad_media_report(folder.path, name)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ from .dataloading import (
     sampler,
     stream_loader,
 )
-from .distributed_backend import describe, exclude_frozen, load_checkpoint, move_unsharded
+from .distributed_backend import describe, load_checkpoint, move_unsharded
 from .gradients import GradientReader
 from .run_dir import save_adapter
 
@@ -216,7 +217,8 @@ class MokaTrainer(Trainer):
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         move_unsharded(self.model, self.args.device)
         model, train_dataloader = super()._prepare_for_training(max_steps, train_dataloader, None)
-        exclude_frozen(model)
+        # The frozen backbone stays out of its checkpoints; transformers does so only for adapters.
+        model.save_checkpoint = partial(model.save_checkpoint, exclude_frozen_parameters=True)
         if resume_from_checkpoint is not None:
             load_checkpoint(model, Path(resume_from_checkpoint), self.args.world_size)
             self._load_optimizer_and_scheduler(resume_from_checkpoint)
