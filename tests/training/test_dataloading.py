@@ -6,6 +6,10 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from moka.data import EncodedDataset
+from moka.data.media import BadMediaPolicy, DecodedDataset
+from moka.io import read_jsonl
+from moka.modeling import TooLongError
 from moka.training import run as run_module
 
 SHORT = {
@@ -80,3 +84,29 @@ def test_workers_that_stay_do_not_change_what_dropout_draws(observed, same_run):
     stay, _ = observed("stay", training__dataloader_num_workers=1)
     leave, _ = observed("leave", training__dataloader_num_workers=1, training__dataloader_persistent_workers=False)
     same_run(stay, leave)
+
+
+class Refusing:
+    """A processor for which every chat but that of sample 5 is too long."""
+
+    def encode(self, messages, **how):
+        (part,) = messages[0]["content"]
+        if part["text"] != "5":
+            raise TooLongError(part["text"])
+        return {"input_ids": [1], "labels": [1]}
+
+
+def test_a_substitute_that_cannot_be_used_is_reported_under_its_own_index(tmp_path):
+    """Even samples have bad media; what takes their place is too long."""
+
+    def sample(i):
+        bad, text = {"type": "image", "image": str(tmp_path / "absent.png")}, {"type": "text", "text": str(i)}
+        return {"id": f"s{i}", "messages": [{"role": "user", "content": [text if i % 2 else bad]}]}
+
+    policy = BadMediaPolicy("substitute", 1.0)
+    decoded = DecodedDataset([sample(i) for i in range(8)], policy=policy)
+    encoded = EncodedDataset(decoded, Refusing(), 16, report_path=tmp_path / "dropped.jsonl")
+    assert {encoded[index]["sample_id"] for index in range(8)} == {"s5"}
+    records = read_jsonl(tmp_path / "dropped.jsonl")
+    assert records
+    assert all(record["id"] == f"s{record['index']}" == f"s{record['reason']}" for record in records)

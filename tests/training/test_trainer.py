@@ -88,6 +88,16 @@ def test_every_trained_parameter_of_a_tower_in_the_adapted_model_can_get_a_gradi
     assert not any("layers.1" in name for name in trained)
 
 
+@pytest.mark.parametrize("method", ["moka", "lora"])
+def test_any_field_of_the_adapters_configuration_reaches_it(train, tmp_path, method):
+    changes = {"adapter__method": method, "adapter__rank_pattern": {"q_proj": 3}, "adapter__bias": "none"}
+    run = train(tmp_path / "run", **NO_DROPOUT, stages=[2], training__max_steps=1, **changes)
+    tensors = load_file(run / "adapter/adapter_model.safetensors")
+    ranks = {name.split(".")[-3]: t.shape[-2] for name, t in tensors.items() if "_A." in name}
+    assert ranks == {"q_proj": 3, "v_proj": 2}
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+
+
 def test_each_part_gets_its_learning_rate(tiny_config, tmp_path):
     config = config_from_dict(tiny_config(tmp_path / "x"))
     model, processor = build_model(config.model)
