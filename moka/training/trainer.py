@@ -230,7 +230,7 @@ class MokaTrainer(Trainer):
         folder = Path(self.args.output_dir or ".")
         checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
         zero_stage = describe(self)["zero_stage"]
-        # DeepSpeed and FSDP write together: one that fails in the middle can say the others only by ending.
+        # DeepSpeed and FSDP write together: a process that fails in the middle ends, and the launcher ends the others.
         together = self.is_deepspeed_enabled or self.is_fsdp_enabled
         self._save_error = None
         try:
