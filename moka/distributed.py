@@ -43,7 +43,13 @@ def connect(use_cpu: bool = False) -> torch.device:
     """Join the other processes if a launcher started several; return this process's device."""
     from accelerate import PartialState
 
-    return PartialState(cpu=use_cpu or not torch.cuda.is_available()).device
+    return PartialState(cpu=use_cpu or not torch.accelerator.is_available()).device
+
+
+def default_device() -> torch.device:
+    """Return the accelerator of this machine (CUDA, MPS, XPU, NPU, ...), or the CPU if there is none."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
 
 
 def is_main() -> bool:

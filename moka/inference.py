@@ -20,6 +20,7 @@ from moka.analysis.fork_merge import fork_merge_decoding
 from moka.config import ModelSection
 from moka.data import check_sample, decode_sample
 from moka.data.media import AudioWindows, BadMediaError
+from moka.distributed import default_device
 from moka.errors import MokaError
 from moka.io import read_json, sha256_of
 from moka.modeling import MokaForConditionalGeneration, MokaProcessor, TooLongError
@@ -252,9 +253,8 @@ def load_base(
         quantization = None
     if quantization is not None:
         check_quantization(quantization, "quantization")
-    section = ModelSection(
-        backbone=backbone or config["backbone"], modalities=modalities, dtype=dtype, quantization=quantization
-    )
+    own: dict[str, Any] = {"dtype": dtype, "quantization": quantization}
+    section = ModelSection(backbone=backbone or config["backbone"], modalities=modalities, **own)
     model, _ = build_model(section, device=device)
     model.config.fill_token_id = config["fill_token_id"]
     found = model.backbone_fingerprint()
@@ -341,7 +341,7 @@ def load(
 def _device(name: str | None) -> str:
     """The accelerator if there is one, or the named device."""
     if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return str(default_device())
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:

@@ -15,6 +15,8 @@ from .errors import MokaError, nearest
 def check_types(cls: type, values: Mapping[str, Any], where: str, remedy: str = "Correct the field.") -> None:
     """Compare ``values`` (field -> value, from JSON or an instance) with the type hints of the dataclass ``cls``.
 
+    Args:
+        where: opens the message: a file, or the prefix of a key that ends in a point.
     Raises:
         MokaError: a value of another type, or a number that is not finite. Names without a hint are passed over.
     """
@@ -23,8 +25,13 @@ def check_types(cls: type, values: Mapping[str, Any], where: str, remedy: str = 
             value = values[name]
             allowed = hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
             allowed = re.sub(r"\bfloat\b", "finite float", allowed.replace("typing.", ""))
-            near = nearest(str(value), map(str, get_args(hint))) if get_origin(hint) is Literal else ""
-            raise MokaError(f"{where}: {name} is {value!r}; allowed: {allowed}.{near} {remedy}")
+            choices = (
+                choice for one in (hint, *get_args(hint)) if get_origin(one) is Literal for choice in get_args(one)
+            )
+            place = f"{where}{name}" if where.endswith((".", " ")) else f"{where}: {name}"
+            raise MokaError(
+                f"{place} is {value!r}; allowed: {allowed}.{nearest(str(value), map(str, choices))} {remedy}"
+            )
 
 
 def _fits(value: Any, hint: Any) -> bool:

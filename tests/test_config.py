@@ -6,6 +6,7 @@ import pytest
 import yaml
 from transformers import TrainingArguments
 
+from moka import MokaConfig
 from moka.config import check_complete, describe
 from moka.errors import MokaError
 from moka.training import RunConfig, config_from_dict, load_config
@@ -31,49 +32,89 @@ def refused(raw, *words):
         assert word in message, message
 
 
+NAN = float("nan")
+
+
 @pytest.mark.parametrize(
-    ("raw", "key", "near"),
+    ("key", "value", "words"),
     [
-        ({"modle": {}}, "modle", "model"),
-        ({"model": {"backbon": "x"}}, "model.backbon", "backbone"),
-        ({"adapter": {"rank_": 4, "r": 4}}, "adapter.rank_", ""),
-        ({"data": {"validaton": "x"}}, "data.validaton", "validation"),
-        ({"training": {"learning_rat": 1}}, "training.learning_rat", "learning_rate"),
-        ({"alignment": {"objektive": "embedding"}}, "alignment.objektive", "objective"),
-        ({"training": {"global_batch": 8}}, "training.global_batch", "global_batch_size"),
+        # unknown keys, with the nearest known one
+        ("modle", {}, ["'model'"]),
+        ("model.backbon", "x", ["'backbone'"]),
+        ("adapter.rank_pattrn", {}, ["'rank_pattern'"]),
+        ("data.validaton", "x", ["'validation'"]),
+        ("training.learning_rat", 1, ["'learning_rate'"]),
+        ("alignment.objektive", "embedding", ["'objective'"]),
+        ("training.global_batch", 8, ["'global_batch_size'"]),
+        # values of another type, or not among those allowed
+        ("stages", 2, ["list[int]"]),
+        ("stages", [2, 1], ["[1, 2]"]),
+        ("stages", [], ["[1, 2]"]),
+        ("stages", [3], ["[1, 2]"]),
+        ("model", [], ["mapping"]),
+        ("model.modalities", {"visual": None}, ["dict"]),
+        ("model.connectors", [1], ["list[str]"]),
+        ("model.backbone", 7, ["str"]),
+        ("model.dtype", "float16", ["auto", "float32", "bfloat16"]),
+        ("model.quantization", "int4", ["nf4", "Did you mean 'int8'"]),
+        ("adapter.method", "mokka", ["lora", "none", "Did you mean 'moka'"]),
+        ("adapter.method", "none", ["stages: [1]"]),
+        ("adapter.preset", "papr", ["Did you mean 'paper'"]),
+        ("adapter.interaction", "reverse", ["Did you mean 'reversed'"]),
+        ("adapter.r", True, ["int"]),
+        ("adapter.r", "eight", ["int"]),
+        ("adapter.alpha", NAN, ["finite"]),
+        ("adapter.alpha", float("inf"), ["finite"]),
+        ("adapter.dropout", 1.5, ["[0, 1)"]),
+        ("adapter.adapt", ["smell"], ["'smell'", "'visual'"]),
+        ("adapter.modalities", {"text": [0]}, ["model.modalities"]),
+        ("data.on_bad_media", "skp", ["error", "substitute", "Did you mean 'skip'"]),
+        ("training.learning_rate", "fast", ["float"]),
+        ("training.learning_rate", NAN, ["finite"]),
+        ("training.learning_rate", "nan", ["float"]),
+        ("training.bf16", "yes please", ["bool"]),
+        ("training.packing", "yes", ["bool"]),
+        ("training.eval_strategy", 5, ["str"]),
+        ("training.train_sampling_strategy", "batch_rebalance", ["random", "sequential", "group_by_length"]),
+        ("training.output_dir", "x", ["output.dir"]),
+        ("training.label_smoothing_factor", 0.1, ["answer"]),
+        ("training.objective", "embedding", ["alignment.objective"]),
+        ("alignment.objective", "clip", ["language_modeling", "embedding"]),
+        # numbers out of range
+        *(
+            (key, value, [str(value)])
+            for value in (0, -1)
+            for key in (
+                *("adapter.r", "model.max_length", "data.train_size", "data.validation_size", "data.video_frames"),
+                *("evaluation.size", "evaluation.blank_size", "evaluation.batch_size", "evaluation.max_new_tokens"),
+                *("training.per_device_train_batch_size", "training.gradient_accumulation_steps"),
+                *("training.global_batch_size", "training.num_train_epochs", "training.logging_steps"),
+                *("training.save_steps", "training.eval_steps", "training.save_total_limit"),
+                "alignment.per_device_train_batch_size",
+            )
+        ),
+        ("training.max_steps", 0, ["0"]),
+        ("training.max_steps", -5, ["-5"]),
+        ("training.seed", -1, ["-1"]),
+        ("training.learning_rate", -0.1, ["-0.1"]),
     ],
 )
-def test_unknown_key_names_the_nearest(raw, key, near):
-    refused(raw, f"unknown key '{key}'", f"Did you mean '{near}'" if near else "known: ")
+def test_a_wrong_key_or_value_is_named_with_what_is_allowed(key, value, words):
+    section, _, name = key.partition(".")
+    refused({section: {name: value} if name else value}, key, *words)
 
 
 @pytest.mark.parametrize(
     ("raw", "words"),
     [
-        ({"stages": 2}, ["stages", "2", "a list of integers is expected"]),
-        ({"stages": [2, 1]}, ["stages", "[1, 2]"]),
-        ({"stages": []}, ["stages"]),
-        ({"stages": [3]}, ["stages", "3"]),
-        ({"model": []}, ["model", "a section of keys is expected"]),
-        ({"model": {"modalities": {"visual": None}}}, ["model.modalities"]),
-        ({"model": {"connectors": [1]}}, ["model.connectors", "list of texts"]),
-        ({"model": {"backbone": 7}}, ["model.backbone", "Quote it"]),
-        ({"model": {"dtype": "float16"}}, ["model.dtype", "auto, float32, bfloat16"]),
-        ({"adapter": {"method": "mokka"}}, ["adapter.method", "moka, lora, none", "Did you mean 'moka'"]),
-        ({"adapter": {"method": "none"}}, ["adapter.method", "stages: [1]"]),
-        ({"adapter": {"preset": "papr"}}, ["adapter.preset", "Did you mean 'paper'"]),
         ({"adapter": {"method": "lora", "share_b": False}}, ["adapter.share_b", "lora"]),
         ({"adapter": {"method": "lora", "interaction": "none"}}, ["adapter.interaction", "lora"]),
-        ({"adapter": {"r": True}}, ["adapter.r", "integer"]),
-        ({"adapter": {"r": "eight"}}, ["adapter.r", "'eight' is text"]),
         ({"stages": [1, 2], "model": {"connectors": ["x"]}}, ["model.connectors", "stages: [2]"]),
-        ({"data": {"on_bad_media": "skp"}}, ["data.on_bad_media", "error, skip, substitute", "Did you mean 'skip'"]),
-        ({"training": {"learning_rate": "fast"}}, ["training.learning_rate", "a number is expected"]),
-        ({"training": {"bf16": "yes please"}}, ["training.bf16", "true or false"]),
-        ({"training": {"eval_strategy": 5}}, ["training.eval_strategy", "text is expected"]),
-        ({"training": {"output_dir": "x"}}, ["training.output_dir", "output.dir"]),
-        ({"training": {"label_smoothing_factor": 0.1}}, ["training.label_smoothing_factor"]),
-        ({"training": {"objective": "embedding"}}, ["training.objective", "alignment.objective"]),
+        ({"training": {"packing": True}}, ["training.packing", "model.max_length"]),
+        (
+            {"alignment": {"packing": True, "objective": "embedding"}, "model": {"max_length": 96}},
+            ["alignment.packing", "alignment.objective: language_modeling"],
+        ),
         ({"training": {"observe_modalities": -1}}, ["training.observe_modalities", "-1", "0"]),
         ({"training": {"observe_modalities": True}}, ["training.observe_modalities", "True", "integer"]),
         (
@@ -84,46 +125,34 @@ def test_unknown_key_names_the_nearest(raw, key, near):
             {"adapter": {"method": "lora"}, "training": {"observe_modalities": 5}},
             ["training.observe_modalities", "5", "adapter.method", "lora"],
         ),
-        ({"alignment": {"objective": "clip"}}, ["alignment.objective", "language_modeling, embedding"]),
     ],
 )
-def test_wrong_value_is_reported_with_what_is_expected(raw, words):
+def test_settings_that_contradict_each_other_are_named(raw, words):
     refused(raw, *words)
 
 
-@pytest.mark.parametrize("value", [0, -1])
-@pytest.mark.parametrize(
-    "key",
-    [
-        *("adapter.r", "model.max_length", "data.train_size", "data.validation_size", "data.video_frames"),
-        *("evaluation.size", "evaluation.blank_size", "evaluation.batch_size", "evaluation.max_new_tokens"),
-        *("training.per_device_train_batch_size", "training.gradient_accumulation_steps"),
-        *("training.global_batch_size", "training.num_train_epochs", "training.logging_steps", "training.save_steps"),
-        *("training.eval_steps", "alignment.per_device_train_batch_size", "training.save_total_limit"),
-    ],
-)
-def test_zero_and_negative_sizes_are_refused(key, value):
-    section, name = key.split(".")
-    refused({section: {name: value}}, key, str(value), "too small")
+def test_the_adapter_is_that_of_mokaconfig(tmp_path):
+    """Each field of `MokaConfig` can be set, unless moka derives it; defaults are those of the preset."""
+    raw = {"modalities": {"visual": {}, "audio": {}}}
+    config = config_from_dict({"model": raw, "adapter": {"preset": "official-avt", "rank_pattern": {"q_proj": 8}}})
+    fields = {f.name for f in dataclasses.fields(MokaConfig)}
+    assert {"r", "bias", "rank_pattern", "adapt_towers"} <= set(config.adapter) - {"method", "preset"} <= fields
+    assert (config.adapter["scale_position"], config.adapter["rank_pattern"]) == ("input", {"q_proj": 8})
+    preset = MokaConfig.preset("official-avt", rank_pattern={"q_proj": 8})
+    assert all(getattr(preset, key) == config.adapter[key] for key in set(config.adapter) & fields)
+    # A run folder of earlier versions has null for what its preset decides.
+    assert config_from_dict({"model": raw, "adapter": {"interaction_weight": None}}).adapter["interaction_weight"] == 1
 
 
-@pytest.mark.parametrize(("key", "value"), [("max_steps", 0), ("max_steps", -5), ("seed", -1), ("learning_rate", -0.1)])
-def test_numbers_that_would_mean_something_else_are_refused(key, value):
-    refused({"training": {key: value}}, f"training.{key}", "too small")
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), "nan"])
-def test_rates_are_finite(value):
-    refused({"training": {"learning_rate": value}}, "training.learning_rate")
-
-
-def test_yaml_readings_of_numbers_and_words_are_understood():
-    # YAML 1.1 reads 1e-4 as text and a bare `no` as false.
-    raw = yaml.safe_load("training: {learning_rate: 1e-4, save_strategy: no, max_grad_norm: 1, eval_steps: 5}")
-    section = config_from_dict(raw).training
-    assert section == {"learning_rate": 1e-4, "save_strategy": "no", "max_grad_norm": 1.0, "eval_steps": 5.0}
-    weights = config_from_dict({"adapter": {"interaction_weight": {"visual": "5e-2"}}}).adapter.interaction_weight
-    assert weights == {"visual": 0.05}
+def test_yaml_readings_of_numbers_and_words_are_understood(config_file):
+    """YAML 1.1 reads 1e-4 as text and a bare `no` as false."""
+    text = "training: {learning_rate: 1e-4, save_strategy: no, max_grad_norm: 1, eval_steps: 5, weight_decay: 1.e3}"
+    section = load_config(config_file(text)).training
+    assert section == {
+        **{"learning_rate": 1e-4, "save_strategy": "no", "max_grad_norm": 1.0, "eval_steps": 5.0, "weight_decay": 1e3}
+    }
+    config = load_config(config_file("output: {dir: 1e4x}"), ["adapter.interaction_weight.visual=5e-2"])
+    assert (config.output.dir, config.adapter["interaction_weight"]) == ("1e4x", {"visual": 0.05})
 
 
 def test_overrides_reach_any_depth(config_file):
@@ -132,7 +161,7 @@ def test_overrides_reach_any_depth(config_file):
         path,
         ["adapter.r=8", "training.max_steps=3", "model.modalities.visual.encoder={type: clip}", "data.train=a=b.jsonl"],
     )
-    assert (config.adapter.r, config.training) == (8, {"max_steps": 3})
+    assert (config.adapter["r"], config.training) == (8, {"max_steps": 3})
     assert config.model.modalities == {"visual": {"encoder": {"type": "clip"}}}
     assert config.data.train == "a=b.jsonl"
 
@@ -144,7 +173,7 @@ def test_overrides_reach_any_depth(config_file):
         ("=4", "section.key=value"),
         ("adapter.r.deep=4", "'r' is a value, not a section"),
         ("adapter.r=[1", "is no YAML"),
-        ("adapter.rr=1", "unknown key 'adapter.rr'"),
+        ("adapter.rr=1", "adapter.rr"),
     ],
 )
 def test_wrong_overrides_are_reported(config_file, override, words):
@@ -156,29 +185,39 @@ def test_wrong_overrides_are_reported(config_file, override, words):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("a: [1\nb: 2", ["cannot be read as YAML", "line 2"]),
-        ("- 1\n- 2", ["top level must be a mapping"]),
-        ("just words", ["top level must be a mapping"]),
-        ("a:\t1\n\t b: 1", ["cannot be read as YAML", "line"]),
+        ("a: [1\nb: 2", ["line 2"]),
+        ("- 1\n- 2", ["mapping"]),
+        ("just words", ["mapping"]),
+        ("a:\t1\n\t b: 1", ["line"]),
+        (b"\xff\xfe\x00\x80", ["decode"]),
+        ("training:\n  seed: 1\ntraining:\n  max_steps: 2\n", ["training", "twice", "line 1"]),
+        ("model: " + "[" * 3000 + "]" * 3000, ["nested"]),
+        ("a: &a {b: *a}\n", ["itself"]),
+        ("training: {seed: " + "9" * 5000 + "}\n", ["digits"]),
+        ("? [a, b]\n: 1\n", ["YAML"]),
+        (
+            "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n"
+            + "\n".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 9)),
+            ["100,000"],
+        ),
+        ("base: gone.yaml\n", ["base", "gone.yaml", "No such file"]),
+        ("base: run.yaml\n", ["its own base"]),
+        ("base: [7]\n", ["base: 7"]),
     ],
 )
-def test_wrong_yaml_is_reported_with_its_line(config_file, text, words):
-    path = config_file(text)
+def test_a_file_that_is_no_configuration_is_named_with_the_place(tmp_path, text, words):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(MokaError) as caught:
         load_config(path)
-    assert str(path) in str(caught.value)
-    for word in words:
+    for word in [str(path), *words]:
         assert word in str(caught.value)
 
 
-def test_absent_and_unreadable_files_are_reported(tmp_path):
-    with pytest.raises(MokaError, match="No configuration file"):
-        load_config(tmp_path / "none.yaml")
-    with pytest.raises(MokaError, match="is a folder; give one of the YAML files in it"):
-        load_config(tmp_path)
-    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x80")
-    with pytest.raises(MokaError, match=r"binary.yaml cannot be read as YAML"):
-        load_config(tmp_path / "binary.yaml")
+def test_absent_files_and_folders_are_named(tmp_path):
+    for path in (tmp_path / "none.yaml", tmp_path):
+        with pytest.raises(MokaError, match=str(path)):
+            load_config(path)
 
 
 def test_resolved_configuration_reads_back_as_itself(tiny_config, tmp_path):
@@ -186,15 +225,14 @@ def test_resolved_configuration_reads_back_as_itself(tiny_config, tmp_path):
     assert config_from_dict(yaml.safe_load(yaml.safe_dump(config.to_dict()))).to_dict() == config.to_dict()
 
 
-def test_help_lists_every_key():
+def test_help_lists_every_key_that_can_be_set():
     keys = {line.split(":")[0].strip() for line in describe().splitlines() if not line.strip().startswith("#")}
-    for section in dataclasses.fields(RunConfig):
-        assert section.name in keys
-        default = getattr(RunConfig(), section.name)
-        for f in dataclasses.fields(default) if dataclasses.is_dataclass(default) else []:
-            assert f.name in keys
+    sections = {section.name: getattr(RunConfig(), section.name) for section in dataclasses.fields(RunConfig)}
+    assert set(sections) <= keys
+    for default in sections.values():
+        assert keys.issuperset(vars(default) if dataclasses.is_dataclass(default) else [])
     trainer = {f.name for f in dataclasses.fields(TrainingArguments) if f.init}
-    assert {"learning_rate", "global_batch_size", "projector_learning_rate"} <= keys
+    assert {"learning_rate", "global_batch_size", "projector_learning_rate", *RunConfig().adapter} <= keys
     # The rest are those that moka sets itself, or refuses.
     assert trainer - keys == {
         *("output_dir", "resume_from_checkpoint", "remove_unused_columns", "label_names", "prediction_loss_only"),
@@ -209,7 +247,7 @@ def test_file_is_on_its_bases(config_file):
     config_file("data: {train: other.jsonl}\n", "side.yaml")
     path = config_file("base: [high.yaml, side.yaml]\ntraining: {seed: 5}\n")
     config = load_config(path, ["adapter.dropout=0.5"])
-    assert (config.adapter.r, config.adapter.alpha, config.adapter.dropout) == (3, 4, 0.5)
+    assert [config.adapter[key] for key in ("r", "alpha", "dropout")] == [3, 4, 0.5]
     assert config.training == {"seed": 5, "learning_rate": 1e-3}
     assert config.data.train == "other.jsonl"
 
@@ -229,22 +267,6 @@ def test_mapping_of_another_type_or_format_replaces_the_one_below(config_file):
     visual = config.model.modalities["visual"]
     assert visual == {"encoder": {"type": "siglip"}, "projector": {"type": "mlp", "tokens": 4}}
     assert config.data.train == {"format": "pope", "root": "b"}
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("base: gone.yaml\n", ["run.yaml: base: no configuration file", "gone.yaml"]),
-        ("base: run.yaml\n", ["its own base"]),
-        ("base: [7]\n", ["base: 7 is no path"]),
-    ],
-)
-def test_base_that_cannot_be_read_is_reported(config_file, text, words):
-    path = config_file(text)
-    with pytest.raises(MokaError) as caught:
-        load_config(path)
-    for word in words:
-        assert word in str(caught.value)
 
 
 def tiny_config(**changes):
@@ -276,11 +298,7 @@ def test_tiny_swaps_parts_and_folders_and_nothing_else():
     assert config.output.dir == "runs/two-tiny"
     assert config.training["learning_rate"] == 1e-4
     assert (config.training["bf16"], config.training["max_steps"]) == (False, 2)
-
-
-def test_tiny_made_tiny_again_is_the_same():
-    once = tiny_config().to_dict()
-    assert config_from_dict(once).to_dict() == once
+    assert config_from_dict(config.to_dict()).to_dict() == config.to_dict()  # made tiny again it is the same
 
 
 def test_backbone_without_a_stand_in_is_reported():
@@ -300,44 +318,9 @@ def test_tiny_leaves_files_and_folders_below_a_tiny_one_only():
     assert config.output.dir == "runs/two-tiny/seed1/stage1"
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("training:\n  seed: 1\ntraining:\n  max_steps: 2\n", ["training", "twice", "line 1"]),
-        ("model: " + "[" * 3000 + "]" * 3000, ["nested"]),
-        ("a: &a [x, x]\nb: &b [*a, *a]\n" + "".join(f"k{n}: &k{n} [{'*b, ' * 40}*b]\n" for n in range(1)), None),
-        ("a: &a {b: *a}\n", ["itself"]),
-        ("training: {seed: " + "9" * 5000 + "}\n", ["digits"]),
-        ("? [a, b]\n: 1\n", ["YAML"]),
-    ],
-)
-def test_yaml_that_is_no_configuration_is_refused_by_file(tmp_path, text, words):
-    path = tmp_path / "run.yaml"
-    path.write_text(text)
-    with pytest.raises(MokaError) as error:
-        load_config(path)
-    assert str(path) in str(error.value)
-    assert all(word in str(error.value) for word in words or ["unknown key"])
-
-
-def test_aliases_that_multiply_are_refused(tmp_path):
-    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
-    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 9)]
-    (tmp_path / "run.yaml").write_text("\n".join(lines))
-    with pytest.raises(MokaError, match="100,000"):
-        load_config(tmp_path / "run.yaml")
-
-
 def test_a_date_is_text(tmp_path):
     (tmp_path / "run.yaml").write_text("output: {dir: 2024-01-31}\n")
     assert load_config(tmp_path / "run.yaml").output.dir == "2024-01-31"
-
-
-@pytest.mark.parametrize("value", [".nan", ".inf", "-.inf"])
-def test_numbers_are_finite(tmp_path, value):
-    (tmp_path / "run.yaml").write_text(f"adapter: {{alpha: {value}}}\n")
-    with pytest.raises(MokaError, match=r"adapter\.alpha.*(nan|inf)"):
-        load_config(tmp_path / "run.yaml")
 
 
 @pytest.mark.parametrize(("given", "steps"), [(None, 2), (-1, 2), (3, 3), (5000, 20)])

@@ -14,7 +14,7 @@ from moka.config import SECTIONS, describe
 from moka.distributed import is_main
 from moka.errors import MokaError
 from moka.training import load_config, run_training
-from moka.training.dataloading import divided
+from moka.training.arguments import divided
 from moka.training.launch import alone_by_mistake
 from moka.training.run_dir import CONNECTOR, RunFolder
 

@@ -49,6 +49,7 @@ __all__ = [
 ]
 
 POLICIES = ("error", "skip", "substitute")
+SUBSTITUTE = "substitute_index"  # key of a sample that replaces another: its own index
 _TRIES = 20  # draws of a substitute: with the budget kept, that many bad ones in a row do not happen
 
 
@@ -209,12 +210,13 @@ class DecodedDataset:
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not -len(self) <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
-        tried = index % len(self)  # -1 and the last index are one sample
+        first = tried = index % len(self)  # -1 and the last index are one sample
         draw = np.random.default_rng([self.seed, tried])
         for _ in range(_TRIES):
             sample = self.dataset[tried]
             try:
-                return decode_sample(sample, self.video_frames, self.audio_windows, self.features)
+                decoded = decode_sample(sample, self.video_frames, self.audio_windows, self.features)
+                return decoded if tried == first else {**decoded, SUBSTITUTE: tried}
             except BadMediaError as error:
                 self._record(tried, sample["id"], error)
                 if self.policy.policy != "substitute":

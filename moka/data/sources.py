@@ -17,7 +17,7 @@ import numpy as np
 
 from moka.data.formats import FORMATS, open_format
 from moka.data.jsonl import JsonlDataset
-from moka.data.media import AudioWindows, BadMediaPolicy, DecodedDataset
+from moka.data.media import SUBSTITUTE, AudioWindows, BadMediaPolicy, DecodedDataset
 from moka.data.streaming import SampleStream, is_tar, open_stream
 from moka.demo import stamps
 from moka.demo.digit_tasks import EmbeddedTask
@@ -437,6 +437,7 @@ class EncodedDataset:
             raise IndexError(f"sample {index} of {len(self)}")
         for tried in stand_ins(self.seed, int(index) % len(self), len(self)):  # -1 and the last index are one sample
             sample = self.samples[tried]
+            tried = sample.get(SUBSTITUTE, tried)  # whose media replace those of the sample asked for
             try:
                 encoded = self.processor.encode(sample["messages"], max_length=self.max_length, truncate=True)
                 if any(label != IGNORE for label in encoded["labels"]):

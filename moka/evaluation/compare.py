@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import moka
-from moka.config import LORA_HAS_NOT
+from moka.config import MOKA_ONLY
 from moka.data.sources import describe_source
 from moka.errors import MokaError, nearest
 from moka.io import read_json, write_json
@@ -119,7 +119,7 @@ def _check(config: RunConfig, methods: list[str], seeds: int) -> None:
 def _adapter_section(config: RunConfig, method: str) -> dict[str, Any]:
     section = {**config.to_dict()["adapter"], **METHODS[method]}
     if section["method"] == "lora":
-        section |= {**dict.fromkeys(LORA_HAS_NOT), "share_b": True}
+        return {key: value for key, value in section.items() if key not in MOKA_ONLY}
     return section
 
 
@@ -211,7 +211,7 @@ def _one_run(changed: RunConfig, progress: bool) -> dict[str, Any]:
     summary = read_json(folder / SUMMARY)
     record = {
         "settings": _settings(changed),
-        "parameters": int(summary["trainable parameters, adapter"].replace(",", "")),
+        "parameters": summary["trainable parameters, adapter"],
         "scores": {name: s["accuracy"] for name, s in result["conditions"][AS_GIVEN].items()},
         "n": result["protocol"]["n"],
         "torch": torch.__version__,

@@ -13,12 +13,13 @@ from accelerate.utils import parse_flag_from_env
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import TrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available
 
 from moka.adapter import MokaConfig
 from moka.adapter.config import DEFAULT_MODALITIES, TEXT
 from moka.adapter.targets import fill_targets
 from moka.adapter.text_decoder import coverage
-from moka.config import AdapterSection, ModelSection, RunConfig
+from moka.config import MOKA_ONLY, ModelSection, RunConfig, adapter_settings
 from moka.data import resolve_backbone
 from moka.errors import MokaError
 from moka.modeling import MokaForConditionalGeneration, MokaProcessor
@@ -34,7 +35,7 @@ from .sharding import fsdp_requested, without_sharding, zero_stage
 def choose_dtype(name: str) -> torch.dtype:
     """float32, bfloat16, or for "auto" what the device computes in: bfloat16 is about 40 times slower on most CPUs."""
     if name == "auto":
-        return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+        return torch.bfloat16 if is_torch_bf16_gpu_available() else torch.float32
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     if name not in dtypes:
         raise MokaError(f"model.dtype: {name!r} is not one of auto, {', '.join(dtypes)}.")
@@ -101,8 +102,8 @@ def adapter_modalities(model: MokaForConditionalGeneration) -> dict[str, list[in
     return {TEXT: list(DEFAULT_MODALITIES[TEXT]), **{name: list(ids) for name, ids in model.config.type_ids.items()}}
 
 
-def attach_adapter(model: MokaForConditionalGeneration, section: AdapterSection) -> PeftModel:
-    """Freeze the model, add the adapter of ``section.method``, keep projectors and trainable encoders training."""
+def attach_adapter(model: MokaForConditionalGeneration, section: dict[str, Any]) -> PeftModel:
+    """Freeze the model, add the adapter of a section ``adapter``, keep projectors and trainable encoders training."""
     try:
         with warnings.catch_warnings():
             # `moka train` prints the coverage itself.
@@ -117,37 +118,17 @@ def attach_adapter(model: MokaForConditionalGeneration, section: AdapterSection)
     return adapted
 
 
-def _adapter_config(model: MokaForConditionalGeneration, section: AdapterSection) -> PeftConfig:
-    if section.method == "lora":
-        return LoraConfig(
-            r=section.r,
-            lora_alpha=section.alpha,  # type: ignore[arg-type]  # a matched rank may ask for a fraction
-            lora_dropout=section.dropout,
-            target_modules=_lora_targets(model, section.target_modules),
-            exclude_modules=section.exclude_modules,
-            use_rslora=section.use_rslora,
-            modules_to_save=trained_parts(model),
-            task_type="CAUSAL_LM",
-        )
-    optional = {
-        name: getattr(section, name)
-        for name in ("interaction", "interaction_weight", "scale_position", "adapt")
-        if getattr(section, name) is not None
+def _adapter_config(model: MokaForConditionalGeneration, section: dict[str, Any]) -> PeftConfig:
+    settings: dict[str, Any] = {
+        **{key: value for key, value in adapter_settings(section).items() if key not in ("method", "preset")},
+        "modules_to_save": trained_parts(model),
+        "task_type": "CAUSAL_LM",
     }
-    return MokaConfig.preset(
-        section.preset,
-        r=section.r,
-        alpha=section.alpha,
-        dropout=section.dropout,
-        target_modules=section.target_modules,
-        exclude_modules=section.exclude_modules,
-        share_b=section.share_b,
-        use_rslora=section.use_rslora,
-        modalities=adapter_modalities(model),
-        modules_to_save=trained_parts(model),
-        task_type="CAUSAL_LM",
-        **optional,
-    )
+    if section.get("method") != "lora":
+        return MokaConfig(**settings, modalities=adapter_modalities(model))
+    settings = {key: value for key, value in settings.items() if key not in MOKA_ONLY}
+    settings["target_modules"] = _lora_targets(model, settings["target_modules"])
+    return LoraConfig(lora_alpha=settings.pop("alpha"), lora_dropout=settings.pop("dropout"), **settings)
 
 
 def adapter_coverage(adapted: PeftModel) -> float:
@@ -156,7 +137,7 @@ def adapter_coverage(adapted: PeftModel) -> float:
     return coverage(base, [name for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)])
 
 
-def adapter_parameters(model: MokaForConditionalGeneration, section: AdapterSection) -> int:
+def adapter_parameters(model: MokaForConditionalGeneration, section: dict[str, Any]) -> int:
     """Trainable parameters of the adapter that ``attach_adapter`` would add, and its errors, found on a model without
     memory: ``model`` itself is left as it is.
     """

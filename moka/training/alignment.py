@@ -75,12 +75,6 @@ def caption_ids(labels: torch.Tensor) -> list[tuple[int, ...]]:
     return [tuple(row[row != -100][:-1].tolist()) for row in labels]
 
 
-def table(captions: set[tuple[int, ...]]) -> torch.Tensor:
-    """Distinct captions in a fixed order, padded: int64 [captions, longest]."""
-    longest = max(1, *map(len, captions)) if captions else 1
-    return torch.tensor([[*caption, *[_NONE] * (longest - len(caption))] for caption in sorted(captions)])
-
-
 def caption_targets(
     labels: torch.Tensor, types: torch.Tensor, captions: set[tuple[int, ...]], device: torch.device
 ) -> list[torch.Tensor]:
@@ -90,12 +84,15 @@ def caption_targets(
         labels, types: [batch, seq], in host memory.
         captions: of the full optimizer step.
     Returns:
-        [captions, longest]: `table`; [media tokens of the batch]: row * seq + column of each; likewise: its caption.
+        [captions, longest]: distinct captions in a fixed order, padded; [media tokens of the batch]: row * seq + column of each; likewise: its caption.
     """
-    place = {caption: index for index, caption in enumerate(sorted(captions))}
+    ordered = sorted(captions)
+    longest = max(1, *map(len, ordered)) if ordered else 1
+    table = torch.tensor([[*caption, *[_NONE] * (longest - len(caption))] for caption in ordered])
+    place = {caption: index for index, caption in enumerate(ordered)}
     places = (types > 0).flatten().nonzero().squeeze(1)
     wanted = torch.tensor([place[caption] for caption in caption_ids(labels)])[places // labels.shape[1]]
-    return [one.to(device, non_blocking=True) for one in (table(captions), places, wanted)]
+    return [one.to(device, non_blocking=True) for one in (table, places, wanted)]
 
 
 def share_captions(batches: list[dict[str, Any]]) -> None:

@@ -43,43 +43,6 @@ _GIB = 2**30
 _PIP_NAMES = {"azure_ml": "azureml-mlflow", "comet_ml": "comet-ml"}
 
 
-class StepClock:
-    """Seconds of the training steps since the last log, and how many of them were spent waiting for data.
-
-    Evaluation and saving between two steps do not count. The device computes while the host counts, so the time of the last
-    step ends when the trainer, to log, has fetched the loss from the device.
-    """
-
-    def __init__(self) -> None:
-        self.start: float | None = None
-        self.end: float | None = None
-        self.waited = self.paused = self.fetching = 0.0
-
-    def fetch_began(self) -> None:
-        """Note that the next step starts with fetching its batches."""
-        self.fetching = time.perf_counter()
-        if self.start is None:
-            self.start = self.fetching
-        elif self.end is not None:
-            self.paused += self.fetching - self.end
-        self.end = None
-
-    def fetch_ended(self) -> None:
-        """Note that the batches of the step are there."""
-        self.waited += time.perf_counter() - self.fetching
-
-    def step_ended(self) -> None:
-        """Note that the step is done; what follows before the next one does not count."""
-        self.end = time.perf_counter()
-
-    def read(self) -> tuple[float, float]:
-        """Return (seconds, seconds waited) since the last reading, and start again with the next step."""
-        seconds = 0.0 if self.start is None else time.perf_counter() - self.start - self.paused
-        waited = self.waited
-        self.start, self.end, self.waited, self.paused = None, None, 0.0, 0.0
-        return max(seconds, 1e-9), waited
-
-
 class Meter(TrainerCallback):
     """Adds to every logged loss, over all processes and the steps since the last log:
 
@@ -88,12 +51,17 @@ class Meter(TrainerCallback):
     of its GPU or its resident memory on a CPU; ``tokens/MODALITY``, ``tokens/supervised`` and ``padding``, the share of the
     batches that is padding; of the last step, before clipping, ``grad_norm/PART`` (see ``gradients.norms_by_part``). Counts
     stay on the device until they are logged.
+
+    Evaluation and saving between two steps do not count as time. The device computes while the host counts, so the time of the
+    last step ends when the trainer, to log, has fetched the loss from the device.
     """
 
     def __init__(self, type_ids: dict[str, list[int]]) -> None:
         self.names = ["text", *type_ids]
         self.owner = {0: 0} | {i: index for index, ids in enumerate(type_ids.values(), start=1) for i in ids}
-        self.clock = StepClock()
+        self.start: float | None = None  # of the first step since the last log
+        self.end: float | None = None  # of the last one
+        self.waited = self.paused = self.fetching = 0.0
         self.counts: torch.Tensor | None = None
         self.norms: dict[str, float] = {}
 
@@ -102,13 +70,25 @@ class Meter(TrainerCallback):
             print("note: logging_strategy epoch logs no gradient norms by part; logging_strategy steps does.")
 
     def on_fetch_begin(self, trainer: Any) -> None:
-        self.clock.fetch_began()
+        self.fetching = time.perf_counter()
+        if self.start is None:
+            self.start = self.fetching
+        elif self.end is not None:
+            self.paused += self.fetching - self.end
+        self.end = None
 
     def on_fetch_end(self, trainer: Any) -> None:
-        self.clock.fetch_ended()
+        self.waited += time.perf_counter() - self.fetching
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.clock.step_ended()
+        self.end = time.perf_counter()
+
+    def read_times(self) -> tuple[float, float]:
+        """Return (seconds, seconds waited for data) since the last reading, and start again with the next step."""
+        seconds = 0.0 if self.start is None else time.perf_counter() - self.start - self.paused
+        waited = self.waited
+        self.start, self.end, self.waited, self.paused = None, None, 0.0, 0.0
+        return max(seconds, 1e-9), waited
 
     def on_batch(self, trainer: Any, inputs: dict[str, Any], sample_ids: list[str]) -> None:
         types, labels, mask = inputs["mm_token_type_ids"], inputs["labels"], inputs["attention_mask"]
@@ -129,7 +109,7 @@ class Meter(TrainerCallback):
     def on_measure(self, trainer: Any, logs: dict[str, Any]) -> None:
         if self.counts is None:
             return
-        seconds, waited = self.clock.read()
+        seconds, waited = self.read_times()
         device, n = self.counts.device, len(self.counts)
         own = torch.tensor([seconds, waited / seconds, memory_gib(device)], dtype=torch.float64)
         every = gather(torch.cat([self.counts.double(), own.to(device)])[None])  # [ranks, n + 3]
@@ -201,10 +181,9 @@ class ModalityObserver(TrainerCallback):
 
 
 def memory_gib(device: torch.device) -> float:
-    """Return the peak of this process on its GPU, or its resident memory on a CPU, in GiB."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / _GIB
-    return psutil.Process().memory_info().rss / _GIB
+    """Return the peak of this process on its GPU, or its resident memory where there is no such figure, in GiB."""
+    peak = getattr(getattr(torch, device.type), "max_memory_allocated", None)  # of torch.cuda, torch.xpu, torch.npu
+    return (psutil.Process().memory_info().rss if peak is None else peak(device)) / _GIB
 
 
 class MetricsWriter(TrainerCallback):

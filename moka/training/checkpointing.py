@@ -94,18 +94,17 @@ def complete(checkpoint: Path, metadata: CheckpointMetadata, written: Iterable[d
     """
     expected = {name: size for one in written for name, size in one.items()}
     deadline = time.monotonic() + _VISIBLE_WITHIN_S
-    while missing := sorted(name for name, size in expected.items() if not _has(checkpoint / name, size)):
+    while missing := sorted(expected.items() - file_sizes(checkpoint).items()):
         if time.monotonic() > deadline:
             raise MokaError(
-                f"{checkpoint / missing[0]}, written by another process, cannot be seen from the main one. Put output.dir "
+                f"{checkpoint / missing[0][0]}, written by another process, cannot be seen from the main one. Put output.dir "
                 "on a file system that all nodes share."
             )
         time.sleep(0.5)
-    files = {name: (checkpoint / name).stat().st_size for name in sorted(expected)}
-    for name in files:
+    for name in expected:
         _sync(checkpoint / name)
-    write_json(checkpoint / METADATA, {**asdict(metadata), "files": files})
-    for path in (checkpoint / METADATA, *{(checkpoint / name).parent for name in files}, checkpoint.parent):
+    write_json(checkpoint / METADATA, {**asdict(metadata), "files": dict(sorted(expected.items()))})
+    for path in (checkpoint / METADATA, *{(checkpoint / name).parent for name in expected}, checkpoint.parent):
         _sync(path)
 
 
@@ -204,10 +203,6 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
         if path.is_dir() and step.isdecimal():
             found.append((int(step), path))
     return sorted(found)
-
-
-def _has(path: Path, size: int) -> bool:
-    return path.is_file() and path.stat().st_size == size
 
 
 def _sync(path: Path) -> Any:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,11 +14,10 @@ from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
-from moka.config import RunConfig
+from moka.config import MokaTrainingArguments, RunConfig
 from moka.data import EncodedDataset
 from moka.data.batching import LengthGroupedSampler, grouped_order, padding_share
 from moka.data.lengths import Lengths, count_lengths, joined_lengths, lengths_key, read_lengths, save_lengths, undecoded
-from moka.data.media_validation import usable_cores
 from moka.data.packing import PackedDataset
 from moka.data.streaming import EncodedStream
 from moka.distributed import (
@@ -37,11 +34,10 @@ from moka.modeling import MokaForConditionalGeneration
 from moka.modeling.packing_isolation import check_confined
 from moka.modeling.sharding import is_sharded
 
+from .arguments import data_seed
 from .preemption import outlive
 
 BY_LENGTH = "group_by_length"
-# Enough to decode pictures and sound for one GPU; more cost memory, as each keeps the batches that it has prepared.
-_MOST_WORKERS = 4
 _FINGERPRINTED = 1000  # samples, evenly spaced
 
 
@@ -54,9 +50,8 @@ def check_packing(config: RunConfig, model: MokaForConditionalGeneration, device
 
 def build_train_dataset(
     dataset: EncodedDataset | EncodedStream,
-    arguments: TrainingArguments,
+    arguments: MokaTrainingArguments,
     *,
-    packing: bool,
     path: Path,
     resume: bool,
     name: str = "data",
@@ -64,7 +59,6 @@ def build_train_dataset(
     """The data set that the trainer goes through: ``dataset``, or rows of it; with its ``lengths`` where they are used.
 
     Args:
-        packing: fill rows of ``dataset.max_length`` tokens.
         path: where the lengths are kept; a resumed run reads them, and goes through the same rows.
         name: of the data set, for the progress bar.
     Raises:
@@ -72,15 +66,15 @@ def build_train_dataset(
     """
     grouped = arguments.train_sampling_strategy == BY_LENGTH
     if isinstance(dataset, EncodedStream):
-        _check_stream(arguments, packing, grouped, name)
+        _check_stream(arguments, grouped, name)
         if is_main():
             print_main(f"{name}: {dataset.summary()}")
         return dataset
-    if not packing and not grouped:
+    if not arguments.packing and not grouped:
         return dataset
     lengths = _lengths(dataset, path, resume, arguments.dataloader_num_workers, name)
     arranged: Any = dataset
-    if packing:
+    if arguments.packing:
         capacity = dataset.max_length
         if capacity is None:
             raise MokaError("Packing fills rows up to model.max_length, and the backbone names no context. Set it.")
@@ -93,11 +87,11 @@ def build_train_dataset(
     return arranged
 
 
-def _check_stream(arguments: TrainingArguments, packing: bool, grouped: bool, name: str) -> None:
+def _check_stream(arguments: MokaTrainingArguments, grouped: bool, name: str) -> None:
     if arguments.max_steps < 1:
         raise MokaError(f"training.max_steps: {name} is streamed and has no end; set the number of steps.")
     for asked, key in (
-        (packing, "training.packing: true"),
+        (arguments.packing, "training.packing: true"),
         (grouped, f"training.train_sampling_strategy: {BY_LENGTH}"),
     ):
         if asked:
@@ -116,11 +110,6 @@ def sampler(dataset: Any, arguments: TrainingArguments) -> LengthGroupedSampler 
 
 def _step(arguments: TrainingArguments) -> int:
     return arguments.per_device_train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
-
-
-def data_seed(arguments: TrainingArguments) -> int:
-    """Return what the order of samples is drawn by."""
-    return arguments.seed if arguments.data_seed is None else arguments.data_seed
 
 
 def data_fingerprint(dataset: Any) -> dict[str, Any] | None:
@@ -155,30 +144,6 @@ def _grouping(lengths: Lengths, arguments: TrainingArguments) -> str:
     mixed = np.random.default_rng(0).permutation(len(lengths))
     before, after = (padding_share(lengths.tokens, one, batch) for one in (mixed, order))
     return f"grouped by length: {after:.0%} of a batch is padding ({before:.0%} in random order)"
-
-
-def loader_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return what a section of the configuration leaves open of ``TrainingArguments`` about data loaders.
-
-    On a GPU: workers, as many as cores are to spare, up to 4 a process; pinned memory, and copies from it that the host
-    does not wait for. On a CPU, whose cores the training itself uses, no workers. Workers stay from epoch to epoch.
-
-    Args:
-        settings: the section's own, which stay as they are.
-    """
-    on_gpu = torch.cuda.is_available() and not settings.get("use_cpu")
-    workers = settings.get("dataloader_num_workers")
-    if workers is None:
-        workers = max(1, min(_MOST_WORKERS, usable_cores() - 1)) if on_gpu else 0
-    found: dict[str, Any] = {"dataloader_num_workers": workers}
-    if workers:
-        found["dataloader_persistent_workers"] = settings.get("dataloader_persistent_workers", True)
-        # Read when a process forks: else tokenizers, where it has encoded before, warns of every worker.
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    given = settings.get("accelerator_config") or {}
-    if on_gpu and settings.get("dataloader_pin_memory", True) and isinstance(given, dict):
-        found["accelerator_config"] = {"non_blocking": True, **given}
-    return found
 
 
 def prepare_loader(loader: Any) -> Any:
@@ -229,58 +194,3 @@ def dismiss_workers(loader: Any) -> None:
     """End the workers of a loader, which would otherwise stay for another epoch."""
     inner = getattr(loader, "base_dataloader", loader)
     inner._iterator = None  # they end with what iterates over them
-
-
-def divided(section: dict[str, Any], processes: int, name: str) -> tuple[int, int] | None:
-    """``divide`` for a section of a configuration; None where it gives no ``global_batch_size``."""
-    total = section.get("global_batch_size")
-    largest = section.get("per_device_train_batch_size", TrainingArguments.per_device_train_batch_size)
-    return None if total is None else divide(total, largest, processes, name)
-
-
-def divide(total: int, largest: int, processes: int, name: str = "training") -> tuple[int, int]:
-    """(samples on a device at once, accumulation steps) whose product with ``processes`` is ``total``.
-
-    Args:
-        largest: what a device takes at once, ``per_device_train_batch_size``; fewer where ``total`` needs no more.
-        name: of the section, for messages.
-    Raises:
-        MokaError: they do not divide ``total``; with what would.
-    """
-    if (parts := _parts(total, largest, processes)) is not None:
-        return parts
-    remedies = []
-    if total % processes:
-        message = f"{name}.global_batch_size: {total} cannot be divided over {processes} processes."
-    else:
-        message = (
-            f"{name}.global_batch_size: {total} is no multiple of {largest} samples x {processes} processes = "
-            f"{largest * processes}."
-        )
-        share = total // processes
-        remedies.append(f"set per_device_train_batch_size to {_nearest(_divisors(share), largest)}")
-    counts = [n for n in _divisors(total) if _parts(total, largest, n)]
-    remedies.append(f"launch {_nearest(counts, processes)} processes")
-    totals = [n for n in range(1, total + processes * largest + 1) if _parts(n, largest, processes)]
-    remedies.append(f"set global_batch_size to {_nearest(totals, total, 2)}")
-    text = ", or ".join(remedies)
-    raise MokaError(f"{message} {text[0].upper()}{text[1:]}.")
-
-
-def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
-
-
-def _parts(total: int, largest: int, processes: int) -> tuple[int, int] | None:
-    if total % processes:
-        return None
-    share = total // processes
-    if share <= largest:
-        return share, 1
-    return None if share % largest else (largest, share // largest)
-
-
-def _nearest(numbers: Iterable[int], wanted: int, count: int = 4) -> str:
-    """The few that are nearest to ``wanted``, as "2, 4 or 8"."""
-    chosen = [str(n) for n in sorted(sorted(numbers, key=lambda n: (abs(n - wanted), n))[:count])]
-    return " or ".join(filter(None, [", ".join(chosen[:-1]), chosen[-1]]))

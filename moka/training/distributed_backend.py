@@ -6,7 +6,6 @@ parameters elsewhere does so inside ``moka.modeling.sharding.gathered``, on all 
 
 from __future__ import annotations
 
-import functools
 import io
 import shutil
 import tempfile
@@ -146,11 +145,6 @@ def move_unsharded(model: Any, device: torch.device) -> None:
         for tensor in (*model.parameters(), *model.buffers()):
             if not is_sharded_tensor(tensor):
                 tensor.data = tensor.data.to(device)
-
-
-def exclude_frozen(engine: Any) -> None:
-    """Keep the frozen backbone out of a DeepSpeed engine's checkpoints; transformers does so only for adapters."""
-    engine.save_checkpoint = functools.partial(engine.save_checkpoint, exclude_frozen_parameters=True)
 
 
 def load_checkpoint(engine: Any, checkpoint: Path, processes: int) -> None:

@@ -22,8 +22,8 @@ from accelerate.commands.config.config_args import ClusterConfig, load_config_fr
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import parse_flag_from_env
 
-from moka.config import configs_folder
 from moka.errors import MokaError, nearest
+from moka.yaml_files import configs_folder
 
 _DEEPSPEED = "pip install 'moka-peft[deepspeed]'"
 
@@ -83,8 +83,8 @@ def launch_of(launcher: str, words: Sequence[str], processes: int | None = None,
         lacks += _lacking_deepspeed(f"--launcher {launcher}")
     settings = config.deepspeed_config.get("deepspeed_config_file") if uses_deepspeed else None
     if settings and parsed.deepspeed_config_file is None and not Path(settings).exists():
-        # accelerate takes the path from the current folder on; a named launcher works from anywhere.
-        options += ["--deepspeed_config_file", _short(_beside(file, settings))]
+        # It names a file from the folder above configs/ on; a named launcher works from anywhere.
+        options += ["--deepspeed_config_file", _short(file.parent.parent / "deepspeed" / Path(settings).name)]
     program = Path(sys.executable).with_name("accelerate")
     start = [str(program)] if program.exists() else [sys.executable, "-m", "accelerate.commands.accelerate_cli"]
     # A recipe that may take a GPU takes one where it sees one.
@@ -92,40 +92,34 @@ def launch_of(launcher: str, words: Sequence[str], processes: int | None = None,
     return Launch([*start, "launch", *options, "-m", "moka", *words], environment, processes, lacks)
 
 
-def require_deepspeed(what: str) -> None:
-    """Raises MokaError where ``what`` was asked for and DeepSpeed is not installed, or cannot be imported."""
-    for lack in _lacking_deepspeed(what):
-        raise MokaError(lack)
-    try:
-        importlib.import_module("deepspeed")
-    except Exception as error:  # built for another torch or CUDA, it raises whatever its compiled parts do
-        raise MokaError(
-            f"{what} needs DeepSpeed, which is installed and cannot be imported ({error!r}). Install it again: {_DEEPSPEED}."
-        ) from error
-
-
-def _lacking_deepspeed(what: str) -> list[str]:
-    """Without importing it: that takes seconds, and prints."""
-    if importlib.util.find_spec("deepspeed") is not None:
-        return []
-    return [f"{what} needs DeepSpeed, which is not installed: {_DEEPSPEED}."]
-
-
 def check_deepspeed(section: Mapping[str, Any], name: str) -> None:
-    """Where a section of the configuration, or the launcher, asks for DeepSpeed: that it is there, and was launched.
+    """Check that DeepSpeed can be used, if a section of the configuration or the launcher asks for it.
 
     Raises:
-        MokaError: it is not installed, or no launcher has reported this process its rank.
+        MokaError: it is not installed, cannot be imported, or no launcher has reported this process its rank.
     """
-    if section.get("deepspeed"):
-        require_deepspeed(f"{name}.deepspeed")
-        if "RANK" not in os.environ:
-            raise MokaError(
-                f"{name}.deepspeed needs a launcher, for one process too: torchrun --nproc_per_node 1 -m moka train ..., "
-                "or take it out and give --launcher zero2."
-            )
-    elif parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-        require_deepspeed("The launcher's configuration")
+    if not section.get("deepspeed") and not parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        return
+    asked = f"{name}.deepspeed" if section.get("deepspeed") else "The launcher's configuration"
+    problem = "".join(_lacking_deepspeed(asked))
+    try:
+        if not problem:
+            importlib.import_module("deepspeed")
+    except Exception as error:  # built for another torch or CUDA, it raises whatever its compiled parts do
+        problem = f"{asked}: DeepSpeed is installed and cannot be imported ({error!r}). Install it again: {_DEEPSPEED}."
+    if not problem and section.get("deepspeed") and "RANK" not in os.environ:
+        problem = (
+            f"{asked} needs a launcher, for one process too: torchrun --nproc_per_node 1 -m moka train ..., or take it out "
+            "and give --launcher zero2."
+        )
+    if problem:
+        raise MokaError(problem)
+
+
+def _lacking_deepspeed(asked: str) -> list[str]:
+    """Look for it without importing it: that takes seconds, and prints."""
+    found = importlib.util.find_spec("deepspeed") is not None
+    return [] if found else [f"{asked} needs DeepSpeed, which is not installed: {_DEEPSPEED}."]
 
 
 def alone_by_mistake() -> str | None:
@@ -148,15 +142,13 @@ def tell_launcher(message: str) -> None:
 
 
 def _find(launcher: str) -> Path:
-    if launcher in launcher_names():
+    known = launcher_names()
+    if launcher in known:
         return (configs_folder() / "accelerate" / f"{launcher}.yaml").resolve()
     if Path(launcher).is_file():
         return Path(launcher)
-    if os.sep in launcher or launcher.endswith((".yaml", ".yml", ".json")):
-        raise MokaError(f"--launcher {launcher}: there is no such file.")
-    known = launcher_names()
     raise MokaError(
-        f"--launcher {launcher!r} is not one of {', '.join(known)}, nor the path of a configuration of accelerate."
+        f"--launcher {launcher!r} is not one of {', '.join(known)}, nor a file with a configuration of accelerate."
         f"{nearest(launcher, known)}"
     )
 
@@ -182,39 +174,34 @@ def _read(launcher: str, file: Path) -> ClusterConfig:
     return config
 
 
-def _beside(file: Path, settings: str) -> Path:
-    """DeepSpeed's settings that ``file`` names from the folder above ``configs/``: in ``../deepspeed``, seen from it."""
-    path = file.parent.parent / "deepspeed" / Path(settings).name
-    if not path.exists():
-        raise MokaError(f"{file}: deepspeed_config_file: {settings} does not exist, seen from the current folder.")
-    return path
-
-
 def _short(path: Path) -> str:
     """Relative where it is below the current folder."""
     return str(path.relative_to(Path.cwd())) if path.is_absolute() and path.is_relative_to(Path.cwd()) else str(path)
 
 
 def _checked_processes(launcher: str, config: ClusterConfig, parsed: argparse.Namespace) -> tuple[int, int]:
-    """The numbers of processes and of machines, where as many will start; refuses what would fail late or silently."""
+    """Return the numbers of processes and of machines; refuse what accelerate would start otherwise, or fail at late."""
     processes = config.num_processes if parsed.num_processes is None else parsed.num_processes
     machines = config.num_machines if parsed.num_machines is None else parsed.num_machines
+    problem = None
     if config.distributed_type == "MULTI_CPU":
-        raise MokaError(
-            f"--launcher {launcher}: for distributed_type MULTI_CPU accelerate starts one process, silently. "
-            "Write MULTI_GPU with use_cpu: true, or take --launcher cpu."
+        problem = (
+            "for distributed_type MULTI_CPU accelerate starts one process, silently. Write MULTI_GPU with use_cpu: true, or "
+            "take --launcher cpu."
         )
-    if config.distributed_type == "NO" and processes > 1:
-        raise MokaError(f"--launcher {launcher} is one process; {processes} are asked for. Take ddp, zero2 or cpu.")
-    if processes < 1:
-        raise MokaError(f"--num-processes: {processes} is too small; give at least 1.")
-    if processes % machines:
-        raise MokaError(f"--num-processes: {processes} processes cannot be spread evenly over {machines} machines.")
-    if machines > 1 and not (parsed.main_process_ip or config.main_process_ip):
-        raise MokaError(
-            f"--launcher {launcher}: {machines} machines need the first one's address, and each its number from 0: "
+    elif config.distributed_type == "NO" and processes > 1:
+        problem = f"it is one process; {processes} are asked for. Take ddp, zero2 or cpu."
+    elif processes < 1:
+        problem = f"--num-processes: {processes} is too small; give at least 1."
+    elif processes % machines:
+        problem = f"--num-processes: {processes} processes cannot be spread evenly over {machines} machines."
+    elif machines > 1 and not (parsed.main_process_ip or config.main_process_ip):
+        problem = (
+            f"{machines} machines need the first one's address, and each its number from 0: "
             "--launcher-args='--machine_rank 0 --main_process_ip 10.0.0.1'."
         )
+    if problem is not None:
+        raise MokaError(f"--launcher {launcher}: {problem}")
     return processes, machines
 
 

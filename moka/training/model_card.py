@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -17,96 +17,81 @@ from moka.io import disk_full_errors, write_text
 from moka.modeling import MokaProcessor
 from moka.modeling.configuration import DEFAULT_TYPE_IDS, MEDIA_TYPE_IDS
 
+from .distributed_backend import in_words
 from .run_dir import ADAPTER, RunFolder
 
-
-def plot_loss(folder: RunFolder) -> Path | None:
-    """RUN/loss.png: training and validation loss over the learning rate, a column for each stage."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return None
-    records = folder.metrics()
-    stages = sorted({r["stage"] for r in records if "loss" in r})
-    if not stages:
-        return None
-    figure = Figure(figsize=(5 * len(stages), 5), layout="constrained")
-    axes = figure.subplots(2, len(stages), squeeze=False, sharex="col", height_ratios=[3, 1])
-    for column, stage in enumerate(stages):
-        loss, rate = axes[0][column], axes[1][column]
-        for key, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o--")):
-            points = [(r["step"], r[key]) for r in records if r["stage"] == stage and key in r]
-            if points:
-                loss.plot(*zip(*points, strict=True), style, label=label)
-        points = [(r["step"], r["learning_rate"]) for r in records if r["stage"] == stage and "learning_rate" in r]
-        rate.plot(*zip(*points, strict=True), color="grey")
-        loss.set(title=f"stage {stage}", ylabel="loss")
-        loss.legend()
-        rate.set(xlabel="step", ylabel="learning rate")
-    path = folder / "loss.png"
-    with disk_full_errors(path):
-        figure.savefig(path, dpi=120)
-    return path
+_NAMES = {"moka": "MokA (https://arxiv.org/abs/2506.05191)", "lora": "LoRA"}
+# Panels of a plot: prefixes of the logged keys, label, settings of the axis.
+Panels = list[tuple[tuple[str, ...], str, dict[str, Any]]]
+_LOSS: Panels = [(("loss", "eval_loss"), "loss", {}), (("learning_rate",), "learning rate", {})]
+_BALANCE: Panels = [
+    (("tokens_per_second",), "tokens/s", {"ylim": (0, None)}),
+    (("data_wait",), "waiting for data", {"ylim": (0, 1)}),
+    (("grad_norm/",), "gradient norm", {"yscale": "log"}),
+    (("update_share/",), "share of B's update", {"ylim": (0, 1)}),
+    (("fisher_share/",), "share of Fisher information", {"ylim": (0, 1)}),
+    (("gradient_cosine/",), "cosine of gradients", {"ylim": (-1, 1)}),
+]
 
 
-def plot_balance(folder: RunFolder) -> Path | None:
-    """RUN/balance.png: tokens a second, the share of time spent waiting for data, gradient norms by part, and, if they were
-    observed, the shares and cosines of the modalities.
+def plot_metrics(folder: RunFolder) -> None:
+    """Draw RUN/loss.png (loss and learning rate) and RUN/balance.png (throughput, waiting for data, gradient norms by part, and,
+    if they were observed, shares and cosines of the modalities).
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return None
+    with suppress(ImportError):  # matplotlib
+        _plot(folder, "loss.png", _LOSS)
+        _plot(folder, "balance.png", _BALANCE)
+
+
+def _plot(folder: RunFolder, name: str, panels: Panels) -> None:
+    """Draw a panel below the other, a column for each stage; nothing if the first panel's figures were not logged."""
+    from matplotlib.figure import Figure
+
     records = folder.metrics()
-    stages = sorted({r["stage"] for r in records if "tokens_per_second" in r})
+    stages = sorted({r["stage"] for r in records if any(key in r for key in panels[0][0])})
+    panels = [panel for panel in panels if any(key.startswith(panel[0]) for r in records for key in r)]
     if not stages:
-        return None
-    panels = [panel for panel in _PANELS if any(key.startswith(panel[0]) for r in records for key in r)]
-    heights = [2 if key.endswith("/") else 1 for key, _, _ in panels]
+        return
+    heights = [2 if len(keys) > 1 or keys[0].endswith("/") else 1 for keys, _, _ in panels]
     figure = Figure(figsize=(5 * len(stages), 1.75 * sum(heights)), layout="constrained")
     axes = figure.subplots(len(panels), len(stages), squeeze=False, sharex="col", height_ratios=heights)
     for column, stage in enumerate(stages):
         of_stage = [r for r in records if r["stage"] == stage]
-        for axis, (prefix, label, scale) in zip(axes[:, column], panels, strict=True):
-            keys = sorted({key for r in of_stage for key in r if key.startswith(prefix)})
-            for key in keys:
+        for axis, (prefixes, label, settings) in zip(axes[:, column], panels, strict=True):
+            for key in sorted({key for r in of_stage for key in r if key.startswith(prefixes)}):
+                points = [(r["step"], r[key]) for r in of_stage if r.get(key) is not None]
                 # A's gradient is zero as long as B is, which a logarithmic axis cannot show.
-                points = [
-                    (r["step"], r[key]) for r in of_stage if r.get(key) or (r.get(key) == 0 and "yscale" not in scale)
-                ]
+                points = [point for point in points if point[1] or "yscale" not in settings]
                 if points:
-                    axis.plot(*zip(*points, strict=True), ".-", label=key.removeprefix(prefix))
-            axis.set(ylabel=label, **scale)
-            if keys and prefix.endswith("/"):
+                    axis.plot(*zip(*points, strict=True), ".-", label=key.removeprefix(prefixes[0]) or key)
+            axis.set(ylabel=label, **settings)
+            if len(axis.lines) > 1:
                 axis.legend(fontsize="small", ncols=2)
         axes[0][column].set(title=f"stage {stage}")
         axes[-1][column].set(xlabel="step")
-    path = folder / "balance.png"
-    with disk_full_errors(path):
-        figure.savefig(path, dpi=120)
-    return path
-
-
-# Prefix of the keys, label, scale of the axis.
-_PANELS: list[tuple[str, str, dict[str, Any]]] = [
-    ("tokens_per_second", "tokens/s", {"ylim": (0, None)}),
-    ("data_wait", "waiting for data", {"ylim": (0, 1)}),
-    ("grad_norm/", "gradient norm", {"yscale": "log"}),
-    ("update_share/", "share of B's update", {"ylim": (0, 1)}),
-    ("fisher_share/", "share of Fisher information", {"ylim": (0, 1)}),
-    ("gradient_cosine/", "cosine of gradients", {"ylim": (-1, 1)}),
-]
+    with disk_full_errors(folder / name):
+        figure.savefig(folder / name, dpi=120)
 
 
 def write_card(folder: RunFolder, config: RunConfig, summary: dict[str, Any]) -> None:
     """RUN/README.md and the adapter's README.md: what it is, how to load it, how it was made, its numbers."""
-    method = config.adapter.method
+    method = config.adapter["method"]
+    engines = {f"stage {stage}": in_words(engine) for stage, engine in summary.get("engines", {}).items()}
+    rows = {
+        key: f"{n:,}" if "parameters" in key and isinstance(n, int) else n
+        for key, n in summary.items()
+        if key != "engines"
+    } | engines
     evaluation = folder / "evaluation.json"
     numbers = (
         _evaluation_table(json.loads(evaluation.read_text("utf-8"))) if evaluation.exists() else "Not evaluated yet."
     )
     data = "".join(dict.fromkeys(attribution(s) for s in (config.data.train, config.data.alignment) if s))
-    header = {"library_name": "peft", "tags": ["moka", "multimodal", method], "base_model": config.model.backbone}
+    header = {
+        "library_name": "peft",
+        "tags": list(dict.fromkeys(["moka", "multimodal", method])),
+        "base_model": config.model.backbone,
+    }
     run = folder.path.as_posix()
     modalities = ", ".join(["text", *config.model.modalities])
     text = f"""---
@@ -115,7 +100,7 @@ def write_card(folder: RunFolder, config: RunConfig, summary: dict[str, Any]) ->
 
 # {folder.path.name}
 
-A {_name(method)} adapter for `{config.model.backbone}` with the modalities {modalities}, trained with moka {moka.__version__}.
+A {_NAMES.get(method, method)} adapter for `{config.model.backbone}` with the modalities {modalities}, trained with moka {moka.__version__}.
 
 ## Use
 
@@ -126,13 +111,14 @@ model = moka.load("{run}")
 print(model.generate("Your question?"{_media_arguments(config)}))
 ```
 
-With peft only, after `import moka`: `PeftModel.from_pretrained(moka.load_base("{run}"), "{run}/{ADAPTER}")`.
+With peft only: `PeftModel.from_pretrained(moka.load_base("{run}"), "{run}/{ADAPTER}")`, after `import moka`, which makes the
+method known to peft; without it peft raises `KeyError: 'MOKA'`.
 
 ## Training
 
 | | |
 |---|---|
-{"".join(f"| {key} | {value} |{chr(10)}" for key, value in summary.items())}
+{"".join(f"| {key} | {value} |{chr(10)}" for key, value in rows.items())}
 The resolved configuration is in `config.yaml`, every logged number in `metrics.jsonl`.
 
 ## Evaluation
@@ -156,10 +142,6 @@ def _media_arguments(config: RunConfig) -> str:
         (spec.get("type_ids") or DEFAULT_TYPE_IDS.get(name) or [0])[0] for name, spec in config.model.modalities.items()
     )
     return "".join(f', {kinds[i]}="{files[kinds[i]]}"' for i in first if i in kinds)
-
-
-def _name(method: str) -> str:
-    return {"moka": "MokA (https://arxiv.org/abs/2506.05191)", "lora": "LoRA"}.get(method, method)
 
 
 def _evaluation_table(result: dict[str, Any]) -> str:

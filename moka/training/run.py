@@ -11,11 +11,11 @@ import transformers
 from peft import PeftModel
 from transformers.trainer_utils import IntervalStrategy
 
-from moka.config import SECTIONS, RunConfig
+from moka.config import DATA, SECTIONS, RunConfig
 from moka.data import Collator, EncodedDataset
 from moka.data.media import AudioWindows
 from moka.data.streaming import EncodedStream, SampleStream
-from moka.distributed import broadcast_from_main, is_main, print_main, run_on_all, run_on_main
+from moka.distributed import broadcast_from_main, collective_errors, is_main, print_main, run_on_all, run_on_main
 from moka.errors import MokaError, counted
 from moka.io import atomic_dir, read_jsonl, write_json
 from moka.modeling.artifacts import load_connector, save_connector, take_connector, trained_parts
@@ -24,12 +24,13 @@ from moka.modeling.encoders import CachedEncoder, bring_back, set_aside
 from moka.modeling.sharding import is_sharded
 
 from .alignment import EmbeddingAlignment
+from .arguments import data_seed
 from .callbacks import Meter, MetricsWriter, ModalityObserver, ProgressBar, add_tensorboard
 from .checkpointing import last_checkpoint, print_changes
-from .dataloading import build_train_dataset, data_seed
+from .dataloading import build_train_dataset
 from .datasets import bad_media_report
-from .distributed_backend import BackendNote, forget_engine, in_words
-from .model_card import plot_balance, plot_loss, write_card, write_samples
+from .distributed_backend import BackendNote, forget_engine
+from .model_card import plot_metrics, write_card, write_samples
 from .preemption import SaveAndLeave
 from .run_dir import ADAPTER, CONNECTOR, SUMMARY, save_result
 from .sanity_callbacks import ADAPTED_SAMPLES, DivergenceGuard, GradientGuard, check_dtypes, logits_change
@@ -44,7 +45,7 @@ _BAD_MEDIA = {
 
 
 def run_training(config: RunConfig, resume: bool = False, overwrite: bool = False) -> Path:
-    """Train what ``config`` says; returns the run folder.
+    """Train what ``config`` asks for; return the run folder.
 
     Raises:
         MokaError: anything in the configuration, data or folder that must be corrected first; nothing is written then.
@@ -60,15 +61,9 @@ def run_training(config: RunConfig, resume: bool = False, overwrite: bool = Fals
 def _trainer(run: Run, stage: int, module: torch.nn.Module, step: int) -> MokaTrainer:
     arguments = run.arguments[stage]
     forget_engine(arguments)
-    section = run.config.section(stage)
-    train = run.datasets["alignment" if stage == 1 else "train"]
+    train = run.datasets[DATA[stage]]
     validation = run.datasets.get("validation") if arguments.eval_strategy != IntervalStrategy.NO else None
     check_dtypes(module)
-    rates = {
-        f"{part}s": section[f"{part}_learning_rate"]
-        for part in ("encoder", "projector")
-        if f"{part}_learning_rate" in section
-    }
     dropped = run.folder / f"dropped-stage{stage}.jsonl"
     trainer = MokaTrainer(
         model=module,
@@ -76,18 +71,16 @@ def _trainer(run: Run, stage: int, module: torch.nn.Module, step: int) -> MokaTr
         train_dataset=build_train_dataset(
             _encoded(run, train, arguments, dropped),
             arguments,
-            packing=bool(section.get("packing")),
             path=run.folder / f"lengths-stage{stage}.npz",
             resume=run.resume,
-            name=f"data.{'alignment' if stage == 1 else 'train'}",
+            name=f"data.{DATA[stage]}",
         ),
         eval_dataset=None if validation is None else EncodedDataset(validation, run.processor, run.max_length),
         data_collator=Collator(run.processor),
         processing_class=run.processor,
         callbacks=_callbacks(run, stage),
-        rates=rates,
     )
-    add_tensorboard(trainer, run.folder, stage, step, section.get("report_to"))
+    add_tensorboard(trainer, run.folder, stage, step, run.config.section(stage).get("report_to"))
     return trainer
 
 
@@ -119,7 +112,7 @@ def _callbacks(run: Run, stage: int) -> list[Any]:
 
 
 def _train(run: Run, stage: int, module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """One stage, from the newest checkpoint where the run is resumed; returns what was trained, in full tensors."""
+    """Train one stage, from the newest checkpoint if the run is resumed; return what was trained, in full tensors."""
     arguments = run.arguments[stage]
     checkpoint, step = None, 0
     if run.resume:
@@ -129,48 +122,45 @@ def _train(run: Run, stage: int, module: torch.nn.Module) -> dict[str, torch.Ten
         print_main(
             f"stage {stage}: " + (f"resuming from {checkpoint}" if checkpoint else "no checkpoint; from its beginning")
         )
-    _say_batch(run, stage, going_on=checkpoint is not None)
+    _note_batch(run, stage, resumed=checkpoint is not None)
     trainer = _trainer(run, stage, module, step)
     if checkpoint is not None and is_main():
-        name = f"data.{'alignment' if stage == 1 else 'train'}"
-        print_changes(checkpoint, arguments.world_size, trainer.data_fingerprint, name)
+        print_changes(checkpoint, arguments.world_size, trainer.data_fingerprint, f"data.{DATA[stage]}")
     trainer.add_callback(BackendNote(trainer, stage, run.engines))
     trainer.add_callback(SaveAndLeave(run.interruption, trainer))
     run.interruption.defer()
     trainer.run(checkpoint, SECTIONS[stage])
-    _say_replaced(run, stage)
+    _note_replaced(run, stage)
     if stage == 2:
         run.logits_change = logits_change(trainer)
     return trainer.trained_state()
 
 
-def _say_batch(run: Run, stage: int, going_on: bool) -> None:
-    """The samples of one optimizer step; a resumed stage keeps them, whatever the number of processes."""
-    arguments = run.arguments[stage]
+def _note_batch(run: Run, stage: int, resumed: bool) -> None:
+    """Print and record the samples of one optimizer step; a resumed stage keeps them, whatever the number of processes."""
+    arguments, name = run.arguments[stage], SECTIONS[stage]
     batch, accumulated = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
     total = batch * accumulated * arguments.world_size
-    name = SECTIONS[stage]
-    section = run.config.section(stage)
-    unit = "packed rows" if section.get("packing") else "samples"
+    unit = "packed rows" if arguments.packing else "samples"
     print_main(
         f"stage {stage}: {total} {unit} a step ({batch} x {counted(arguments.world_size, 'process', 'processes')} x {accumulated} "
         "accumulated)"
     )
     for what in ("save", "eval"):
-        if f"{what}_steps" in section and getattr(arguments, f"{what}_strategy") == IntervalStrategy.NO:
+        if (
+            f"{what}_steps" in run.config.section(stage)
+            and getattr(arguments, f"{what}_strategy") == IntervalStrategy.NO
+        ):
             print_main(f"note: {name}.{what}_steps does nothing, as {name}.{what}_strategy is no.")
     key = "samples_per_step"
     records = broadcast_from_main(run.folder.metrics)
     began = next((r[key] for r in reversed(records) if r["stage"] == stage and key in r), None)
-    if going_on and began not in (None, total):
-
-        def refuse() -> None:
+    with collective_errors():
+        if resumed and began not in (None, total):
             raise MokaError(
                 f"--resume: stage {stage} began with {began} samples a step, and would continue with {total}. Launch as many "
-                f"processes as before; in a new run {SECTIONS[stage]}.global_batch_size keeps the number."
+                f"processes as before; in a new run {name}.global_batch_size keeps the number."
             )
-
-        run_on_all(refuse)
     if began != total:
         run_on_main(lambda: run.folder.log({"stage": stage, "step": 0, key: total}))
 
@@ -182,14 +172,13 @@ def train_connectors(run: Run) -> None:
         load_connector(run.model, target)
         return
     run.model.language_model.requires_grad_(False)
-    embedding = run.config.alignment.get("objective") == "embedding"
+    embedding = run.arguments[1].objective == "embedding"
     state = _train(run, 1, EmbeddingAlignment(run.model) if embedding else run.model)
 
-    def save() -> None:
-        with atomic_dir(target) as part:
-            save_connector(run.model, part, state)
-
-    run_on_main(save)
+    with collective_errors():
+        if is_main():
+            with atomic_dir(target) as part:
+                save_connector(run.model, part, state)
     if 2 in run.config.stages and (run.arguments[1].deepspeed_plugin is not None or is_sharded(run.model)):
         # An engine leaves its hooks and its parts of the parameters on the model.
         cached = [name for name, encoder in run.model.encoders.items() if isinstance(encoder, CachedEncoder)]
@@ -203,11 +192,13 @@ def train_adapter(run: Run) -> PeftModel:
     parts = trained_parts(run.model)
     if parts and 1 not in run.config.stages and not run.config.model.connectors:
         print_main(f"note: {', '.join(parts)} start untrained: neither stage 1 nor model.connectors is given.")
-    run.leave_if_told()
+    run.interruption.check()
     # Again: a resumed run, which has not gone through stage 1, draws the same adapter.
     draw_seed(run.config, 2)
     adapted = attach_adapter(run.model, run.config.adapter)
-    _say_coverage(adapted)
+    share = adapter_coverage(adapted)
+    remedy = "; leave adapter.target_modules out, or name more layers, if more was intended" if share < 0.5 else ""
+    print_main(f"stage 2: the adapter covers {share:.0%} of the decoder's block weights{remedy}")
     state = _train(run, 2, adapted)
     doubts = broadcast_from_main(lambda: save_result(adapted, run.processor, run.folder / ADAPTER, state))
     if run.logits_change is not None and not run.logits_change > 0:
@@ -220,18 +211,11 @@ def train_adapter(run: Run) -> PeftModel:
     return adapted
 
 
-def _say_coverage(adapted: PeftModel) -> None:
-    """Print which share of the decoder the adapter covers, and how to cover more if it is less than one half."""
-    share = adapter_coverage(adapted)
-    remedy = "; leave adapter.target_modules out, or name more layers, if more was intended" if share < 0.5 else ""
-    print_main(f"stage 2: the adapter covers {share:.0%} of the decoder's block weights{remedy}")
-
-
-def _say_replaced(run: Run, stage: int) -> None:
-    """Samples that could not be used, or only in part, counted over all processes and loader workers."""
+def _note_replaced(run: Run, stage: int) -> None:
+    """Print how many samples could not be used, or only in part, over all processes and loader workers."""
     paths = [run.folder / f"dropped-stage{stage}.jsonl"]
     if run.config.data.on_bad_media == "substitute":
-        paths.append(bad_media_report(run.folder.path, "alignment" if stage == 1 else "train"))
+        paths.append(bad_media_report(run.folder.path, DATA[stage]))
     for path in paths:
         if not is_main() or not path.exists():
             continue
@@ -248,7 +232,7 @@ def _say_replaced(run: Run, stage: int) -> None:
 
 def finish(run: Run, result: PeftModel | None) -> None:
     """Plot, sample answers, model card and summary; the summary, written last, marks the run as complete."""
-    run.leave_if_told()
+    run.interruption.check()
     validation = run.datasets.get("validation")
     if result is not None and validation is not None:
         # On all processes: each may hold but a part of the model.
@@ -259,28 +243,29 @@ def finish(run: Run, result: PeftModel | None) -> None:
 
 def _write_artefacts(run: Run, result: PeftModel | None, seconds: float) -> None:
     config, folder = run.config, run.folder
-    summary: dict[str, Any] = {"method": config.adapter.method if 2 in config.stages else "stage 1 only"}
+    summary: dict[str, Any] = {"method": config.adapter["method"] if 2 in config.stages else "stage 1 only"}
     if result is not None:
         counts = count_parameters(result)
-        summary |= {f"trainable parameters, {part}": f"{n:,}" for part, n in counts.items() if part != "total"}
-        summary["all parameters"] = f"{counts['total']:,}"
+        summary |= {f"trainable parameters, {part}": n for part, n in counts.items() if part != "total"}
+        summary["all parameters"] = counts["total"]
         summary["adapter covers"] = f"{adapter_coverage(result):.0%} of the decoder's block weights"
     for name in run.datasets:
         path = bad_media_report(folder.path, name)
         if path.exists():
             bad = {r["index"] for r in read_jsonl(path) if "index" in r}
             summary[f"samples of data.{name} {_BAD_MEDIA[config.data.on_bad_media]}"] = len(bad)
+    device = run.arguments[config.stages[-1]].device
     summary |= {
         "seed": config.seed(config.stages[-1]),
         "seconds": round(seconds),
         "processes": next(iter(run.arguments.values())).world_size,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }
     if run.logits_change is not None:
         summary["adapter changes logits by"] = f"{100 * run.logits_change:.3g} %"
-    plot_loss(folder)
-    plot_balance(folder)
-    write_card(folder, config, summary | {f"stage {n}": in_words(backend) for n, backend in run.engines.items()})
-    write_json(folder / SUMMARY, summary | {"engines": run.engines})
+    plot_metrics(folder)
+    summary["engines"] = run.engines
+    write_card(folder, config, summary)
+    write_json(folder / SUMMARY, summary)

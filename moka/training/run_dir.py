@@ -28,11 +28,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 import moka
-from moka.config import RunConfig, config_from_dict, load_yaml
+from moka.config import RunConfig, config_from_dict
 from moka.errors import MokaError
 from moka.io import append_jsonl, atomic_dir, read_jsonl, write_json, write_text
 from moka.modeling.artifacts import trained_parts
 from moka.modeling.sharding import without_wrappers
+from moka.yaml_files import load_yaml
 
 from .lock import LOCK, FolderLock
 
@@ -71,20 +72,23 @@ class RunFolder:
         is_run = self.is_run()
         if is_run:
             self.lock.take()
-        for place in (self.path, *self.path.parents):
-            if place.exists() and not place.is_dir():
-                raise MokaError(f"output.dir: {place} is a file; name a folder.")
-        if resume and overwrite:
-            raise MokaError("--resume continues with a run and --overwrite replaces it; give one of them.")
-        if resume and not is_run:
-            raise MokaError(f"--resume: {self.path} has no run; leave --resume out to start one.")
-        if is_run and not resume and not overwrite:
-            raise MokaError(
+        problem = None
+        file = next((place for place in (self.path, *self.path.parents) if place.exists() and not place.is_dir()), None)
+        if file is not None:
+            problem = f"output.dir: {file} is a file; name a folder."
+        elif resume and overwrite:
+            problem = "--resume continues with a run and --overwrite replaces it; give one of them."
+        elif resume and not is_run:
+            problem = f"--resume: {self.path} has no run; leave --resume out to start one."
+        elif is_run and not resume and not overwrite:
+            problem = (
                 f"output.dir: {self.path} already has a run. Choose another with output.dir=..., continue with --resume, or "
                 "replace it with --overwrite."
             )
-        if not is_run and self.path.is_dir() and not all(map(_is_leftover, self.path.iterdir())):
-            raise MokaError(f"output.dir: {self.path} is not empty and contains no run of moka; choose another folder.")
+        elif not is_run and self.path.is_dir() and not all(map(_is_leftover, self.path.iterdir())):
+            problem = f"output.dir: {self.path} is not empty and contains no run of moka; choose another folder."
+        if problem is not None:
+            raise MokaError(problem)
 
     def is_run(self) -> bool:
         """Return whether a run of ours is there; someone else's config.yaml is none."""

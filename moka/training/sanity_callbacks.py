@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import TrainerCallback
 
 from moka.data.streaming import EncodedStream
-from moka.distributed import all_gather_object, all_reduce_any, run_on_all, run_on_main
+from moka.distributed import all_gather_object, all_reduce_any, collective_errors, is_main
 from moka.errors import MokaError, counted
 from moka.io import write_json
 
@@ -104,18 +104,16 @@ class DivergenceGuard(TrainerCallback):
         parts = all_gather_object([record["sample_ids"] for record in self.bad])  # [ranks][steps][ids]
         for index, record in enumerate(self.bad):
             record["sample_ids"] = [i for part in parts for i in part[index]]
-
-        def stop() -> None:
-            write_json(self.folder / DIVERGED, {"section": self.section, "steps": self.bad})
-            first = self.bad[0]
-            raise MokaError(
-                f"The loss was {first['loss']} at {counted(len(self.bad), 'step')} in a row, first at step {first['step']} with the "
-                f"samples {_some(first['sample_ids'])}; all of them are in {self.folder / DIVERGED}. Lower "
-                f"{self.section}.learning_rate in a new run, or look at these samples: their media, and whether answers are all "
-                "masked."
-            )
-
-        run_on_main(stop)
+        with collective_errors():
+            if is_main():
+                write_json(self.folder / DIVERGED, {"section": self.section, "steps": self.bad})
+                first = self.bad[0]
+                raise MokaError(
+                    f"The loss was {first['loss']} at {counted(len(self.bad), 'step')} in a row, first at step {first['step']} "
+                    f"with the samples {_some(first['sample_ids'])}; all of them are in {self.folder / DIVERGED}. Lower "
+                    f"{self.section}.learning_rate in a new run, or look at these samples: their media, and whether answers "
+                    "are all masked."
+                )
 
 
 class GradientGuard(TrainerCallback):
@@ -140,16 +138,13 @@ class GradientGuard(TrainerCallback):
         self.done = True
         seen = {name for name, its in trainer.model.config.type_ids.items() if ids & set(its)}
         missing = unreached(found, seen)
-
-        def refuse() -> None:
+        with collective_errors():
             if missing:
                 raise MokaError(
                     f"Step {trainer.state.global_step + 1}: no gradient reaches {_some(missing)}. Likely: answers that are all "
                     "masked, a layer that the forward does not use, or a part cut off from the graph (checkpointing over inputs "
                     f"without gradients, torch.no_grad). Nothing would be learned there; {self.section} was stopped."
                 )
-
-        run_on_all(refuse)
 
 
 def supervised_type_ids(inputs: dict[str, Any]) -> set[int]:

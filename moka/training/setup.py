@@ -14,7 +14,7 @@ import psutil
 import torch
 from transformers import TrainingArguments
 
-from moka.config import SECTIONS, RunConfig, check_complete
+from moka.config import SECTIONS, MokaTrainingArguments, RunConfig, check_complete
 from moka.data import EncodedDataset, resolve_backbone
 from moka.data.media import BadMediaError
 from moka.data.media_validation import SkipReport, Subset, joined
@@ -40,11 +40,11 @@ from moka.modeling.build import (
     context_length,
 )
 
+from .arguments import training_arguments
 from .dataloading import check_packing
 from .datasets import check_chats, check_files, check_media, open_data, try_media, write_reports
 from .preemption import Interruption
 from .run_dir import SUMMARY, RunFolder
-from .trainer import training_arguments
 
 
 @dataclass
@@ -53,7 +53,7 @@ class Run:
 
     config: RunConfig
     folder: RunFolder
-    arguments: dict[int, TrainingArguments]
+    arguments: dict[int, MokaTrainingArguments]
     resume: bool
     datasets: dict[str, Any]
     model: MokaForConditionalGeneration
@@ -67,10 +67,6 @@ class Run:
     @property
     def max_length(self) -> int | None:
         return context_length(self.config.model, self.model)
-
-    def leave_if_told(self) -> None:
-        """End here where a signal came after the last step of a stage; its result is saved."""
-        self.interruption.check()
 
 
 @contextmanager
@@ -158,7 +154,7 @@ def _leave_out(datasets: dict[str, Any], config: RunConfig, folder: RunFolder, r
 def _prepare(
     config: RunConfig,
     folder: RunFolder,
-    arguments: dict[int, TrainingArguments],
+    arguments: dict[int, MokaTrainingArguments],
     resume: bool,
     datasets: dict[str, Any],
 ) -> Run:
@@ -180,11 +176,12 @@ def _prepare(
 def _check_adapter_size(config: RunConfig, parameters: int, arguments: TrainingArguments) -> None:
     """Refuse an adapter whose weights only, in float32, need more memory than the machine has."""
     device, memory = arguments.device, psutil.virtual_memory().total
-    if device.type == "cuda":
-        memory = torch.cuda.get_device_properties(device).total_memory * arguments.world_size
+    properties = getattr(getattr(torch, device.type), "get_device_properties", None)
+    if properties is not None:
+        memory = properties(device).total_memory * arguments.world_size
     if 4 * parameters > memory:
         raise MokaError(
-            f"adapter.r: {config.adapter.r} makes an adapter of {parameters:,} parameters, {4 * parameters / 2**30:,.0f} GiB, and "
+            f"adapter.r: {config.adapter['r']} makes an adapter of {parameters:,} parameters, {4 * parameters / 2**30:,.0f} GiB, and "
             f"{device} has {memory / 2**30:,.0f} GiB. Lower it, or name fewer adapter.target_modules."
         )
 
@@ -207,7 +204,7 @@ def draw_seed(config: RunConfig, stage: int) -> None:
     torch.manual_seed(seed)
 
 
-def _arguments(config: RunConfig, folder: RunFolder, stage: int) -> TrainingArguments:
+def _arguments(config: RunConfig, folder: RunFolder, stage: int) -> MokaTrainingArguments:
     name = SECTIONS[stage]
     of_both = ("deepspeed", "fsdp", "fsdp_config")
     shared = {key: config.training[key] for key in of_both if key in config.training}

@@ -16,24 +16,23 @@ Overridden methods of ``Trainer``, and why:
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import transformers.trainer
-from accelerate.utils import DistributedType, DynamoBackend
+from accelerate.utils import DistributedType
 from peft import PeftModel
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments, get_scheduler
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
-from transformers.utils import is_liger_kernel_available
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from moka.config import OWN_TRAINING_KEYS
+from moka.config import MokaTrainingArguments
 from moka.data.streaming import EncodedStream
-from moka.distributed import all_gather_object, is_main, run_on_all, run_on_main
+from moka.distributed import all_gather_object, collective_errors, is_main, run_on_all, run_on_main
 from moka.errors import MokaError
 from moka.io import disk_full_errors
 from moka.modeling import MokaForConditionalGeneration
@@ -41,21 +40,16 @@ from moka.modeling.artifacts import connector_state, load_connector, save_connec
 from moka.modeling.sharding import fsdp_requested, full_state_dict, loading_full_tensors, without_wrappers
 
 from .alignment import EmbeddingAlignment, share_captions
-from .callbacks import check_reports
 from .checkpointing import CheckpointMetadata, complete, file_sizes, rotate
 from .dataloading import (
     data_fingerprint,
-    data_seed,
     dismiss_workers,
-    divided,
-    loader_settings,
     prepare_loader,
     sampler,
     stream_loader,
 )
-from .distributed_backend import describe, exclude_frozen, load_checkpoint, move_unsharded, use_deepspeed
+from .distributed_backend import describe, load_checkpoint, move_unsharded
 from .gradients import GradientReader
-from .launch import check_deepspeed
 from .run_dir import save_adapter
 
 # Files of the optimizer's state in a checkpoint, by what wrote it.
@@ -65,19 +59,15 @@ _OPTIMIZER_FILES = {
     "FSDP": ("optimizer.bin", "optimizer_0"),
     _PLAIN: ("optimizer.pt",),
 }
-_MANY_STEPS = 1_000_000  # to try a schedule before the number of steps is known
 
 
 class MokaTrainer(Trainer):
-    """Trains either the connectors of a composed model (stage 1) or its adapter and connectors (stage 2).
+    """Trains either the connectors of a composed model (stage 1) or its adapter and connectors (stage 2)."""
 
-    Args:
-        rates: learning rates other than ``args.learning_rate``, by part: "encoders", "projectors".
-    """
+    args: MokaTrainingArguments
 
-    def __init__(self, *args: Any, rates: dict[str, float] | None = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.rates = rates or {}
         # Done here, after the metadata were written and the training has ended.
         self._save_limit, self.args.save_total_limit = self.args.save_total_limit, None
         self._loads_best, self.args.load_best_model_at_end = self.args.load_best_model_at_end, False
@@ -135,11 +125,12 @@ class MokaTrainer(Trainer):
             return self.optimizer
         model = self.model if model is None else model
         decayed = set(self.get_decay_parameter_names(model))
+        own = {"encoders": self.args.encoder_learning_rate, "projectors": self.args.projector_learning_rate}
+        rates = {part: rate for part, rate in own.items() if rate is not None}
         groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                part = next((p for p in self.rates if f"{p}." in name), None)
-                rate = self.args.learning_rate if part is None else self.rates[part]
+                rate = next((rates[part] for part in rates if f"{part}." in name), self.args.learning_rate)
                 groups.setdefault((rate, self.args.weight_decay if name in decayed else 0.0), []).append(parameter)
         optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
         settings.pop("lr", None)
@@ -226,7 +217,8 @@ class MokaTrainer(Trainer):
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         move_unsharded(self.model, self.args.device)
         model, train_dataloader = super()._prepare_for_training(max_steps, train_dataloader, None)
-        exclude_frozen(model)
+        # The frozen backbone stays out of its checkpoints; transformers does so only for adapters.
+        model.save_checkpoint = partial(model.save_checkpoint, exclude_frozen_parameters=True)
         if resume_from_checkpoint is not None:
             load_checkpoint(model, Path(resume_from_checkpoint), self.args.world_size)
             self._load_optimizer_and_scheduler(resume_from_checkpoint)
@@ -238,37 +230,23 @@ class MokaTrainer(Trainer):
         folder = Path(self.args.output_dir or ".")
         checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
         zero_stage = describe(self)["zero_stage"]
+        # DeepSpeed and FSDP write together: a process that fails in the middle ends, and the launcher ends the others.
+        together = self.is_deepspeed_enabled or self.is_fsdp_enabled
         self._save_error = None
-
-        def write() -> None:
-            with disk_full_errors(checkpoint), _without_fsdp_model_copy():
-                super(MokaTrainer, self)._save_checkpoint(model, trial)
-
-        def fail() -> None:
-            with disk_full_errors(checkpoint):
-                if self._save_error is not None:
-                    raise self._save_error
-
-        def both() -> None:
-            write()
-            fail()
-
-        def finish() -> None:
-            with disk_full_errors(checkpoint):
-                metadata = CheckpointMetadata(step, self.args.world_size, zero_stage, self.data_fingerprint)
-                complete(checkpoint, metadata, written)
-            rotate(folder, self._save_limit, checkpoint, self.state.best_model_checkpoint)
-
         try:
             run_on_main(lambda: shutil.rmtree(checkpoint, ignore_errors=True))
-            if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-                # These write together: one that fails in the middle can say the others only by ending.
-                write()
-                run_on_all(fail)
-            else:
-                run_on_all(both)
+            errors = nullcontext() if together else collective_errors()
+            with errors, disk_full_errors(checkpoint), _without_fsdp_model_copy():
+                super()._save_checkpoint(model, trial)
+            with collective_errors(), disk_full_errors(checkpoint):
+                if self._save_error is not None:
+                    raise self._save_error
             written = all_gather_object(file_sizes(checkpoint))
-            run_on_main(finish)
+            with collective_errors(), disk_full_errors(checkpoint):
+                if is_main():
+                    metadata = CheckpointMetadata(step, self.args.world_size, zero_stage, self.data_fingerprint)
+                    complete(checkpoint, metadata, written)
+                    rotate(folder, self._save_limit, checkpoint, self.state.best_model_checkpoint)
         except BaseException:
             if is_main():
                 shutil.rmtree(checkpoint, ignore_errors=True)
@@ -354,110 +332,3 @@ def composed_of(model: Any) -> MokaForConditionalGeneration:
     if isinstance(model, PeftModel):
         model = model.get_base_model()
     return model.model if isinstance(model, EmbeddingAlignment) else model
-
-
-def training_arguments(
-    section: dict[str, Any], output_dir: str | Path, name: str = "training", **fixed: Any
-) -> TrainingArguments:
-    """``TrainingArguments`` of one stage from its section; our own keys are translated or left to the caller.
-
-    Args:
-        name: of the section, for messages.
-    Raises:
-        MokaError: what transformers refuses, or this machine cannot do; a global batch that cannot be had.
-    """
-    check_deepspeed(section, name)
-    check_reports(section.get("report_to"), f"{name}.report_to")
-    settings = {key: value for key, value in section.items() if key not in OWN_TRAINING_KEYS}
-    if not torch.cuda.is_available():
-        settings.setdefault("use_cpu", True)
-    settings |= loader_settings(settings)
-    settings = {
-        "logging_steps": 10,
-        "report_to": "none",
-        "logging_first_step": True,
-        # The filter would put the mean of earlier steps instead of NaN, and hide a run that diverged.
-        "logging_nan_inf_filter": False,
-        "disable_tqdm": False,
-        # Every parameter has a gradient in every step; to look for others breaks reentrant checkpointing.
-        "ddp_find_unused_parameters": False,
-        **settings,
-        "remove_unused_columns": False,
-        "label_names": ["labels"],
-        "prediction_loss_only": True,
-        **fixed,
-    }
-    for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
-        new = old.replace("gradient", "activation")
-        if old in settings and new in TrainingArguments.__dataclass_fields__:  # transformers 5.23 renamed them
-            settings[new] = settings.pop(old)
-    for key in ("bf16", "fp16", "tf32"):
-        if settings.get(key) and (settings.get("use_cpu") or not torch.cuda.is_available()):
-            raise MokaError(f"{name}.{key}: true needs a GPU, and this run is on the CPU. Take it out.")
-    with _refused_settings(name):
-        arguments = TrainingArguments(output_dir=str(output_dir), **settings)
-    _try_settings(arguments, name)
-    run_on_all(lambda: _check_processes(arguments))
-    run_on_all(lambda: _set_accumulation(arguments, section, name))
-    run_on_all(lambda: use_deepspeed(arguments, name))
-    return arguments
-
-
-@contextmanager
-def _refused_settings(name: str, fields: str = "") -> Iterator[None]:
-    """Turn any error of transformers or torch about settings into one that names the section and the fields."""
-    try:
-        yield
-    except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        of = f" of {fields}" if fields else ""
-        raise MokaError(f"{name}: transformers refuses these settings{of}: {reason}") from error
-
-
-def _try_settings(arguments: TrainingArguments, name: str) -> None:
-    """Build, for one small parameter, what transformers builds from the settings only when a stage starts."""
-    with _refused_settings(name, "optim, optim_args, learning_rate, adam_beta1, adam_beta2, adam_epsilon"):
-        optimizer_class, settings = Trainer.get_optimizer_cls_and_kwargs(arguments)
-        optimizer = optimizer_class([torch.nn.Parameter(torch.zeros(2, 2, device=arguments.device))], **settings)
-    with _refused_settings(name, "lr_scheduler_type, lr_scheduler_kwargs, warmup_steps"):
-        warmup, given = arguments.get_warmup_steps(_MANY_STEPS), cast("dict | None", arguments.lr_scheduler_kwargs)
-        get_scheduler(arguments.lr_scheduler_type, optimizer, warmup, _MANY_STEPS, given)
-    with _refused_settings(name, "seed, data_seed"):
-        torch.Generator().manual_seed(data_seed(arguments))
-    with _refused_settings(name, "log_level"):
-        arguments.get_process_log_level()
-    with _refused_settings(name, "torch_compile_backend"):
-        DynamoBackend((arguments.torch_compile_backend or "no").upper())
-    if arguments.neftune_noise_alpha is not None and not arguments.neftune_noise_alpha >= 0:
-        raise MokaError(f"{name}.neftune_noise_alpha: {arguments.neftune_noise_alpha} is negative; 5 is usual.")
-    if arguments.use_liger_kernel and not is_liger_kernel_available():
-        raise MokaError(f"{name}.use_liger_kernel: liger-kernel is not installed. Install it, or set it to false.")
-    if arguments.save_strategy == SaveStrategy.BEST and arguments.metric_for_best_model is None:
-        raise MokaError(f"{name}.save_strategy: best needs {name}.metric_for_best_model, for example eval_loss.")
-
-
-def _check_processes(arguments: TrainingArguments) -> None:
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if started != arguments.world_size:
-        raise MokaError(
-            f"The launcher started {started} processes, and each would train only (device {arguments.device.type}, world "
-            f"size {arguments.world_size}). Take use_cpu out of the settings, or launch one process."
-        )
-    if arguments.n_gpu > 1:
-        # DataParallel would cut media and text of a batch at different places.
-        print(f"note: {arguments.n_gpu} GPUs are visible and one is used; --launcher ddp or zero2 uses all.")
-        arguments._n_gpu = 1
-
-
-def _set_accumulation(arguments: TrainingArguments, section: dict[str, Any], name: str) -> None:
-    parts = divided(section, arguments.world_size, name)
-    if parts is None:
-        return
-    (size, steps), total = parts, section["global_batch_size"]
-    given = section.get("gradient_accumulation_steps")
-    if given is not None and given != steps:
-        raise MokaError(
-            f"{name}: global_batch_size {total} takes {steps} accumulation steps, and gradient_accumulation_steps is "
-            f"{given}. Take one of the two out."
-        )
-    arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps = size, steps

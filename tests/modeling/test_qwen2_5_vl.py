@@ -15,7 +15,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 import moka
 from moka import MokaConfig, MokaError, MokaForConditionalGeneration
-from moka.config import AdapterSection, ModelSection
+from moka.config import ModelSection
 from moka.modeling.artifacts import trained_parts
 from moka.modeling.build import adapter_parameters, attach_adapter, build_model, build_processor, count_parameters
 from moka.modeling.encoders import build_encoder, build_front_end, tiny_encoder
@@ -181,8 +181,8 @@ def test_the_vision_tower_is_an_encoder_and_no_part_of_the_language_model(model,
 
 def test_the_adapter_reaches_the_seven_projections_of_the_language_model_only(folder, modalities):
     model = MokaForConditionalGeneration.from_backbone(str(folder), modalities, dtype=torch.float32)
-    predicted = adapter_parameters(model, AdapterSection())
-    adapted = attach_adapter(model, AdapterSection())
+    predicted = adapter_parameters(model, {})
+    adapted = attach_adapter(model, {})
     assert count_parameters(adapted)["adapter"] == predicted > 0
     names = {n for n, m in adapted.named_modules() if hasattr(m, "moka_A")}
     assert len(names) == 7 * model.config.text_config.num_hidden_layers
@@ -227,7 +227,7 @@ def test_a_checkpoint_in_another_layout_is_read(folder, modalities, tokenizer, t
 def test_gradient_checkpointing_gives_equal_gradients(folder, modalities, reference, tokenizer, reentrant):
     torch.manual_seed(5)
     model = MokaForConditionalGeneration.from_backbone(str(folder), modalities, dtype=torch.float32)
-    adapted = attach_adapter(model, AdapterSection(dropout=0.0))
+    adapted = attach_adapter(model, {"dropout": 0.0})
     for name, parameter in adapted.named_parameters():
         if "moka_B" in name:
             parameter.data.normal_(std=0.1)
@@ -261,7 +261,7 @@ def test_a_saved_model_gives_equal_logits(model, reference, tokenizer, tmp_path)
 def test_a_trained_adapter_folder_is_loaded_with_its_pictures(folder, modalities, tmp_path):
     torch.manual_seed(3)
     model, processor = build_model(ModelSection(backbone=str(folder), modalities=modalities, dtype="float32"))
-    adapted = attach_adapter(model, AdapterSection(dropout=0.0))
+    adapted = attach_adapter(model, {"dropout": 0.0})
     for name, parameter in adapted.named_parameters():
         if "moka_B" in name:
             parameter.data.normal_(std=0.1)

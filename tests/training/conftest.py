@@ -1,6 +1,7 @@
 """Two real processes on gloo: the runs that are compared, and reading what they left."""
 
 import json
+import shutil
 import wave
 
 import numpy as np
@@ -8,6 +9,58 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+
+from moka.training import config_from_dict, run_training
+
+
+@pytest.fixture(scope="session")
+def train(tiny_config):
+    """``train(folder, resume=False, overwrite=False, **changes)``: the run of ``tiny_config``, or of a raw configuration."""
+
+    def run(folder, resume=False, overwrite=False, **changes):
+        raw = folder if isinstance(folder, dict) else tiny_config(folder, **changes)
+        return run_training(config_from_dict(raw), resume=resume, overwrite=overwrite)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def train_two(tiny_config, launch, write_yaml):
+    """``train_two(folder, **changes)``: the run of ``tiny_config`` in two processes; what it printed is returned."""
+
+    def run(folder, launcher="torchrun", **changes):
+        config = write_yaml(folder.with_name(f"{folder.name}.yaml"), tiny_config(folder, **changes))
+        done = launch(launcher, "train", config, timeout=400)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def engine():
+    """``engine(folder, stage=2)``: how a run says that it ran: processes, distributed_type, wrapper, zero_stage, offload."""
+
+    def read(folder, stage=2):
+        return json.loads((folder / "summary.json").read_text())["engines"][str(stage)]
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def killed():
+    """``killed(run, folder, step)``: a copy of a finished run as it is when it is killed in stage 2 after ``step`` was saved."""
+
+    def copy(run, folder, step):
+        shutil.copytree(run, folder)
+        shutil.rmtree(folder / "adapter")
+        (folder / "summary.json").unlink()
+        for checkpoint in (folder / "checkpoints/stage2").glob("checkpoint-*"):
+            if int(checkpoint.name.split("-")[1]) > step:
+                shutil.rmtree(checkpoint)
+        return folder
+
+    return copy
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """Logs and progress: right counts, gradients by part that add up, and a training that is the same without."""
 
 import importlib.util
-import io
 import json
 import math
 import sys
@@ -13,9 +12,9 @@ from safetensors.torch import load_file
 
 from moka.data import Collator
 from moka.errors import MokaError
-from moka.training import callbacks, config_from_dict, run_training
+from moka.training import callbacks
 from moka.training import run as run_module
-from moka.training.callbacks import MetricsWriter, ProgressBar, StepClock
+from moka.training.callbacks import Meter, MetricsWriter
 
 SHORT = {"stages": [2], "training__max_steps": 4, "training__save_strategy": "no", "data__validation": None}
 NO_DROPOUT = {
@@ -39,10 +38,6 @@ ROOT = Path(__file__).parents[2]
 TYPES = {"text": (0,), "visual": (1, 2), "audio": (3,)}
 
 
-def train(raw, **how):
-    return run_training(config_from_dict(raw), **how)
-
-
 def logged(folder, stage=2):
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {r["step"]: r for r in records if r["stage"] == stage and "loss" in r}
@@ -64,7 +59,7 @@ def counted(batches):
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_counts_are_those_of_the_batches_since_the_last_log(tiny_config, tmp_path, monkeypatch, packing):
+def test_counts_are_those_of_the_batches_since_the_last_log(train, tmp_path, monkeypatch, packing):
     batches = []
 
     class Kept(Collator):
@@ -76,7 +71,7 @@ def test_counts_are_those_of_the_batches_since_the_last_log(tiny_config, tmp_pat
     changes = {"training__logging_steps": 2, "training__gradient_accumulation_steps": 2, "training__packing": packing}
     if packing:
         changes |= {"model__max_length": 120, "training__per_device_train_batch_size": 2}
-    records = logged(train(tiny_config(tmp_path / "run", **SHORT, **changes)))
+    records = logged(train(tmp_path / "run", **SHORT, **changes))
     assert sorted(records) == [1, 2, 4]
     for step, since in ((1, batches[:2]), (2, batches[2:4]), (4, batches[4:8])):
         due, found = counted(since), records[step]
@@ -92,8 +87,8 @@ def test_counts_are_those_of_the_batches_since_the_last_log(tiny_config, tmp_pat
 
 
 @pytest.mark.parametrize("limit", [0.01, 1e6, 0.0])
-def test_gradient_norms_by_part_make_up_the_full(tiny_config, tmp_path, limit):
-    records = logged(train(tiny_config(tmp_path / "run", **SHORT, training__max_grad_norm=limit)))
+def test_gradient_norms_by_part_make_up_the_full(train, tmp_path, limit):
+    records = logged(train(tmp_path / "run", **SHORT, training__max_grad_norm=limit))
     for step, record in records.items():
         parts = {key.removeprefix("grad_norm/"): value for key, value in record.items() if key.startswith("grad_norm/")}
         assert set(parts) >= {"A/text", "A/visual", "A/audio", "B", "projector/visual", "projector/audio"}
@@ -102,9 +97,9 @@ def test_gradient_norms_by_part_make_up_the_full(tiny_config, tmp_path, limit):
         assert parts["B"] > 0
 
 
-def test_training_is_the_same_unobserved(trained_run, tiny_config, tmp_path, monkeypatch):
+def test_training_is_the_same_unobserved(trained_run, train, tmp_path, monkeypatch):
     monkeypatch.setattr(run_module, "_callbacks", lambda run, stage: [MetricsWriter(run.folder, stage)])
-    single = train(tiny_config(tmp_path / "single"))
+    single = train(tmp_path / "single")
     for stage in (1, 2):
         observed, unobserved = logged(trained_run, stage), logged(single, stage)
         assert len(observed) == 6
@@ -120,12 +115,12 @@ def test_training_is_the_same_unobserved(trained_run, tiny_config, tmp_path, mon
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_observed_modalities_are_logged_and_training_is_the_same(tiny_config, tmp_path, checkpointing):
+def test_observed_modalities_are_logged_and_training_is_the_same(train, tmp_path, checkpointing):
     """Once over the micro-batches of a step, and with the same result for one batch of the full size."""
     changes = {**SHORT, **NO_DROPOUT, "training__max_steps": 5, "training__logging_steps": 2}
     changes |= {"training__global_batch_size": 4, "training__gradient_checkpointing": checkpointing}
     runs = {
-        name: train(tiny_config(tmp_path / name, **changes, training__observe_modalities=every, **more))
+        name: train(tmp_path / name, **changes, training__observe_modalities=every, **more)
         for name, every, more in (
             ("plain", 0, {}),
             ("observed", 2, {}),
@@ -156,65 +151,35 @@ def test_observed_modalities_are_logged_and_training_is_the_same(tiny_config, tm
 def test_waiting_and_pauses_are_separate(monkeypatch):
     now = SimpleNamespace(time=0.0)
     monkeypatch.setattr(callbacks.time, "perf_counter", lambda: now.time)
-    clock = StepClock()
+    meter = Meter({})
 
     def step(fetching, computing):
-        clock.fetch_began()
+        meter.on_fetch_begin(None)
         now.time += fetching
-        clock.fetch_ended()
+        meter.on_fetch_end(None)
         now.time += computing
-        clock.step_ended()
+        meter.on_step_end(None, None, None)
 
     step(3.0, 5.0)
     now.time += 100.0  # an evaluation
     step(3.0, 1.0)
     now.time += 0.5  # the device ends its work
-    assert clock.read() == (12.5, 6.0)
+    assert meter.read_times() == (12.5, 6.0)
     now.time += 50.0  # a checkpoint
     step(2.0, 0.0)
-    assert clock.read() == (2.0, 2.0)
+    assert meter.read_times() == (2.0, 2.0)
 
 
-def test_lines_at_logs_where_there_is_no_terminal(tiny_config, tmp_path, capfd):
-    changes = {"training__max_steps": 5, "training__logging_steps": 2, "training__eval_steps": 4}
-    changes = {**SHORT, **changes, "data__validation": "embedded:audio-visual-text"}
-    train(tiny_config(tmp_path / "run", **changes))
-    out, err = capfd.readouterr()
-    lines = [line for line in out.splitlines() if line.startswith("stage 2, step ")]
-    assert [line.split(":")[0] for line in lines] == [f"stage 2, step {step}/5" for step in (1, 2, 4, 4, 5, 5)]
-    assert all("loss " in line for line in lines)
-    assert "tokens/s, waiting for data " in lines[0]
-    assert "left" in lines[0]
-    assert all("eval loss" in lines[index] for index in (3, 5))
-    assert "{'loss'" not in out + err
-    assert "/5 [" not in err  # a bar
-
-
-def test_bar_on_a_terminal(tiny_config, tmp_path, monkeypatch, capsys):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stderr", terminal)
-    train(tiny_config(tmp_path / "run", **SHORT))
-    shown = terminal.getvalue()
-    assert "4/4" in shown
-    assert "loss " in shown
-    assert "tokens/s" in shown
-    assert "stage 2, step" not in capsys.readouterr().out
-    terminal.truncate(0)
-    train(tiny_config(tmp_path / "quiet", **SHORT, training__disable_tqdm=True))
-    assert "4/4" not in terminal.getvalue()
-    assert "stage 2, step 4/4" in capsys.readouterr().out
-
-
-def test_other_processes_say_nothing(capsys):
-    bar = ProgressBar(2)
-    state = SimpleNamespace(is_world_process_zero=False, global_step=1, max_steps=2)
-    bar.on_train_begin(SimpleNamespace(disable_tqdm=False), state, None)
-    bar.on_log(None, state, None, logs={"loss": 1.0})
-    assert capsys.readouterr().out == ""
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_gets_a_bar_and_other_outputs_a_line_at_each_log(train, tmp_path, monkeypatch, capsys, terminal):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    train(tmp_path / "run", **SHORT)
+    out, err = capsys.readouterr()
+    assert ("4/4 [" in err) is terminal
+    lines = [line.split(":")[0] for line in out.splitlines() if line.startswith("stage 2, step ")]
+    assert lines == ([] if terminal else [f"stage 2, step {step}/4" for step in (1, 2, 3, 4)])
+    for word in ("loss", "tokens/s"):
+        assert word in (err if terminal else out)
 
 
 def scalars(folder):
@@ -225,28 +190,26 @@ def scalars(folder):
     return {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-@pytest.mark.parametrize("named", [{}, {"training__report_to": "tensorboard"}])
-def test_tensorboard_has_what_is_logged(tiny_config, tmp_path, named):
-    folder = train(tiny_config(tmp_path / "run", **SHORT, **named))
+@pytest.mark.parametrize("named", [{}, {"training__report_to": "tensorboard"}, {"training__report_to": "none"}])
+def test_tensorboard_has_what_is_logged_unless_it_is_none(train, tmp_path, named):
+    folder = train(tmp_path / "run", **SHORT, **named)
+    assert not list(folder.glob("checkpoints/**/events*"))
+    if "none" in named.values():
+        assert not (folder / "tensorboard").exists()
+        return
     found = scalars(folder / "tensorboard/stage2")
     for key in ("loss", "tokens_per_second", "data_wait", "tokens/audio", "grad_norm/A/visual", "grad_norm/B"):
         assert found[f"train/{key}"] == [1, 2, 3, 4]
-    assert not list(folder.glob("checkpoints/**/events*"))
 
 
-def test_none_is_none(tiny_config, tmp_path):
-    folder = train(tiny_config(tmp_path / "run", **SHORT, training__report_to="none"))
-    assert not (folder / "tensorboard").exists()
-
-
-def test_missing_and_unknown_services_are_reported_before_training(tiny_config, tmp_path):
+def test_missing_and_unknown_services_are_reported_before_training(train, tmp_path):
     for name in ("wandb", "mlflow"):
         if importlib.util.find_spec(name):
             continue
         with pytest.raises(MokaError, match=rf"training.report_to: {name} is not installed.*pip install {name}"):
-            train(tiny_config(tmp_path / "run", **SHORT, training__report_to=["tensorboard", name]))
+            train(tmp_path / "run", **SHORT, training__report_to=["tensorboard", name])
     with pytest.raises(MokaError, match=r"training.report_to: 'tensorbord' is not one of .*tensorboard"):
-        train(tiny_config(tmp_path / "run", **SHORT, training__report_to="tensorbord"))
+        train(tmp_path / "run", **SHORT, training__report_to="tensorbord")
     assert not (tmp_path / "run").exists()
 
 
@@ -267,8 +230,8 @@ FSDP2 = {
 
 
 @pytest.fixture(scope="module")
-def one_process(tiny_config, tmp_path_factory):
-    return logged(train(tiny_config(tmp_path_factory.mktemp("one") / "run", **TWICE)))
+def one_process(train, tmp_path_factory):
+    return logged(train(tmp_path_factory.mktemp("one") / "run", **TWICE))
 
 
 @pytest.mark.slow

@@ -122,20 +122,12 @@ def test_a_file_of_another_process_that_cannot_be_seen_is_named(tmp_path, monkey
         (1, 3, None, [3]),
     ],
 )
-def test_rotation_keeps_the_newest_and_the_best(tmp_path, limit, newest, best, left):
-    paths = {step: write(tmp_path, step) for step in range(1, 6)}
-    rotate(tmp_path, limit, paths[newest], str(paths[best]) if best else None)
-    assert names(tmp_path) == [f"checkpoint-{step}" for step in left]
-
-
-def test_rotation_does_not_count_incomplete_checkpoints(tmp_path):
+def test_rotation_keeps_the_newest_and_the_best_and_counts_complete_ones_only(tmp_path, limit, newest, best, left):
     """Counted as complete, checkpoint-9 would replace the last good one."""
-    paths = {step: write(tmp_path, step) for step in (1, 2, 9)}
+    paths = {step: write(tmp_path, step) for step in (1, 2, 3, 4, 5, 9)}
     (paths[9] / METADATA).unlink()
-    rotate(tmp_path, 2, paths[2], None)
-    assert names(tmp_path) == ["checkpoint-1", "checkpoint-2", "checkpoint-9"]
-    rotate(tmp_path, 1, paths[2], None)
-    assert names(tmp_path) == ["checkpoint-2", "checkpoint-9"]
+    rotate(tmp_path, limit, paths[newest], str(paths[best]) if best else None)
+    assert names(tmp_path) == [f"checkpoint-{step}" for step in (*left, 9)]
 
 
 def test_a_run_keeps_the_newest_and_the_best_of_its_checkpoints(tiny_config, tmp_path):
@@ -194,10 +186,10 @@ def test_a_second_run_in_the_folder_is_refused_until_the_first_is_gone(trained_r
     RunFolder(folder).check(resume=True, overwrite=False)
 
 
-def test_a_run_leaves_no_lock(trained_run, tiny_config, tmp_path):
+def test_a_run_leaves_no_lock(trained_run, train, tiny_config, tmp_path):
     assert not (trained_run / ".lock").exists()
     with pytest.raises(MokaError, match="already has a run"):
-        run_training(config_from_dict(tiny_config(trained_run)))
+        train(trained_run)
     assert not (trained_run / ".lock").exists()
     bad = tiny_config(tmp_path / "run", data__train=str(tmp_path / "absent.jsonl"))
     with pytest.raises(MokaError, match="absent"):
@@ -205,35 +197,25 @@ def test_a_run_leaves_no_lock(trained_run, tiny_config, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_lock_is_taken_once_and_given_back(tmp_path):
-    first, second = RunFolder(tmp_path).lock, RunFolder(tmp_path).lock
-    assert first.take()
-    assert not first.take()
-    with pytest.raises(MokaError, match=f"process {os.getpid()} on"):
-        second.take()
-    first.release()
-    assert names(tmp_path) == []
-    assert second.take()
-    second.release()
-
-
-def test_a_lock_that_cannot_be_kept_is_taken_once_too(tmp_path, monkeypatch):
-    """`--overwrite` asks twice: to see whether the folder is free, and to write it."""
-    monkeypatch.setattr("moka.training.lock.fcntl", None)
-    lock = RunFolder(tmp_path).lock
-    assert lock.take()
-    assert not lock.take()
-    lock.release()
-    assert lock.take()
-
-
-def test_a_file_system_without_locks_is_said(tmp_path, capsys, monkeypatch):
-    import fcntl
+@pytest.mark.parametrize("kind", ["locks", "no fcntl", "no locks"])
+def test_a_lock_is_taken_once_and_given_back(tmp_path, monkeypatch, capsys, kind):
+    """`--overwrite` asks twice: to see whether the folder is free, and to write it; also where there are no locks."""
 
     def unsupported(descriptor, how):
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr(fcntl, "flock", unsupported)
-    assert RunFolder(tmp_path).lock.take()
-    assert "see that no other run writes this folder" in capsys.readouterr().out
+    if kind == "no fcntl":
+        monkeypatch.setattr("moka.training.lock.fcntl", None)
+    elif kind == "no locks":
+        monkeypatch.setattr("fcntl.flock", unsupported)
+    first, second = RunFolder(tmp_path).lock, RunFolder(tmp_path).lock
+    assert first.take()
+    assert not first.take()
+    assert ("no lock" in capsys.readouterr().out) == (kind == "no locks")
+    if kind == "locks":
+        with pytest.raises(MokaError, match=f"process {os.getpid()} on"):
+            second.take()
+    first.release()
     assert names(tmp_path) == []
+    assert second.take()
+    second.release()

@@ -1,15 +1,16 @@
 """Batches are the same whoever makes them, and reach the device as the machine allows."""
 
-import os
 import warnings
 
 import pytest
 import torch
 from transformers import TrainerCallback
 
-from moka.training import config_from_dict, dataloading, run_training
+from moka.data import EncodedDataset
+from moka.data.media import BadMediaPolicy, DecodedDataset
+from moka.io import read_jsonl
+from moka.modeling import TooLongError
 from moka.training import run as run_module
-from moka.training.trainer import training_arguments
 
 SHORT = {
     "data__train_size": 12,
@@ -20,13 +21,6 @@ SHORT = {
     "training__save_strategy": "no",
     "alignment__save_strategy": "no",
 }
-
-
-@pytest.fixture
-def gpu(monkeypatch):
-    """A machine with a GPU, as far as the settings look."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(dataloading, "usable_cores", lambda: 16)
 
 
 class Seen(TrainerCallback):
@@ -51,13 +45,13 @@ def children():
 
 
 @pytest.fixture
-def observed(tiny_config, tmp_path, monkeypatch):
+def observed(train, tmp_path, monkeypatch):
     def run(name, **changes):
         seen = Seen()
         own = run_module._callbacks
         with monkeypatch.context() as patch:
             patch.setattr(run_module, "_callbacks", lambda run, stage: [*own(run, stage), seen])
-            folder = run_training(config_from_dict(tiny_config(tmp_path / name, **SHORT, **changes)))
+            folder = train(tmp_path / name, **SHORT, **changes)
         return folder, seen
 
     return run
@@ -92,44 +86,27 @@ def test_workers_that_stay_do_not_change_what_dropout_draws(observed, same_run):
     same_run(stay, leave)
 
 
-def test_settings_of_a_machine_with_a_gpu(gpu):
-    assert dataloading.loader_settings({}) == {
-        "dataloader_num_workers": 4,
-        "dataloader_persistent_workers": True,
-        "accelerator_config": {"non_blocking": True},
-    }
-    assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
-    # The cores of a process bound their number; one is the process's own.
-    for cores, workers in ((3, 2), (2, 1), (1, 1)):
-        dataloading.usable_cores = lambda cores=cores: cores
-        assert dataloading.loader_settings({})["dataloader_num_workers"] == workers
+class Refusing:
+    """A processor for which every chat but that of sample 5 is too long."""
+
+    def encode(self, messages, **how):
+        (part,) = messages[0]["content"]
+        if part["text"] != "5":
+            raise TooLongError(part["text"])
+        return {"input_ids": [1], "labels": [1]}
 
 
-def test_what_a_configuration_says_stays(gpu):
-    given = {"dataloader_num_workers": 0, "accelerator_config": {"split_batches": True}}
-    assert dataloading.loader_settings(given) == {
-        "dataloader_num_workers": 0,
-        "accelerator_config": {"split_batches": True, "non_blocking": True},
-    }
-    given = {"dataloader_num_workers": 2, "dataloader_persistent_workers": False, "dataloader_pin_memory": False}
-    assert dataloading.loader_settings(given) == {
-        "dataloader_num_workers": 2,
-        "dataloader_persistent_workers": False,
-    }
-    given = {"accelerator_config": {"non_blocking": False}}
-    assert dataloading.loader_settings(given)["accelerator_config"] == {"non_blocking": False}
-    assert "accelerator_config" not in dataloading.loader_settings({"accelerator_config": "accelerator.json"})
+def test_a_substitute_that_cannot_be_used_is_reported_under_its_own_index(tmp_path):
+    """Even samples have bad media; what takes their place is too long."""
 
+    def sample(i):
+        bad, text = {"type": "image", "image": str(tmp_path / "absent.png")}, {"type": "text", "text": str(i)}
+        return {"id": f"s{i}", "messages": [{"role": "user", "content": [text if i % 2 else bad]}]}
 
-@pytest.mark.parametrize("section", [{}, {"dataloader_num_workers": 2}, {"dataloader_pin_memory": True}])
-def test_on_a_cpu_nothing_is_pinned_and_no_one_warned(tmp_path, section, caplog):
-    if torch.cuda.is_available():
-        section = {**section, "use_cpu": True}
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        arguments = training_arguments(section, tmp_path)
-    assert arguments.dataloader_num_workers == section.get("dataloader_num_workers", 0)
-    assert arguments.dataloader_persistent_workers == ("dataloader_num_workers" in section)
-    assert not arguments.dataloader_pin_memory
-    assert not arguments.accelerator_config.non_blocking
-    assert not caplog.records
+    policy = BadMediaPolicy("substitute", 1.0)
+    decoded = DecodedDataset([sample(i) for i in range(8)], policy=policy)
+    encoded = EncodedDataset(decoded, Refusing(), 16, report_path=tmp_path / "dropped.jsonl")
+    assert {encoded[index]["sample_id"] for index in range(8)} == {"s5"}
+    records = read_jsonl(tmp_path / "dropped.jsonl")
+    assert records
+    assert all(record["id"] == f"s{record['index']}" == f"s{record['reason']}" for record in records)

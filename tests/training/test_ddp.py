@@ -10,7 +10,6 @@ import pytest
 from PIL import Image
 
 from moka.modeling.encoders import tiny_encoder
-from moka.training import config_from_dict, run_training
 
 DDP = {"processes": 2, "distributed_type": "MULTI_CPU", "wrapper": "DistributedDataParallel"}
 LINES = ("torchrun", "embedding"), pytest.param(("accelerate", "language_modeling"), marks=pytest.mark.slow)
@@ -25,16 +24,13 @@ def summary(folder):
 
 
 @pytest.fixture(scope="module", params=LINES, ids=lambda pair: pair[0])
-def pair(request, tiny_config, tmp_path_factory, launch, write_yaml, as_one, halves):
+def pair(request, train, train_two, tmp_path_factory, as_one, halves):
     """A run of one process on full batches; the same of two, launched, on halves; what that printed."""
     launcher, objective = request.param
     folder = tmp_path_factory.mktemp(launcher)
     changes = {**as_one, "alignment__objective": objective}
-    one = run_training(config_from_dict(tiny_config(folder / "one", **changes)))
-    config = write_yaml(folder / "two.yaml", tiny_config(folder / "two", **changes, **halves))
-    done = launch(launcher, "train", config)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return one, folder / "two", done.stdout
+    one = train(folder / "one", **changes)
+    return one, folder / "two", train_two(folder / "two", launcher, **changes, **halves).stdout
 
 
 def test_two_processes_train_as_one(pair, losses):
@@ -60,7 +56,7 @@ def test_two_processes_save_what_one_saves(pair, same_weights):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not"])
-def test_mixed_batches_never_hang(mixed_run, ones, tiny_config, tmp_path, launch, write_yaml, losses, reentrant):
+def test_mixed_batches_never_hang(mixed_run, ones, train, train_two, tmp_path, losses, reentrant):
     """In both stages, with recomputation, and with a published tower whose last norm no feature depends on."""
     checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
     changes = {
@@ -69,10 +65,8 @@ def test_mixed_batches_never_hang(mixed_run, ones, tiny_config, tmp_path, launch
         "model__modalities__visual__encoder": tiny_encoder({"type": "dinov2", "trainable": True}),
     }
     del changes["model__modalities__visual__encoder__dropout"]
-    one = run_training(config_from_dict(tiny_config(tmp_path / "one", **changes)))
-    config = write_yaml(tmp_path / "two.yaml", tiny_config(tmp_path / "two", **{**changes, **ones}))
-    done = launch("torchrun", "train", config)
-    assert done.returncode == 0, done.stderr[-3000:]
+    one = train(tmp_path / "one", **changes)
+    train_two(tmp_path / "two", **{**changes, **ones})
     assert engines(tmp_path / "two") == {"1": DDP, "2": DDP}
     ours, theirs = losses(tmp_path / "two"), losses(one)
     assert len(ours) == 16
@@ -93,16 +87,14 @@ def pictures(folder, count):
 
 
 @pytest.mark.slow
-def test_two_processes_leave_the_same_samples_out(tiny_config, tmp_path, launch, write_yaml, losses, as_one, halves):
+def test_two_processes_leave_the_same_samples_out(train, train_two, tmp_path, losses, as_one, halves):
     """Under ``skip`` each tries a part of the files; none must have one sample more."""
     data = pictures(tmp_path, 9)
     (tmp_path / "4.png").write_bytes(b"no picture")
     skip = {"data__on_bad_media": "skip", "data__bad_media_budget": 0.2}
     changes = {**as_one, **data, **skip, "stages": [2], "training__max_steps": 3}
-    one = run_training(config_from_dict(tiny_config(tmp_path / "one", **changes)))
-    config = write_yaml(tmp_path / "two.yaml", tiny_config(tmp_path / "two", **changes, **halves))
-    done = launch("torchrun", "train", config)
-    assert done.returncode == 0, done.stderr[-2000:]
+    one = train(tmp_path / "one", **changes)
+    done = train_two(tmp_path / "two", **changes, **halves)
     assert done.stdout.count("data.train: 1 of 9 samples left out") == 1
     assert losses(tmp_path / "two") == pytest.approx(losses(one), rel=1e-5)
 

@@ -1,14 +1,12 @@
 """Two real processes on gloo under DeepSpeed: every ZeRO stage trains, saves and resumes as one process does."""
 
 import json
-import shutil
 
 import pytest
 import torch
 
 from moka.errors import MokaError
-from moka.training import config_from_dict, run_training
-from moka.training.trainer import training_arguments
+from moka.training.arguments import training_arguments
 
 STEPS = 20
 MODES = ("zero1", "zero2", "zero3", "zero3-offload")
@@ -27,49 +25,43 @@ def assert_ran_under(folder, mode, stages=("1", "2"), processes=2):
     assert json.loads((folder / "summary.json").read_text())["engines"] == dict.fromkeys(stages, engine)
 
 
-def test_file_that_contradicts_the_section_is_refused(tmp_path, monkeypatch, write_zero):
-    monkeypatch.setenv("RANK", "0")
-    path = write_zero(tmp_path, "zero2", train_micro_batch_size_per_gpu=16)
-    with pytest.raises(MokaError, match=r'train_micro_batch_size_per_gpu=16 vs .*=4.* Write "auto" in the file'):
+@pytest.mark.parametrize(
+    ("environment", "more", "words"),
+    [
+        ({}, {"train_micro_batch_size_per_gpu": 16}, r"train_micro_batch_size_per_gpu=16 vs .*=4"),
+        ({"ACCELERATE_USE_CPU": "true"}, {}, "ACCELERATE_USE_CPU"),
+    ],
+)
+def test_what_contradicts_deepspeed_is_refused(tmp_path, monkeypatch, write_zero, environment, more, words):
+    for name, value in {"RANK": "0", **environment}.items():
+        monkeypatch.setenv(name, value)
+    path = write_zero(tmp_path, "zero2", **more)
+    with pytest.raises(MokaError, match=words):
         training_arguments({"deepspeed": str(path), "per_device_train_batch_size": 4}, tmp_path)
 
 
-def test_environment_that_would_turn_deepspeed_off_is_refused(tmp_path, monkeypatch, write_zero):
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    with pytest.raises(MokaError, match="ACCELERATE_USE_CPU in the environment would turn it off"):
-        training_arguments({"deepspeed": str(write_zero(tmp_path, "zero2"))}, tmp_path)
-
-
-def test_one_process_without_deepspeed_says_so(trained_run):
-    engine = {"processes": 1, "distributed_type": "NO", "zero_stage": None, "offload": None}
+def test_one_process_is_recorded_as_such(trained_run):
+    expected = {"processes": 1, "distributed_type": "NO", "zero_stage": None, "offload": None}
     engines = json.loads((trained_run / "summary.json").read_text())["engines"]
-    assert {stage: {key: said[key] for key in engine} for stage, said in engines.items()} == {"1": engine, "2": engine}
-    assert engines["1"]["wrapper"] == "EmbeddingAlignment"
-    assert engines["2"]["wrapper"].startswith("PeftModel")
+    wrappers = {"1": "EmbeddingAlignment", "2": "PeftModelForCausalLM"}
+    assert engines == {stage: {**expected, "wrapper": wrapper} for stage, wrapper in wrappers.items()}
 
 
 @pytest.fixture(scope="module")
-def one(tiny_config, tmp_path_factory, as_one):
+def one(train, tmp_path_factory, as_one):
     """The run of one process on full batches."""
-    return run_training(config_from_dict(tiny_config(tmp_path_factory.mktemp("one") / "run", **{**as_one, **OFTEN})))
+    return train(tmp_path_factory.mktemp("one") / "run", **{**as_one, **OFTEN})
 
 
 @pytest.fixture(scope="module", params=MODES)
-def zero(request, tiny_config, tmp_path_factory, launch, write_yaml, write_zero, as_one, halves):
+def zero(request, train_two, tmp_path_factory, write_zero, as_one, halves):
     """The same run in two processes: (mode, its folder, what it printed, its configuration file)."""
     mode, folder = request.param, tmp_path_factory.mktemp(request.param)
-    changes = {**as_one, **halves, **OFTEN, "training__deepspeed": str(write_zero(folder, mode))}
-    if mode == "zero1":
-        # Asked for on the command line, without a file.
-        launcher = "accelerate zero1"
-        del changes["training__deepspeed"]
-    else:
-        launcher = "torchrun"
-    config = write_yaml(folder / "run.yaml", tiny_config(folder / "run", **changes))
-    done = launch(launcher, "train", config, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return mode, folder / "run", done.stdout, config
+    launcher, changes = "accelerate zero1", {**as_one, **halves, **OFTEN}
+    if mode != "zero1":  # asked for on the command line, without a file
+        launcher, changes["training__deepspeed"] = "torchrun", str(write_zero(folder, mode))
+    done = train_two(folder / "run", launcher, **changes)
+    return mode, folder / "run", done.stdout, folder / "run.yaml"
 
 
 @pytest.mark.slow
@@ -106,17 +98,6 @@ def test_checkpoint_has_no_backbone(zero):
         assert any("moka_A" in key for key in module)
 
 
-def killed_at(step, folder, copy):
-    """A copy of a finished run as it is when it is killed in stage 2 with its newest checkpoint at ``step``."""
-    shutil.copytree(folder, copy)
-    shutil.rmtree(copy / "adapter")
-    (copy / "summary.json").unlink()
-    for checkpoint in (copy / "checkpoints/stage2").glob("checkpoint-*"):
-        if int(checkpoint.name.split("-")[1]) > step:
-            shutil.rmtree(checkpoint)
-    return copy
-
-
 def resume(launch, launcher, config, folder, step):
     done = launch(launcher, "train", config, f"output.dir={folder}", "--resume", timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -125,11 +106,11 @@ def resume(launch, launcher, config, folder, step):
 
 
 @pytest.mark.slow
-def test_resumed_run_equals_uninterrupted(zero, tmp_path, launch, losses, same_weights):
+def test_resumed_run_equals_uninterrupted(zero, killed, tmp_path, launch, losses, same_weights):
     mode, folder, _, config = zero
     if mode not in ("zero2", "zero3"):
         pytest.skip("its checkpoints are like those of another mode")
-    resumed = killed_at(10, folder, tmp_path / "run")
+    resumed = killed(folder, tmp_path / "run", 10)
     resume(launch, "torchrun", config, resumed, 10)
     assert_ran_under(resumed, mode, stages=("2",))
     assert losses(resumed) == pytest.approx(losses(folder), abs=1e-5)
@@ -137,18 +118,18 @@ def test_resumed_run_equals_uninterrupted(zero, tmp_path, launch, losses, same_w
 
 
 @pytest.mark.slow
-def test_resumes_with_other_numbers_of_processes(zero, tmp_path, launch, losses, same_weights):
+def test_resumes_with_other_numbers_of_processes(zero, killed, tmp_path, launch, losses, same_weights):
     """Two processes, then one, then two again, through DeepSpeed's universal checkpoints."""
     mode, folder, _, config = zero
     if mode not in ("zero2", "zero3"):
         pytest.skip("its checkpoints are like those of another mode")
-    single = killed_at(5, folder, tmp_path / "one")
+    single = killed(folder, tmp_path / "one", 5)
     said = resume(launch, "torchrun one", config, single, 5)
     assert "was written with world size 2; it is converted for 1" in said
     assert_ran_under(single, mode, stages=("2",), processes=1)
     assert losses(single) == pytest.approx(losses(folder), abs=1e-4)
     same_weights(single, folder)
-    together = killed_at(10, single, tmp_path / "two")
+    together = killed(single, tmp_path / "two", 10)
     said = resume(launch, "torchrun", config, together, 10)
     assert "was written with world size 1; it is converted for 2" in said
     assert_ran_under(together, mode, stages=("2",))
@@ -158,7 +139,7 @@ def test_resumes_with_other_numbers_of_processes(zero, tmp_path, launch, losses,
 
 
 @pytest.mark.slow
-def test_mixed_batches_never_hang(mixed_run, ones, tiny_config, tmp_path, launch, write_yaml, write_zero, losses):
+def test_mixed_batches_never_hang(mixed_run, ones, train, train_two, tmp_path, write_zero, losses):
     """ZeRO-3 waits for every process at every parameter; also in evaluation, and with recomputation in backward."""
     changes = {
         **mixed_run,
@@ -166,11 +147,9 @@ def test_mixed_batches_never_hang(mixed_run, ones, tiny_config, tmp_path, launch
         "training__gradient_checkpointing": True,
         "training__gradient_checkpointing_kwargs": {"use_reentrant": False},
     }
-    single = run_training(config_from_dict(tiny_config(tmp_path / "one", **changes)))
+    single = train(tmp_path / "one", **changes)
     changes |= {**ones, "training__deepspeed": str(write_zero(tmp_path, "zero3"))}
-    config = write_yaml(tmp_path / "two.yaml", tiny_config(tmp_path / "two", **changes))
-    done = launch("torchrun", "train", config, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
+    train_two(tmp_path / "two", **changes)
     assert_ran_under(tmp_path / "two", "zero3", stages=("2",))
     assert losses(tmp_path / "two") == pytest.approx(losses(single), abs=1e-4)
     assert len(losses(single)) == 8

@@ -1,14 +1,12 @@
 """Two real processes on gloo under FSDP2, which accelerate runs on a CPU by way of ``fsdp_on_cpu.py`` only."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from moka.errors import MokaError
-from moka.training import config_from_dict, run_training
 
 PROGRAM = (Path(__file__).with_name("fsdp_on_cpu.py"),)
 # As `accelerate launch` passes configs/accelerate/fsdp2.yaml on.
@@ -42,10 +40,10 @@ def sharded(launch):
 
 
 @pytest.fixture(scope="module")
-def pair(tiny_config, tmp_path_factory, sharded, write_yaml, as_one, halves):
+def pair(train, tiny_config, tmp_path_factory, sharded, write_yaml, as_one, halves):
     """A run of one process on full batches; the same of two under FSDP2, on halves; its configuration."""
     folder = tmp_path_factory.mktemp("fsdp")
-    one = run_training(config_from_dict(tiny_config(folder / "one", **as_one)))
+    one = train(folder / "one", **as_one)
     config = write_yaml(folder / "two.yaml", tiny_config(folder / "two", **as_one, **halves))
     sharded(config)
     return one, folder / "two", config
@@ -80,34 +78,28 @@ def test_checkpoint_has_what_is_trained_only(pair):
     assert (checkpoint / "optimizer.bin").stat().st_size < 4 * (checkpoint / "adapter_model.safetensors").stat().st_size
 
 
-def test_resumed_run_equals_uninterrupted(pair, tmp_path, sharded, losses, same_weights):
+def test_resumed_run_equals_uninterrupted(pair, killed, tmp_path, sharded, losses, same_weights):
     _, two, config = pair
-    killed = tmp_path / "run"
-    shutil.copytree(two, killed)
-    shutil.rmtree(killed / "adapter")
-    shutil.rmtree(killed / "checkpoints/stage2/checkpoint-20")
-    (killed / "summary.json").unlink()
-    said = sharded(config, f"output.dir={killed}", "--resume")
-    assert f"resuming from {killed / 'checkpoints/stage2/checkpoint-10'}" in said
-    assert wrappers(killed) == {"2": "FSDPPeftModelForCausalLM"}
-    assert losses(killed) == pytest.approx(losses(two), abs=1e-5)
-    same_weights(killed, two)
+    folder = killed(two, tmp_path / "run", 10)
+    said = sharded(config, f"output.dir={folder}", "--resume")
+    assert f"resuming from {folder / 'checkpoints/stage2/checkpoint-10'}" in said
+    assert wrappers(folder) == {"2": "FSDPPeftModelForCausalLM"}
+    assert losses(folder) == pytest.approx(losses(two), abs=1e-5)
+    same_weights(folder, two)
 
 
-def test_checkpoint_is_not_resumed_without_fsdp(pair, tmp_path, tiny_config, as_one, halves):
+def test_checkpoint_is_not_resumed_without_fsdp(pair, killed, tmp_path, train, as_one, halves):
     _, two, _ = pair
-    killed = tmp_path / "run"
-    shutil.copytree(two, killed)
-    (killed / "summary.json").unlink()
+    folder = killed(two, tmp_path / "run", 20)
     with pytest.raises(MokaError, match="written under FSDP, and this run is under neither DeepSpeed nor FSDP"):
-        run_training(config_from_dict(tiny_config(killed, **as_one, **halves)), resume=True)
+        train(folder, **as_one, **halves, resume=True)
 
 
 def test_mixed_batches_with_fsdps_own_checkpointing(
-    mixed_run, ones, tiny_config, tmp_path, sharded, write_yaml, losses
+    mixed_run, ones, train, tiny_config, tmp_path, sharded, write_yaml, losses
 ):
     """Also where the state is saved in parts: the adapter comes full."""
-    one = run_training(config_from_dict(tiny_config(tmp_path / "one", **mixed_run)))
+    one = train(tmp_path / "one", **mixed_run)
     changes = {**mixed_run, **ones, "training__save_strategy": "steps", "training__save_steps": 4}
     config = write_yaml(tmp_path / "two.yaml", tiny_config(tmp_path / "two", **changes))
     sharded(config, FSDP_ACTIVATION_CHECKPOINTING="true", FSDP_STATE_DICT_TYPE="SHARDED_STATE_DICT")

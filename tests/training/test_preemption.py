@@ -7,8 +7,6 @@ import threading
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from moka.errors import EX_TEMPFAIL, Interrupted
 from moka.training import config_from_dict, run_training
@@ -34,8 +32,8 @@ RAGGED = {
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tiny_config, tmp_path_factory):
-    return run_training(config_from_dict(tiny_config(tmp_path_factory.mktemp("full") / "run", **RAGGED)))
+def uninterrupted(train, tmp_path_factory):
+    return train(tmp_path_factory.mktemp("full") / "run", **RAGGED)
 
 
 @pytest.fixture
@@ -83,7 +81,9 @@ def test_an_interrupted_run_resumes_as_if_nothing_had_been(
     same_run(tmp_path / "run", uninterrupted, resumes=1)
 
 
-def test_a_signal_in_an_evaluation_loses_only_the_evaluation(uninterrupted, tiny_config, tmp_path, signalled, curve):
+def test_a_signal_in_an_evaluation_loses_only_the_evaluation(
+    uninterrupted, tiny_config, tmp_path, signalled, curve, same_adapter
+):
     config = config_from_dict(tiny_config(tmp_path / "run", **RAGGED))
     signalled("prediction_step", 2, 6)
     with pytest.raises(Interrupted) as caught:
@@ -96,8 +96,7 @@ def test_a_signal_in_an_evaluation_loses_only_the_evaluation(uninterrupted, tiny
     assert len(lost) == 1
     kept = [record for record in curve(uninterrupted) if record not in lost]
     assert [(*r[:2], *r[3:]) for r in curve(tmp_path / "run")] == [(*r[:2], *r[3:]) for r in kept]
-    ours, theirs = (load_file(f / "adapter/adapter_model.safetensors") for f in (tmp_path / "run", uninterrupted))
-    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    same_adapter(tmp_path / "run", uninterrupted)
 
 
 def test_a_signal_outside_of_training_ends_the_run_at_once(tiny_config, tmp_path, monkeypatch):
@@ -124,7 +123,7 @@ def test_a_signal_before_the_first_step_saves_nothing(tiny_config, tmp_path, sig
     assert not list((tmp_path / "run").glob("checkpoints/*/*"))
 
 
-def test_a_run_outside_of_the_main_thread_has_no_handlers(tiny_config, tmp_path):
+def test_a_run_outside_of_the_main_thread_has_no_handlers(tmp_path):
     before, found = signal.getsignal(signal.SIGTERM), []
 
     def work():

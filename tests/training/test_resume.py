@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file
 
 from moka.errors import MokaError
-from moka.training import config_from_dict, run_training
 from moka.training.checkpointing import CheckpointMetadata, last_checkpoint, problem
 
 DYING = Path(__file__).with_name("dying.py")
@@ -51,21 +50,15 @@ def _at(line):
     return record["stage"], record["step"]
 
 
-def resume(tiny_config, folder, **changes):
-    return run_training(config_from_dict(tiny_config(folder, **changes)), resume=True)
-
-
 @pytest.mark.parametrize(
     ("stage", "step", "half_written"),
     [(1, 0, None), (1, 4, None), (2, 0, None), (2, 2, None), (2, 4, 6)],
     ids=["stage 1, no checkpoint", "stage 1", "between the stages", "stage 2", "while a checkpoint was written"],
 )
-def test_resumed_run_equals_uninterrupted(
-    trained_run, tiny_config, tmp_path, stage, step, half_written, curve, same_run
-):
+def test_resumed_run_equals_uninterrupted(trained_run, tmp_path, stage, step, half_written, curve, same_run, train):
     folder = killed(trained_run, tmp_path / "run", stage, step, half_written)
     assert losses_before(folder, stage) > 0 or (stage, step) == (1, 0)
-    resume(tiny_config, folder)
+    train(folder, resume=True)
     same_run(folder, trained_run)
     twice = [key for key, n in Counter(map(_at_loss, curve(folder))).items() if n > 1]
     assert twice == []
@@ -79,36 +72,28 @@ def _at_loss(record):
     return record[0], record[1], record[2] is None
 
 
-def test_lora_run_resumes_too(tiny_config, tmp_path, curve):
-    changes = {"stages": [2], "adapter__method": "lora", "training__eval_strategy": "no"}
-    full = run_training(config_from_dict(tiny_config(tmp_path / "full", **changes)))
+EPOCHS = {
+    **{"data__train_size": 16, "training__max_steps": 8, "training__save_steps": 4},
+    **{"training__eval_strategy": "epoch", "training__logging_strategy": "epoch"},
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "lines"),
+    [({"adapter__method": "lora", "training__eval_strategy": "no"}, 1), (EPOCHS, 2)],
+    ids=["lora", "at the end of an epoch"],
+)
+def test_variants_resume_exactly(train, tmp_path, curve, same_adapter, changes, lines):
+    """An epoch's evaluation and log come after its last step's save is expected, and draw on the same random numbers."""
+    full = train(tmp_path / "full", stages=[2], **changes)
+    assert [step for _, step, *_ in curve(full)].count(4) == lines  # a loss, and an evaluation
     folder = killed(full, tmp_path / "run", 2, 4)
-    resume(tiny_config, folder, **changes)
-    ours, theirs = (load_file(f / "adapter/adapter_model.safetensors") for f in (folder, full))
-    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    train(folder, stages=[2], **changes, resume=True)
+    same_adapter(folder, full)
     assert curve(folder) == curve(full)
 
 
-def test_a_save_at_the_end_of_an_epoch_is_resumed_exactly(tiny_config, tmp_path, curve):
-    """The epoch's evaluation and log come after its last step's save is expected, and draw on the same random numbers."""
-    changes = {
-        "stages": [2],
-        "data__train_size": 16,
-        "training__max_steps": 8,
-        "training__save_steps": 4,
-        "training__eval_strategy": "epoch",
-        "training__logging_strategy": "epoch",
-    }
-    full = run_training(config_from_dict(tiny_config(tmp_path / "full", **changes)))
-    assert [step for _, step, *_ in curve(full)].count(4) == 2  # a loss and an evaluation
-    folder = killed(full, tmp_path / "run", 2, 4)
-    resume(tiny_config, folder, **changes)
-    ours, theirs = (load_file(f / "adapter/adapter_model.safetensors") for f in (folder, full))
-    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
-    assert curve(folder) == curve(full)
-
-
-def test_resume_under_another_engine_is_refused(trained_run, tiny_config, tmp_path):
+def test_resume_under_another_engine_is_refused(trained_run, tmp_path, train):
     """transformers would continue with a fresh optimizer and schedule, and are silent."""
     folder = killed(trained_run, tmp_path / "run", 2, 4)
     checkpoint = folder / "checkpoints/stage2/checkpoint-4"
@@ -119,29 +104,29 @@ def test_resume_under_another_engine_is_refused(trained_run, tiny_config, tmp_pa
     with pytest.raises(
         MokaError, match=r"written under DeepSpeed, and this run is under neither .* \(ZeRO stage 2, now None\)"
     ):
-        resume(tiny_config, folder)
+        train(folder, resume=True)
 
 
-def test_resume_with_other_settings_is_refused(trained_run, tiny_config, tmp_path, same_run):
+def test_resume_with_other_settings_is_refused(trained_run, tmp_path, same_run, train):
     folder = killed(trained_run, tmp_path / "run", 2, 2)
     with pytest.raises(MokaError, match=r"training.learning_rate is 0.003 .* and 0.1 is given"):
-        resume(tiny_config, folder, training__learning_rate=0.1)
-    resume(tiny_config, folder, evaluation__size=3)  # does not reach the training
+        train(folder, training__learning_rate=0.1, resume=True)
+    train(folder, resume=True, evaluation__size=3)  # does not reach the training
     same_run(folder, trained_run)
 
 
-def test_resume_with_another_global_batch_is_refused(trained_run, tiny_config, tmp_path):
+def test_resume_with_another_global_batch_is_refused(trained_run, tmp_path, train):
     """As when it continues with more processes: here the record of the beginning says another number."""
     folder = killed(trained_run, tmp_path / "run", 2, 2)
     text = (folder / "metrics.jsonl").read_text()
     assert text.count('{"stage": 2, "step": 0, "samples_per_step": 4}') == 1
     (folder / "metrics.jsonl").write_text(text.replace('"samples_per_step": 4}', '"samples_per_step": 8}'))
     with pytest.raises(MokaError, match="began with 8 samples a step, and would continue with 4"):
-        resume(tiny_config, folder)
+        train(folder, resume=True)
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_resume_on_other_data_is_noted(tiny_config, tmp_path, capsys, packing):
+def test_resume_on_other_data_is_noted(train, tmp_path, capsys, packing):
     turns = [{"role": "user", "content": "which digit"}, {"role": "assistant", "content": "one"}]
     lines = [json.dumps({"id": str(number), "messages": turns}) + "\n" for number in range(8)]
     data = tmp_path / "data.jsonl"
@@ -149,38 +134,38 @@ def test_resume_on_other_data_is_noted(tiny_config, tmp_path, capsys, packing):
     changes |= {"training__train_sampling_strategy": "sequential", "training__packing": packing}
     changes |= {"model__max_length": 96} if packing else {}
     data.write_text("".join(lines))
-    full = run_training(config_from_dict(tiny_config(tmp_path / "full", **changes)))
+    full = train(tmp_path / "full", **changes)
     for name, kept, words in (("same", lines, []), ("cut", lines[:5], ["data.train", "5", "8"])):
         if packing and name == "cut":
             continue  # other rows are an error
         data.write_text("".join(kept))
         folder = killed(full, tmp_path / name, 2, 4)
         capsys.readouterr()
-        resume(tiny_config, folder, **changes)
+        train(folder, **changes, resume=True)
         notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: data.train")]
         assert len(notes) == bool(words)
         assert all(word in note for note in notes for word in words)
 
 
-def test_a_report_that_was_cut_off_in_a_line_does_not_stop_a_resume(trained_run, tiny_config, tmp_path, same_run):
+def test_a_report_that_was_cut_off_in_a_line_does_not_stop_a_resume(trained_run, tmp_path, same_run, train):
     folder = killed(trained_run, tmp_path / "run", 2, 4)
     (folder / "dropped-stage2.jsonl").write_text('{"index": 1, "id": "a", "rea')
-    resume(tiny_config, folder)
+    train(folder, resume=True)
     same_run(folder, trained_run)
 
 
-def test_resume_of_a_complete_run_changes_nothing(trained_run, tiny_config, tmp_path, capsys):
+def test_resume_of_a_complete_run_changes_nothing(trained_run, tmp_path, capsys, train):
     folder = tmp_path / "run"
     shutil.copytree(trained_run, folder)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    resume(tiny_config, folder)
+    train(folder, resume=True)
     assert "complete" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
-def test_resume_without_a_run_is_refused(tiny_config, tmp_path):
+def test_resume_without_a_run_is_refused(tmp_path, train):
     with pytest.raises(MokaError, match="has no run"):
-        resume(tiny_config, tmp_path / "nothing")
+        train(tmp_path / "nothing", resume=True)
     assert not (tmp_path / "nothing").exists()
 
 
@@ -203,7 +188,7 @@ RAGGED = {
 
 @pytest.mark.slow
 def test_runs_killed_at_random_steps_equal_an_uninterrupted_one(
-    tiny_config, tmp_path, launch, write_yaml, curve, same_run
+    train, tiny_config, tmp_path, launch, write_yaml, curve, same_run
 ):
     seed = time.time_ns() % 10_000
     drawn = random.Random(seed)
@@ -223,7 +208,7 @@ def test_runs_killed_at_random_steps_equal_an_uninterrupted_one(
     done = launch("one", "train", config, "--resume", **as_many_threads())
     assert done.returncode == 0, done.stderr[-6000:]
     assert "resuming from" in done.stdout
-    full = run_training(config_from_dict(tiny_config(tmp_path / "full", **RAGGED)))
+    full = train(tmp_path / "full", **RAGGED)
     assert len(curve(full)) > 48
     same_run(tmp_path / "run", full, resumes=len(ends))
 
@@ -242,7 +227,7 @@ def last_logged(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("place", ["_save_scaler", "_save_rng_state"])
 def test_a_run_killed_while_it_writes_a_checkpoint(
-    trained_run, tiny_config, tmp_path, launch, write_yaml, capsys, place, same_run
+    trained_run, tiny_config, tmp_path, launch, write_yaml, capsys, place, same_run, train
 ):
     """After the optimizer's state, and when only the trainer's is missing."""
     config = write_yaml(tmp_path / "run.yaml", tiny_config(tmp_path / "run"))
@@ -250,7 +235,7 @@ def test_a_run_killed_while_it_writes_a_checkpoint(
     assert done.returncode == -9
     stage = tmp_path / "run/checkpoints/stage2"
     assert (stage / "checkpoint-4/optimizer.pt").exists()
-    resume(tiny_config, tmp_path / "run")
+    train(tmp_path / "run", resume=True)
     said = capsys.readouterr().out
     assert f"{stage / 'checkpoint-4'} was incomplete" in said
     assert f"from {stage / 'checkpoint-2'}" in said
@@ -258,19 +243,19 @@ def test_a_run_killed_while_it_writes_a_checkpoint(
     same_run(tmp_path / "run", trained_run)
 
 
-def test_a_run_killed_after_its_last_step_trains_no_other(trained_run, tiny_config, tmp_path, same_run):
+def test_a_run_killed_after_its_last_step_trains_no_other(trained_run, tmp_path, same_run, train):
     for stage in (1, 2):
         folder = killed(trained_run, tmp_path / f"run{stage}", stage, 6)
-        resume(tiny_config, folder)
+        train(folder, resume=True)
         same_run(folder, trained_run)
         assert last_checkpoint(folder / f"checkpoints/stage{stage}")[1] == 6
 
 
-def test_a_truncated_newest_checkpoint_costs_its_steps_only(trained_run, tiny_config, tmp_path, capsys, same_run):
+def test_a_truncated_newest_checkpoint_costs_its_steps_only(trained_run, tmp_path, capsys, same_run, train):
     folder = killed(trained_run, tmp_path / "run", 2, 4)
     broken = folder / "checkpoints/stage2/checkpoint-4/adapter_model.safetensors"
     broken.write_bytes(broken.read_bytes()[:-1])
-    resume(tiny_config, folder)
+    train(folder, resume=True)
     said = capsys.readouterr().out
     assert f"{broken} has" in said
     assert "checkpoint-2" in said
@@ -301,10 +286,10 @@ def assert_same_adapter(folder, reference):
 
 @pytest.mark.slow
 def test_checkpoints_resume_with_as_many_processes_with_fewer_and_with_more(
-    tiny_config, tmp_path, launch, write_yaml, capsys, close_curve
+    train, tiny_config, tmp_path, launch, write_yaml, capsys, close_curve
 ):
     """A process of two is killed at a random step; both numbers of processes continue, and one's checkpoint with two."""
-    full = run_training(config_from_dict(tiny_config(tmp_path / "full", **ELASTIC)))
+    full = train(tmp_path / "full", **ELASTIC)
     step = random.randint(3, 8)
     print(f"killed after {step} steps")
     config = write_yaml(tmp_path / "run.yaml", tiny_config(tmp_path / "run", **ELASTIC))
@@ -315,7 +300,7 @@ def test_checkpoints_resume_with_as_many_processes_with_fewer_and_with_more(
     assert CheckpointMetadata.read(tmp_path / f"run/checkpoints/stage2/checkpoint-{kept}").world_size == 2
     shutil.copytree(tmp_path / "run", tmp_path / "fewer")
     capsys.readouterr()
-    resume(tiny_config, tmp_path / "fewer", **ELASTIC)
+    train(tmp_path / "fewer", **ELASTIC, resume=True)
     said = capsys.readouterr().out
     assert f"checkpoint-{kept} was written by 2 processes" in said
     assert "4 samples a step (2 x 1 process x 2 accumulated)" in said
@@ -357,20 +342,20 @@ def streamed(mixed, **changes):
     return {**data, "data__train_size": None, "data__train": source, "stages": [2], "training__max_steps": 6, **changes}
 
 
-def test_a_streamed_run_resumes_where_it_stopped(tiny_config, tmp_path, mixed, same_adapter):
-    full = run_training(config_from_dict(tiny_config(tmp_path / "full", **streamed(mixed))))
+def test_a_streamed_run_resumes_where_it_stopped(train, tmp_path, mixed, same_adapter):
+    full = train(tmp_path / "full", **streamed(mixed))
     folder = killed(full, tmp_path / "run", 2, 4)
-    resume(tiny_config, folder, **streamed(mixed))
+    train(folder, **streamed(mixed), resume=True)
     same_adapter(folder, full)
 
 
 @pytest.mark.slow
 def test_a_streamed_run_on_two_processes_takes_the_steps_of_one(
-    tiny_config, tmp_path, mixed, launch, write_yaml, as_one, same_weights
+    train, tiny_config, tmp_path, mixed, launch, write_yaml, as_one, same_weights
 ):
     own = {key: value for key, value in as_one.items() if not key.startswith("alignment")}
     changes = {**streamed(mixed), **own, "training__max_steps": 6}
-    one = run_training(config_from_dict(tiny_config(tmp_path / "one", **changes)))
+    one = train(tmp_path / "one", **changes)
     changes["training__per_device_train_batch_size"] = 2
     two = write_yaml(tmp_path / "two.yaml", tiny_config(tmp_path / "two", **changes))
     done = launch("torchrun", "train", two)
@@ -387,6 +372,6 @@ def test_a_streamed_run_on_two_processes_takes_the_steps_of_one(
         ({"data__feature_cache": "features"}, "streamed"),
     ],
 )
-def test_what_a_stream_cannot_do_is_refused_by_key(tiny_config, tmp_path, mixed, changes, word):
+def test_what_a_stream_cannot_do_is_refused_by_key(train, tmp_path, mixed, changes, word):
     with pytest.raises(MokaError, match=word):
-        run_training(config_from_dict(tiny_config(tmp_path / "run", **{**streamed(mixed), **changes})))
+        train(tmp_path / "run", **{**streamed(mixed), **changes})

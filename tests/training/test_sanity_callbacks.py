@@ -14,16 +14,13 @@ from moka.demo.digit_tasks import EmbeddedTask
 from moka.errors import MokaError
 from moka.modeling import MokaForConditionalGeneration
 from moka.modeling.build import attach_adapter, build_model
-from moka.training import config_from_dict, run_training
+from moka.training import config_from_dict
 from moka.training import run as run_module
+from moka.training.arguments import training_arguments
 from moka.training.sanity_callbacks import DivergenceGuard, check_dtypes, logits_change, supervised_type_ids, unreached
-from moka.training.trainer import MokaTrainer, training_arguments
+from moka.training.trainer import MokaTrainer
 
 SHORT = {"stages": [2], "training__max_steps": 3, "training__save_strategy": "no", "data__validation": None}
-
-
-def train(raw):
-    return run_training(config_from_dict(raw))
 
 
 @pytest.fixture
@@ -52,7 +49,7 @@ class Seen(TrainerCallback):
         self.norms[trainer.state.global_step + 1] = norms()
 
 
-def test_diverging_run_names_the_first_bad_step_and_its_samples(tiny_config, tmp_path, add_callback, monkeypatch):
+def test_diverging_run_names_the_first_bad_step_and_its_samples(train, tmp_path, add_callback, monkeypatch):
     """One sample with a broken picture makes the loss NaN, and everything after it, long before the next log."""
     full = EncodedDataset.__getitem__
     seen = add_callback(Seen())
@@ -62,7 +59,7 @@ def test_diverging_run_names_the_first_bad_step_and_its_samples(tiny_config, tmp
         "training__logging_steps": 6,
         "training__gradient_accumulation_steps": 2,
     }
-    train(tiny_config(tmp_path / "healthy", **changes))
+    train(tmp_path / "healthy", **changes)
     healthy, seen.ids = seen.ids, {}
     broken = healthy[4][5]
     assert sum(broken in ids for ids in healthy.values()) == 1  # an epoch is longer than this run
@@ -79,7 +76,7 @@ def test_diverging_run_names_the_first_bad_step_and_its_samples(tiny_config, tmp
     with pytest.raises(
         MokaError, match=rf"loss was nan at 3 steps.*first at step 4 .*{broken}.*training.learning_rate"
     ):
-        train(tiny_config(tmp_path / "run", **changes))
+        train(tmp_path / "run", **changes)
     printed = json.loads((tmp_path / "run/diverged.json").read_text())
     assert [record["step"] for record in printed["steps"]] == [4, 5, 6]
     assert printed["steps"][0]["sample_ids"] == healthy[4][4:]  # of the accumulated batch that has it only
@@ -91,7 +88,7 @@ def test_diverging_run_names_the_first_bad_step_and_its_samples(tiny_config, tmp
 
 
 @pytest.mark.parametrize("use", ["save", "eval", "end"])
-def test_what_has_diverged_is_reported_before_it_is_used(tiny_config, tmp_path, use):
+def test_what_has_diverged_is_reported_before_it_is_used(train, tmp_path, use):
     """Two bad steps only, and none logged: still its samples are named, and not a tensor that is not finite."""
     changes = {**SHORT, "training__learning_rate": 1e30, "training__max_steps": 3, "training__logging_steps": 50}
     if use != "end":
@@ -100,12 +97,12 @@ def test_what_has_diverged_is_reported_before_it_is_used(tiny_config, tmp_path, 
     with pytest.raises(
         MokaError, match=r"The loss was nan at [12] steps? in a row, first at step [23] with the samples \w"
     ):
-        train(tiny_config(tmp_path / "run", **changes))
+        train(tmp_path / "run", **changes)
     assert json.loads((tmp_path / "run/diverged.json").read_text())["steps"]
     assert not list((tmp_path / "run").rglob("checkpoint-*"))
 
 
-def test_a_loss_of_zero_stops_too_and_one_bad_step_does_not(tiny_config, tmp_path, add_callback, monkeypatch):
+def test_a_loss_of_zero_stops_too_and_one_bad_step_does_not(train, tmp_path, add_callback, monkeypatch):
     step = MokaTrainer.training_step
     factors = iter([1, 0, 0, 1, float("nan"), 1, 0, 0, 0, 1, 1, 1])
 
@@ -118,10 +115,10 @@ def test_a_loss_of_zero_stops_too_and_one_bad_step_does_not(tiny_config, tmp_pat
 
     monkeypatch.setattr(MokaTrainer, "training_step", training_step)
     with pytest.raises(MokaError, match=r"loss was 0.0 at 3 steps in a row, first at step 7 .*answers are all masked"):
-        train(tiny_config(tmp_path / "run", **{**SHORT, "training__max_steps": 12}))
+        train(tmp_path / "run", **{**SHORT, "training__max_steps": 12})
 
 
-def test_float16_parameters_are_refused_before_training(tiny_config, tmp_path, monkeypatch):
+def test_float16_parameters_are_refused_before_training(train, tmp_path, monkeypatch):
     def half(model, section):
         adapted = attach_adapter(model, section)
         for name, parameter in adapted.named_parameters():
@@ -131,12 +128,12 @@ def test_float16_parameters_are_refused_before_training(tiny_config, tmp_path, m
 
     monkeypatch.setattr(run_module, "attach_adapter", half)
     with pytest.raises(MokaError, match=r"4 trainable parameters are float16 \(the first: .*moka_B.*training.bf16"):
-        train(tiny_config(tmp_path / "run", **SHORT))
+        train(tmp_path / "run", **SHORT)
     frozen = torch.nn.Linear(2, 2).half().requires_grad_(False)
     check_dtypes(frozen)
 
 
-def test_a_projector_cut_off_from_the_graph_is_named(tiny_config, tmp_path, monkeypatch):
+def test_a_projector_cut_off_from_the_graph_is_named(train, tmp_path, monkeypatch):
     full = MokaForConditionalGeneration.encode_media
 
     def cut(self, name, values):
@@ -144,21 +141,21 @@ def test_a_projector_cut_off_from_the_graph_is_named(tiny_config, tmp_path, monk
 
     monkeypatch.setattr(MokaForConditionalGeneration, "encode_media", cut)
     with pytest.raises(MokaError, match=r"Step 1: no gradient reaches .*projectors\.audio.*") as caught:
-        train(tiny_config(tmp_path / "run", **SHORT))
+        train(tmp_path / "run", **SHORT)
     assert "visual" not in str(caught.value)
     assert not (tmp_path / "run/adapter").exists()
 
 
-def test_an_adapter_outside_the_forward_is_named(tiny_config, tmp_path, monkeypatch):
+def test_an_adapter_outside_the_forward_is_named(train, tmp_path, monkeypatch):
     monkeypatch.setattr(MokaLinear, "forward", lambda self, x, *args, **kwargs: self.base_layer(x, *args, **kwargs))
     with pytest.raises(MokaError, match=r"Step 1: no gradient reaches .*layers\.0\.self_attn\.q_proj\.moka_A"):
-        train(tiny_config(tmp_path / "run", **SHORT))
+        train(tmp_path / "run", **SHORT)
 
 
 @pytest.mark.parametrize("changes", [{"adapter__method": "lora"}, {"adapter__adapt": ["visual", "audio"]}])
-def test_healthy_variants_pass(tiny_config, tmp_path, add_callback, changes):
+def test_healthy_variants_pass(train, tmp_path, add_callback, changes):
     seen = add_callback(Seen())
-    summary = json.loads((train(tiny_config(tmp_path / "run", **SHORT, **changes)) / "summary.json").read_text())
+    summary = json.loads((train(tmp_path / "run", **SHORT, **changes) / "summary.json").read_text())
     assert summary["adapter changes logits by"].endswith(" %")
     norms = seen.norms[1]
     up = next(name for name in norms if "moka_B" in name or "lora_B" in name)
@@ -181,8 +178,8 @@ def late_media(folder):
     return path
 
 
-def test_media_after_the_last_answer_need_no_gradient(tiny_config, tmp_path):
-    run = train(tiny_config(tmp_path / "run", **SHORT, data__train=str(late_media(tmp_path)), data__train_size=None))
+def test_media_after_the_last_answer_need_no_gradient(train, tmp_path):
+    run = train(tmp_path / "run", **SHORT, data__train=str(late_media(tmp_path)), data__train_size=None)
     assert (run / "adapter/adapter_model.safetensors").exists()
 
 
@@ -203,11 +200,11 @@ def test_only_tokens_before_a_supervised_one_of_their_sample_count(types, labels
     assert supervised_type_ids(inputs) == ids
 
 
-def test_an_adapter_on_the_head_trains(tiny_config, tmp_path, add_callback, capsys):
+def test_an_adapter_on_the_head_trains(train, tmp_path, add_callback, capsys):
     """Media positions give the head no gradient, and the interaction changes them only."""
     seen = add_callback(Seen())
     changes = {"adapter__target_modules": ["q_proj", "lm_head"], "training__per_device_train_batch_size": 2}
-    run = train(tiny_config(tmp_path / "run", **{**SHORT, **changes}))
+    run = train(tmp_path / "run", **{**SHORT, **changes})
     (head,) = [name for name in seen.norms[3] if "lm_head.moka_A" in name]
     text, *media = seen.norms[3][head]
     assert text > 0 == max(media)
@@ -244,18 +241,18 @@ def test_change_of_logits_is_the_adapters_only(tiny_config, tmp_path):
     assert adapted.training is False or trainer.model_wrapped.training == adapted.training
 
 
-def test_a_result_that_changes_no_logits_is_saved_with_a_warning(tiny_config, tmp_path, monkeypatch, capsys):
+def test_a_result_that_changes_no_logits_is_saved_with_a_warning(train, tmp_path, monkeypatch, capsys):
     """B is not zero, and yet the layers are not in use."""
     monkeypatch.setattr(run_module, "logits_change", lambda trainer: 0.0)
-    train(tiny_config(tmp_path / "run", **SHORT))
+    train(tmp_path / "run", **SHORT)
     assert "warning: the adapter changes the logits" in capsys.readouterr().out
     assert (tmp_path / "run/adapter/adapter_model.safetensors").exists()
     assert (tmp_path / "run/summary.json").exists()
 
 
-def test_the_change_of_logits_is_measured_on_samples_that_the_adapter_adapts(tiny_config, tmp_path):
+def test_the_change_of_logits_is_measured_on_samples_that_the_adapter_adapts(train, tmp_path):
     """The first samples have no sound, and the adapter adapts nothing else."""
-    run = train(tiny_config(tmp_path / "run", **SHORT, adapter__adapt=["audio"], data__train=str(text_first(tmp_path))))
+    run = train(tmp_path / "run", **SHORT, adapter__adapt=["audio"], data__train=str(text_first(tmp_path)))
     assert json.loads((run / "summary.json").read_text())["adapter changes logits by"] != "0 %"
 
 
@@ -299,10 +296,10 @@ sys.exit(main(sys.argv[2:]))
 
 
 @pytest.mark.slow
-def test_two_processes_name_the_samples_of_both(tiny_config, tmp_path, add_callback, launch, write_yaml):
+def test_two_processes_name_the_samples_of_both(train, tiny_config, tmp_path, add_callback, launch, write_yaml):
     seen = add_callback(Seen())
     changes = {**SHORT, "training__max_steps": 8, "training__logging_steps": 4}
-    train(tiny_config(tmp_path / "healthy", **changes))
+    train(tmp_path / "healthy", **changes)
     script = tmp_path / "broken.py"
     script.write_text(BREAK_ONE)
     broken = seen.ids[2][3]

@@ -19,7 +19,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import TrainerCallback
 
 import moka
-from moka.training import config_from_dict, run_training
 from moka.training import run as run_module
 from moka.training.trainer import MokaTrainer
 
@@ -107,7 +106,7 @@ class Between(TrainerCallback):
 
 
 @pytest.fixture
-def reads(tiny_config, tmp_path, monkeypatch):
+def reads(train, tmp_path, monkeypatch):
     """``reads(stage, **changes)``: what steps 5 to 9 of a run ask the device for, of which the tenth is logged."""
 
     def run(stage, **changes):
@@ -125,7 +124,7 @@ def reads(tiny_config, tmp_path, monkeypatch):
         section = {"max_steps": 10, "logging_steps": 10, "save_strategy": "no"}
         sections = {f"{name}__{key}": value for name in ("alignment", "training") for key, value in section.items()}
         changes = {**sections, "stages": [stage], "data__validation": None, **changes}
-        run_training(config_from_dict(tiny_config(tmp_path / "run", **changes)))
+        train(tmp_path / "run", **changes)
         assert counter.steps == 5
         return counter.reads.found
 
