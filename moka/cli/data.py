@@ -20,11 +20,11 @@ from rich.table import Table
 
 from moka.config import DataSection, RunConfig
 from moka.data.check import PROBLEMS, CheckReport, check_samples, spread
-from moka.data.convert import MEDIA_MODES, convert, media_root, write_manifest
+from moka.data.convert import MEDIA_MODES, convert, write_manifest
 from moka.data.formats import FORMATS
-from moka.data.media import AudioWindows, decode_sample
+from moka.data.media import MediaDecoding
 from moka.data.preview import printable, show, spans
-from moka.data.sources import attribution, notes_of, open_samples
+from moka.data.sources import attribution, open_samples
 from moka.errors import MokaError, nearest
 from moka.io import write_json, write_text
 from moka.modeling.build import build_processor, context_length
@@ -90,10 +90,10 @@ def check(arguments: argparse.Namespace) -> None:
             max_length=limit,
             workers=arguments.workers,
             name=f"data.{split}",
-            **_decoding(config.data),
+            decoding=MediaDecoding.of(config.data),
         )
         reports.append(report)
-        _show_report(report, list(notes_of(samples)), arguments.limit)
+        _show_report(report, list(samples.notes), arguments.limit)
         if arguments.manifest:
             root = write_manifest(arguments.manifest, samples, report.good)
             print(f"written: {arguments.manifest} ({len(report.good)} samples), to be read with data.media_root={root}")
@@ -121,7 +121,7 @@ def show_samples(arguments: argparse.Namespace) -> None:
     skeleton, processor = build_processor(config.model)
     limit = context_length(config.model, skeleton)
     for index in wanted:
-        sample = decode_sample(samples[index], **_decoding(config.data))
+        sample = MediaDecoding.of(config.data).decode_sample(samples[index])
         category = f", category {sample['category']!r}" if "category" in sample else ""
         title = f"data.{arguments.split}[{index}]: sample {sample['id']!r}{category}"
         try:
@@ -197,8 +197,8 @@ def convert_source(arguments: argparse.Namespace) -> None:
     samples = open_samples(given, split, size=arguments.size, media_root=from_file, require_answer=False)
     path = convert(samples, arguments.output, arguments.media)
     write_text(path.parent / "ATTRIBUTION.md", attribution(given))
-    stay = f", to be read with data.media_root={media_root(samples)}" if arguments.media == "none" else ""
-    for note in notes_of(samples):
+    stay = f", to be read with data.media_root={samples.media_root}" if arguments.media == "none" else ""
+    for note in samples.notes:
         print(f"note: {note}")
     print(f"written: {path} ({len(samples)} samples{stay})")
 
@@ -262,10 +262,6 @@ def _open(config: RunConfig, split: str) -> Any:
         seed=config.data_seed(1 if split == "alignment" else 2),
         media_root=data.media_root,
     )
-
-
-def _decoding(data: DataSection) -> dict[str, Any]:
-    return {"video_frames": data.video_frames, "audio_windows": AudioWindows.from_dict(data.audio_windows)}
 
 
 def _positive(text: str) -> int:

@@ -18,8 +18,7 @@ from typing import Any
 import transformers
 
 import moka
-from moka.data.sources import describe_source
-from moka.demo.embedded import PREFIX
+from moka.data.sources import describe_source, is_embedded
 from moka.distributed import connect, is_main, run_on_all, run_on_main
 from moka.errors import MokaError
 from moka.evaluation import BENCHMARKS, evaluate, evaluate_benchmark, show, write
@@ -99,7 +98,7 @@ def run(arguments: argparse.Namespace) -> None:
     )
     # A file or a format names its split by itself, whatever was asked for.
     result["protocol"]["data"] = describe_source(source)
-    if str(source).startswith(PREFIX):
+    if is_embedded(source):
         result["protocol"]["data"] += f", {split}"
     run_on_main(lambda: _report(folder, config, result))
 

@@ -10,7 +10,7 @@ import argparse
 import transformers
 
 import moka
-from moka.data.media import file_problem
+from moka.data.media_io import file_problem
 from moka.errors import MokaError
 from moka.inference import AS_TRAINED
 from moka.modeling.quantization import QUANTIZATIONS

@@ -7,6 +7,7 @@ Nothing is computed by a model: the processor only reports what each sample woul
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,20 +16,16 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from moka.data.dataset import BAR_AFTER_S, where_of
 from moka.data.lengths import token_counter
-from moka.data.media import decode_medium
-from moka.data.records import BAR_AFTER_S
+from moka.data.media import MediaDecoding
+from moka.data.media_io import BadMediaError, file_problem
+from moka.data.media_validation import try_media
 from moka.data.schema import map_media, media_parts
-from moka.demo import mfcc
 from moka.errors import MokaError
 from moka.modeling.configuration import MEDIA_TYPE_IDS
-from moka.modeling.frontends import MfccFrontEnd
 from moka.modeling.media import Waveform
 from moka.modeling.processing import IGNORE, MokaProcessor, TooLongError
-
-from .audio_segments import AudioWindows
-from .media_io import BadMediaError, file_problem
-from .media_validation import try_media
 
 # Kind of problem -> what it is called in the table, in the order in which a sample meets them.
 PROBLEMS = {
@@ -135,8 +132,7 @@ def check_samples(
     *,
     encoders: Mapping[str, Any] | None = None,
     max_length: int | None = None,
-    video_frames: int = 10,
-    audio_windows: AudioWindows | None = None,
+    decoding: MediaDecoding | None = None,
     workers: int | None = None,
     name: str = "data",
 ) -> CheckReport:
@@ -146,7 +142,7 @@ def check_samples(
         samples: map-style, as `moka.data.sources.open_samples` opens it: media as paths, bytes or decoded.
         processor: of the model that will learn from them.
         encoders: modality -> encoder, whose ``length_in_seconds`` is the longest sound it takes; weights do not matter.
-        max_length, video_frames, audio_windows: as the run will use them.
+        max_length, decoding: as the run will use them.
         workers: threads for the media; the cores of this process by default.
         name: of the data set, for the report and the progress bar.
 
@@ -154,13 +150,13 @@ def check_samples(
         MokaError: what is wrong with the settings rather than with a sample.
     """
     report = CheckReport(name, len(samples), max_length)
-    look = _Look(processor, encoders or {}, video_frames, audio_windows)
+    look = _Look(processor, encoders or {}, decoding or MediaDecoding())
     counter = token_counter(processor)
     bar = tqdm(desc=f"checking {name}", total=len(samples), unit="sample", delay=BAR_AFTER_S, leave=False)
     with bar:
         counted: set[tuple[str, str]] = set()
         for index, sample, seen in try_media(_readable(samples, report, bar), look, workers):
-            where = f"{place(samples, index)}: sample {sample['id']!r}"
+            where = f"{where_of(samples, index)}: sample {sample['id']!r}"
             _count_media(report, sample, seen, counted)
             bad = _media_problem(where, index, sample, seen)
             if bad is not None:
@@ -172,14 +168,6 @@ def check_samples(
             bar.update()
     report.problems.sort(key=lambda problem: problem.index)
     return report
-
-
-def place(samples: Any, index: int) -> str:
-    """Where sample ``index`` comes from, such as "train.jsonl:12"."""
-    try:
-        return samples.where(index)
-    except AttributeError:  # embedded tasks are in no file
-        return f"sample {index}"
 
 
 def _readable(samples: Any, report: CheckReport, bar: Any) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -194,7 +182,7 @@ def _readable(samples: Any, report: CheckReport, bar: Any) -> Iterator[tuple[int
             continue
         first = ids.setdefault(sample["id"], index)
         if first != index:
-            text = f"{place(samples, index)}: id {sample['id']!r} is that of {place(samples, first)} too"
+            text = f"{where_of(samples, index)}: id {sample['id']!r} is that of {where_of(samples, first)} too"
             report.problems.append(Problem("duplicate", index, text))
         report.categories[sample.get("category") or "-"] += 1
         kinds = Counter(kind for kind, _ in media_parts(sample))
@@ -216,11 +204,9 @@ class _Facts:
 class _Look:
     """Decodes one medium, passes it through its front end, and keeps only what is known of it then."""
 
-    def __init__(
-        self, processor: MokaProcessor, encoders: Mapping[str, Any], video_frames: int, windows: AudioWindows | None
-    ) -> None:
-        self.processor, self.encoders = processor, encoders
-        self.video_frames, self.windows = video_frames, windows
+    def __init__(self, processor: MokaProcessor, encoders: Mapping[str, Any], decoding: MediaDecoding) -> None:
+        self.processor, self.encoders, self.decoding = processor, encoders, decoding
+        self.full_sound = dataclasses.replace(decoding, audio_windows=None)
         self.owner = {type_id: name for name, spec in processor.modalities.items() for type_id in spec["type_ids"]}
 
     def __call__(self, kind: str, medium: Any) -> _Facts:
@@ -228,10 +214,10 @@ class _Look:
         if isinstance(medium, (str, bytes)) and (reason := file_problem(medium)):
             return _Facts(problem=("missing", reason, file))
         try:
-            decoded = decode_medium(kind, medium, self.video_frames)
+            decoded = self.full_sound.decode(kind, medium)
         except BadMediaError as error:
             return _Facts(problem=("decoding", error.reason, file))
-        items = decode_medium(kind, decoded, windows=self.windows)
+        items = self.decoding.decode(kind, decoded)
         items = items if isinstance(items, (list, tuple)) else [items]
         name = self.owner.get(MEDIA_TYPE_IDS[kind])
         if name is None:
@@ -262,8 +248,6 @@ class _Look:
 
 def sampling_rate(front_end: Any) -> int | None:
     """The rate (Hz) that a front end brings sound to, or None where it takes no sound."""
-    if isinstance(front_end, MfccFrontEnd):
-        return mfcc.RATE
     for holder, name in ((front_end, "rate"), (getattr(front_end, "extractor", None), "sampling_rate")):
         if isinstance(rate := getattr(holder, name, None), int):
             return rate

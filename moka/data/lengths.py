@@ -23,17 +23,13 @@ import numpy as np
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from moka.data.media import DecodedDataset
-from moka.data.records import BAR_AFTER_S
+from moka.data.dataset import BAR_AFTER_S
+from moka.data.encoding import EncodedDataset, encode_sample
+from moka.data.media import DecodedDataset, MediaDecoding, UnusableError, stand_ins
 from moka.data.schema import map_media
-from moka.data.sources import EncodedDataset, stand_ins
 from moka.errors import MokaError
 from moka.io import atomic_file
-from moka.modeling.media import Waveform
-from moka.modeling.processing import IGNORE, MokaProcessor, TooLongError
-
-from .audio_segments import AudioWindows
-from .media_validation import Subset
+from moka.modeling.processing import MokaProcessor
 
 _CHUNK = 64  # samples that a worker counts at a time
 _PROBES = 16  # samples that tell a data set from another in the key
@@ -129,7 +125,7 @@ class _Counted:
     """Indexing counts a chunk of samples; fit for the workers of a ``DataLoader``."""
 
     def __init__(self, dataset: EncodedDataset, chunks: Sequence[range]) -> None:
-        self.samples, self.decoding = undecoded(dataset.samples)
+        self.samples, self.decoding = undecoded(dataset.dataset)
         self.counter, self.max_length, self.chunks = token_counter(dataset.processor), dataset.max_length, chunks
 
     def __len__(self) -> int:
@@ -140,13 +136,10 @@ class _Counted:
 
     def _count(self, sample: dict[str, Any]) -> list[int]:
         light = map_media(sample, lambda kind, medium: [0] * self.decoding.items(kind, medium))
-        names = list(self.counter.modalities)
         try:
-            encoded = self.counter.encode(light["messages"], max_length=self.max_length, truncate=True)
-        except TooLongError:
-            return [_UNUSABLE] * (1 + len(names))
-        if all(label == IGNORE for label in encoded["labels"]):
-            return [_UNUSABLE] * (1 + len(names))
+            encoded, _ = encode_sample(self.counter, light, self.max_length)
+        except UnusableError:
+            return [_UNUSABLE] * (1 + len(self.counter.modalities))
         types = encoded["mm_token_type_ids"]
         counts = [len(encoded["input_ids"])]
         for spec in self.counter.modalities.values():
@@ -154,39 +147,16 @@ class _Counted:
         return counts
 
 
-@dataclass(frozen=True)
-class Decoding:
-    """How a data set decodes its media; none of its settings matter to media that are decoded already."""
-
-    video_frames: int = 10
-    audio_windows: AudioWindows | None = None
-
-    def items(self, kind: str, medium: Any) -> int:
-        """How many items for its encoder a medium gives: what ``decode_medium`` and the processor make of it."""
-        if isinstance(medium, (list, tuple)):
-            return len(medium)
-        file = isinstance(medium, (str, bytes))
-        if kind == "video" and file:
-            return self.video_frames
-        features = isinstance(medium, str) and medium.lower().endswith(".npy")
-        if kind == "audio" and self.audio_windows is not None and (isinstance(medium, Waveform) or file):
-            return 1 if features else self.audio_windows.count
-        return 1
-
-
-def undecoded(samples: Any) -> tuple[Any, Decoding]:
-    """The samples of a data set before their media are decoded, and how they would be."""
+def undecoded(samples: Any) -> tuple[Any, MediaDecoding]:
+    """Return the samples of a data set before their media are decoded, and how they would be."""
     if isinstance(samples, DecodedDataset):
-        return samples.dataset, Decoding(samples.video_frames, samples.audio_windows)
-    if isinstance(samples, Subset):
-        inner, decoding = undecoded(samples.dataset)
-        return Subset(inner, samples.indices), decoding
-    return samples, Decoding()
+        return samples.dataset, samples.decoding
+    return samples, MediaDecoding()
 
 
 def lengths_key(dataset: EncodedDataset) -> str:
     """sha256 of what the lengths depend on: the settings, and of the data their number and a few samples."""
-    samples, decoding = undecoded(dataset.samples)
+    samples, decoding = undecoded(dataset.dataset)
     processor = dataset.processor
     probes = np.unique(np.linspace(0, len(dataset) - 1, min(_PROBES, len(dataset))).astype(int))
     settings = {

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from moka.data.encoding import EncodedDataset
 from moka.data.lengths import Lengths
-from moka.data.sources import EncodedDataset
 from moka.modeling.processing import IGNORE
 
 # Samples that are packed with each other: enough to fill rows well, few enough to mix the data set.

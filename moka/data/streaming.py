@@ -24,16 +24,16 @@ from typing import Any, Protocol
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
+from moka.data.dataset import absolute_paths, checked_root
+from moka.data.encoding import encode_sample
 from moka.data.formats.general import ROW_MAKERS
-from moka.data.jsonl import parse_line
-from moka.data.media import BadMediaError, decode_sample
-from moka.data.media_io import file_problem
-from moka.data.records import RecordDataset, checked_root
+from moka.data.jsonl import parse_line, read_line
+from moka.data.media import MediaDecoding, UnusableError
+from moka.data.media_io import BadMediaError, file_problem
 from moka.data.schema import check_sample, map_media
 from moka.distributed import rank_and_world_size
 from moka.errors import MokaError
 from moka.io import append_jsonl
-from moka.modeling.processing import IGNORE, TooLongError
 
 DEFAULT_BUFFER = 1000  # samples that are shuffled with each other
 _WARM_UP = 100  # samples seen before the share of bad ones counts
@@ -50,7 +50,7 @@ class Source(Protocol):
         """Return the checked sample, media undecoded."""
 
 
-class JsonlLines(RecordDataset):
+class JsonlLines:
     """The lines of a JSONL file in the format of `moka.data.schema`.
 
     Args:
@@ -62,7 +62,7 @@ class JsonlLines(RecordDataset):
         self.path = Path(path)
         if problem := file_problem(self.path):
             raise MokaError(f"{self.path}: {problem}. Give a JSONL file, one sample a line.")
-        self.media_root = checked_root(self.path.parent if media_root is None else Path(media_root))
+        self.media_root = checked_root(self.path.parent if media_root is None else media_root)
 
     def references(self, order: np.random.Generator) -> Iterator[tuple[int, int]]:
         """Yield (line number, first byte) of every line that is not blank."""
@@ -77,10 +77,7 @@ class JsonlLines(RecordDataset):
         """Read and check one line."""
         number, offset = reference
         where = f"{self.path}:{number}"
-        with open(self.path, "rb") as file:
-            file.seek(offset)
-            sample = check_sample(parse_line(file.readline(), where), where)
-        return self.with_absolute_paths(sample, where)
+        return absolute_paths(check_sample(read_line(self.path, offset, where), where), self.media_root, where)
 
 
 @dataclass(frozen=True)
@@ -241,6 +238,7 @@ class SampleStream:
         self, sources: Sequence[Source], weights: Sequence[float], seed: int = 0, buffer: int = DEFAULT_BUFFER
     ) -> None:
         self.sources, self.seed, self.buffer = list(sources), seed, buffer
+        self.notes: tuple[str, ...] = ()
         self.weights = np.asarray(weights, float) / np.sum(weights)
 
     def __iter__(self) -> Iterator[tuple[Source, Any]]:
@@ -289,7 +287,7 @@ class EncodedStream(IterableDataset):
         processor: a ``MokaProcessor``.
         max_length: tokens; text is shortened to fit.
         batch_size: samples of a batch on one process.
-        decoding: arguments of `moka.data.media.decode_sample`.
+        decoding: how media become pictures and sound.
         on_bad_media: "error", or "skip" or "substitute", which are one here.
         budget: share of the samples whose media may be bad.
         report_path: a JSONL file that collects what was replaced.
@@ -301,13 +299,13 @@ class EncodedStream(IterableDataset):
         processor: Any,
         max_length: int | None,
         batch_size: int,
-        decoding: dict[str, Any] | None = None,
+        decoding: MediaDecoding | None = None,
         on_bad_media: str = "error",
         budget: float = 0.01,
         report_path: Path | None = None,
     ) -> None:
         self.stream, self.processor, self.max_length, self.batch_size = stream, processor, max_length, batch_size
-        self.decoding, self.on_bad_media, self.budget = decoding or {}, on_bad_media, budget
+        self.decoding, self.on_bad_media, self.budget = decoding or MediaDecoding(), on_bad_media, budget
         self.report_path = report_path
         self.start = 0  # batches of each process that an earlier part of the run has consumed
         self.share = rank_and_world_size()
@@ -325,7 +323,7 @@ class EncodedStream(IterableDataset):
             seen += 1
             try:
                 last = self._encode(source, reference)
-            except (BadMediaError, _UnusableError) as error:
+            except (BadMediaError, UnusableError) as error:
                 is_media = isinstance(error, BadMediaError)
                 if is_media and self.on_bad_media == "error":
                     raise
@@ -339,15 +337,11 @@ class EncodedStream(IterableDataset):
             yield last
 
     def _encode(self, source: Source, reference: Any) -> dict[str, Any]:
-        sample = decode_sample(source.read(reference), **self.decoding)
+        sample = self.decoding.decode_sample(source.read(reference))
         try:
-            encoded = self.processor.encode(sample["messages"], max_length=self.max_length, truncate=True)
-        except TooLongError as error:
-            raise _UnusableError(f"sample {sample['id']!r}: {error}") from error
-        if all(label == IGNORE for label in encoded["labels"]):
-            raise _UnusableError(f"sample {sample['id']!r}: no supervised token: the assistant's text is empty")
-        encoded.pop("cut_from", None)
-        return {**encoded, "sample_id": str(sample["id"])}
+            return encode_sample(self.processor, sample, self.max_length)[0]
+        except UnusableError as error:
+            raise UnusableError(f"sample {sample['id']!r}: {error}") from error
 
     def _report(self, position: int, reason: str) -> None:
         if self.report_path is not None:
@@ -364,10 +358,6 @@ class EncodedStream(IterableDataset):
         """Return what the first samples take, as no length of a stream is counted."""
         lengths = [len(one["input_ids"]) for one in itertools.islice(self.of_one_process(), samples)]
         return f"streamed: the first {len(lengths)} samples take {np.mean(lengths):.0f} tokens on average, {max(lengths)} at most"
-
-
-class _UnusableError(Exception):
-    """A sample that has nothing to learn from, or cannot be made to fit."""
 
 
 def open_stream(

@@ -10,12 +10,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from moka.data.dataset import BAR_AFTER_S
 from moka.data.formats.base import Format, Rows, find_file
 from moka.data.formats.files import JsonRecords
 from moka.data.formats.general import llava
 from moka.data.formats.questions import csv_rows
-from moka.data.media_validation import Subset
-from moka.data.records import BAR_AFTER_S
 from moka.errors import MokaError
 
 AUDIO_QUESTION = "Describe the sound."
@@ -58,7 +57,7 @@ def _video_llava(
     bar = tqdm(items, f"choosing the {kind}s", unit="record", delay=BAR_AFTER_S, leave=False)
     kept = [position for position, record in enumerate(bar) if record.get(kind)]
     notes = (f"{len(items) - len(kept)} records of {path.name} without a {kind} left out",)
-    return Rows(Subset(items, kept), make, partial(_where, items, kept), root, notes)
+    return Rows([items[k] for k in kept], make, partial(_where, items, kept), root, notes)
 
 
 def _where(items: JsonRecords, kept: list[int], index: int) -> str:

@@ -16,9 +16,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from moka.data.dataset import BAR_AFTER_S
 from moka.data.jsonl import index_lines, parse_line
 from moka.data.media_io import file_problem
-from moka.data.records import BAR_AFTER_S
 from moka.errors import MokaError
 
 # A complete string, so that brackets inside it do not count, or one bracket.

@@ -16,7 +16,7 @@ from typing import Any
 from moka.demo.encoders import ConvAudioEncoder, ConvImageEncoder, PatchImageEncoder
 from moka.modeling.fields import read_config
 
-from .base import RESOLVERS, Encoder, features_name
+from .base import Encoder, features_name
 from .beats import BeatsEncoder
 from .cached import CachedEncoder, bring_back, set_aside
 from .efficientnet import EfficientNetEncoder
@@ -27,7 +27,6 @@ from .vision import ClipEncoder, Dinov2Encoder, SiglipEncoder
 
 __all__ = [
     "ENCODERS",
-    "RESOLVERS",
     "CachedEncoder",
     "Encoder",
     "TowerEncoder",

@@ -37,6 +37,7 @@ class MfccFrontEnd(FrontEnd):
     frames: int
 
     name: ClassVar[str] = "mfcc"
+    rate: ClassVar[int] = 8000  # Hz, to which sound is brought
 
     def __call__(self, medium: Any) -> np.ndarray:
         if isinstance(medium, Waveform):
