@@ -57,7 +57,7 @@ def write_manifest(path: str | os.PathLike[str], samples: Any, indices: Sequence
         raise MokaError(f"{path} is there already. Name another file, or delete it.")
     if not len(indices):
         raise MokaError(f"{path}: not one sample is good, so there is nothing to write.")
-    root = samples.media_root or path.parent.resolve()
+    root = getattr(samples, "media_root", None) or path.parent.resolve()
 
     def relative(kind: str, medium: Any) -> str:
         if not isinstance(medium, str):
@@ -104,7 +104,7 @@ def convert(samples: Any, output: str | os.PathLike[str], media: str = "copy") -
             if free:
                 shutil.rmtree(leftover, ignore_errors=True)
     with atomic_dir(output) as folder, _lock(folder):
-        writer = _MediaWriter(folder, samples.media_root, media)
+        writer = _MediaWriter(folder, getattr(samples, "media_root", None), media)
         with open(folder / DATA, "wb") as file:
             for index in tqdm(range(len(samples)), "converting", unit="sample", delay=BAR_AFTER_S, leave=False):
                 file.write(_line(writer.written(samples[index], f"{index:06d}", where_of(samples, index))))

@@ -61,7 +61,7 @@ class SampleDataset(Sequence[dict[str, Any]]):
 
     def select(self, indices: Sequence[int] | np.ndarray) -> SampleDataset:
         """Return the samples at ``indices``, in that order."""
-        return _Selection([self], indices)
+        return Selection([self], indices)
 
     def first(self, size: int | None) -> SampleDataset:
         """Return the first ``size`` samples, or all if there are fewer or ``size`` is None."""
@@ -70,7 +70,7 @@ class SampleDataset(Sequence[dict[str, Any]]):
     @staticmethod
     def concat(datasets: Sequence[SampleDataset]) -> SampleDataset:
         """Return several data sets as one, one after another."""
-        return _Selection(datasets)
+        return Selection(datasets)
 
     @staticmethod
     def mix(datasets: Sequence[SampleDataset], weights: Sequence[float], seed: int = 0) -> SampleDataset:
@@ -87,7 +87,7 @@ class SampleDataset(Sequence[dict[str, Any]]):
             chosen += [start + np.concatenate(passes)[:number]] if passes else []
             start += size
         every = np.concatenate(chosen)
-        return _Selection(datasets, every[draw.permutation(len(every))])
+        return Selection(datasets, every[draw.permutation(len(every))])
 
     def missing_media(self, limit: int = 20, share: tuple[int, int] = (0, 1)) -> list[str]:
         """List media files that are absent, empty or folders. Reads and checks every sample, but opens no medium.
@@ -103,6 +103,8 @@ class SampleDataset(Sequence[dict[str, Any]]):
         Raises:
             MokaError: as for indexing.
         """
+        if self.media_root is None:
+            return []
         missing: dict[str, str] = {}
         indices = range(share[0], len(self), share[1])
         for index in tqdm(indices, "checking media", unit="sample", delay=BAR_AFTER_S, leave=False):
@@ -113,7 +115,7 @@ class SampleDataset(Sequence[dict[str, Any]]):
         return list(missing.values())[:limit] + (more if len(missing) > limit else [])
 
 
-class _Selection(SampleDataset):
+class Selection(SampleDataset):
     """Samples of several data sets: those at ``indices`` of all of them, one after another."""
 
     def __init__(self, parts: Sequence[SampleDataset], indices: Sequence[int] | np.ndarray | None = None) -> None:
@@ -144,7 +146,7 @@ class _Selection(SampleDataset):
         positions = np.unique(np.asarray(self.indices, np.int64))
         has_files = np.array([getattr(part, "media_root", None) is not None for part in self.parts])
         positions = positions[has_files[np.searchsorted(self._ends, positions, "right")]]
-        return SampleDataset.missing_media(_Selection(self.parts, positions), limit, share)
+        return SampleDataset.missing_media(Selection(self.parts, positions), limit, share)
 
 
 def where_of(samples: Any, index: int) -> str:

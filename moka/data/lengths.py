@@ -23,7 +23,7 @@ import numpy as np
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from moka.data.dataset import BAR_AFTER_S
+from moka.data.dataset import BAR_AFTER_S, Selection
 from moka.data.encoding import EncodedDataset, encode_sample
 from moka.data.media import DecodedDataset, MediaDecoding, UnusableError, stand_ins
 from moka.data.schema import map_media
@@ -151,6 +151,9 @@ def undecoded(samples: Any) -> tuple[Any, MediaDecoding]:
     """Return the samples of a data set before their media are decoded, and how they would be."""
     if isinstance(samples, DecodedDataset):
         return samples.dataset, samples.decoding
+    if isinstance(samples, Selection) and len(samples.parts) == 1:
+        inner, decoding = undecoded(samples.parts[0])
+        return Selection([inner], samples.indices), decoding
     return samples, MediaDecoding()
 
 

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -282,10 +282,6 @@ class DecodedDataset(SubstitutingDataset):
     ) -> None:
         super().__init__(dataset, seed, report_path)
         self.decoding, self.policy = decoding or MediaDecoding(), policy or BadMediaPolicy()
-
-    def select(self, indices: Sequence[int] | np.ndarray) -> DecodedDataset:
-        selected = self.dataset.select(indices)
-        return DecodedDataset(selected, self.decoding, self.policy, self.seed, self.reported.path)
 
     def with_features(self, features: FeatureCache) -> DecodedDataset:
         """Return the same data set with features instead of the media of their kinds."""

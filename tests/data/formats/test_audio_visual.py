@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from moka.data.formats import open_format
-from moka.data.media import BadMediaError, decode_sample
+from moka.data.media import MediaDecoding
+from moka.data.media_io import BadMediaError
 from moka.data.schema import media_parts
 from moka.data.vocabulary import ave_events, music_avqa_answers
 from moka.errors import MokaError
@@ -70,10 +71,10 @@ def test_ave_has_one_file_a_split_and_one_with_a_header_for_all():
 
 def test_an_ave_video_without_a_sound_track_is_reported_when_it_is_decoded():
     dataset = open_format("ave", FIXTURES / "ave", "all")
-    decoded = decode_sample(dataset[0], video_frames=2)
+    decoded = MediaDecoding(2).decode_sample(dataset[0])
     assert [kind for kind, _ in media_parts(decoded)] == ["video", "audio"]
     with pytest.raises(BadMediaError, match="silent00001") as error:
-        decode_sample(dataset[2], video_frames=2)
+        MediaDecoding(2).decode_sample(dataset[2])
     assert error.value.file == str((FIXTURES / "ave/AVE/silent00001.mp4").resolve())
 
 

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from moka.data.formats import open_format
-from moka.data.media import decode_sample
+from moka.data.media import MediaDecoding
 from moka.data.schema import media_parts
 from moka.errors import MokaError
 
@@ -75,7 +75,7 @@ def test_every_question_has_its_own_id_and_its_reference_as_the_last_message(nam
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_the_media_of_the_fixtures_decode(name):
     for sample in opened(name, **EVERYTHING.get(name, {})):
-        decode_sample(sample, video_frames=2)
+        MediaDecoding(2).decode_sample(sample)
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moka.data.formats import open_format
-from moka.data.media import decode_sample
+from moka.data.media import MediaDecoding
 from moka.data.schema import media_parts
 from moka.errors import MokaError
 
@@ -33,7 +33,7 @@ def test_llava_instruct_finds_its_images_among_those_of_coco():
     assert [part["type"] for part in dataset[1]["messages"][0]["content"]] == ["image", "text"]
     assert dataset[1]["messages"][0]["content"][1]["text"] == "Which colour is it?"
     assert dataset.missing_media() == []
-    assert next(media_parts(decode_sample(dataset[0])))[1].size == (8, 6)
+    assert next(media_parts(MediaDecoding().decode_sample(dataset[0])))[1].size == (8, 6)
 
 
 def test_the_images_of_llava_instruct_may_are_elsewhere(tmp_path):

@@ -12,7 +12,7 @@ import datasets
 import pytest
 
 from moka.data.formats import open_format
-from moka.data.media import decode_sample
+from moka.data.media import MediaDecoding
 from moka.data.schema import media_parts
 from moka.errors import MokaError
 
@@ -51,7 +51,7 @@ def test_librispeech_reads_the_tree_of_its_archives():
     assert dataset.where(1).endswith("103-1240.trans.txt:2")
     assert dataset.missing_media() == []
     assert pickle.loads(pickle.dumps(dataset))[1] == dataset[1]  # loader workers that are spawned
-    ((_, waveform),) = media_parts(decode_sample(first))
+    ((_, waveform),) = media_parts(MediaDecoding().decode_sample(first))
     assert waveform.rate == 16000
 
 
@@ -129,7 +129,7 @@ def test_gigaspeech_in_parquet_has_the_clips_themselves(table_cache):
     assert dataset.notes == cut.notes
     assert sound(dataset[1])[:4] == b"RIFF"
     assert dataset.where(1).endswith(": row 3")
-    ((_, waveform),) = media_parts(decode_sample(dataset[1]))
+    ((_, waveform),) = media_parts(MediaDecoding().decode_sample(dataset[1]))
     assert (waveform.rate, len(waveform.samples)) == (16000, 4000)
 
 
