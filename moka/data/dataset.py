@@ -129,6 +129,9 @@ class Selection(SampleDataset):
     def __len__(self) -> int:
         return len(self.indices)
 
+    def select(self, indices: Sequence[int] | np.ndarray) -> SampleDataset:
+        return Selection(self.parts, np.asarray(self.indices, np.int64)[np.asarray(indices, np.int64)])
+
     def _in_part(self, index: int) -> tuple[Any, int]:
         position = int(self.indices[self.position(index)])
         part = bisect.bisect_right(self._ends, position)

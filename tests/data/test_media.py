@@ -1,12 +1,15 @@
 """Samples with decoded media, and what is done about files that cannot be used."""
 
 import json
+from fractions import Fraction
 
+import av
 import numpy as np
 import pytest
 import soundfile
 from PIL import Image
 
+from moka.config import DataSection
 from moka.data.audio_segments import AudioWindows
 from moka.data.media import BadMediaPolicy, DecodedDataset, MediaDecoding
 from moka.data.media_io import BadMediaError
@@ -174,3 +177,39 @@ def test_windows_of_ready_made_features_are_refused_and_never_substituted(tmp_pa
         with pytest.raises(MokaError, match=r"ready-made features.*data\.audio_windows") as caught:
             dataset[0]
         assert not isinstance(caught.value, BadMediaError)
+
+
+def test_a_track_of_the_configuration_is_the_one_that_is_decoded(tmp_path):
+    with av.open(str(tmp_path / "x.mkv"), "w") as container:
+        streams = [container.add_stream("pcm_s16le", rate=8000, layout="mono") for _ in range(2)]
+        for stream, level in zip(streams, (1000, 20000), strict=True):
+            frame = av.AudioFrame.from_ndarray(np.full((1, 4000), level, np.int16), format="s16", layout="mono")
+            frame.rate, frame.pts, frame.time_base = 8000, 0, Fraction(1, 8000)
+            container.mux(stream.encode(frame))
+    sample = asks("a", audio=str(tmp_path / "x.mkv"))
+    for track, level in ((0, 1000), (1, 20000)):
+        decoding = MediaDecoding.of(DataSection(audio_track=track))
+        ((_, sound),) = media_parts(decoding.decode_sample(sample))
+        np.testing.assert_allclose(sound.samples, level / 32768, atol=1e-4)
+    with pytest.raises(BadMediaError, match=r"'a'.*x\.mkv.* track 2"):
+        MediaDecoding(audio_track=2).decode_sample(sample)
+
+
+@pytest.mark.parametrize(
+    "decoding", [MediaDecoding(), MediaDecoding(4, AudioWindows(count=3, first=0.25), audio_track=1)]
+)
+def test_the_decoding_of_a_model_is_read_back(decoding):
+    assert MediaDecoding.of(json.loads(json.dumps(decoding.to_dict()))) == decoding
+
+
+def test_items_are_counted_as_they_are_decoded(tmp_path):
+    write_gif(tmp_path / "x.gif")
+    write_sound(tmp_path / "x.wav")
+    np.save(tmp_path / "x.npy", np.ones((7, 13)))
+    picture = Image.new("L", (2, 2))
+    files = [("image", picture), ("image", "x.gif"), ("video", "x.gif"), ("video", [picture] * 2), ("audio", "x.wav")]
+    for decoding in (MediaDecoding(3), MediaDecoding(3, AudioWindows(count=4))):
+        for kind, medium in files if decoding.audio_windows else [*files, ("audio", "x.npy")]:
+            given = str(tmp_path / medium) if isinstance(medium, str) else medium
+            decoded = decoding.decode(kind, given)
+            assert decoding.items(kind, given) == (len(decoded) if isinstance(decoded, list) else 1), (kind, medium)
