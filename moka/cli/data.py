@@ -236,7 +236,7 @@ def list_formats(arguments: argparse.Namespace) -> None:
         print(f"  {field}: {meaning}")
     if format.options:
         print("\noptions:")
-        for option, (default, help) in format.options.items():
+        for option, (default, help, _) in format.options.items():
             print(f"  {option}={default}: {help}")
 
 

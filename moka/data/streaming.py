@@ -26,6 +26,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from moka.data.dataset import absolute_paths, checked_root
 from moka.data.encoding import encode_sample
+from moka.data.formats.files import open_table, table_rows
 from moka.data.formats.general import ROW_MAKERS
 from moka.data.jsonl import parse_line, read_line
 from moka.data.media import MediaDecoding, UnusableError
@@ -183,21 +184,11 @@ class TableRows:
 
     def __init__(self, format: str, make: Callable[[dict[str, Any]], dict[str, Any]], what: dict[str, Any]) -> None:
         self.format, self.make, self.what = format, make, what
-        try:
-            import datasets
-        except ImportError as error:
-            raise MokaError(f"Streaming {what['path']} needs `datasets`. Run: pip install 'moka-peft[data]'") from error
-        try:
-            self.rows: Any = datasets.load_dataset(**what, streaming=True).with_format("arrow")
-        except Exception as error:  # errors of the network, of pyarrow and of `datasets` have no common base
-            raise MokaError(
-                f"{what['path']}: cannot be opened by `datasets`: {' '.join(str(error).split())}"
-            ) from error
+        self.rows = open_table(what["path"], what, streaming=True)
 
     def references(self, order: np.random.Generator) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield every row, with the stored bytes of its media."""
-        rows = (row for table in self.rows for row in table.to_pylist())
-        yield from enumerate(rows, start=1)
+        yield from enumerate(table_rows(self.rows), start=1)
 
     def read(self, reference: tuple[int, dict[str, Any]]) -> dict[str, Any]:
         """Make a sample of a row."""

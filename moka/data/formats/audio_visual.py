@@ -11,17 +11,8 @@ from functools import partial
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from moka.data.formats.base import Format, Rows, find_file
-from moka.data.formats.questions import (
-    Entry,
-    chosen,
-    entries,
-    entry_rows,
-    json_entries,
-    question_sample,
-    take,
-    text_lines,
-)
+from moka.data.formats.base import Format, Option, Rows, find_file
+from moka.data.formats.questions import Entries, Entry, question_rows, question_sample, take, text_lines
 from moka.data.vocabulary import ave_events, music_avqa_answers
 from moka.errors import MokaError, counted, nearest
 
@@ -37,8 +28,8 @@ _TEMPLATES = {"tagged": "<answer>{}</answer>", "word": "{}"}
 def _read_ave(root: Path, split: str, question: str = AVE_QUESTION) -> Rows:
     path = find_file(root, _AVE_FILES[split], f"AVE_Dataset/{_AVE_FILES[split]}", format=AVE)
     lines = [(place, line) for place, line in text_lines(path) if not line.startswith("Category&")]
-    found = entries(lines, lambda line: line.split("&")[1].strip())
-    return entry_rows(found, partial(_ave_sample, question=question), path.parent)
+    found = Entries(lines, lambda line: line.split("&")[1].strip())
+    return found.rows(partial(_ave_sample, question=question), path.parent)
 
 
 def _ave_sample(entry: Entry, question: str) -> dict[str, Any]:
@@ -64,19 +55,18 @@ def _ave_sample(entry: Entry, question: str) -> dict[str, Any]:
 def _read_music_avqa(root: Path, split: str, videos: Any = _AVQA_FOLDERS, answer: str = "tagged") -> Rows:
     name = f"avqa-{_AVQA_NAMES[split]}.json"
     path = find_file(root, name, f"json/{name}", f"data/json/{name}", format=MUSIC_AVQA)
-    template = _TEMPLATES[chosen("music-avqa", "answer", answer, _TEMPLATES)]
-    records = json_entries(path)
-    kept = [(place, record) for place, record in records if not _deleted(record)]
-    notes = []
-    if left := len(records) - len(kept):
-        notes.append(f"{counted(left, 'question')} marked as deleted (question_deleted) left out of {path.name}")
-    found = entries(kept, lambda record: take(record, "question_id"))
+    template = _TEMPLATES[answer]
     make = partial(_music_avqa_sample, root=root, folders=_folders(videos), template=template)
-    return entry_rows(found, make, root, notes)
+    left_out = "marked as deleted (question_deleted)"
+    return question_rows(path, _question_id, make, root, keep=lambda one: not _deleted(one), left_out=left_out)
 
 
-def _deleted(record: Any) -> bool:
-    return isinstance(record, dict) and str(record.get("question_deleted", 0)) not in ("0", "False", "None")
+def _question_id(record: Any) -> str:
+    return take(record, "question_id", "id")
+
+
+def _deleted(record: dict[str, Any]) -> bool:
+    return str(record.get("question_deleted", 0)) not in ("0", "False", "None")
 
 
 def _music_avqa_sample(entry: Entry, root: Path, folders: tuple[str, ...], template: str) -> dict[str, Any]:
@@ -148,9 +138,8 @@ def _found(name: str, root: Path, folders: tuple[str, ...]) -> str:
 def _read_reasoning(root: Path, split: str, videos: Any = _AVQA_FOLDERS, annotation: str = "") -> Rows:
     name = annotation or f"{_AVQA_NAMES[split]}_samples_with_reasoning_avqa.json"
     path = find_file(root, name, format=REASONING)
-    found = entries(json_entries(path, key="data"), lambda record: take(record, "question_id", "id"))
     make = partial(_reasoning_sample, root=root, folders=_folders(videos))
-    return entry_rows(found, make, root)
+    return question_rows(path, _question_id, make, root, key="data")
 
 
 def _reasoning_sample(entry: Entry, root: Path, folders: tuple[str, ...]) -> dict[str, Any]:
@@ -190,7 +179,7 @@ def _picture_and_sound(path: str) -> list[tuple[str, str]]:
     return [("video", path), ("audio", path)]
 
 
-_VIDEOS_OPTION = (
+_VIDEOS_OPTION = Option(
     _AVQA_FOLDERS,
     "folder of the videos under the root, or a list of folders; the first that has a video gives it",
 )
@@ -209,7 +198,7 @@ AVE = Format(
         "EndTime": "second in which it ends",
     },
     read=_read_ave,
-    options={"question": (AVE_QUESTION, "the instruction")},
+    options={"question": Option(AVE_QUESTION, "the instruction")},
     benchmark="ave",
 )
 
@@ -232,9 +221,10 @@ MUSIC_AVQA = Format(
     read=_read_music_avqa,
     options={
         "videos": _VIDEOS_OPTION,
-        "answer": (
+        "answer": Option(
             "tagged",
             "what is to be learnt: tagged (<answer>two</answer>, as the scorer reads it) or word (two)",
+            tuple(_TEMPLATES),
         ),
     },
     benchmark="music-avqa",
@@ -260,7 +250,7 @@ REASONING = Format(
     read=_read_reasoning,
     options={
         "videos": _VIDEOS_OPTION,
-        "annotation": ("", "name of the annotation file under the root, where it is another"),
+        "annotation": Option("", "name of the annotation file under the root, where it is another"),
     },
     benchmark="music-avqa",
 )

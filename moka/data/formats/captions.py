@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from moka.data.dataset import BAR_AFTER_S
-from moka.data.formats.base import Format, Rows, find_file
+from moka.data.formats.base import Format, Option, Rows, find_file
 from moka.data.formats.files import JsonRecords
 from moka.data.formats.general import llava
 from moka.data.formats.questions import csv_rows
@@ -149,8 +149,10 @@ def _video_llava_format(kind: str, about: str) -> Format:
         experimental="file names",
         read=partial(_video_llava, name, kind, _FILES[kind]),
         options={
-            "file": (None, "the annotation file, relative to the root; by default the first of those in the layout"),
-            "question": (
+            "file": Option(
+                None, "the annotation file, relative to the root; by default the first of those in the layout"
+            ),
+            "question": Option(
                 None,
                 "the user's instruction, or a list to choose from by the id; the record's own by default",
             ),
@@ -182,8 +184,8 @@ FORMATS = (
         },
         read=_audiocaps,
         options={
-            "question": (AUDIO_QUESTION, "the user's instruction, or a list to choose from by the id"),
-            "audio": (
+            "question": Option(AUDIO_QUESTION, "the user's instruction, or a list to choose from by the id"),
+            "audio": Option(
                 None,
                 "where a clip is, such as `clips/{youtube_id}.wav`; by default every name in the layout is tried",
             ),

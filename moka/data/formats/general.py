@@ -7,18 +7,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from moka.data.formats.base import Format, Rows, find_file
+from moka.data.formats.base import Format, Option, Rows, find_file
 from moka.data.formats.conversations import conversation, listed_media, medium, other_fields
 from moka.data.formats.files import JsonRecords, TableRecords
 from moka.data.schema import MEDIA
 from moka.errors import MokaError
 
-OPTIONS: Mapping[str, tuple[Any, str]] = {
-    "file": (None, "the annotation file, relative to the root; by default the first of those in the layout"),
-    "hub": (None, "a data set of the Hugging Face Hub, `owner/name`, or a local folder with Parquet files"),
-    "config": (None, "the configuration of the Hub data set, where it has several"),
-    "streaming": (False, "stream the Hub data set, and keep the first `take` records in memory"),
-    "take": (None, "how many records to stream"),
+OPTIONS: Mapping[str, Option] = {
+    "file": Option(None, "the annotation file, relative to the root; by default the first of those in the layout"),
+    "hub": Option(None, "a data set of the Hugging Face Hub, `owner/name`, or a local folder with Parquet files"),
+    "config": Option(None, "the configuration of the Hub data set, where it has several"),
+    "streaming": Option(False, "stream the Hub data set, and keep the first `take` records in memory"),
+    "take": Option(None, "how many records to stream"),
 }
 _ENDINGS = (".jsonl", ".json", ".parquet")
 _LAYOUT = """

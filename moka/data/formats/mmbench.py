@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from moka.data.formats.base import Format, Rows, find_file
-from moka.data.formats.questions import LETTERS, Entry, csv_rows, entries, entry_rows, lettered, question_sample
+from moka.data.formats.base import Format, Option, Rows, find_file
+from moka.data.formats.questions import LETTERS, Entries, Entry, csv_rows, lettered, question_sample
 from moka.errors import MokaError, counted
 
 _MMBENCH_FILES = {
@@ -29,8 +29,6 @@ _INDEX_LENGTH = 64  # an image column shorter than this has the index of the row
 
 
 def _read_mmbench(root: Path, split: str, circular: bool = False) -> Rows:
-    if not isinstance(circular, bool):
-        raise MokaError(f"format mmbench: option circular is {circular!r}; true or false is expected.")
     path = find_file(root, *_MMBENCH_FILES[split], format=MMBENCH)
     rows = _mmbench_rows(path)
     pictures = {row["index"]: row["image"] for _, row in rows if len(row["image"]) > _INDEX_LENGTH}
@@ -38,13 +36,13 @@ def _read_mmbench(root: Path, split: str, circular: bool = False) -> Rows:
     notes = []
     if circular:
         placed = [(place, (copy, turn)) for place, row in first for turn, copy in enumerate(_rotations(row, place))]
-        found = entries(placed, lambda data: f"{data[0]['index']}-{data[1]}")
+        found = Entries(placed, lambda data: f"{data[0]['index']}-{data[1]}")
     else:
-        found = entries(((place, (row, 0)) for place, row in first), lambda data: data[0]["index"])
+        found = Entries(((place, (row, 0)) for place, row in first), lambda data: data[0]["index"])
     if left := len(rows) - len(first):
         made = "; rotations are made here instead" if circular else ""
         notes.append(f"{counted(left, 'rotated copy', 'rotated copies')} of questions left out of {path.name}{made}")
-    return entry_rows(found, partial(_mmbench_sample, pictures=pictures), root, notes)
+    return found.rows(partial(_mmbench_sample, pictures=pictures), root, notes)
 
 
 def _mmbench_rows(path: Path) -> list[tuple[str, dict[str, str]]]:
@@ -129,7 +127,9 @@ MMBENCH = Format(
         "image": "the picture in base64, or the index of the row that holds it",
     },
     read=_read_mmbench,
-    options={"circular": (False, "CircularEval: each question once per option, which rotate; ids {index}-{turn}")},
+    options={
+        "circular": Option(False, "CircularEval: each question once per option, which rotate; ids {index}-{turn}")
+    },
     benchmark="mmbench",
 )
 

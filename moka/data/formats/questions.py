@@ -1,6 +1,6 @@
 """Shared by readers of questions about media: entries with a place and an id, and the sample that asks and answers.
 
-annotation file  ->  entries(...)  ->  Entry(id, place, data)  ->  question_sample(...)
+annotation file  ->  Entries(...)  ->  Entry(id, place, data)  ->  question_sample(...)
 """
 
 from __future__ import annotations
@@ -8,12 +8,11 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from moka.data.formats.base import Rows
-from moka.errors import MokaError, nearest
+from moka.errors import MokaError, counted
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LETTER_INSTRUCTION = "Answer with the option's letter from the given choices directly."
@@ -27,37 +26,62 @@ class Entry(NamedTuple):
     data: Any
 
 
-def entries(placed: Iterable[tuple[str, Any]], name: Callable[[Any], str]) -> list[Entry]:
+class Entries(list[Entry]):
     """Entries with unique ids from ``(place, record)`` pairs.
 
     An id that ``name`` gives again gets ``-2``, ``-3`` and so on. A record that ``name`` stumbles over is called by its
     file and position, so that the error comes when the record is read, with the field that is wrong.
     """
-    seen: dict[str, int] = {}
-    found = []
-    for place, data in placed:
-        try:
-            given = name(data)
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError):
-            given = Path(place).name
-        unique = given
-        while unique in seen:  # "a-2" may be an id of its own
-            seen[given] += 1
-            unique = f"{given}-{seen[given]}"
-        seen[unique] = 1
-        found.append(Entry(unique, place, data))
-    return found
+
+    def __init__(self, placed: Iterable[tuple[str, Any]], name: Callable[[Any], str]) -> None:
+        seen: dict[str, int] = {}
+        for place, data in placed:
+            try:
+                given = name(data)
+            except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+                given = Path(place).name
+            unique = given
+            while unique in seen:  # "a-2" may be an id of its own
+                seen[given] += 1
+                unique = f"{given}-{seen[given]}"
+            seen[unique] = 1
+            self.append(Entry(unique, place, data))
+
+    def where(self, index: int) -> str:
+        return self[index].place
+
+    def rows(self, make: Callable[[Entry], dict[str, Any]], root: Path, notes: Iterable[str] = ()) -> Rows:
+        """Return them as `Rows`, whose media paths start from ``root``."""
+        return Rows(self, make, self.where, root, tuple(notes))
 
 
-def entry_rows(
-    found: list[Entry], make: Callable[[Entry], dict[str, Any]], root: Path, notes: Iterable[str] = ()
+def question_rows(
+    path: Path,
+    name: Callable[[Any], str],
+    make: Callable[[Entry], dict[str, Any]],
+    root: Path,
+    *,
+    key: str = "",
+    keep: Callable[[Any], bool] = bool,
+    unit: str = "question",
+    left_out: str = "",
 ) -> Rows:
-    """`Rows` of entries, whose media paths start from ``root``."""
-    return Rows(found, make, partial(_place, found), root, tuple(notes))
+    """Return the records of a JSON file of questions as `Rows`.
 
-
-def _place(found: list[Entry], index: int) -> str:
-    return found[index].place
+    Args:
+        path, key: as for `json_entries`.
+        name: record -> the id of its sample.
+        make: entry -> sample.
+        root: where media paths start.
+        keep: whether a record is a question of those wanted; others are counted in a note.
+        unit, left_out: what these are: "question" and "of other tasks".
+    """
+    records = json_entries(path, key)
+    # A record that is no object is kept, so that the error names it.
+    kept = [(place, record) for place, record in records if not isinstance(record, dict) or keep(record)]
+    left = len(records) - len(kept)
+    notes = [f"{counted(left, unit)} {left_out} left out of {path.name}"] if left else []
+    return Entries(kept, name).rows(make, root, notes)
 
 
 def question_sample(
@@ -83,24 +107,19 @@ def question_sample(
     return {"id": id, **{key: value for key, value in extra.items() if value is not None}, "messages": messages}
 
 
-def lettered(question: str, options: Sequence[str], hint: str = "") -> str:
-    """A multiple-choice question: hint, question, one line ``A. option`` each, and the instruction to give the letter."""
+def lettered(question: str, options: Sequence[str], hint: str = "", instruction: str = LETTER_INSTRUCTION) -> str:
+    """Return a multiple-choice question: hint, question, one line ``A. option`` each, and what is to be answered."""
     lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]
-    return "\n".join(line for line in [hint, question, *lines, LETTER_INSTRUCTION] if line)
+    return "\n".join(line for line in [hint, question, *lines, instruction] if line)
 
 
-def json_entries(path: Path, key: str = "", loaded: Any = None) -> list[tuple[str, Any]]:
-    """The records of a JSON file as ``(place, record)``: its list, or the list under ``key`` of its object.
-
-    Args:
-        path: the file.
-        key: where the list is, if the file may hold an object.
-        loaded: the file's content, where it was read before.
+def json_entries(path: Path, key: str = "") -> list[tuple[str, Any]]:
+    """Return the records of a JSON file as ``(place, record)``: its list, or the list under ``key`` of its object.
 
     Raises:
         MokaError: not JSON, or no such list.
     """
-    records = load_json(path) if loaded is None else loaded
+    records = load_json(path)
     if key and isinstance(records, dict):
         records = records.get(key)
     if not isinstance(records, list):
@@ -121,18 +140,6 @@ def load_json(path: Path) -> Any:
         raise MokaError(
             f"{path}: is not valid JSON, or not UTF-8 text ({error}). Use the file as it is published."
         ) from error
-
-
-def load_line(line: str) -> Any:
-    """Return the JSON value of one line; the caller puts its place in front of an error.
-
-    Raises:
-        MokaError: not JSON.
-    """
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise MokaError(f"is not valid JSON ({error}). One object a line is expected.") from error
 
 
 def text_lines(path: Path) -> list[tuple[str, str]]:
@@ -190,16 +197,3 @@ def take(record: Any, *names: str) -> str:
             return value.strip()
     due = " or ".join(map(repr, names))
     raise MokaError(f"field {due} is missing; the record has {', '.join(map(repr, record)) or 'no fields'}.")
-
-
-def chosen(format: str, option: str, value: Any, allowed: Iterable[str]) -> str:
-    """``value`` where it is one of ``allowed``.
-
-    Raises:
-        MokaError: it is not.
-    """
-    allowed = tuple(allowed)
-    if value not in allowed:
-        hint = nearest(str(value), allowed)
-        raise MokaError(f"format {format}: option {option} is {value!r}; allowed are {', '.join(allowed)}.{hint}")
-    return value

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from moka.data.formats.base import Format, Rows, find_file
-from moka.data.formats.questions import (
-    LETTERS,
-    Entry,
-    chosen,
-    entries,
-    entry_rows,
-    json_entries,
-    lettered,
-    question_sample,
-    take,
-)
-from moka.errors import MokaError, counted
+from moka.data.formats.base import Format, Option, Rows, find_file
+from moka.data.formats.questions import LETTERS, Entry, lettered, question_rows, question_sample, take
+from moka.errors import MokaError
 
 _DOMAINS = ("speech", "sound", "music", "all")
 _MMAU_INSTRUCTION = "Select one option from the provided choices."
@@ -26,16 +17,17 @@ _AIR_PREFIXES = {"sound": ("audio_", "sound_", "acoustic_", "vocal_"), "music": 
 
 
 def _read_mmau(root: Path, split: str, task: str = "speech") -> Rows:
-    chosen("mmau", "task", task, _DOMAINS)
-    records = json_entries(find_file(root, "mmau-test-mini.json", format=MMAU))
-    kept = [(place, record) for place, record in records if task == "all" or _domain_of(record) in (task, None)]
-    found = entries(kept, lambda record: take(record, "id"))
-    return entry_rows(found, _mmau_sample, root, _left_out(len(records) - len(kept), task))
+    path = find_file(root, "mmau-test-mini.json", format=MMAU)
+
+    def keep(record: dict[str, Any]) -> bool:
+        return task == "all" or record.get("task") in (task, None)  # one without a task is reported when it is read
+
+    name = partial(_take_id, field="id")
+    return question_rows(path, name, _mmau_sample, root, keep=keep, left_out=f"of other tasks than {task}")
 
 
-def _domain_of(record: Any) -> Any:
-    # A record without a task is kept, so that the error says of it.
-    return record.get("task") if isinstance(record, dict) else None
+def _take_id(record: Any, field: str) -> str:
+    return take(record, field)
 
 
 def _mmau_sample(entry: Entry) -> dict[str, Any]:
@@ -59,17 +51,19 @@ def _mmau_sample(entry: Entry) -> dict[str, Any]:
 
 
 def _read_air_bench(root: Path, split: str, tasks: str = "speech") -> Rows:
-    chosen("air-bench", "tasks", tasks, _DOMAINS)
     path = find_file(root, "Foundation_meta.json", "Foundation/Foundation_meta.json", format=AIR_BENCH)
-    records = json_entries(path)
-    kept = [(place, record) for place, record in records if tasks in ("all", air_bench_domain(record))]
-    found = entries(kept, lambda record: take(record, "uniq_id"))
-    return entry_rows(found, _air_bench_sample, path.parent, _left_out(len(records) - len(kept), tasks))
+
+    def keep(record: dict[str, Any]) -> bool:
+        return tasks in ("all", air_bench_domain(record))
+
+    name = partial(_take_id, field="uniq_id")
+    left_out = f"of other tasks than {tasks}"
+    return question_rows(path, name, _air_bench_sample, path.parent, keep=keep, left_out=left_out)
 
 
-def air_bench_domain(record: Any) -> str:
-    """``"speech"``, ``"sound"`` or ``"music"``, by the record's task name."""
-    name = str(record.get("task_name", "")).lower() if isinstance(record, dict) else ""
+def air_bench_domain(record: dict[str, Any]) -> str:
+    """Return ``"speech"``, ``"sound"`` or ``"music"``, by the record's task name."""
+    name = str(record.get("task_name", "")).lower()
     return next((domain for domain, prefixes in _AIR_PREFIXES.items() if name.startswith(prefixes)), "speech")
 
 
@@ -98,10 +92,6 @@ def _check_among(truth: str, options: list[str], field: str) -> None:
         raise MokaError(f"field {field!r} is {truth!r}, which is none of the options {options}.")
 
 
-def _left_out(left: int, domain: str) -> list[str]:
-    return [f"{counted(left, 'question')} of other tasks than {domain} left out"] if left else []
-
-
 MMAU = Format(
     name="mmau",
     about="MMAU test-mini: multiple-choice questions about speech, sound and music (Sakshi et al. 2024, arXiv 2410.19168)",
@@ -118,7 +108,7 @@ MMAU = Format(
         "sub-category": "the category; else category, else task",
     },
     read=_read_mmau,
-    options={"task": ("speech", "speech, sound, music, or all")},
+    options={"task": Option("speech", "speech, sound, music, or all", _DOMAINS)},
     benchmark="mmau",
 )
 
@@ -139,7 +129,7 @@ AIR_BENCH = Format(
         "dataset_name": "where the sounds come from; a part of the folder's name",
     },
     read=_read_air_bench,
-    options={"tasks": ("speech", "speech, sound, music, or all")},
+    options={"tasks": Option("speech", "speech, sound, music, or all", _DOMAINS)},
     benchmark="air-bench",
 )
 

@@ -8,14 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from moka.data.formats.base import Format, Rows, find_file
+from moka.data.formats.base import Format, Option, Rows, find_file
 from moka.data.formats.files import TableRecords
 from moka.data.formats.questions import (
+    Entries,
     Entry,
-    chosen,
-    entries,
-    entry_rows,
     json_entries,
+    question_rows,
     question_sample,
     take,
     text_lines,
@@ -26,11 +25,9 @@ TRANSCRIBE = "Please transcribe the speech."
 
 _LIBRISPEECH_960 = ("train-clean-100", "train-clean-360", "train-other-500")
 _LIBRISPEECH_PARTS = (*_LIBRISPEECH_960, "dev-clean", "dev-other", "test-clean", "test-other")
-_CASES = ("lower", "as-is")
 
 
 def _read_librispeech(root: Path, split: str, instruction: str = TRANSCRIBE, case: str = "lower") -> Rows:
-    chosen("librispeech", "case", case, _CASES)
     if not root.is_dir():
         raise MokaError(f"format librispeech: root {str(root)!r} is not a folder. Name the folder that has {split}.")
     base = root / "LibriSpeech" if (root / "LibriSpeech").is_dir() else root
@@ -42,8 +39,8 @@ def _read_librispeech(root: Path, split: str, instruction: str = TRANSCRIBE, cas
             raise MokaError(f"format librispeech: looked for {looked}, and found none. {_unpack(part)}")
         for file in files:
             placed += [(place, (file.parent, line)) for place, line in text_lines(file)]
-    found = entries(placed, lambda data: data[1].split()[0])
-    return entry_rows(found, partial(_librispeech_sample, base=base, instruction=instruction, case=case), base)
+    make = partial(_librispeech_sample, base=base, instruction=instruction, case=case)
+    return Entries(placed, lambda data: data[1].split()[0]).rows(make, base)
 
 
 def _unpack(part: str) -> str:
@@ -83,9 +80,9 @@ def _read_gigaspeech(
     case: str = "lower",
     punctuation: str = "drop",
 ) -> Rows:
-    wanted = _HELD_OUT.get(split) or chosen("gigaspeech", "subset", str(subset).strip("{}").upper(), _SUBSETS)
-    chosen("gigaspeech", "case", case, _CASES)
-    chosen("gigaspeech", "punctuation", punctuation, ("drop", "keep"))
+    subset = str(subset).strip("{}").upper()
+    Option("M", "", _SUBSETS).check("format gigaspeech: option subset", subset)
+    wanted = _HELD_OUT.get(split, subset)
     tables = [] if (root / "GigaSpeech.json").is_file() else _tables(root, split)
     media: Callable[[Any], str | bytes]
     if tables:
@@ -101,17 +98,17 @@ def _read_gigaspeech(
     notes = [f"{counted(left, 'utterance')} without speech ({', '.join(_GARBAGE)}) left out"] if left else []
 
     make = partial(_clip_sample, media=media, case=case, punctuation=punctuation, instruction=instruction)
-    return entry_rows(found, make, root, notes)
+    return found.rows(make, root, notes)
 
 
 def _clip_sample(
     entry: Entry, media: Callable[[Any], str | bytes], case: str, punctuation: str, instruction: str
 ) -> dict[str, Any]:
-    text, key = entry.data
+    _, text, key = entry.data
     return _transcription(entry.id, media(key), _cased(_marked(text, punctuation), case), instruction)
 
 
-def _spoken(placed: Iterable[tuple[str, str, str, Any]]) -> tuple[list[Entry], int]:
+def _spoken(placed: Iterable[tuple[str, str, str, Any]]) -> tuple[Entries, int]:
     """``(place, id, text, key of the sound)`` -> the entries that hold words, and how many do not."""
     kept, left = [], 0
     for place, sid, text, key in placed:
@@ -119,8 +116,7 @@ def _spoken(placed: Iterable[tuple[str, str, str, Any]]) -> tuple[list[Entry], i
             left += 1
         else:
             kept.append((place, (sid, text, key)))
-    found = entries(kept, lambda data: data[0])
-    return [Entry(entry.id, entry.place, entry.data[1:]) for entry in found], left
+    return Entries(kept, lambda data: data[0]), left
 
 
 def _marked(text: str, punctuation: str) -> str:
@@ -207,18 +203,21 @@ _SALMONN_FILES = {
 
 def _read_salmonn(root: Path, split: str, annotation: str = "", corpus: str = "LibriSpeech") -> Rows:
     path = find_file(root, *([annotation] if annotation else _SALMONN_FILES[split]), format=SALMONN)
-    records = json_entries(path, key="annotation")
-    kept = [(place, record) for place, record in records if corpus == "all" or _of_corpus(record, corpus)]
-    notes = []
-    if left := len(records) - len(kept):
-        notes.append(f"{counted(left, 'record')} of other corpora than {corpus} left out of {path.name}")
-    found = entries(kept, lambda record: f"{Path(take(record, 'path')).stem}-{record.get('task') or 'asr'}")
-    return entry_rows(found, _salmonn_sample, root, notes)
+    return question_rows(
+        path,
+        lambda record: f"{Path(take(record, 'path')).stem}-{record.get('task') or 'asr'}",
+        _salmonn_sample,
+        root,
+        key="annotation",
+        keep=lambda record: corpus == "all" or _of_corpus(record, corpus),
+        unit="record",
+        left_out=f"of other corpora than {corpus}",
+    )
 
 
 def _of_corpus(record: Any, corpus: str) -> bool:
     # A record without a path is kept, so that the error says of it.
-    path = record.get("path") if isinstance(record, dict) else None
+    path = record.get("path")
     return not isinstance(path, str) or corpus.lower() in (part.lower() for part in Path(path).parts)
 
 
@@ -233,8 +232,8 @@ def _salmonn_sample(entry: Entry) -> dict[str, Any]:
     return question_sample(entry.id, [("audio", path.lstrip("/"))], question, text, category=task, reference=text)
 
 
-_INSTRUCTION_OPTION = (TRANSCRIBE, "what the user asks")
-_CASE_OPTION = ("lower", "lower: the words in lower case; as-is: as published, in capitals")
+_INSTRUCTION_OPTION = Option(TRANSCRIBE, "what the user asks")
+_CASE_OPTION = Option("lower", "lower: the words in lower case; as-is: as published, in capitals", ("lower", "as-is"))
 
 GIGASPEECH = Format(
     name="gigaspeech",
@@ -257,10 +256,10 @@ GIGASPEECH = Format(
     },
     read=_read_gigaspeech,
     options={
-        "subset": ("M", "which training subset of GigaSpeech.json: XS, S, M (1,000 h), L or XL"),
+        "subset": Option("M", "which training subset of GigaSpeech.json: XS, S, M (1,000 h), L or XL"),
         "instruction": _INSTRUCTION_OPTION,
         "case": _CASE_OPTION,
-        "punctuation": ("drop", "drop: without the punctuation tags; keep: as characters"),
+        "punctuation": Option("drop", "drop: without the punctuation tags; keep: as characters", ("drop", "keep")),
     },
     benchmark="asr",
 )
@@ -297,8 +296,8 @@ SALMONN = Format(
     experimental="file names and prompts",
     read=_read_salmonn,
     options={
-        "annotation": ("", "name of the annotation file under the root, where it is another"),
-        "corpus": ("LibriSpeech", "only records with this folder in their path; all keeps every record"),
+        "annotation": Option("", "name of the annotation file under the root, where it is another"),
+        "corpus": Option("LibriSpeech", "only records with this folder in their path; all keeps every record"),
     },
     benchmark=None,
 )

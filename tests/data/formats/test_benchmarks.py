@@ -271,7 +271,7 @@ def test_mmau_refers_to_the_text_of_the_right_option_and_carries_all():
     assert (first["reference"], first["options"]) == ("Ross", ["Monica", "Joey, Ross", "Ross"])
     assert [sample["category"] for sample in dataset] == ["Emotion Flip Detection", "Phonemic Stress Pattern Analysis"]
     assert files(dataset)[0] == "test-mini-audios/3fe64f3d-282c.wav"
-    assert dataset.notes == ("2 questions of other tasks than speech left out",)
+    assert dataset.notes == ("2 questions of other tasks than speech left out of mmau-test-mini.json",)
     assert [sample["reference"] for sample in opened("mmau", task="music")] == ["Drum"]
 
 
@@ -299,7 +299,7 @@ def test_air_bench_turns_the_right_text_into_its_letter():
     ]
     assert ask(dataset[0]) == f"What is the gender of the speaker?\nA. female\nB. male\n{LETTER_LINE}"
     assert files(dataset)[0] == "Speaker_Gender_Recognition_common_voice_13.0_en/a.wav"
-    assert dataset.notes == ("2 questions of other tasks than speech left out",)
+    assert dataset.notes == ("2 questions of other tasks than speech left out of Foundation_meta.json",)
 
 
 def test_air_bench_says_sound_and_music_tasks_by_their_names():

@@ -64,7 +64,7 @@ def test_a_reader_takes_the_options_that_it_lists(name):
     format = FORMATS[name]
     assert format.name == name
     assert pickle.loads(pickle.dumps(format)) is not None  # data sets keep it, and are sent to loader workers
-    inspect.signature(format.read).bind(Path(), format.splits[0], **{o: d for o, (d, _) in format.options.items()})
+    inspect.signature(format.read).bind(Path(), format.splits[0], **{o: d for o, (d, _, _) in format.options.items()})
 
 
 @pytest.mark.parametrize("name", ["llava-conversations", "audiocaps", "a-okvqa", "video-llava-video", "llava-instruct"])
