@@ -18,7 +18,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from moka.config import DataSection, RunConfig
+from moka.config import DataSection, RunConfig, load_yaml
 from moka.data.check import PROBLEMS, CheckReport, check_samples, spread
 from moka.data.convert import MEDIA_MODES, convert, write_manifest
 from moka.data.formats import FORMATS
@@ -177,7 +177,7 @@ def convert_source(arguments: argparse.Namespace) -> None:
         if source and root:
             raise MokaError(f"moka data convert: the folder is {source!r} and --root {root!r}; give one of them.")
         try:
-            values = yaml.safe_load("\n".join(_option(option) for option in options)) or {}
+            values = load_yaml("\n".join(_option(option) for option in options)) or {}
         except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: dates and numbers that cannot be
             reason = " ".join(str(error).split())
             raise MokaError(
