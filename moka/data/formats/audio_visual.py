@@ -12,9 +12,9 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from moka.data.formats.base import Format, Option, Rows, find_file
-from moka.data.formats.questions import Entries, Entry, question_rows, question_sample, take, text_lines
+from moka.data.formats.questions import Entries, Entry, among, question_rows, question_sample, take, text_lines
 from moka.data.vocabulary import ave_events, music_avqa_answers
-from moka.errors import MokaError, counted, nearest
+from moka.errors import MokaError, counted
 
 AVE_QUESTION = "Please describe the events and time range that occurred in the video."
 
@@ -39,12 +39,11 @@ def _ave_sample(entry: Entry, question: str) -> dict[str, Any]:
     event, video, _, *times = values
     if not all(time.isdecimal() for time in times) or int(times[0]) > int(times[1]):
         raise MokaError(f"StartTime&EndTime is {'&'.join(times)!r}; whole seconds, the start first, are expected.")
-    if event not in ave_events():
-        raise MokaError(f"event {event!r} is none of AVE's {len(ave_events())}.{nearest(event, ave_events())}")
+    among("Category", event, ave_events())
     start, end = map(int, times)
     return question_sample(
         entry.id,
-        _picture_and_sound(f"AVE/{video}.mp4"),
+        [(kind, f"AVE/{video}.mp4") for kind in ("video", "audio")],
         question,
         f"<event>{event}</event><range>{start},{end}</range>",
         category=event,
@@ -57,24 +56,23 @@ def _read_music_avqa(root: Path, split: str, videos: Any = _AVQA_FOLDERS, answer
     path = find_file(root, name, f"json/{name}", f"data/json/{name}", format=MUSIC_AVQA)
     template = _TEMPLATES[answer]
     make = partial(_music_avqa_sample, root=root, folders=_folders(videos), template=template)
-    left_out = "marked as deleted (question_deleted)"
-    return question_rows(path, _question_id, make, root, keep=lambda one: not _deleted(one), left_out=left_out)
-
-
-def _question_id(record: Any) -> str:
-    return take(record, "question_id", "id")
-
-
-def _deleted(record: dict[str, Any]) -> bool:
-    return str(record.get("question_deleted", 0)) not in ("0", "False", "None")
+    return question_rows(
+        path,
+        lambda record: take(record, "question_id"),
+        make,
+        root,
+        keep=lambda record: str(record.get("question_deleted", 0)) in ("0", "False", "None"),
+        left_out="marked as deleted (question_deleted)",
+    )
 
 
 def _music_avqa_sample(entry: Entry, root: Path, folders: tuple[str, ...], template: str) -> dict[str, Any]:
     record = entry.data
     word = _answer_word(record)
+    path = _found(f"{take(record, 'video_id')}.mp4", root, folders)
     return question_sample(
         entry.id,
-        _picture_and_sound(_found(f"{take(record, 'video_id')}.mp4", root, folders)),
+        [("video", path), ("audio", path)],
         _filled(take(record, "question_content"), record.get("templ_values")),
         template.format(word),
         category=_category(record),
@@ -110,16 +108,12 @@ def _listed(name: str, value: Any) -> list[Any]:
 
 
 def _category(record: dict[str, Any]) -> str | None:
-    """``"Audio-Visual/Existential"``: the modality and the kind of question."""
+    """Return such as ``"Audio-Visual/Existential"``: the modality and the kind of question."""
     return "/".join(str(part).strip() for part in _listed("type", record.get("type"))) or None
 
 
 def _answer_word(record: Any) -> str:
-    word = take(record, "anser", "answer").lower()
-    if word not in music_avqa_answers():
-        known = music_avqa_answers()
-        raise MokaError(f"answer {word!r} is none of MUSIC-AVQA's {len(known)} words.{nearest(word, known)}")
-    return word
+    return among("answer", take(record, "anser", "answer").lower(), music_avqa_answers())
 
 
 def _folders(videos: Any) -> tuple[str, ...]:
@@ -139,7 +133,7 @@ def _read_reasoning(root: Path, split: str, videos: Any = _AVQA_FOLDERS, annotat
     name = annotation or f"{_AVQA_NAMES[split]}_samples_with_reasoning_avqa.json"
     path = find_file(root, name, format=REASONING)
     make = partial(_reasoning_sample, root=root, folders=_folders(videos))
-    return question_rows(path, _question_id, make, root, key="data")
+    return question_rows(path, lambda one: take(one, "question_id", "id"), make, root, key="data")
 
 
 def _reasoning_sample(entry: Entry, root: Path, folders: tuple[str, ...]) -> dict[str, Any]:
@@ -173,10 +167,6 @@ def _own_path(named: str, root: Path, folders: tuple[str, ...], suffix: str) -> 
         return named
     name = PureWindowsPath(named).name  # takes both kinds of slash
     return _found(name if Path(name).suffix else name + suffix, root, folders)
-
-
-def _picture_and_sound(path: str) -> list[tuple[str, str]]:
-    return [("video", path), ("audio", path)]
 
 
 _VIDEOS_OPTION = Option(

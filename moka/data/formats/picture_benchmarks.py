@@ -11,6 +11,7 @@ from moka.data.formats.base import Format, Option, Rows, find_file
 from moka.data.formats.questions import (
     Entries,
     Entry,
+    among,
     lettered,
     load_json,
     question_rows,
@@ -89,9 +90,7 @@ def _read_pope(root: Path, split: str, splits: Any = _POPE_SPLITS, images: str =
 def _pope_sample(entry: Entry, images: str) -> dict[str, Any]:
     name, line = entry.data
     record = parse_line(line.encode(), "the line")
-    truth = take(record, "label").lower()
-    if truth not in ("yes", "no"):
-        raise MokaError(f"field 'label' is {truth!r}; yes or no is expected.")
+    truth = among("label", take(record, "label").lower(), ("yes", "no"))
     picture = [("image", f"{images}/{take(record, 'image')}")]
     return question_sample(entry.id, picture, take(record, "text"), truth, category=name, reference=truth)
 
@@ -108,22 +107,22 @@ def _read_seed_bench(root: Path, split: str, tasks: str = "image") -> Rows:
         return tasks == "all" or record.get("data_type") in (tasks, None)  # one without is reported when it is read
 
     others = "videos" if tasks == "image" else "images"
-    return question_rows(path, _seed_id, make, root, key="questions", keep=keep, left_out=f"about {others}")
-
-
-def _seed_id(record: Any) -> str:
-    return take(record, "question_id")
+    return question_rows(
+        path,
+        lambda record: take(record, "question_id"),
+        make,
+        root,
+        key="questions",
+        keep=keep,
+        left_out=f"about {others}",
+    )
 
 
 def _seed_sample(entry: Entry, dimensions: dict[str, str]) -> dict[str, Any]:
     record = entry.data
-    kind, number, truth = take(record, "data_type"), take(record, "question_type_id"), take(record, "answer")
-    if kind not in ("image", "video"):
-        raise MokaError(f"field 'data_type' is {kind!r}; image or video is expected.")
-    if truth not in tuple("ABCD"):
-        raise MokaError(f"field 'answer' is {truth!r}; one of A, B, C, D is expected.")
-    if number not in dimensions:
-        raise MokaError(f"field 'question_type_id' is {number}; the file names {', '.join(dimensions)}.")
+    kind = take(record, "data_type", allowed=("image", "video"))
+    number = take(record, "question_type_id", allowed=dimensions)
+    truth = take(record, "answer", allowed="ABCD")
     image = f"SEED-Bench-image/{take(record, 'data_id')}"
     medium = image if kind == "image" else f"SEED-Bench-video/{take(record, 'question_id')}.mp4"
     options = [take(record, f"choice_{letter}") for letter in "abcd"]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moka.data.formats.base import Rows
-from moka.errors import MokaError, counted
+from moka.errors import MokaError, counted, nearest
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LETTER_INSTRUCTION = "Answer with the option's letter from the given choices directly."
@@ -179,21 +179,36 @@ def csv_rows(path: Path, columns: Iterable[str], delimiter: str = ",") -> Iterat
         raise MokaError(f"{path}: is not a table in UTF-8 ({error}). Use the file as it is published.") from error
 
 
-def take(record: Any, *names: str) -> str:
-    """The text of the first of the fields ``names`` that the record has; a number becomes text.
+def take(record: Any, *names: str, allowed: Iterable[str] = ()) -> str:
+    """Return the text of the first of the fields ``names`` that the record has; a number becomes text.
+
+    Args:
+        allowed: the values that it may have, if they are few.
 
     Raises:
-        MokaError: the record is no object, has none of them, or what it has is blank or not text.
+        MokaError: the record is no object, has none of them, or what it has is blank, not text, or not allowed.
     """
     if not isinstance(record, dict):
         raise MokaError(f"is {type(record).__name__}; an object with {', '.join(map(repr, names))} is expected.")
-    for name in names:
-        value = record.get(name)
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            value = str(value)
-        if value is not None:
-            if not isinstance(value, str) or not value.strip():
-                raise MokaError(f"field {name!r} is {value!r}; text is expected.")
-            return value.strip()
-    due = " or ".join(map(repr, names))
-    raise MokaError(f"field {due} is missing; the record has {', '.join(map(repr, record)) or 'no fields'}.")
+    name = next((name for name in names if record.get(name) is not None), None)
+    if name is None:
+        fields, given = " or ".join(map(repr, names)), ", ".join(map(repr, record)) or "no fields"
+        raise MokaError(f"field {fields} is missing; the record has {given}.")
+    value = record[name]
+    text = str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+    if not isinstance(text, str) or not text.strip():
+        raise MokaError(f"field {name!r} is {value!r}; text is expected.")
+    return among(name, text.strip(), allowed)
+
+
+def among(field: str, value: str, allowed: Iterable[str], remedy: str = "") -> str:
+    """Return the value of a field.
+
+    Raises:
+        MokaError: some values are allowed, and it is none of them.
+    """
+    known = tuple(allowed)
+    if not known or value in known:
+        return value
+    listed = ", ".join(known) if len(known) <= 12 else f"one of {len(known)}, such as {', '.join(known[:3])}"
+    raise MokaError(f"field {field!r} is {value!r}; allowed are {listed}.{nearest(value, known)}{remedy}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,8 @@ def _read_mmau(root: Path, split: str, task: str = "speech") -> Rows:
     def keep(record: dict[str, Any]) -> bool:
         return task == "all" or record.get("task") in (task, None)  # one without a task is reported when it is read
 
-    name = partial(_take_id, field="id")
-    return question_rows(path, name, _mmau_sample, root, keep=keep, left_out=f"of other tasks than {task}")
-
-
-def _take_id(record: Any, field: str) -> str:
-    return take(record, field)
+    left_out = f"of other tasks than {task}"
+    return question_rows(path, lambda one: take(one, "id"), _mmau_sample, root, keep=keep, left_out=left_out)
 
 
 def _mmau_sample(entry: Entry) -> dict[str, Any]:
@@ -35,9 +30,8 @@ def _mmau_sample(entry: Entry) -> dict[str, Any]:
     options = record.get("choices") if isinstance(record, dict) else None
     if not isinstance(options, list) or not all(isinstance(option, str) for option in options) or len(options) < 2:
         raise MokaError(f"field 'choices' is {options!r}; a list of at least two texts is expected.")
-    task, truth = take(record, "task"), take(record, "answer")
     options = [option.strip() for option in options]
-    _check_among(truth, options, "answer")
+    task, truth = take(record, "task"), take(record, "answer", allowed=options)
     category = record.get("sub-category") or record.get("sub_category") or record.get("category") or task
     return question_sample(
         entry.id,
@@ -52,13 +46,14 @@ def _mmau_sample(entry: Entry) -> dict[str, Any]:
 
 def _read_air_bench(root: Path, split: str, tasks: str = "speech") -> Rows:
     path = find_file(root, "Foundation_meta.json", "Foundation/Foundation_meta.json", format=AIR_BENCH)
-
-    def keep(record: dict[str, Any]) -> bool:
-        return tasks in ("all", air_bench_domain(record))
-
-    name = partial(_take_id, field="uniq_id")
-    left_out = f"of other tasks than {tasks}"
-    return question_rows(path, name, _air_bench_sample, path.parent, keep=keep, left_out=left_out)
+    return question_rows(
+        path,
+        lambda one: take(one, "uniq_id"),
+        _air_bench_sample,
+        path.parent,
+        keep=lambda one: tasks in ("all", air_bench_domain(one)),
+        left_out=f"of other tasks than {tasks}",
+    )
 
 
 def air_bench_domain(record: dict[str, Any]) -> str:
@@ -69,11 +64,9 @@ def air_bench_domain(record: dict[str, Any]) -> str:
 
 def _air_bench_sample(entry: Entry) -> dict[str, Any]:
     record = entry.data
-    task, truth = take(record, "task_name"), take(record, "answer_gt")
+    task, sound = take(record, "task_name"), take(record, "path")
     options = [str(record[f"choice_{letter}"]).strip() for letter in "abcd" if record.get(f"choice_{letter}")]
-    _check_among(truth, options, "answer_gt")
-    letter = LETTERS[options.index(truth)]
-    sound = take(record, "path")
+    letter = LETTERS[options.index(take(record, "answer_gt", allowed=options))]
     if task.lower() == "audio_grounding":  # the list says .wav, the archive has .flac
         sound = f"{sound.rpartition('.')[0]}.flac"
     return question_sample(
@@ -85,11 +78,6 @@ def _air_bench_sample(entry: Entry) -> dict[str, Any]:
         options=options,
         reference=letter,
     )
-
-
-def _check_among(truth: str, options: list[str], field: str) -> None:
-    if truth not in options:
-        raise MokaError(f"field {field!r} is {truth!r}, which is none of the options {options}.")
 
 
 MMAU = Format(

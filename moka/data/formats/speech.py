@@ -13,6 +13,7 @@ from moka.data.formats.files import TableRecords
 from moka.data.formats.questions import (
     Entries,
     Entry,
+    among,
     json_entries,
     question_rows,
     question_sample,
@@ -28,23 +29,20 @@ _LIBRISPEECH_PARTS = (*_LIBRISPEECH_960, "dev-clean", "dev-other", "test-clean",
 
 
 def _read_librispeech(root: Path, split: str, instruction: str = TRANSCRIBE, case: str = "lower") -> Rows:
-    if not root.is_dir():
-        raise MokaError(f"format librispeech: root {str(root)!r} is not a folder. Name the folder that has {split}.")
     base = root / "LibriSpeech" if (root / "LibriSpeech").is_dir() else root
     placed: list[tuple[str, Any]] = []
     for part in _LIBRISPEECH_960 if split == "train-960" else (split,):
         files = sorted((base / part).glob("*/*/*.trans.txt"))
         if not files:
             looked = base / part / "SPEAKER" / "CHAPTER" / "SPEAKER-CHAPTER.trans.txt"
-            raise MokaError(f"format librispeech: looked for {looked}, and found none. {_unpack(part)}")
+            raise MokaError(
+                f"format librispeech: looked for {looked}, and found none. Unpack {part}.tar.gz from openslr.org/12 "
+                "there, or name a split that is there."
+            )
         for file in files:
             placed += [(place, (file.parent, line)) for place, line in text_lines(file)]
     make = partial(_librispeech_sample, base=base, instruction=instruction, case=case)
     return Entries(placed, lambda data: data[1].split()[0]).rows(make, base)
-
-
-def _unpack(part: str) -> str:
-    return f"Unpack {part}.tar.gz from openslr.org/12 there, or name a split that is there."
 
 
 def _librispeech_sample(entry: Entry, base: Path, instruction: str, case: str) -> dict[str, Any]:
@@ -53,15 +51,12 @@ def _librispeech_sample(entry: Entry, base: Path, instruction: str, case: str) -
     if not text.strip():
         raise MokaError(f"is {line!r}; an utterance's name and its words are expected.")
     path = (folder / f"{name}.flac").relative_to(base).as_posix()
-    return _transcription(entry.id, path, _cased(text.strip(), case), instruction)
+    return _transcription(entry.id, path, text.strip(), case, instruction)
 
 
-def _transcription(id: str, audio: str | bytes, text: str, instruction: str) -> dict[str, Any]:
+def _transcription(id: str, audio: str | bytes, text: str, case: str, instruction: str) -> dict[str, Any]:
+    text = text.lower() if case == "lower" else text
     return question_sample(id, [("audio", audio)], instruction, text, reference=text)
-
-
-def _cased(text: str, case: str) -> str:
-    return text.lower() if case == "lower" else text
 
 
 _SUBSETS = ("XS", "S", "M", "L", "XL")
@@ -105,7 +100,7 @@ def _clip_sample(
     entry: Entry, media: Callable[[Any], str | bytes], case: str, punctuation: str, instruction: str
 ) -> dict[str, Any]:
     _, text, key = entry.data
-    return _transcription(entry.id, media(key), _cased(_marked(text, punctuation), case), instruction)
+    return _transcription(entry.id, media(key), _marked(text, punctuation), case, instruction)
 
 
 def _spoken(placed: Iterable[tuple[str, str, str, Any]]) -> tuple[Entries, int]:
@@ -135,12 +130,10 @@ def _segments(path: Path, wanted: str) -> Iterable[tuple[str, str, str, Any]]:
                 if f"{{{wanted}}}" in segment["subsets"]:
                     sid = take(segment, "sid")
                     yield here, sid, take(segment, "text_tn", "text_tts"), sid
-            except (MokaError, KeyError, TypeError) as error:
-                raise MokaError(f"{here}: {_missing(error)}") from error
-
-
-def _missing(error: Exception) -> str:
-    return f"field {error.args[0]!r} is missing." if isinstance(error, KeyError) else str(error)
+            except KeyError as error:
+                raise MokaError(f"{here}: field {error.args[0]!r} is missing.") from error
+            except (MokaError, TypeError) as error:
+                raise MokaError(f"{here}: {error}") from error
 
 
 def _cut_audio(sid: str, root: Path) -> str:
@@ -224,10 +217,8 @@ def _of_corpus(record: Any, corpus: str) -> bool:
 def _salmonn_sample(entry: Entry) -> dict[str, Any]:
     record = entry.data
     path, text, task = take(record, "path"), take(record, "text"), record.get("task") or "asr"
-    question = (record.get("Q") or "").strip() or SALMONN_PROMPTS.get(task)
-    if question is None:
-        known = ", ".join(SALMONN_PROMPTS)
-        raise MokaError(f"task {task!r} has no instruction of its own and the record no 'Q'; known tasks are {known}.")
+    question = (record.get("Q") or "").strip()  # or else the task's instruction
+    question = question or SALMONN_PROMPTS[among("task", task, SALMONN_PROMPTS, " Or give the record a 'Q'.")]
     # The published paths begin with a slash, and mean the folder that has the corpora.
     return question_sample(entry.id, [("audio", path.lstrip("/"))], question, text, category=task, reference=text)
 
