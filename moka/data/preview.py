@@ -27,6 +27,7 @@ _KINDS = {0: TEXT, **{type_id: kind for kind, type_id in MEDIA_TYPE_IDS.items()}
 _BACKGROUND = {"image": "black on cyan", "video": "black on magenta", "audio": "black on yellow", TEXT: ""}
 _QUESTION = "black on green"
 _LEARNT = "bold underline"
+_RAISED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 _COLUMNS = ("position", "id", "modality", "interaction", "supervised", "token")
 
 
@@ -145,19 +146,16 @@ def printable(text: str) -> str:
 
 
 def _coloured(rows: Sequence[Span]) -> Text:
-    text = Text()
-    group = 0
+    text, group = Text(), 0
     for row in rows:
-        if row.interaction != group and row.interaction:
-            text.append(_raised(row.interaction), style="dim")
+        if row.interaction not in (group, 0):
+            text.append(str(row.interaction).translate(_RAISED), style="dim")
         group = row.interaction
-        text.append(printable(row.text).replace("\n", "⏎\n"), style=_style(row))
+        is_question = row.modality == TEXT and row.interaction
+        background = _QUESTION if is_question else _BACKGROUND.get(row.modality, "reverse")
+        style = f"{background} {_LEARNT}".strip() if row.supervised else background
+        text.append(printable(row.text).replace("\n", "⏎\n"), style=style)
     return text
-
-
-def _style(row: Span) -> str:
-    background = _QUESTION if row.modality == TEXT and row.interaction else _BACKGROUND.get(row.modality, "reverse")
-    return f"{background} {_LEARNT}".strip() if row.supervised else background
 
 
 def _legend() -> Text:
@@ -167,7 +165,3 @@ def _legend() -> Text:
     text.append(" question (text that media interact with) ", style=_QUESTION).append(" ")
     text.append("supervised", style=_LEARNT).append("  ¹ group of the interaction\n")
     return text
-
-
-def _raised(number: int) -> str:
-    return str(number).translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"))

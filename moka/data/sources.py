@@ -14,8 +14,9 @@ from moka.data.dataset import SampleDataset
 from moka.data.formats import FORMATS, open_format
 from moka.data.jsonl import JsonlDataset
 from moka.data.media import BadMediaPolicy, DecodedDataset, MediaDecoding
-from moka.data.streaming import SampleStream, is_tar, open_stream
-from moka.errors import MokaError, nearest
+from moka.data.streaming import MixtureEntry, SampleStream, is_tar, open_stream
+from moka.errors import MokaError
+from moka.type_checks import from_mapping
 
 # What published data sets call the splits of ours.
 _SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "val", "dev"), "test": ("test",)}
@@ -33,7 +34,7 @@ def is_embedded(source: Any) -> bool:
 def describe_source(source: Source | None) -> str:
     """Return a source on one line, for tables and messages."""
     if isinstance(source, dict) and "source" in source:
-        weight = f" x {source['weight']:g}" if "weight" in source else ""
+        weight = f" x {source['weight']}" if "weight" in source else ""
         return describe_source(source["source"]) + weight
     if isinstance(source, list):
         return " + ".join(describe_source(one) for one in source)
@@ -71,13 +72,13 @@ def open_samples(
         open_samples, split=split, stage=stage, seed=seed, media_root=media_root, require_answer=require_answer
     )
     entries = mixture_of(source)
-    if entries is not None and is_streamed(source):
+    if entries is not None and any(entry.streamed for entry in entries):
         return open_stream(entries, open_one, seed=seed, media_root=media_root)
     if is_embedded(source):
         return SampleDataset.concat([_open_task(str(source), split, size, seed, stage)])
     if entries is not None:
-        parts = [open_one(entry["source"]) for entry in entries]
-        samples = SampleDataset.mix(parts, [entry.get("weight", 1.0) for entry in entries], seed)
+        parts = [open_one(entry.source) for entry in entries]
+        samples = SampleDataset.mix(parts, [entry.weight for entry in entries], seed)
     elif isinstance(source, list):
         if not source:
             raise MokaError("A list of data sources is empty; name at least one.")
@@ -101,47 +102,22 @@ def _open_task(source: str, split: Split, size: int | None, seed: int, stage: in
     return EmbeddedTask(source.removeprefix(EMBEDDED), **settings)
 
 
-_ENTRY = ("source", "weight", "streaming", "buffer")
-
-
-def mixture_of(source: Source) -> list[dict[str, Any]] | None:
-    """Return the entries of a mixture, ``{source, weight, streaming, buffer}`` each; None if the source is none.
-
-    A mapping with ``source``, a list in which one has it, or tar shards are mixtures.
+def mixture_of(source: Source) -> list[MixtureEntry] | None:
+    """Return the entries of a mixture: a mapping with ``source``, a list in which one has it, or tar shards; else None.
 
     Raises:
-        MokaError: an unknown key, a weight that is no positive number, an entry without a source.
+        MokaError: an unknown key, a weight or a buffer that is no positive number, an entry without a source.
     """
     listed = source if isinstance(source, list) else [source]
     if not any(is_tar(one) or (isinstance(one, dict) and "source" in one) for one in listed):
         return None
     entries = [one if isinstance(one, dict) and "source" in one else {"source": one} for one in listed]
-    for entry in entries:
-        if problem := _entry_problem(**entry) if set(entry) <= set(_ENTRY) else _unknown_key(entry):
-            raise MokaError(f"data source: {problem}")
-    return entries
-
-
-def _unknown_key(entry: dict[str, Any]) -> str:
-    key = next(key for key in entry if key not in _ENTRY)
-    return f"unknown key {key!r} next to 'source'; known: {', '.join(_ENTRY)}.{nearest(str(key), _ENTRY)}"
-
-
-def _entry_problem(source: Any, weight: Any = 1.0, buffer: Any = 1, streaming: Any = False) -> str | None:
-    """Return what is wrong with an entry of a mixture."""
-    if not source or not isinstance(source, (str, dict)):
-        return f"source {source!r}: give a file, embedded:TASK or a format."
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
-        return f"weight {weight!r} of {describe_source(source)}: give a number above 0."
-    if isinstance(buffer, bool) or not isinstance(buffer, int) or buffer < 1:
-        return f"buffer {buffer!r} of {describe_source(source)}: give at least 1 sample."
-    return None
+    return [from_mapping(MixtureEntry, entry, f"data source {describe_source(entry)!r}") for entry in entries]
 
 
 def is_streamed(source: Source | None) -> bool:
     """Return whether the samples of a source are streamed: it has tar shards, or an entry says so."""
-    entries = None if source is None else mixture_of(source)
-    return any(is_tar(entry["source"]) or bool(entry.get("streaming")) for entry in entries or [])
+    return any(entry.streamed for entry in (source and mixture_of(source)) or [])
 
 
 def _open_mapping(source: dict[str, Any], split: Split, require_answer: bool) -> SampleDataset:

@@ -351,39 +351,63 @@ class EncodedStream(IterableDataset):
         return f"streamed: the first {len(lengths)} samples take {np.mean(lengths):.0f} tokens on average, {max(lengths)} at most"
 
 
-def open_stream(
-    entries: Sequence[dict[str, Any]], open_samples: Any, *, seed: int, media_root: str | None
-) -> SampleStream:
-    """Open the entries of a mixture, of which one at least is streamed.
-
-    Args:
-        entries: ``{source, weight?, streaming?, buffer?}`` each.
-        open_samples: opens a source that is not streamed, as a map-style data set.
-    Raises:
-        MokaError: a source that cannot be streamed.
+@dataclass(frozen=True)
+class MixtureEntry:
+    """One source of a mixture: how often a sample comes from it, relative to the others; whether it is streamed, and how many of
+    its samples are then shuffled with each other.
     """
-    sources: list[Source] = []
-    for entry in entries:
-        source = entry["source"]
-        if isinstance(source, str) and is_tar(source):
-            sources.append(TarShards(source))
-        elif isinstance(source, str) and entry.get("streaming") and source.endswith((".jsonl", ".json")):
-            sources.append(JsonlLines(source, media_root))
-        elif isinstance(source, dict) and entry.get("streaming") and source.get("hub"):
+
+    source: str | dict
+    weight: float = 1.0
+    streaming: bool = False
+    buffer: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("source", "weight", "buffer"):
+            value = getattr(self, name)
+            if (value is not None and not value) or (name != "source" and value is not None and value < 0):
+                raise MokaError(
+                    f"data source {self.source!r}: {name} is {value!r}; allowed: a file, a task or a format, and numbers above 0."
+                )
+
+    @property
+    def streamed(self) -> bool:
+        return self.streaming or is_tar(self.source)
+
+    def open(self, open_samples: Any, media_root: str | None) -> Source:
+        """Open the source as a stream reads it.
+
+        Args:
+            open_samples: opens one that is not streamed, as a map-style data set.
+
+        Raises:
+            MokaError: a source that cannot be streamed.
+        """
+        source = self.source
+        if not self.streamed:
+            return MappedSamples(open_samples(source))
+        if isinstance(source, dict) and source.get("hub"):
             name = str(source.get("format"))
             if name not in ROW_MAKERS:
                 raise MokaError(f"streaming: format {name!r} is not known; allowed are {', '.join(ROW_MAKERS)}.")
             what = {"path": source["hub"], "name": source.get("config"), "split": source.get("split", "train")}
-            sources.append(TableRows(name, ROW_MAKERS[name], what))
-        elif entry.get("streaming"):
-            raise MokaError(
-                f"streaming: {source!r} cannot be streamed; a JSONL file, tar shards (*.tar) or a format with hub can."
-            )
-        else:
-            sources.append(MappedSamples(open_samples(source)))
-    buffers = [int(entry["buffer"]) for entry in entries if entry.get("buffer") is not None]
-    weights = [float(entry.get("weight", 1.0)) for entry in entries]
-    return SampleStream(sources, weights, seed, min(buffers, default=DEFAULT_BUFFER))
+            return TableRows(name, ROW_MAKERS[name], what)
+        if is_tar(source):
+            return TarShards(str(source))
+        if isinstance(source, str) and source.endswith((".jsonl", ".json")):
+            return JsonlLines(source, media_root)
+        raise MokaError(
+            f"streaming: {source!r} cannot be streamed; a JSONL file, tar shards (*.tar) or a format with hub can."
+        )
+
+
+def open_stream(
+    entries: Sequence[MixtureEntry], open_samples: Any, *, seed: int, media_root: str | None
+) -> SampleStream:
+    """Open the entries of a mixture, of which one at least is streamed, as `MixtureEntry.open` does."""
+    sources = [entry.open(open_samples, media_root) for entry in entries]
+    buffers = [entry.buffer for entry in entries if entry.buffer is not None]
+    return SampleStream(sources, [entry.weight for entry in entries], seed, min(buffers, default=DEFAULT_BUFFER))
 
 
 def is_tar(source: Any) -> bool:

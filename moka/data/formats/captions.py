@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from moka.data.dataset import BAR_AFTER_S
 from moka.data.formats.base import Format, Option, Rows, find_file
-from moka.data.formats.files import JsonRecords
+from moka.data.formats.files import Chosen, JsonRecords
 from moka.data.formats.general import llava
 from moka.data.formats.questions import csv_rows
 from moka.errors import MokaError
@@ -57,11 +57,8 @@ def _video_llava(
     bar = tqdm(items, f"choosing the {kind}s", unit="record", delay=BAR_AFTER_S, leave=False)
     kept = [position for position, record in enumerate(bar) if record.get(kind)]
     notes = (f"{len(items) - len(kept)} records of {path.name} without a {kind} left out",)
-    return Rows([items[k] for k in kept], make, partial(_where, items, kept), root, notes)
-
-
-def _where(items: JsonRecords, kept: list[int], index: int) -> str:
-    return items.where(kept[index])
+    chosen = Chosen(items, kept)
+    return Rows(chosen, make, chosen.where, root, notes)
 
 
 def _caption(record: dict[str, Any], question: str | Sequence[str] | None) -> dict[str, Any]:

@@ -85,6 +85,22 @@ class JsonRecords(Sequence[Any]):
             ) from error
 
 
+class Chosen(Sequence[Any]):
+    """The records of a file at some positions; none is kept in memory."""
+
+    def __init__(self, records: JsonRecords, positions: Sequence[int]) -> None:
+        self.records, self.positions = records, array("q", positions)
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.records[self.positions[index]]
+
+    def where(self, index: int) -> str:
+        return self.records.where(self.positions[index])
+
+
 class TableRecords(Sequence[Any]):
     """The rows of a Hub data set or of Parquet files as dicts; nothing is decoded, media are ``{"bytes", "path"}``.
 

@@ -44,21 +44,20 @@ def open_records(
     Raises:
         MokaError: options that do not go together; no annotation file.
     """
-    if hub is None and (config is not None or streaming or take is not None):
-        raise MokaError(
-            f"format {name}: options config, streaming and take go with option hub. Set hub, or remove them."
-        )
-    if streaming is not (take is not None):
-        raise MokaError(f"format {name}: options streaming: true and take: N go together. Set both or neither.")
-    if take is not None and (not isinstance(take, int) or take < 1):
-        raise MokaError(f"format {name}: option take is {take!r}; a positive number of records is expected.")
+    problems = {
+        "options config, streaming and take go with option hub. Set hub, or remove them.": hub is None
+        and (config is not None or streaming or take is not None),
+        "options streaming: true and take: N go together. Set both or neither.": streaming is not (take is not None),
+        f"option take is {take!r}; a positive number of records is expected.": take is not None
+        and (not isinstance(take, int) or take < 1),
+        "options hub and file name two sources. Keep one of them.": hub is not None and file is not None,
+        f"the root {str(root)!r} is a file and option file is {file!r}. Keep one.": root.is_file() and file is not None,
+    }
+    if problem := next((text for text, holds in problems.items() if holds), None):
+        raise MokaError(f"format {name}: {problem}")
     if hub is not None:
-        if file is not None:
-            raise MokaError(f"format {name}: options hub and file name two sources. Keep one of them.")
         return TableRecords(hub, split, config, take=take), root
     if root.is_file():
-        if file is not None:
-            raise MokaError(f"format {name}: the root {str(root)!r} is a file and option file is {file!r}. Keep one.")
         root, file = root.parent, root.name
     if file is None:
         shards = sorted(root.glob(f"{split}-*.parquet")) or sorted(root.glob(f"data/{split}-*.parquet"))
