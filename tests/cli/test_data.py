@@ -98,6 +98,12 @@ def test_windows_and_frames_of_the_configuration_are_used(moka, config, tmp_path
     assert set(report["media_tokens"].values()) == {2 + 4 * 2}  # two tokens an item
 
 
+def test_the_track_of_the_configuration_is_the_one_that_is_tried(moka, config):
+    done = moka("data", "check", config, "data.audio_track=1")
+    assert done.code == 1
+    assert "audio track 1" in " ".join(done.out.split())
+
+
 def test_what_a_format_leaves_out_is_reported_of_joined_sources_too(moka, config, folder):
     talk = [{"from": "human", "value": "<image>\nwhich"}, {"from": "gpt", "value": "one"}]
     records = [{"id": f"r{kind}", kind: f"0.{kind}", "conversations": talk} for kind in ("image", "video")]

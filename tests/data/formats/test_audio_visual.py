@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import shutil
 from pathlib import Path
 
 import pytest
@@ -16,12 +15,6 @@ from moka.data.schema import media_parts
 from moka.errors import MokaError
 
 FIXTURES = Path(__file__).parent / "fixtures"
-
-
-@pytest.fixture
-def editable(tmp_path):
-    """A function that copies a fixture, so that a test may spoil it."""
-    return lambda name: Path(shutil.copytree(FIXTURES / name, tmp_path / name))
 
 
 def ask(sample):

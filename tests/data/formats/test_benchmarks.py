@@ -28,12 +28,6 @@ EVERYTHING = {
 LETTER_LINE = "Answer with the option's letter from the given choices directly."
 
 
-@pytest.fixture
-def editable(tmp_path):
-    """A function that copies a fixture, so that a test may spoil it."""
-    return lambda name: Path(shutil.copytree(FIXTURES / name, tmp_path / name))
-
-
 def opened(name, **options):
     return open_format(name, FIXTURES / name, **options)
 

@@ -18,12 +18,6 @@ FIXTURES = Path(__file__).parent / "fixtures"
 
 
 @pytest.fixture
-def editable(tmp_path):
-    """A function that copies a fixture, so that a test may spoil it."""
-    return lambda name: Path(shutil.copytree(FIXTURES / name, tmp_path / name))
-
-
-@pytest.fixture
 def table_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
