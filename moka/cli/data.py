@@ -146,7 +146,7 @@ def _wanted(samples: Any, arguments: argparse.Namespace) -> list[int]:
 
 
 def _id(samples: Any, index: int) -> str | None:
-    """The id of a sample; None of one that cannot be read, which must not hide the others."""
+    """Return the id of a sample; None of one that cannot be read, which must not hide the others."""
     try:
         return samples[index]["id"]
     except MokaError:
@@ -241,7 +241,7 @@ def list_formats(arguments: argparse.Namespace) -> None:
 
 
 def _splits(data: DataSection, wanted: str) -> list[str]:
-    """The splits to look at: those that are set, for "all"."""
+    """Return the splits to look at: those that are set, for "all"."""
     found = [name for name in SPLITS if getattr(data, name) is not None and wanted in (name, "all")]
     if not found:
         missing = (
@@ -252,7 +252,7 @@ def _splits(data: DataSection, wanted: str) -> list[str]:
 
 
 def _open(config: RunConfig, split: str) -> Any:
-    """The samples as the run will read them, media undecoded."""
+    """Return the samples as the run will read them, media undecoded."""
     data = config.data
     return open_samples(
         getattr(data, split),

@@ -94,7 +94,7 @@ class CheckReport:
         return [problem for problem in self.problems if problem.kind == kind]
 
     def to_dict(self) -> dict[str, Any]:
-        """The full report, fit for JSON."""
+        """Return the full report, fit for JSON."""
         return {
             "name": self.name,
             "samples": self.samples,
@@ -119,7 +119,7 @@ class CheckReport:
 
 
 def spread(values: list[int]) -> dict[str, int]:
-    """The smallest, median, 95th percentile and largest; each is one of the values. Empty for none."""
+    """Return the smallest, median, 95th percentile and largest; each is one of the values. Empty for none."""
     if not values:
         return {}
     quantiles = np.quantile(values, [0, 0.5, 0.95, 1], method="higher")
@@ -136,7 +136,7 @@ def check_samples(
     workers: int | None = None,
     name: str = "data",
 ) -> CheckReport:
-    """Looks at every sample and tries every medium once, in parallel.
+    """Look at every sample and try every medium once, in parallel.
 
     Args:
         samples: map-style, as `moka.data.sources.open_samples` opens it: media as paths, bytes or decoded.
@@ -171,7 +171,7 @@ def check_samples(
 
 
 def _readable(samples: Any, report: CheckReport, bar: Any) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The samples that can be read; the others, and ids that come again, become problems."""
+    """Return the samples that can be read; the others, and ids that come again, become problems."""
     ids: dict[str, int] = {}
     for index in range(len(samples)):
         try:
@@ -247,7 +247,7 @@ class _Look:
 
 
 def sampling_rate(front_end: Any) -> int | None:
-    """The rate (Hz) that a front end brings sound to, or None where it takes no sound."""
+    """Return the rate (Hz) that a front end brings sound to, or None where it takes no sound."""
     for holder, name in ((front_end, "rate"), (getattr(front_end, "extractor", None), "sampling_rate")):
         if isinstance(rate := getattr(holder, name, None), int):
             return rate

@@ -45,7 +45,7 @@ _RIFF = {b"WAVE": ".wav", b"WEBP": ".webp", b"AVI ": ".avi"}
 
 
 def write_manifest(path: str | os.PathLike[str], samples: Any, indices: Sequence[int]) -> Path:
-    """A JSONL file of the samples at ``indices``; their media stay where they are.
+    """Return a JSONL file of the samples at ``indices``; their media stay where they are.
 
     Paths are relative to the returned folder, which `JsonlDataset` wants as ``media_root``.
 
@@ -139,7 +139,7 @@ class _MediaWriter:
         self._names: dict[str, str] = {}  # source -> name in the folder
 
     def written(self, sample: dict[str, Any], stem: str, where: str) -> dict[str, Any]:
-        """The sample with the names that its media have in the folder."""
+        """Return the sample with the names that its media have in the folder."""
         numbers = iter(range(sum(1 for _ in media_parts(sample))))
 
         def put(kind: str, medium: Any) -> str:
@@ -180,7 +180,7 @@ class _MediaWriter:
 
 
 def _link(source: str, target: Path) -> None:
-    """A hard link: a symbolic one would lead out of the media root, which readers refuse."""
+    """Return a hard link: a symbolic one would lead out of the media root, which readers refuse."""
     try:
         os.link(os.path.realpath(source), target)
     except OSError as error:
@@ -193,7 +193,7 @@ def _link(source: str, target: Path) -> None:
 
 
 def _encoded(kind: str, medium: Any, where: str) -> tuple[str, bytes]:
-    """Suffix and content of a file that is decoded to the same medium."""
+    """Return suffix and content of a file that is decoded to the same medium."""
     buffer = io.BytesIO()
     if isinstance(medium, bytes):
         riff = _RIFF.get(medium[8:12]) if medium[:4] == b"RIFF" else None
@@ -212,7 +212,7 @@ def _encoded(kind: str, medium: Any, where: str) -> tuple[str, bytes]:
 
 
 def _wav(waveform: Waveform) -> bytes:
-    """A mono WAV file of 32-bit floats, so that no sample is rounded."""
+    """Return a mono WAV file of 32-bit floats, so that no sample is rounded."""
     data = waveform.samples.astype("<f4").tobytes()
     layout = struct.pack("<HHIIHH", 3, 1, waveform.rate, 4 * waveform.rate, 4, 32)  # float, mono, rate, bytes a second
     chunks = b"fmt " + struct.pack("<I", len(layout)) + layout + b"data" + struct.pack("<I", len(data)) + data
@@ -220,7 +220,7 @@ def _wav(waveform: Waveform) -> bytes:
 
 
 def _relative(path: str, root: Path | None) -> str:
-    """``path`` from ``root`` on, with forward slashes, where it is inside."""
+    """Return ``path`` from ``root`` on, with forward slashes, if it is inside, or else as it is."""
     inside = root is not None and Path(path).is_relative_to(root)
     return Path(path).relative_to(root).as_posix() if root and inside else path
 

@@ -60,7 +60,7 @@ class Lengths:
 def count_lengths(
     dataset: EncodedDataset, *, workers: int = 0, share: tuple[int, int] = (0, 1), name: str = "data"
 ) -> np.ndarray:
-    """Tokens, and items of each modality, of the samples of a share: int64 [share, 1 + modalities]; `joined_lengths` next.
+    """Return tokens, and items of each modality, of the samples of a share: int64 [share, 1 + modalities]; `joined_lengths` next.
 
     A sample that cannot be used is marked with -1. Samples that hold decoded media (of embedded tasks) are read as they
     are; no front end runs.
@@ -86,7 +86,7 @@ def count_lengths(
 
 
 def joined_lengths(dataset: EncodedDataset, parts: Sequence[np.ndarray]) -> Lengths:
-    """The shares of `count_lengths`, in order, as one; a sample that cannot be used has the length of its stand-in.
+    """Return the shares of `count_lengths`, in order, as one; a sample that cannot be used has the length of its stand-in.
 
     Raises:
         MokaError: a sample for which `EncodedDataset` finds no stand-in.
@@ -110,14 +110,14 @@ def joined_lengths(dataset: EncodedDataset, parts: Sequence[np.ndarray]) -> Leng
 
 
 def token_counter(processor: MokaProcessor) -> MokaProcessor:
-    """The processor without its front ends: it encodes samples whose media are lists of anything, one entry an item."""
+    """Return the processor without its front ends: it encodes samples whose media are lists of anything, one entry an item."""
     counter = copy.copy(processor)
     counter.front_ends = dict.fromkeys(processor.front_ends, _nothing)  # type: ignore[arg-type]
     return counter
 
 
 def _nothing(medium: Any) -> np.ndarray:
-    """Used instead of a front end: the number of tokens does not depend on the values."""
+    """Stand in for a front end: the number of tokens does not depend on the values."""
     return np.zeros(0, np.float32)
 
 
@@ -158,7 +158,7 @@ def undecoded(samples: Any) -> tuple[Any, MediaDecoding]:
 
 
 def lengths_key(dataset: EncodedDataset) -> str:
-    """sha256 of what the lengths depend on: the settings, and of the data their number and a few samples."""
+    """Return the sha256 of what the lengths depend on: the settings, and of the data their number and a few samples."""
     samples, decoding = undecoded(dataset.dataset)
     processor = dataset.processor
     probes = np.unique(np.linspace(0, len(dataset) - 1, min(_PROBES, len(dataset))).astype(int))

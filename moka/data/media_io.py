@@ -63,7 +63,7 @@ class BadMediaError(MokaError):
 
 
 def file_problem(path: MediaFile) -> str | None:
-    """Why ``path`` cannot be read as a file (absent, a folder, empty, ...), or None; the content is not looked at."""
+    """Return why ``path`` cannot be read as a file (absent, a folder, empty, ...), or None; the content is not looked at."""
     if isinstance(path, bytes):
         return None if path else "is empty (0 bytes)"
     try:

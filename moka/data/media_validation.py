@@ -57,7 +57,7 @@ class SkipReport:
         return [index for index in range(self.tried) if index not in bad]
 
     def summary(self) -> str:
-        """One line for the start of a run."""
+        """Return one line for the start of a run."""
         listed = f"; listed in {self.path}" if self.path is not None and self.skipped else ""
         return (
             f"{self.name}: {len(self.skipped)} of {self.tried} samples left out for media that cannot be used "
@@ -65,7 +65,7 @@ class SkipReport:
         )
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """The report as JSONL for `read_usable`, complete or not at all: another process never reads half of it."""
+        """Return the report as JSONL for `read_usable`, complete or not at all: another process never reads half of it."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = [{"tried": self.tried, "skipped": len(self.skipped)}, *self.skipped]
@@ -73,7 +73,7 @@ class SkipReport:
             part.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
     def check(self) -> None:
-        """Raises ``MokaError`` when more samples are bad than the budget allows, or none is left."""
+        """Raise a ``MokaError`` if more samples are bad than the budget allows, or none is left."""
         if len(self.skipped) <= self.allowed and len(self.skipped) < self.tried:
             return
         first = "; ".join(f"sample {r['id']!r}: {r['file']}: {r['reason']}" for r in self.skipped[:_SHOWN])
@@ -146,7 +146,7 @@ def find_usable(
 
 
 def joined(reports: Sequence[SkipReport]) -> SkipReport:
-    """The report of a data set of which several processes tried a part each.
+    """Return the report of a data set of which several processes tried a part each.
 
     Raises:
         MokaError: more bad samples than the budget allows.
@@ -227,7 +227,7 @@ def try_media(
 
 
 def usable_cores() -> int:
-    """Cores that this process may use; where a launcher started several on this machine, its share of them."""
+    """Return the cores that this process may use: its share of them, if a launcher started several on this machine."""
     try:
         cores = len(os.sched_getaffinity(0))
     except AttributeError:  # not on Linux

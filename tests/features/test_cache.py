@@ -180,7 +180,9 @@ def test_sample_without_features_is_named(tmp_path, pictures):
     fill(tmp_path / "cache", pictures[1:])
     features = FeatureCache({"image": open_set(tmp_path / "cache", "clip", SETTINGS)})
     content = [{"type": "image", "image": pictures[0]}]
-    samples = DecodedDataset([{"id": "s17", "messages": [{"role": "user", "content": content}]}], MediaDecoding(features=features))
+    samples = DecodedDataset(
+        [{"id": "s17", "messages": [{"role": "user", "content": content}]}], MediaDecoding(features=features)
+    )
     with pytest.raises(MokaError, match=r"sample 's17': .*0\.png.*moka cache"):
         samples[0]
 

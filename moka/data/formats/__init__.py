@@ -50,7 +50,7 @@ def open_format(
     media_root: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> FormatDataset:
-    """Opens one split of a published data set.
+    """Open one split of a published data set.
 
     Args:
         name: the format, a key of `FORMATS`.
@@ -93,7 +93,7 @@ def open_format(
 
 
 def describe_formats() -> str:
-    """The reference of all formats as Markdown, from what the formats say of themselves; ``docs/formats.md`` has it."""
+    """Return the reference of all formats as Markdown, from what the formats say of themselves; ``docs/formats.md`` has it."""
     return "\n".join(_describe(format) for format in FORMATS.values())
 
 
@@ -117,6 +117,6 @@ def _describe(format: Format) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text for a table: on one line, and with angle brackets that stay visible outside code."""
+    """Return text for a table: on one line, and with angle brackets that stay visible outside code."""
     spans = " ".join(text.split()).replace("|", "\\|").split("`")
     return "`".join(span if i % 2 else span.replace("<", "&lt;") for i, span in enumerate(spans))

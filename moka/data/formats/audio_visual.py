@@ -81,7 +81,7 @@ def _music_avqa_sample(entry: Entry, root: Path, folders: tuple[str, ...], templ
 
 
 def _filled(template: str, values: Any) -> str:
-    """The question with its ``<...>`` slots replaced by the values in order; values beyond the last slot are not used."""
+    """Return the question with its ``<...>`` slots replaced by the values in order; values beyond the last slot are not used."""
     given = [str(value) for value in _listed("templ_values", values)]
     slots = _SLOT.findall(template)
     if len(given) < len(slots):
@@ -93,7 +93,7 @@ def _filled(template: str, values: Any) -> str:
 
 
 def _listed(name: str, value: Any) -> list[Any]:
-    """A list, or one written as a string (``"[\\"ukulele\\"]"``), as the published files have it; other text is one item."""
+    """Return a list, or one written as a string (``"[\\"ukulele\\"]"``), as the published files have it; other text is one item."""
     if value is None or value == "":
         return []
     given = value
@@ -121,7 +121,7 @@ def _folders(videos: Any) -> tuple[str, ...]:
 
 
 def _found(name: str, root: Path, folders: tuple[str, ...]) -> str:
-    """The file in the first folder that has it; where none has, in the first folder that is there."""
+    """Return the file in the first folder that has it; where none has, in the first folder that is there."""
     paths = [f"{folder}/{name}" for folder in folders]
     there = [path for path in paths if (root / path).is_file()] or [
         path for folder, path in zip(folders, paths, strict=True) if (root / folder).is_dir()
@@ -159,7 +159,7 @@ def _reasoning_sample(entry: Entry, root: Path, folders: tuple[str, ...]) -> dic
 
 
 def _own_path(named: str, root: Path, folders: tuple[str, ...], suffix: str) -> str:
-    """The path as given where it leads to a file under the root; else the file of that name in one of the folders.
+    """Return the path as given where it leads to a file under the root; else the file of that name in one of the folders.
 
     The authors' lists may hold paths of their own machine, of which only the last component means anything here.
     """

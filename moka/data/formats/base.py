@@ -90,7 +90,7 @@ class Format:
 
 
 def find_file(root: Path, *candidates: str, format: Format | str, layout: str = "") -> Path:
-    """The first of ``candidates`` (relative paths) that is a file under ``root``.
+    """Return the first of ``candidates`` (relative paths) that is a file under ``root``.
 
     Raises:
         MokaError: the root is absent, or none is there; names every file looked for, and the layout expected.

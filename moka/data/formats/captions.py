@@ -30,12 +30,12 @@ _PATHS = tuple(
 
 
 def pick(question: str | Sequence[str], key: str) -> str:
-    """The user's instruction of a sample: ``question``, or of several the one that ``key`` leads to, always the same."""
+    """Return the user's instruction of a sample: ``question``, or of several the one that ``key`` leads to, always the same."""
     return question if isinstance(question, str) else question[zlib.crc32(key.encode()) % len(question)]
 
 
 def check_question(name: str, question: Any, may_be_none: bool = False) -> None:
-    """Raises a MokaError unless the option ``question`` is a text or a list of texts."""
+    """Raise a MokaError unless the option ``question`` is a text or a list of texts."""
     given = [question] if isinstance(question, str) else question
     if question is None and may_be_none:
         return

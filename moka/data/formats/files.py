@@ -69,7 +69,7 @@ class JsonRecords(Sequence[Any]):
             ) from error
 
     def where(self, index: int) -> str:
-        """The place of a record: file and line of JSONL, file and position (from 1) in an array."""
+        """Return the place of a record: file and line of JSONL, file and position (from 1) in an array."""
         position = index % len(self)
         return f"{self.path}: record {position + 1}" if self.lines is None else f"{self.path}:{self.lines[position]}"
 
@@ -173,7 +173,7 @@ def table_rows(tables: Any) -> Iterator[dict[str, Any]]:
 
 
 def _index_array(path: Path) -> tuple[array[int], array[int]]:
-    """First byte and byte after the last of each element of the JSON array that fills the file."""
+    """Return first byte and byte after the last of each element of the JSON array that fills the file."""
     starts, ends = array("q"), array("q")
     depth = seen = 0
     with (

@@ -39,7 +39,7 @@ def open_records(
     streaming: bool,
     take: int | None,
 ) -> tuple[JsonRecords | TableRecords, Path]:
-    """The records of one split, and the folder that their media start from.
+    """Return the records of one split, and the folder that their media start from.
 
     Raises:
         MokaError: options that do not go together; no annotation file.
@@ -69,7 +69,7 @@ def open_records(
 
 
 def _messages(record: dict[str, Any]) -> dict[str, Any]:
-    """Our own layout, with the two things that tables do to it: wrapped media, and media listed next to the messages."""
+    """Return a sample of our own layout, with the two things that tables do to it: wrapped media, and media listed next to the messages."""
     listed = listed_media(record)
     messages = []
     for message in record["messages"]:
@@ -97,7 +97,7 @@ def _part(part: Any, listed: dict[str, list[Any]]) -> Any:
 
 
 def llava(record: dict[str, Any], question: str | None = None) -> dict[str, Any]:
-    """One record of LLaVA's layout as a sample; ``question`` replaces the record's own first question."""
+    """Return one record of LLaVA's layout as a sample; ``question`` replaces the record's own first question."""
     messages = conversation(record["conversations"], listed_media(record), media_first=True, question=question)
     return {**other_fields(record, "conversations"), "messages": messages}
 

@@ -91,7 +91,7 @@ def question_sample(
     answer: str | None,
     **extra: Any,
 ) -> dict[str, Any]:
-    """A sample of one question: the media in order, then the text; the answer is the last message, if there is one.
+    """Return a sample of one question: the media in order, then the text; the answer is the last message, if there is one.
 
     Args:
         id: unique in its data set.
@@ -129,7 +129,7 @@ def json_entries(path: Path, key: str = "") -> list[tuple[str, Any]]:
 
 
 def load_json(path: Path) -> Any:
-    """The content of a JSON file.
+    """Return the content of a JSON file.
 
     Raises:
         MokaError: not UTF-8, or not JSON.
@@ -143,7 +143,7 @@ def load_json(path: Path) -> Any:
 
 
 def text_lines(path: Path) -> list[tuple[str, str]]:
-    """The lines of a text file that are not blank, as ``(place, line)``.
+    """Return the lines of a text file that are not blank, as ``(place, line)``.
 
     Raises:
         MokaError: not UTF-8.

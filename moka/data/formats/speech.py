@@ -104,7 +104,7 @@ def _clip_sample(
 
 
 def _spoken(placed: Iterable[tuple[str, str, str, Any]]) -> tuple[Entries, int]:
-    """``(place, id, text, key of the sound)`` -> the entries that hold words, and how many do not."""
+    """Return the entries of ``(place, id, text, key of the sound)`` that have words, and how many have none."""
     kept, left = [], 0
     for place, sid, text, key in placed:
         if any(tag in text for tag in _GARBAGE) or not _marked(text, "drop"):
@@ -115,7 +115,7 @@ def _spoken(placed: Iterable[tuple[str, str, str, Any]]) -> tuple[Entries, int]:
 
 
 def _marked(text: str, punctuation: str) -> str:
-    """The text with its punctuation tags as characters, or without them."""
+    """Return the text with its punctuation tags as characters, or without them."""
     return _MARK.sub(lambda match: _MARKS[match[1]] if punctuation == "keep" else "", text).strip()
 
 
@@ -155,7 +155,7 @@ def _tables(root: Path, split: str) -> list[Path]:
 
 
 def _table_rows(records: TableRecords) -> Iterable[tuple[str, str, str, Any]]:
-    """The ids and texts of a table, read without the sound."""
+    """Return the ids and texts of a table, read without the sound."""
     try:
         columns = records.rows.select_columns(["segment_id", "text"])[:]
     except ValueError as error:
