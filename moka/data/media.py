@@ -170,6 +170,7 @@ class SampleReport:
     def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
         self.path = None if path is None else Path(path)
         self._records: dict[tuple[int, str], dict[str, Any]] = {}
+        self._samples: set[int] = set()
         self._read = 0  # bytes of the file
 
     def add(self, index: int, sample_id: str, reason: str, action: str, **more: Any) -> bool:
@@ -178,29 +179,41 @@ class SampleReport:
             return False
         record = {"index": index, "id": sample_id, "reason": reason, "action": action, **more}
         self._records[index, action] = record
+        self._samples.add(index)
         if self.path is not None:
             append_jsonl(self.path, record)  # one short write: lines of workers do not mix
         return True
 
+    def __len__(self) -> int:
+        """Return how many samples have a record, also by other processes."""
+        self._read_on()
+        return len(self._samples)
+
     def records(self, action: str | None = None) -> dict[int, dict[str, Any]]:
         """Return index -> record in the order met, also those of other processes; of one action, or the first of each sample."""
-        if self.path is not None and self.path.exists():
-            with open(self.path, "rb") as file:
-                file.seek(self._read)
-                lines, _, _ = file.read().rpartition(b"\n")
-            self._read += len(lines) + bool(lines)
-            for line in lines.splitlines():
-                try:
-                    record = json.loads(line)
-                except ValueError:  # cut off by a kill
-                    continue
-                if "index" in record:  # the first line of what `SkipReport.write` wrote has totals
-                    self._records.setdefault((record["index"], record["action"]), record)
+        self._read_on()
         found: dict[int, dict[str, Any]] = {}
         for (index, done), record in self._records.items():
             if action in (None, done):
                 found.setdefault(index, record)
         return found
+
+    def _read_on(self) -> None:
+        """Read the lines that were added to the file since the last call."""
+        if self.path is None or not self.path.exists():
+            return
+        with open(self.path, "rb") as file:
+            file.seek(self._read)
+            lines, _, _ = file.read().rpartition(b"\n")
+        self._read += len(lines) + bool(lines)
+        for line in lines.splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:  # cut off by a kill
+                continue
+            if "index" in record:  # the first line of what `SkipReport.write` wrote has totals
+                self._records.setdefault((record["index"], record["action"]), record)
+                self._samples.add(record["index"])
 
 
 class UnusableError(Exception):
@@ -303,7 +316,7 @@ class DecodedDataset(SubstitutingDataset):
         new = self.reported.add(index, sample["id"], error.reason, action, file=error.file)
         if not substitute:
             raise error
-        bad, allowed = len(self.reported.records()) if new else 0, self.policy.allowed(len(self))
+        bad, allowed = len(self.reported) if new else 0, self.policy.allowed(len(self))
         if bad > allowed:
             raise MokaError(
                 f"{bad} of {len(self)} samples have media that cannot be used, more than the budget of "

@@ -11,7 +11,7 @@ from PIL import Image
 
 from moka.config import DataSection
 from moka.data.audio_segments import AudioWindows
-from moka.data.media import BadMediaPolicy, DecodedDataset, MediaDecoding
+from moka.data.media import BadMediaPolicy, DecodedDataset, MediaDecoding, SampleReport
 from moka.data.media_io import BadMediaError
 from moka.data.schema import check_sample, media_parts
 from moka.errors import MokaError
@@ -213,3 +213,21 @@ def test_items_are_counted_as_they_are_decoded(tmp_path):
             given = str(tmp_path / medium) if isinstance(medium, str) else medium
             decoded = decoding.decode(kind, given)
             assert decoding.items(kind, given) == (len(decoded) if isinstance(decoded, list) else 1), (kind, medium)
+
+
+def test_a_report_of_several_processes_is_read_once_however_long_it_is(tmp_path, monkeypatch):
+    path = tmp_path / "report.jsonl"
+    one, other = SampleReport(path), SampleReport(path)
+    read = []
+    loads = json.loads
+    monkeypatch.setattr(json, "loads", lambda line: read.append(line) or loads(line))
+    for index in range(50):
+        assert one.add(2 * index, f"s{index}", "bad", "substitute")
+        assert other.add(2 * index + 1, f"s{index}", "bad", "replaced")
+        assert len(one) == len(other) == 2 * index + 2
+    assert not one.add(0, "s0", "bad", "substitute")
+    with open(path, "ab") as file:
+        file.write(b'{"index": 100, "id"')  # cut off by a kill
+    assert len(one) == 100
+    assert list(one.records("replaced")) == list(range(1, 100, 2))
+    assert len(read) <= 2 * 100
