@@ -106,6 +106,9 @@ class DataSection:
         default=None,
         metadata=_help("Sound as several clips: {count: 10, seconds: 1.0, every: 1.0, first: 0.5}, in seconds."),
     )
+    audio_track: int = field(
+        default=0, metadata=_help("Which audio stream, from 0, of files that have several (languages).", 0)
+    )
     on_bad_media: Literal["error", "skip", "substitute"] = field(
         default="error",
         metadata=_help("error; skip (all files are tried before training) or substitute, within the budget."),

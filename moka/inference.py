@@ -18,8 +18,8 @@ from moka.adapter.checks import check_adapter_folder, check_finite
 from moka.adapter.matching import match_names, some
 from moka.analysis.fork_merge import fork_merge_decoding
 from moka.config import ModelSection
-from moka.data import check_sample, decode_sample
-from moka.data.media import AudioWindows, BadMediaError
+from moka.data import MediaDecoding, check_sample
+from moka.data.media_io import BadMediaError
 from moka.distributed import default_device
 from moka.errors import MokaError
 from moka.io import read_json, sha256_of
@@ -113,7 +113,7 @@ class LoadedModel:
         for name, chat in zip(names, chats, strict=True):
             sample = check_sample({"id": name, "messages": chat}, name, require_answer=False)
             try:
-                messages = decode_sample(sample, **self.decoding)["messages"]
+                messages = self.decoding.decode_sample(sample)["messages"]
             except BadMediaError as error:
                 raise MokaError(f"{name}: {error.file}: {error.reason}") from error
             try:
@@ -133,11 +133,9 @@ class LoadedModel:
         return self.processor.batch_decode(tokens[:, batch["input_ids"].shape[1] :])
 
     @property
-    def decoding(self) -> dict[str, Any]:
-        """How media files are decoded for this model, as they were in training: arguments of ``decode_sample``."""
-        remembered = self.processor.decoding
-        windows = AudioWindows.from_dict(remembered["audio_windows"])
-        return {"video_frames": remembered["video_frames"], "audio_windows": windows}
+    def decoding(self) -> MediaDecoding:
+        """How media files are decoded for this model, as they were in training."""
+        return MediaDecoding.of(self.processor.decoding)
 
     @property
     def weights_sha256(self) -> str:

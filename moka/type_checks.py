@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
 import types
 from collections.abc import Mapping
 from enum import Enum
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from .errors import MokaError, nearest
 
@@ -32,6 +33,24 @@ def check_types(cls: type, values: Mapping[str, Any], where: str, remedy: str = 
             raise MokaError(
                 f"{place} is {value!r}; allowed: {allowed}.{nearest(str(value), map(str, choices))} {remedy}"
             )
+
+
+T = TypeVar("T")
+
+
+def from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
+    """Return the dataclass ``cls`` of ``values``, whose names and types are checked.
+
+    Raises:
+        MokaError: an unknown name, or a value of another type.
+    """
+    known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    for key in values:
+        if key not in known:
+            hint = nearest(str(key), known)
+            raise MokaError(f"{where}: unknown key {key!r}; allowed are {', '.join(known)}.{hint}")
+    check_types(cls, values, where)
+    return cls(**values)
 
 
 def _fits(value: Any, hint: Any) -> bool:

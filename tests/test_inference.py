@@ -9,7 +9,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 import moka
-from moka.data import EmbeddedTask
+from moka.demo.digit_tasks import EmbeddedTask
 from moka.errors import MokaError
 from moka.modeling.build import build_model
 from moka.training import config_from_dict, run_training

@@ -20,16 +20,17 @@ from rich.table import Table
 
 from moka.config import DataSection, RunConfig
 from moka.data.check import PROBLEMS, CheckReport, check_samples, spread
-from moka.data.convert import MEDIA_MODES, convert, media_root, write_manifest
+from moka.data.convert import MEDIA_MODES, convert, write_manifest
 from moka.data.formats import FORMATS
-from moka.data.media import AudioWindows, decode_sample
+from moka.data.media import MediaDecoding
 from moka.data.preview import printable, show, spans
-from moka.data.sources import attribution, notes_of, open_samples
+from moka.data.sources import attribution, open_samples
 from moka.errors import MokaError, nearest
 from moka.io import write_json, write_text
 from moka.modeling.build import build_processor, context_length
 from moka.modeling.processing import TooLongError
 from moka.training import load_config
+from moka.yaml_files import load_yaml
 
 from .train import with_tiny
 
@@ -90,10 +91,10 @@ def check(arguments: argparse.Namespace) -> None:
             max_length=limit,
             workers=arguments.workers,
             name=f"data.{split}",
-            **_decoding(config.data),
+            decoding=MediaDecoding.of(config.data),
         )
         reports.append(report)
-        _show_report(report, list(notes_of(samples)), arguments.limit)
+        _show_report(report, list(samples.notes), arguments.limit)
         if arguments.manifest:
             root = write_manifest(arguments.manifest, samples, report.good)
             print(f"written: {arguments.manifest} ({len(report.good)} samples), to be read with data.media_root={root}")
@@ -121,7 +122,7 @@ def show_samples(arguments: argparse.Namespace) -> None:
     skeleton, processor = build_processor(config.model)
     limit = context_length(config.model, skeleton)
     for index in wanted:
-        sample = decode_sample(samples[index], **_decoding(config.data))
+        sample = MediaDecoding.of(config.data).decode_sample(samples[index])
         category = f", category {sample['category']!r}" if "category" in sample else ""
         title = f"data.{arguments.split}[{index}]: sample {sample['id']!r}{category}"
         try:
@@ -146,7 +147,7 @@ def _wanted(samples: Any, arguments: argparse.Namespace) -> list[int]:
 
 
 def _id(samples: Any, index: int) -> str | None:
-    """The id of a sample; None of one that cannot be read, which must not hide the others."""
+    """Return the id of a sample; None of one that cannot be read, which must not hide the others."""
     try:
         return samples[index]["id"]
     except MokaError:
@@ -177,7 +178,7 @@ def convert_source(arguments: argparse.Namespace) -> None:
         if source and root:
             raise MokaError(f"moka data convert: the folder is {source!r} and --root {root!r}; give one of them.")
         try:
-            values = yaml.safe_load("\n".join(_option(option) for option in options)) or {}
+            values = load_yaml("\n".join(_option(option) for option in options)) or {}
         except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: dates and numbers that cannot be
             reason = " ".join(str(error).split())
             raise MokaError(
@@ -197,8 +198,8 @@ def convert_source(arguments: argparse.Namespace) -> None:
     samples = open_samples(given, split, size=arguments.size, media_root=from_file, require_answer=False)
     path = convert(samples, arguments.output, arguments.media)
     write_text(path.parent / "ATTRIBUTION.md", attribution(given))
-    stay = f", to be read with data.media_root={media_root(samples)}" if arguments.media == "none" else ""
-    for note in notes_of(samples):
+    stay = f", to be read with data.media_root={samples.media_root}" if arguments.media == "none" else ""
+    for note in samples.notes:
         print(f"note: {note}")
     print(f"written: {path} ({len(samples)} samples{stay})")
 
@@ -236,12 +237,12 @@ def list_formats(arguments: argparse.Namespace) -> None:
         print(f"  {field}: {meaning}")
     if format.options:
         print("\noptions:")
-        for option, (default, help) in format.options.items():
+        for option, (default, help, _) in format.options.items():
             print(f"  {option}={default}: {help}")
 
 
 def _splits(data: DataSection, wanted: str) -> list[str]:
-    """The splits to look at: those that are set, for "all"."""
+    """Return the splits to look at: those that are set, for "all"."""
     found = [name for name in SPLITS if getattr(data, name) is not None and wanted in (name, "all")]
     if not found:
         missing = (
@@ -252,7 +253,7 @@ def _splits(data: DataSection, wanted: str) -> list[str]:
 
 
 def _open(config: RunConfig, split: str) -> Any:
-    """The samples as the run will read them, media undecoded."""
+    """Return the samples as the run will read them, media undecoded."""
     data = config.data
     return open_samples(
         getattr(data, split),
@@ -262,10 +263,6 @@ def _open(config: RunConfig, split: str) -> Any:
         seed=config.data_seed(1 if split == "alignment" else 2),
         media_root=data.media_root,
     )
-
-
-def _decoding(data: DataSection) -> dict[str, Any]:
-    return {"video_frames": data.video_frames, "audio_windows": AudioWindows.from_dict(data.audio_windows)}
 
 
 def _positive(text: str) -> int:

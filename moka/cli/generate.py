@@ -11,7 +11,7 @@ import transformers
 
 import moka
 from moka.config import QUANTIZATIONS
-from moka.data.media import file_problem
+from moka.data.media_io import file_problem
 from moka.errors import MokaError
 from moka.inference import AS_TRAINED, DECODINGS
 

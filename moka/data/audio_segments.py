@@ -8,7 +8,6 @@ The MokA authors take ten windows of one second for AVE and ten of two seconds f
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from moka.errors import MokaError, nearest
+from moka.errors import MokaError
 from moka.modeling.media import Waveform
+from moka.type_checks import check_types, from_mapping
 
 
 @dataclass(frozen=True)
@@ -41,40 +41,27 @@ class AudioWindows:
     first: float | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.count, bool) or not isinstance(self.count, int) or self.count < 1:
-            raise MokaError(f"audio_windows.count is {self.count!r}; a positive integer is expected, such as 10.")
-        for name, least in (("seconds", "above 0"), ("every", "0 or more"), ("first", "0 or more")):
+        check_types(AudioWindows, vars(self), "audio_windows")
+        for name, least in (("count", 1), ("seconds", math.ulp(0)), ("every", 0), ("first", 0)):
             value = getattr(self, name)
-            if name == "first" and value is None:
-                continue
-            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            if not number or value < 0 or (name == "seconds" and value == 0):
-                raise MokaError(
-                    f"audio_windows.{name} is {value!r}; a number of seconds {least} is expected, such as 1.0."
-                )
+            if value is not None and value < least:
+                allowed = "a number above 0" if name == "seconds" else f"at least {least}"
+                raise MokaError(f"audio_windows: {name} is {value!r}; allowed: {allowed}.")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any] | None) -> AudioWindows | None:
-        """From the ``data.audio_windows`` of a configuration, a mapping or None; unknown keys are refused."""
-        if values is None:
-            return None
-        known = [field.name for field in dataclasses.fields(cls)]
-        for key in values:
-            if key not in known:
-                raise MokaError(
-                    f"audio_windows has no field {key!r}; allowed are {', '.join(known)}.{nearest(str(key), known)}"
-                )
-        return cls(**values)
+        """Return the windows of ``data.audio_windows`` of a configuration, a mapping or None; unknown keys are refused."""
+        return None if values is None else from_mapping(cls, values, "audio_windows")
 
     def cut(self, waveform: Waveform) -> list[Waveform]:
-        """The windows of one clip; see `audio_windows`."""
+        """Return the windows of one clip; see `audio_windows`."""
         return audio_windows(waveform, self.count, self.seconds, self.every, self.first)
 
 
 def audio_windows(
     waveform: Waveform, count: int = 10, seconds: float = 1.0, every: float = 1.0, first: float | None = None
 ) -> list[Waveform]:
-    """``count`` windows of a clip, the k-th centred at ``first + k * every`` seconds.
+    """Return ``count`` windows of a clip, the k-th centred at ``first + k * every`` seconds.
 
     A window that would leave the clip is moved inside it; a clip shorter than a window is followed by silence. So each
     has ``round(seconds * rate)`` samples, and windows beyond the end of the clip repeat its last one.

@@ -49,7 +49,7 @@ class LengthGroupedSampler(Sampler[int]):
 
 
 def grouped_order(tokens: np.ndarray, media: np.ndarray, batch_size: int, seed: int, epoch: int) -> np.ndarray:
-    """All indices of ``tokens`` [items] as int64 [items], those of a batch of about the same length and, where that is the same, in ``media`` [items].
+    """Return all indices of ``tokens`` [items] as int64 [items], those of a batch about equal in length and then in ``media`` [items].
 
     The batch with the longest item comes first: what does not fit into memory is known at once.
     """
@@ -73,7 +73,7 @@ def grouped_order(tokens: np.ndarray, media: np.ndarray, batch_size: int, seed: 
 
 
 def padding_share(tokens: np.ndarray, order: Sequence[int] | np.ndarray, batch_size: int) -> float:
-    """Share of positions that are padding where ``batch_size`` items in a row are padded to their longest."""
+    """Return share of positions that are padding where ``batch_size`` items in a row are padded to their longest."""
     taken = tokens[np.asarray(order, np.int64)]
     if not len(taken):
         return 0.0

@@ -7,6 +7,7 @@ Nothing is computed by a model: the processor only reports what each sample woul
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,18 +16,16 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from moka.data.dataset import BAR_AFTER_S, where_of
 from moka.data.lengths import token_counter
-from moka.data.media import decode_medium
-from moka.data.records import BAR_AFTER_S
+from moka.data.media import MediaDecoding
+from moka.data.media_io import BadMediaError, file_problem
+from moka.data.media_validation import try_media
 from moka.data.schema import map_media, media_parts
 from moka.errors import MokaError
 from moka.modeling.configuration import MEDIA_TYPE_IDS
 from moka.modeling.media import Waveform
 from moka.modeling.processing import IGNORE, MokaProcessor, TooLongError
-
-from .audio_segments import AudioWindows
-from .media_io import BadMediaError, file_problem
-from .media_validation import try_media
 
 # Kind of problem -> what it is called in the table, in the order in which a sample meets them.
 PROBLEMS = {
@@ -95,7 +94,7 @@ class CheckReport:
         return [problem for problem in self.problems if problem.kind == kind]
 
     def to_dict(self) -> dict[str, Any]:
-        """The full report, fit for JSON."""
+        """Return the full report, fit for JSON."""
         return {
             "name": self.name,
             "samples": self.samples,
@@ -120,7 +119,7 @@ class CheckReport:
 
 
 def spread(values: list[int]) -> dict[str, int]:
-    """The smallest, median, 95th percentile and largest; each is one of the values. Empty for none."""
+    """Return the smallest, median, 95th percentile and largest; each is one of the values. Empty for none."""
     if not values:
         return {}
     quantiles = np.quantile(values, [0, 0.5, 0.95, 1], method="higher")
@@ -133,18 +132,17 @@ def check_samples(
     *,
     encoders: Mapping[str, Any] | None = None,
     max_length: int | None = None,
-    video_frames: int = 10,
-    audio_windows: AudioWindows | None = None,
+    decoding: MediaDecoding | None = None,
     workers: int | None = None,
     name: str = "data",
 ) -> CheckReport:
-    """Looks at every sample and tries every medium once, in parallel.
+    """Look at every sample and try every medium once, in parallel.
 
     Args:
         samples: map-style, as `moka.data.sources.open_samples` opens it: media as paths, bytes or decoded.
         processor: of the model that will learn from them.
         encoders: modality -> encoder, whose ``length_in_seconds`` is the longest sound it takes; weights do not matter.
-        max_length, video_frames, audio_windows: as the run will use them.
+        max_length, decoding: as the run will use them.
         workers: threads for the media; the cores of this process by default.
         name: of the data set, for the report and the progress bar.
 
@@ -152,13 +150,13 @@ def check_samples(
         MokaError: what is wrong with the settings rather than with a sample.
     """
     report = CheckReport(name, len(samples), max_length)
-    look = _Look(processor, encoders or {}, video_frames, audio_windows)
+    look = _Look(processor, encoders or {}, decoding or MediaDecoding())
     counter = token_counter(processor)
     bar = tqdm(desc=f"checking {name}", total=len(samples), unit="sample", delay=BAR_AFTER_S, leave=False)
     with bar:
         counted: set[tuple[str, str]] = set()
         for index, sample, seen in try_media(_readable(samples, report, bar), look, workers):
-            where = f"{place(samples, index)}: sample {sample['id']!r}"
+            where = f"{where_of(samples, index)}: sample {sample['id']!r}"
             _count_media(report, sample, seen, counted)
             bad = _media_problem(where, index, sample, seen)
             if bad is not None:
@@ -172,16 +170,8 @@ def check_samples(
     return report
 
 
-def place(samples: Any, index: int) -> str:
-    """Where sample ``index`` comes from, such as "train.jsonl:12"."""
-    try:
-        return samples.where(index)
-    except AttributeError:  # embedded tasks are in no file
-        return f"sample {index}"
-
-
 def _readable(samples: Any, report: CheckReport, bar: Any) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The samples that can be read; the others, and ids that come again, become problems."""
+    """Return the samples that can be read; the others, and ids that come again, become problems."""
     ids: dict[str, int] = {}
     for index in range(len(samples)):
         try:
@@ -192,7 +182,7 @@ def _readable(samples: Any, report: CheckReport, bar: Any) -> Iterator[tuple[int
             continue
         first = ids.setdefault(sample["id"], index)
         if first != index:
-            text = f"{place(samples, index)}: id {sample['id']!r} is that of {place(samples, first)} too"
+            text = f"{where_of(samples, index)}: id {sample['id']!r} is that of {where_of(samples, first)} too"
             report.problems.append(Problem("duplicate", index, text))
         report.categories[sample.get("category") or "-"] += 1
         kinds = Counter(kind for kind, _ in media_parts(sample))
@@ -214,11 +204,9 @@ class _Facts:
 class _Look:
     """Decodes one medium, passes it through its front end, and keeps only what is known of it then."""
 
-    def __init__(
-        self, processor: MokaProcessor, encoders: Mapping[str, Any], video_frames: int, windows: AudioWindows | None
-    ) -> None:
-        self.processor, self.encoders = processor, encoders
-        self.video_frames, self.windows = video_frames, windows
+    def __init__(self, processor: MokaProcessor, encoders: Mapping[str, Any], decoding: MediaDecoding) -> None:
+        self.processor, self.encoders, self.decoding = processor, encoders, decoding
+        self.full_sound = dataclasses.replace(decoding, audio_windows=None)
         self.owner = {type_id: name for name, spec in processor.modalities.items() for type_id in spec["type_ids"]}
 
     def __call__(self, kind: str, medium: Any) -> _Facts:
@@ -226,10 +214,10 @@ class _Look:
         if isinstance(medium, (str, bytes)) and (reason := file_problem(medium)):
             return _Facts(problem=("missing", reason, file))
         try:
-            decoded = decode_medium(kind, medium, self.video_frames)
+            decoded = self.full_sound.decode(kind, medium)
         except BadMediaError as error:
             return _Facts(problem=("decoding", error.reason, file))
-        items = decode_medium(kind, decoded, windows=self.windows)
+        items = self.decoding.decode(kind, decoded)
         items = items if isinstance(items, (list, tuple)) else [items]
         name = self.owner.get(MEDIA_TYPE_IDS[kind])
         if name is None:

@@ -22,14 +22,12 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from moka.data.check import place
-from moka.data.records import BAR_AFTER_S
+from moka.data.dataset import BAR_AFTER_S, where_of
+from moka.data.media_io import file_problem
 from moka.data.schema import map_media, media_parts
 from moka.errors import MokaError
 from moka.io import atomic_dir, atomic_file, disk_full_errors
 from moka.modeling.media import AudioFeatures, Waveform
-
-from .media_io import file_problem
 
 try:
     import fcntl
@@ -46,19 +44,8 @@ _BEGINNINGS = {
 _RIFF = {b"WAVE": ".wav", b"WEBP": ".webp", b"AVI ": ".avi"}
 
 
-def media_root(samples: Any) -> Path | None:
-    """The folder that has all media of a data set, by its own word or those of its parts; None where none is named."""
-    if hasattr(samples, "parts"):
-        roots = [media_root(part) for part in samples.parts]
-        found = [str(root) for root in roots if root is not None]
-        return Path(os.path.commonpath(found)) if found else None
-    if getattr(samples, "media_root", None) is not None:
-        return Path(samples.media_root)
-    return media_root(samples.dataset) if hasattr(samples, "dataset") else None
-
-
 def write_manifest(path: str | os.PathLike[str], samples: Any, indices: Sequence[int]) -> Path:
-    """A JSONL file of the samples at ``indices``; their media stay where they are.
+    """Return a JSONL file of the samples at ``indices``; their media stay where they are.
 
     Paths are relative to the returned folder, which `JsonlDataset` wants as ``media_root``.
 
@@ -70,12 +57,12 @@ def write_manifest(path: str | os.PathLike[str], samples: Any, indices: Sequence
         raise MokaError(f"{path} is there already. Name another file, or delete it.")
     if not len(indices):
         raise MokaError(f"{path}: not one sample is good, so there is nothing to write.")
-    root = media_root(samples) or path.parent.resolve()
+    root = getattr(samples, "media_root", None) or path.parent.resolve()
 
     def relative(kind: str, medium: Any) -> str:
         if not isinstance(medium, str):
             raise MokaError(
-                f"{path}: a manifest names files, and the {kind} of {place(samples, index)} is in none. Write the data "
+                f"{path}: a manifest names files, and the {kind} of {where_of(samples, index)} is in none. Write the data "
                 "set to files with `moka data convert` first."
             )
         return _relative(medium, root)
@@ -97,7 +84,7 @@ def convert(samples: Any, output: str | os.PathLike[str], media: str = "copy") -
             sound as float WAV: nothing is lost).
         output: a folder that is not there, or is empty.
         media: "copy", "link" (hard links, which take no space and lead nowhere out of the folder) or "none": the files
-            stay, and ``data.media_root`` has to name their folder (see `media_root`).
+            stay, and ``data.media_root`` has to name their folder (``samples.media_root``).
 
     Returns:
         The path of data.jsonl.
@@ -117,10 +104,10 @@ def convert(samples: Any, output: str | os.PathLike[str], media: str = "copy") -
             if free:
                 shutil.rmtree(leftover, ignore_errors=True)
     with atomic_dir(output) as folder, _lock(folder):
-        writer = _MediaWriter(folder, media_root(samples), media)
+        writer = _MediaWriter(folder, getattr(samples, "media_root", None), media)
         with open(folder / DATA, "wb") as file:
             for index in tqdm(range(len(samples)), "converting", unit="sample", delay=BAR_AFTER_S, leave=False):
-                file.write(_line(writer.written(samples[index], f"{index:06d}", place(samples, index))))
+                file.write(_line(writer.written(samples[index], f"{index:06d}", where_of(samples, index))))
         if output.exists() and any(output.iterdir()):
             raise MokaError(f"{output} was filled by another process in the meantime. Name another folder.")
     return output / DATA
@@ -152,7 +139,7 @@ class _MediaWriter:
         self._names: dict[str, str] = {}  # source -> name in the folder
 
     def written(self, sample: dict[str, Any], stem: str, where: str) -> dict[str, Any]:
-        """The sample with the names that its media have in the folder."""
+        """Return the sample with the names that its media have in the folder."""
         numbers = iter(range(sum(1 for _ in media_parts(sample))))
 
         def put(kind: str, medium: Any) -> str:
@@ -193,7 +180,7 @@ class _MediaWriter:
 
 
 def _link(source: str, target: Path) -> None:
-    """A hard link: a symbolic one would lead out of the media root, which readers refuse."""
+    """Return a hard link: a symbolic one would lead out of the media root, which readers refuse."""
     try:
         os.link(os.path.realpath(source), target)
     except OSError as error:
@@ -206,7 +193,7 @@ def _link(source: str, target: Path) -> None:
 
 
 def _encoded(kind: str, medium: Any, where: str) -> tuple[str, bytes]:
-    """Suffix and content of a file that is decoded to the same medium."""
+    """Return suffix and content of a file that is decoded to the same medium."""
     buffer = io.BytesIO()
     if isinstance(medium, bytes):
         riff = _RIFF.get(medium[8:12]) if medium[:4] == b"RIFF" else None
@@ -225,7 +212,7 @@ def _encoded(kind: str, medium: Any, where: str) -> tuple[str, bytes]:
 
 
 def _wav(waveform: Waveform) -> bytes:
-    """A mono WAV file of 32-bit floats, so that no sample is rounded."""
+    """Return a mono WAV file of 32-bit floats, so that no sample is rounded."""
     data = waveform.samples.astype("<f4").tobytes()
     layout = struct.pack("<HHIIHH", 3, 1, waveform.rate, 4 * waveform.rate, 4, 32)  # float, mono, rate, bytes a second
     chunks = b"fmt " + struct.pack("<I", len(layout)) + layout + b"data" + struct.pack("<I", len(data)) + data
@@ -233,7 +220,7 @@ def _wav(waveform: Waveform) -> bytes:
 
 
 def _relative(path: str, root: Path | None) -> str:
-    """``path`` from ``root`` on, with forward slashes, where it is inside."""
+    """Return ``path`` from ``root`` on, with forward slashes, if it is inside, or else as it is."""
     inside = root is not None and Path(path).is_relative_to(root)
     return Path(path).relative_to(root).as_posix() if root and inside else path
 

@@ -14,21 +14,19 @@ from typing import Any
 
 from tqdm import tqdm
 
-from moka.data.records import BAR_AFTER_S, RecordDataset, checked_root
-from moka.data.schema import check_sample
+from moka.data.dataset import BAR_AFTER_S, SampleDataset, checked_root
+from moka.data.media_io import file_problem
 from moka.errors import MokaError
 
-from .media_io import file_problem
 
-
-class JsonlDataset(RecordDataset):
-    """A map-style dataset (``len`` and indexing) of checked samples with absolute media paths.
+class JsonlDataset(SampleDataset):
+    """The samples of a JSONL file.
 
     Args:
-        path: the JSONL file, UTF-8. Blank lines are skipped.
+        path: the file, UTF-8. Blank lines are skipped.
         media_root: the folder that relative media paths start from and that no path may leave, be it by ``..``, as an
             absolute path or through a symbolic link; the file's own folder by default.
-        require_answer: whether every sample must hold an assistant message with text.
+        require_answer: whether every sample must have an assistant message with text.
 
     Raises:
         MokaError: the file is absent, empty or not a file, or the media root is not a folder. Indexing raises it for
@@ -45,7 +43,7 @@ class JsonlDataset(RecordDataset):
         self.require_answer = require_answer
         if problem := file_problem(self.path):
             raise MokaError(f"{self.path}: {problem}. A JSONL file is expected, one sample a line.")
-        self.media_root = checked_root(self.path.parent if media_root is None else Path(media_root))
+        self.media_root = checked_root(self.path.parent if media_root is None else media_root)
         self._offsets, self._lines = index_lines(self.path)
         if not self._offsets:
             raise MokaError(f"{self.path}: has blank lines only. A JSONL file is expected, one sample a line.")
@@ -53,34 +51,18 @@ class JsonlDataset(RecordDataset):
     def __len__(self) -> int:
         return len(self._offsets)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        where = self.where(index)
-        # Opened for each sample: a shared handle would be one file position for all forked loader workers.
-        with open(self.path, "rb") as file:
-            file.seek(self._offsets[index])
-            line = file.readline()
-        sample = check_sample(parse_line(line, where), where, self.require_answer)
-        return self.with_absolute_paths(sample, where)
-
     def where(self, index: int) -> str:
         return f"{self.path}:{self._lines[index]}"
 
+    def read(self, index: int) -> Any:
+        return read_line(self.path, self._offsets[index], self.where(index))
+
 
 def index_lines(path: Path) -> tuple[array[int], array[int]]:
-    """Byte offset and line number (from 1) of every line that is not blank."""
+    """Return the byte offset and the number (from 1) of every line that is not blank."""
     offsets, lines = array("q"), array("q")
     offset = 0
-    with (
-        open(path, "rb") as file,
-        tqdm(
-            total=path.stat().st_size,
-            desc=f"indexing {path.name}",
-            unit="B",
-            unit_scale=True,
-            delay=BAR_AFTER_S,
-            leave=False,
-        ) as bar,
-    ):
+    with open(path, "rb") as file, indexing_bar(path) as bar:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 offsets.append(offset)
@@ -88,6 +70,20 @@ def index_lines(path: Path) -> tuple[array[int], array[int]]:
             offset += len(line)
             bar.update(len(line))
     return offsets, lines
+
+
+def indexing_bar(path: Path) -> Any:
+    """Return a progress bar over the bytes of a file."""
+    size = path.stat().st_size
+    return tqdm(total=size, desc=f"indexing {path.name}", unit="B", unit_scale=True, delay=BAR_AFTER_S, leave=False)
+
+
+def read_line(path: Path, offset: int, where: str) -> Any:
+    """Return the JSON value of the line that begins at a byte."""
+    # Opened for each sample: a shared handle would be one file position for all forked loader workers.
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return parse_line(file.readline(), where)
 
 
 def parse_line(line: bytes, where: str) -> Any:

@@ -23,17 +23,13 @@ import numpy as np
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from moka.data.media import DecodedDataset
-from moka.data.records import BAR_AFTER_S
+from moka.data.dataset import BAR_AFTER_S, Selection
+from moka.data.encoding import EncodedDataset, encode_sample
+from moka.data.media import DecodedDataset, MediaDecoding, UnusableError, stand_ins
 from moka.data.schema import map_media
-from moka.data.sources import EncodedDataset, stand_ins
 from moka.errors import MokaError
 from moka.io import atomic_file
-from moka.modeling.media import Waveform
-from moka.modeling.processing import IGNORE, MokaProcessor, TooLongError
-
-from .audio_segments import AudioWindows
-from .media_validation import Subset
+from moka.modeling.processing import MokaProcessor
 
 _CHUNK = 64  # samples that a worker counts at a time
 _PROBES = 16  # samples that tell a data set from another in the key
@@ -64,7 +60,7 @@ class Lengths:
 def count_lengths(
     dataset: EncodedDataset, *, workers: int = 0, share: tuple[int, int] = (0, 1), name: str = "data"
 ) -> np.ndarray:
-    """Tokens, and items of each modality, of the samples of a share: int64 [share, 1 + modalities]; `joined_lengths` next.
+    """Return tokens, and items of each modality, of the samples of a share: int64 [share, 1 + modalities]; `joined_lengths` next.
 
     A sample that cannot be used is marked with -1. Samples that hold decoded media (of embedded tasks) are read as they
     are; no front end runs.
@@ -90,7 +86,7 @@ def count_lengths(
 
 
 def joined_lengths(dataset: EncodedDataset, parts: Sequence[np.ndarray]) -> Lengths:
-    """The shares of `count_lengths`, in order, as one; a sample that cannot be used has the length of its stand-in.
+    """Return the shares of `count_lengths`, in order, as one; a sample that cannot be used has the length of its stand-in.
 
     Raises:
         MokaError: a sample for which `EncodedDataset` finds no stand-in.
@@ -114,14 +110,14 @@ def joined_lengths(dataset: EncodedDataset, parts: Sequence[np.ndarray]) -> Leng
 
 
 def token_counter(processor: MokaProcessor) -> MokaProcessor:
-    """The processor without its front ends: it encodes samples whose media are lists of anything, one entry an item."""
+    """Return the processor without its front ends: it encodes samples whose media are lists of anything, one entry an item."""
     counter = copy.copy(processor)
     counter.front_ends = dict.fromkeys(processor.front_ends, _nothing)  # type: ignore[arg-type]
     return counter
 
 
 def _nothing(medium: Any) -> np.ndarray:
-    """Used instead of a front end: the number of tokens does not depend on the values."""
+    """Stand in for a front end: the number of tokens does not depend on the values."""
     return np.zeros(0, np.float32)
 
 
@@ -129,7 +125,7 @@ class _Counted:
     """Indexing counts a chunk of samples; fit for the workers of a ``DataLoader``."""
 
     def __init__(self, dataset: EncodedDataset, chunks: Sequence[range]) -> None:
-        self.samples, self.decoding = undecoded(dataset.samples)
+        self.samples, self.decoding = undecoded(dataset.dataset)
         self.counter, self.max_length, self.chunks = token_counter(dataset.processor), dataset.max_length, chunks
 
     def __len__(self) -> int:
@@ -140,13 +136,10 @@ class _Counted:
 
     def _count(self, sample: dict[str, Any]) -> list[int]:
         light = map_media(sample, lambda kind, medium: [0] * self.decoding.items(kind, medium))
-        names = list(self.counter.modalities)
         try:
-            encoded = self.counter.encode(light["messages"], max_length=self.max_length, truncate=True)
-        except TooLongError:
-            return [_UNUSABLE] * (1 + len(names))
-        if all(label == IGNORE for label in encoded["labels"]):
-            return [_UNUSABLE] * (1 + len(names))
+            encoded, _ = encode_sample(self.counter, light, self.max_length)
+        except UnusableError:
+            return [_UNUSABLE] * (1 + len(self.counter.modalities))
         types = encoded["mm_token_type_ids"]
         counts = [len(encoded["input_ids"])]
         for spec in self.counter.modalities.values():
@@ -154,39 +147,19 @@ class _Counted:
         return counts
 
 
-@dataclass(frozen=True)
-class Decoding:
-    """How a data set decodes its media; none of its settings matter to media that are decoded already."""
-
-    video_frames: int = 10
-    audio_windows: AudioWindows | None = None
-
-    def items(self, kind: str, medium: Any) -> int:
-        """How many items for its encoder a medium gives: what ``decode_medium`` and the processor make of it."""
-        if isinstance(medium, (list, tuple)):
-            return len(medium)
-        file = isinstance(medium, (str, bytes))
-        if kind == "video" and file:
-            return self.video_frames
-        features = isinstance(medium, str) and medium.lower().endswith(".npy")
-        if kind == "audio" and self.audio_windows is not None and (isinstance(medium, Waveform) or file):
-            return 1 if features else self.audio_windows.count
-        return 1
-
-
-def undecoded(samples: Any) -> tuple[Any, Decoding]:
-    """The samples of a data set before their media are decoded, and how they would be."""
+def undecoded(samples: Any) -> tuple[Any, MediaDecoding]:
+    """Return the samples of a data set before their media are decoded, and how they would be."""
     if isinstance(samples, DecodedDataset):
-        return samples.dataset, Decoding(samples.video_frames, samples.audio_windows)
-    if isinstance(samples, Subset):
-        inner, decoding = undecoded(samples.dataset)
-        return Subset(inner, samples.indices), decoding
-    return samples, Decoding()
+        return samples.dataset, samples.decoding
+    if isinstance(samples, Selection) and len(samples.parts) == 1:
+        inner, decoding = undecoded(samples.parts[0])
+        return Selection([inner], samples.indices), decoding
+    return samples, MediaDecoding()
 
 
 def lengths_key(dataset: EncodedDataset) -> str:
-    """sha256 of what the lengths depend on: the settings, and of the data their number and a few samples."""
-    samples, decoding = undecoded(dataset.samples)
+    """Return the sha256 of what the lengths depend on: the settings, and of the data their number and a few samples."""
+    samples, decoding = undecoded(dataset.dataset)
     processor = dataset.processor
     probes = np.unique(np.linspace(0, len(dataset) - 1, min(_PROBES, len(dataset))).astype(int))
     settings = {

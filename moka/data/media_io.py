@@ -63,7 +63,7 @@ class BadMediaError(MokaError):
 
 
 def file_problem(path: MediaFile) -> str | None:
-    """Why ``path`` cannot be read as a file (absent, a folder, empty, ...), or None; the content is not looked at."""
+    """Return why ``path`` cannot be read as a file (absent, a folder, empty, ...), or None; the content is not looked at."""
     if isinstance(path, bytes):
         return None if path else "is empty (0 bytes)"
     try:
@@ -187,12 +187,13 @@ def load_features(path: MediaFile, kind: str = "mfcc") -> AudioFeatures:
     Raises:
         BadMediaError: absent, empty, not a plain ``.npy`` array, truncated, not 2-D, not of floats, or not finite.
     """
-    with _bad_media_errors(path, "an .npy array"):
+    with _bad_media_errors(path, "one .npy array, as numpy.save writes it"):
         # Mapping compares the shape in the header with the size of the file before any memory is taken.
-        mapped = np.load(_source(path), mmap_mode=None if isinstance(path, bytes) else "r", allow_pickle=False)
-        if not isinstance(mapped, np.ndarray):
-            mapped.close()
-            raise _bad(path, "is an .npz archive; save one array with numpy.save")
+        mapped: np.ndarray = (
+            np.lib.format.read_array(io.BytesIO(path), allow_pickle=False)
+            if isinstance(path, bytes)
+            else np.lib.format.open_memmap(os.fspath(path), mode="r")
+        )
         given = f"{mapped.dtype} {list(mapped.shape)}"
         values = np.array(mapped, dtype=np.float32) if mapped.ndim == 2 and mapped.dtype.kind == "f" else None
         del mapped  # the traceback of an error would keep the file open

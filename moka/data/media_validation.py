@@ -1,6 +1,6 @@
 """``on_bad_media: skip``: every file is tried before training, and samples whose media cannot be used are left out.
 
-    data set --every medium once, in parallel--> report --its indices--> Subset --> DecodedDataset
+    data set --every medium once, in parallel--> report --its indices--> dataset.select(report.indices)
 
 Each process tries a share of the samples, and all put their reports together (`joined`), so that all ranks have the same
 samples. The report is written for people and for a resumed run, which reads it (`read_usable`).
@@ -16,22 +16,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from moka.data.media import BadMediaPolicy, bad_media_record, decode_medium
-from moka.data.records import BAR_AFTER_S
+from moka.data.dataset import BAR_AFTER_S
+from moka.data.media import BadMediaPolicy, MediaDecoding
+from moka.data.media_io import BadMediaError
 from moka.data.schema import map_media, media_parts
 from moka.errors import MokaError, NotCachedError
 from moka.io import atomic_file
-
-from .audio_segments import AudioWindows
-from .media_io import BadMediaError
-
-if TYPE_CHECKING:
-    from moka.features.cache import FeatureCache
-
 
 T = TypeVar("T")
 _SHOWN = 3
@@ -63,7 +57,7 @@ class SkipReport:
         return [index for index in range(self.tried) if index not in bad]
 
     def summary(self) -> str:
-        """One line for the start of a run."""
+        """Return one line for the start of a run."""
         listed = f"; listed in {self.path}" if self.path is not None and self.skipped else ""
         return (
             f"{self.name}: {len(self.skipped)} of {self.tried} samples left out for media that cannot be used "
@@ -71,7 +65,7 @@ class SkipReport:
         )
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """The report as JSONL for `read_usable`, complete or not at all: another process never reads half of it."""
+        """Return the report as JSONL for `read_usable`, complete or not at all: another process never reads half of it."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = [{"tried": self.tried, "skipped": len(self.skipped)}, *self.skipped]
@@ -79,7 +73,7 @@ class SkipReport:
             part.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
     def check(self) -> None:
-        """Raises ``MokaError`` when more samples are bad than the budget allows, or none is left."""
+        """Raise a ``MokaError`` if more samples are bad than the budget allows, or none is left."""
         if len(self.skipped) <= self.allowed and len(self.skipped) < self.tried:
             return
         first = "; ".join(f"sample {r['id']!r}: {r['file']}: {r['reason']}" for r in self.skipped[:_SHOWN])
@@ -93,34 +87,16 @@ class SkipReport:
         )
 
 
-class Subset(Sequence[Any]):
-    """The items of a map-style data set at ``indices``, in that order."""
-
-    def __init__(self, dataset: Any, indices: Sequence[int]) -> None:
-        self.dataset, self.indices = dataset, list(indices)
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.dataset[self.indices[index]]
-
-    def where(self, index: int) -> str:
-        return self.dataset.where(self.indices[index])
-
-
 def find_usable(
     dataset: Any,
     *,
     budget: float = 0.01,
     workers: int | None = None,
-    video_frames: int = 10,
-    audio_windows: AudioWindows | None = None,
-    features: FeatureCache | None = None,
+    decoding: MediaDecoding | None = None,
     name: str = "data",
     share: tuple[int, int] = (0, 1),
 ) -> SkipReport:
-    """The samples of which every medium can be used; all are tried, each file once.
+    """Find the samples of which every medium can be used; all are tried, each file once.
 
     The result depends on the files only, not on ``workers``.
 
@@ -128,8 +104,7 @@ def find_usable(
         dataset: map-style, of checked samples with media as paths or bytes.
         budget: share of the samples that may be left out, as in `BadMediaPolicy`.
         workers: threads; decoding releases Python's lock. Default: the cores of this process.
-        video_frames, audio_windows: as the run will decode.
-        features: computed before; media of their kinds are looked up there, and neither decoded nor read from there.
+        decoding: as the run will decode; media of kinds in its features are looked up there, and not decoded or read.
         name: of the data set, for the progress bar and messages.
         share: (k, n): of n processes that try a part each, this is the k-th; `joined` puts their reports together, and
             checks the budget.
@@ -138,12 +113,14 @@ def find_usable(
         MokaError: more bad samples than the budget allows, a sample that cannot be read, or one without features.
     """
 
+    decoding = decoding or MediaDecoding()
+
     def look(kind: str, medium: Any) -> BadMediaError | NotCachedError | None:
         try:
-            if features is not None and kind in features.kinds:
-                features.check(kind, medium)
+            if decoding.features is not None and kind in decoding.features.kinds:
+                decoding.features.check(kind, medium)
             else:
-                decode_medium(kind, medium, video_frames, audio_windows)
+                decoding.decode(kind, medium)
         except (BadMediaError, NotCachedError) as error:
             return error
         return None
@@ -159,7 +136,8 @@ def find_usable(
                 raise MokaError(f"{name}: sample {sample['id']!r}: {error}") from error
             if error is not None:
                 file = error.file if medium is not None else f"{kind} bytes of sample {sample['id']!r}"
-                skipped.append(bad_media_record(index, sample["id"], file, error.reason, "skip"))
+                found = {"index": index, "id": sample["id"], "file": file, "reason": error.reason, "action": "skip"}
+                skipped.append(found)
                 break
     report = SkipReport(name, len(dataset), BadMediaPolicy("skip", budget).allowed(len(dataset)), skipped)
     if share[1] == 1:
@@ -168,7 +146,7 @@ def find_usable(
 
 
 def joined(reports: Sequence[SkipReport]) -> SkipReport:
-    """The report of a data set of which several processes tried a part each.
+    """Return the report of a data set of which several processes tried a part each.
 
     Raises:
         MokaError: more bad samples than the budget allows.
@@ -249,7 +227,7 @@ def try_media(
 
 
 def usable_cores() -> int:
-    """Cores that this process may use; where a launcher started several on this machine, its share of them."""
+    """Return the cores that this process may use: its share of them, if a launcher started several on this machine."""
     try:
         cores = len(os.sched_getaffinity(0))
     except AttributeError:  # not on Linux

@@ -1,4 +1,4 @@
-"""Packing: several samples in one row, each as if it were only.
+"""Packing: several samples in one row, each as if it were alone in it.
 
     samples      a a a   b b   c c c c          row   a a a b b c c c c
     position_ids 0 1 2   0 1   0 1 2 3                0 1 2 0 1 0 1 2 3     attention stays within each restart
@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from moka.data.encoding import EncodedDataset
 from moka.data.lengths import Lengths
-from moka.data.sources import EncodedDataset
 from moka.modeling.processing import IGNORE
 
 # Samples that are packed with each other: enough to fill rows well, few enough to mix the data set.
@@ -42,7 +42,7 @@ class Rows:
         return len(self.offsets) - 1
 
     def __getitem__(self, row: int) -> np.ndarray:
-        """int64 [samples of the row]."""
+        """Return int64 [samples of the row]."""
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
         return self.indices[self.offsets[row] : self.offsets[row + 1]]
@@ -56,7 +56,7 @@ class Rows:
 
 
 def pack_rows(tokens: Sequence[int] | np.ndarray, capacity: int, seed: int = 0, window: int = _WINDOW) -> Rows:
-    """Which samples share a row: every index once, at most ``capacity`` tokens a row (a longer sample is only).
+    """Return which samples share a row: every index once, at most ``capacity`` tokens a row (a longer sample has its own).
 
     Args:
         tokens: [samples] length of each.
@@ -130,7 +130,7 @@ class PackedDataset:
 
 
 def join_samples(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Encoded samples (``MokaProcessor.encode``) as one row, with ``position_ids`` that begin again at each.
+    """Return encoded samples (``MokaProcessor.encode``) as one row, with ``position_ids`` that begin again at each.
 
     Returns the fields of one encoded sample: lists end to end, media [items, ...] in the order of their placeholders,
     ``sample_id`` the ids joined by commas.

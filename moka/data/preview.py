@@ -27,6 +27,7 @@ _KINDS = {0: TEXT, **{type_id: kind for kind, type_id in MEDIA_TYPE_IDS.items()}
 _BACKGROUND = {"image": "black on cyan", "video": "black on magenta", "audio": "black on yellow", TEXT: ""}
 _QUESTION = "black on green"
 _LEARNT = "bold underline"
+_RAISED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 _COLUMNS = ("position", "id", "modality", "interaction", "supervised", "token")
 
 
@@ -54,7 +55,7 @@ class Span:
 
 
 def spans(encoded: dict[str, Any], processor: MokaProcessor, sample: dict[str, Any] | None = None) -> list[Span]:
-    """The tokens of one encoded sample in order; the counts add up to its length.
+    """Return the tokens of one encoded sample in order; the counts add up to its length.
 
     Args:
         encoded: from ``MokaProcessor.encode``.
@@ -83,7 +84,7 @@ def spans(encoded: dict[str, Any], processor: MokaProcessor, sample: dict[str, A
 
 
 def _sizes(processor: MokaProcessor, sample: dict[str, Any]) -> dict[str, list[int]]:
-    """Placeholders of each medium, by kind, in order of appearance."""
+    """Return placeholders of each medium, by kind, in order of appearance."""
     owner = {type_id: spec for spec in processor.modalities.values() for type_id in spec["type_ids"]}
     sizes: dict[str, list[int]] = {}
     for kind, medium in media_parts(sample):
@@ -93,7 +94,7 @@ def _sizes(processor: MokaProcessor, sample: dict[str, Any]) -> dict[str, list[i
 
 
 def _split(length: int, sizes: list[int]) -> list[int]:
-    """``length`` as the next of ``sizes``, which it uses up; as it is where they do not add up to it."""
+    """Return ``length`` as the next of ``sizes``, which it uses up, or as it is if they do not add up to it."""
     taken: list[int] = []
     while sum(taken) < length and len(taken) < len(sizes):
         taken.append(sizes[len(taken)])
@@ -104,7 +105,7 @@ def _split(length: int, sizes: list[int]) -> list[int]:
 
 
 def show(rows: Sequence[Span], title: str, console: Console | None = None) -> None:
-    """Prints spans in colour, or as a plain table where the console has none (a pipe, ``NO_COLOR``)."""
+    """Print spans in colour, or as a plain table if the console has none (a pipe, ``NO_COLOR``)."""
     console = console or Console()
     if console.is_terminal and not console.no_color:
         console.print(Text(printable(title), style="bold"), soft_wrap=True)
@@ -117,7 +118,7 @@ def show(rows: Sequence[Span], title: str, console: Console | None = None) -> No
 
 
 def table(rows: Sequence[Span]) -> list[str]:
-    """One line a span, in columns, after a line of their names; the token comes last, as a JSON string."""
+    """Return one line a span, in columns, after a line of their names; the token comes last, as a JSON string."""
     cells = [_COLUMNS]
     for row in rows:
         at = str(row.start) if row.count == 1 else f"{row.start}-{row.start + row.count - 1}"
@@ -129,7 +130,7 @@ def table(rows: Sequence[Span]) -> list[str]:
 
 
 def counts(rows: Sequence[Span]) -> str:
-    """How many tokens of what, on one line."""
+    """Return how many tokens of what, on one line."""
     by_modality: Counter[str] = Counter()
     for row in rows:
         by_modality[row.modality] += row.count
@@ -140,24 +141,21 @@ def counts(rows: Sequence[Span]) -> str:
 
 
 def printable(text: str) -> str:
-    """Text that can do nothing to a terminal: control characters as escapes, line breaks and spaces as they are."""
+    """Return text that can do nothing to a terminal: control characters as escapes, line breaks and spaces as they are."""
     return "".join(c if c.isprintable() or c in " \n" else json.dumps(c)[1:-1] for c in text)
 
 
 def _coloured(rows: Sequence[Span]) -> Text:
-    text = Text()
-    group = 0
+    text, group = Text(), 0
     for row in rows:
-        if row.interaction != group and row.interaction:
-            text.append(_raised(row.interaction), style="dim")
+        if row.interaction not in (group, 0):
+            text.append(str(row.interaction).translate(_RAISED), style="dim")
         group = row.interaction
-        text.append(printable(row.text).replace("\n", "⏎\n"), style=_style(row))
+        is_question = row.modality == TEXT and row.interaction
+        background = _QUESTION if is_question else _BACKGROUND.get(row.modality, "reverse")
+        style = f"{background} {_LEARNT}".strip() if row.supervised else background
+        text.append(printable(row.text).replace("\n", "⏎\n"), style=style)
     return text
-
-
-def _style(row: Span) -> str:
-    background = _QUESTION if row.modality == TEXT and row.interaction else _BACKGROUND.get(row.modality, "reverse")
-    return f"{background} {_LEARNT}".strip() if row.supervised else background
 
 
 def _legend() -> Text:
@@ -167,7 +165,3 @@ def _legend() -> Text:
     text.append(" question (text that media interact with) ", style=_QUESTION).append(" ")
     text.append("supervised", style=_LEARNT).append("  ¹ group of the interaction\n")
     return text
-
-
-def _raised(number: int) -> str:
-    return str(number).translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"))

@@ -38,7 +38,7 @@ _MEDIA_LISTS = ("image", "images", "audio", "audios", "video", "videos")
 
 
 def check_sample(sample: Any, where: str, require_answer: bool = True) -> dict[str, Any]:
-    """Validates one sample and returns its normal form; the sample given is left unchanged.
+    """Check one sample and return its normal form; the sample given is left unchanged.
 
     Args:
         sample: a dict with ``messages``, and optionally ``id`` and ``category`` (strings). Other keys are kept as
@@ -85,7 +85,7 @@ def check_sample(sample: Any, where: str, require_answer: bool = True) -> dict[s
 
 
 def media_parts(sample: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The media of a checked sample in order of appearance, as ``(type, medium)`` pairs."""
+    """Return the media of a checked sample in order of appearance, as ``(type, medium)`` pairs."""
     for message in sample["messages"]:
         for part in message["content"]:
             if part["type"] in MEDIA:
@@ -93,7 +93,7 @@ def media_parts(sample: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def map_media(sample: dict[str, Any], change: Callable[[str, Any], Any]) -> dict[str, Any]:
-    """A copy of a checked sample in which every medium is replaced by ``change(type, medium)``."""
+    """Return a copy of a checked sample in which every medium is replaced by ``change(type, medium)``."""
 
     def mapped(part: dict[str, Any]) -> dict[str, Any]:
         kind = part["type"]
@@ -165,7 +165,7 @@ def _part(part: Any, where: str, field: str) -> dict[str, Any]:
 
 
 def _content(kind: str, value: Any, where: str, field: str) -> Any:
-    """The text or medium of a part, paths as strings."""
+    """Return the text or medium of a part, paths as strings."""
     if kind == "text":
         if not isinstance(value, str):
             _fail(where, field, f"is {_show(value)}; a string is expected. Quote it")

@@ -24,16 +24,17 @@ from typing import Any, Protocol
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
+from moka.data.dataset import absolute_paths, checked_root
+from moka.data.encoding import encode_sample
+from moka.data.formats.files import open_table, table_rows
 from moka.data.formats.general import ROW_MAKERS
-from moka.data.jsonl import parse_line
-from moka.data.media import BadMediaError, decode_sample
-from moka.data.media_io import file_problem
-from moka.data.records import RecordDataset, checked_root
+from moka.data.jsonl import parse_line, read_line
+from moka.data.media import MediaDecoding, UnusableError
+from moka.data.media_io import BadMediaError, file_problem
 from moka.data.schema import check_sample, map_media
 from moka.distributed import rank_and_world_size
 from moka.errors import MokaError
 from moka.io import append_jsonl
-from moka.modeling.processing import IGNORE, TooLongError
 
 DEFAULT_BUFFER = 1000  # samples that are shuffled with each other
 _WARM_UP = 100  # samples seen before the share of bad ones counts
@@ -50,7 +51,7 @@ class Source(Protocol):
         """Return the checked sample, media undecoded."""
 
 
-class JsonlLines(RecordDataset):
+class JsonlLines:
     """The lines of a JSONL file in the format of `moka.data.schema`.
 
     Args:
@@ -62,7 +63,7 @@ class JsonlLines(RecordDataset):
         self.path = Path(path)
         if problem := file_problem(self.path):
             raise MokaError(f"{self.path}: {problem}. Give a JSONL file, one sample a line.")
-        self.media_root = checked_root(self.path.parent if media_root is None else Path(media_root))
+        self.media_root = checked_root(self.path.parent if media_root is None else media_root)
 
     def references(self, order: np.random.Generator) -> Iterator[tuple[int, int]]:
         """Yield (line number, first byte) of every line that is not blank."""
@@ -77,10 +78,7 @@ class JsonlLines(RecordDataset):
         """Read and check one line."""
         number, offset = reference
         where = f"{self.path}:{number}"
-        with open(self.path, "rb") as file:
-            file.seek(offset)
-            sample = check_sample(parse_line(file.readline(), where), where)
-        return self.with_absolute_paths(sample, where)
+        return absolute_paths(check_sample(read_line(self.path, offset, where), where), self.media_root, where)
 
 
 @dataclass(frozen=True)
@@ -186,21 +184,11 @@ class TableRows:
 
     def __init__(self, format: str, make: Callable[[dict[str, Any]], dict[str, Any]], what: dict[str, Any]) -> None:
         self.format, self.make, self.what = format, make, what
-        try:
-            import datasets
-        except ImportError as error:
-            raise MokaError(f"Streaming {what['path']} needs `datasets`. Run: pip install 'moka-peft[data]'") from error
-        try:
-            self.rows: Any = datasets.load_dataset(**what, streaming=True).with_format("arrow")
-        except Exception as error:  # errors of the network, of pyarrow and of `datasets` have no common base
-            raise MokaError(
-                f"{what['path']}: cannot be opened by `datasets`: {' '.join(str(error).split())}"
-            ) from error
+        self.rows = open_table(what["path"], what, streaming=True)
 
     def references(self, order: np.random.Generator) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield every row, with the stored bytes of its media."""
-        rows = (row for table in self.rows for row in table.to_pylist())
-        yield from enumerate(rows, start=1)
+        yield from enumerate(table_rows(self.rows), start=1)
 
     def read(self, reference: tuple[int, dict[str, Any]]) -> dict[str, Any]:
         """Make a sample of a row."""
@@ -241,6 +229,7 @@ class SampleStream:
         self, sources: Sequence[Source], weights: Sequence[float], seed: int = 0, buffer: int = DEFAULT_BUFFER
     ) -> None:
         self.sources, self.seed, self.buffer = list(sources), seed, buffer
+        self.notes: tuple[str, ...] = ()
         self.weights = np.asarray(weights, float) / np.sum(weights)
 
     def __iter__(self) -> Iterator[tuple[Source, Any]]:
@@ -289,7 +278,7 @@ class EncodedStream(IterableDataset):
         processor: a ``MokaProcessor``.
         max_length: tokens; text is shortened to fit.
         batch_size: samples of a batch on one process.
-        decoding: arguments of `moka.data.media.decode_sample`.
+        decoding: how media become pictures and sound.
         on_bad_media: "error", or "skip" or "substitute", which are one here.
         budget: share of the samples whose media may be bad.
         report_path: a JSONL file that collects what was replaced.
@@ -301,13 +290,13 @@ class EncodedStream(IterableDataset):
         processor: Any,
         max_length: int | None,
         batch_size: int,
-        decoding: dict[str, Any] | None = None,
+        decoding: MediaDecoding | None = None,
         on_bad_media: str = "error",
         budget: float = 0.01,
         report_path: Path | None = None,
     ) -> None:
         self.stream, self.processor, self.max_length, self.batch_size = stream, processor, max_length, batch_size
-        self.decoding, self.on_bad_media, self.budget = decoding or {}, on_bad_media, budget
+        self.decoding, self.on_bad_media, self.budget = decoding or MediaDecoding(), on_bad_media, budget
         self.report_path = report_path
         self.start = 0  # batches of each process that an earlier part of the run has consumed
         self.share = rank_and_world_size()
@@ -325,7 +314,7 @@ class EncodedStream(IterableDataset):
             seen += 1
             try:
                 last = self._encode(source, reference)
-            except (BadMediaError, _UnusableError) as error:
+            except (BadMediaError, UnusableError) as error:
                 is_media = isinstance(error, BadMediaError)
                 if is_media and self.on_bad_media == "error":
                     raise
@@ -339,15 +328,11 @@ class EncodedStream(IterableDataset):
             yield last
 
     def _encode(self, source: Source, reference: Any) -> dict[str, Any]:
-        sample = decode_sample(source.read(reference), **self.decoding)
+        sample = self.decoding.decode_sample(source.read(reference))
         try:
-            encoded = self.processor.encode(sample["messages"], max_length=self.max_length, truncate=True)
-        except TooLongError as error:
-            raise _UnusableError(f"sample {sample['id']!r}: {error}") from error
-        if all(label == IGNORE for label in encoded["labels"]):
-            raise _UnusableError(f"sample {sample['id']!r}: no supervised token: the assistant's text is empty")
-        encoded.pop("cut_from", None)
-        return {**encoded, "sample_id": str(sample["id"])}
+            return encode_sample(self.processor, sample, self.max_length)[0]
+        except UnusableError as error:
+            raise UnusableError(f"sample {sample['id']!r}: {error}") from error
 
     def _report(self, position: int, reason: str) -> None:
         if self.report_path is not None:
@@ -366,43 +351,63 @@ class EncodedStream(IterableDataset):
         return f"streamed: the first {len(lengths)} samples take {np.mean(lengths):.0f} tokens on average, {max(lengths)} at most"
 
 
-class _UnusableError(Exception):
-    """A sample that has nothing to learn from, or cannot be made to fit."""
-
-
-def open_stream(
-    entries: Sequence[dict[str, Any]], open_samples: Any, *, seed: int, media_root: str | None
-) -> SampleStream:
-    """Open the entries of a mixture, of which one at least is streamed.
-
-    Args:
-        entries: ``{source, weight?, streaming?, buffer?}`` each.
-        open_samples: opens a source that is not streamed, as a map-style data set.
-    Raises:
-        MokaError: a source that cannot be streamed.
+@dataclass(frozen=True)
+class MixtureEntry:
+    """One source of a mixture: how often a sample comes from it, relative to the others; whether it is streamed, and how many of
+    its samples are then shuffled with each other.
     """
-    sources: list[Source] = []
-    for entry in entries:
-        source = entry["source"]
-        if isinstance(source, str) and is_tar(source):
-            sources.append(TarShards(source))
-        elif isinstance(source, str) and entry.get("streaming") and source.endswith((".jsonl", ".json")):
-            sources.append(JsonlLines(source, media_root))
-        elif isinstance(source, dict) and entry.get("streaming") and source.get("hub"):
+
+    source: str | dict
+    weight: float = 1.0
+    streaming: bool = False
+    buffer: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("source", "weight", "buffer"):
+            value = getattr(self, name)
+            if (value is not None and not value) or (name != "source" and value is not None and value < 0):
+                raise MokaError(
+                    f"data source {self.source!r}: {name} is {value!r}; allowed: a file, a task or a format, and numbers above 0."
+                )
+
+    @property
+    def streamed(self) -> bool:
+        return self.streaming or is_tar(self.source)
+
+    def open(self, open_samples: Any, media_root: str | None) -> Source:
+        """Open the source as a stream reads it.
+
+        Args:
+            open_samples: opens one that is not streamed, as a map-style data set.
+
+        Raises:
+            MokaError: a source that cannot be streamed.
+        """
+        source = self.source
+        if not self.streamed:
+            return MappedSamples(open_samples(source))
+        if isinstance(source, dict) and source.get("hub"):
             name = str(source.get("format"))
             if name not in ROW_MAKERS:
                 raise MokaError(f"streaming: format {name!r} is not known; allowed are {', '.join(ROW_MAKERS)}.")
             what = {"path": source["hub"], "name": source.get("config"), "split": source.get("split", "train")}
-            sources.append(TableRows(name, ROW_MAKERS[name], what))
-        elif entry.get("streaming"):
-            raise MokaError(
-                f"streaming: {source!r} cannot be streamed; a JSONL file, tar shards (*.tar) or a format with hub can."
-            )
-        else:
-            sources.append(MappedSamples(open_samples(source)))
-    buffers = [int(entry["buffer"]) for entry in entries if entry.get("buffer") is not None]
-    weights = [float(entry.get("weight", 1.0)) for entry in entries]
-    return SampleStream(sources, weights, seed, min(buffers, default=DEFAULT_BUFFER))
+            return TableRows(name, ROW_MAKERS[name], what)
+        if is_tar(source):
+            return TarShards(str(source))
+        if isinstance(source, str) and source.endswith((".jsonl", ".json")):
+            return JsonlLines(source, media_root)
+        raise MokaError(
+            f"streaming: {source!r} cannot be streamed; a JSONL file, tar shards (*.tar) or a format with hub can."
+        )
+
+
+def open_stream(
+    entries: Sequence[MixtureEntry], open_samples: Any, *, seed: int, media_root: str | None
+) -> SampleStream:
+    """Open the entries of a mixture, of which one at least is streamed, as `MixtureEntry.open` does."""
+    sources = [entry.open(open_samples, media_root) for entry in entries]
+    buffers = [entry.buffer for entry in entries if entry.buffer is not None]
+    return SampleStream(sources, [entry.weight for entry in entries], seed, min(buffers, default=DEFAULT_BUFFER))
 
 
 def is_tar(source: Any) -> bool:

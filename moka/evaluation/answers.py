@@ -19,7 +19,7 @@ import transformers
 from tqdm import tqdm
 
 import moka
-from moka.data.media import BadMediaError, decode_sample
+from moka.data.media_io import BadMediaError
 from moka.distributed import all_gather_object, broadcast_from_main, collective_errors, is_main, rank_and_world_size
 from moka.errors import MokaError
 from moka.inference import LoadedModel
@@ -161,7 +161,7 @@ def answer(
         record = unanswered(sample)
         records.append(record)
         try:
-            decoded = decode_sample(sample, **loaded.decoding)
+            decoded = loaded.decoding.decode_sample(sample)
         except BadMediaError as error:
             if not tolerate_bad_media:
                 raise

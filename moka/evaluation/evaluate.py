@@ -45,8 +45,7 @@ def open_questions(source: Any, split: Any, media_root: str | None = None) -> An
         MokaError: a file is missing.
     """
     samples = open_samples(source, split, media_root=media_root)
-    if hasattr(samples, "missing_media"):  # those of embedded tasks are decoded
-        check_files(samples)
+    check_files(samples)
     return samples
 
 

@@ -28,10 +28,10 @@ from transformers.pytorch_utils import Conv1D
 
 from moka.adapter import MokaConfig, MokaLinear
 from moka.adapter.config import TEXT
-from moka.data import resolve_backbone
 from moka.errors import MokaError, nearest
 from moka.inference import LoadedModel
 from moka.io import read_json, write_json
+from moka.modeling.build import resolve_backbone
 from moka.modeling.model import fingerprint
 from moka.training.run_dir import ADAPTER, MODEL_CONFIG, save_adapter
 

@@ -12,9 +12,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from moka.adapter.config import TEXT
-from moka.data import check_sample, decode_sample
+from moka.data import check_sample
 from moka.data.jsonl import JsonlDataset
-from moka.data.media import BadMediaError
+from moka.data.media_io import BadMediaError
 from moka.errors import MokaError
 from moka.inference import LoadedModel, load
 
@@ -111,7 +111,7 @@ def _own_probes(live: LoadedModel, samples: JsonlDataset) -> list[Probe]:
     for index in range(min(MAX_SAMPLES, len(samples))):
         sample = check_sample(samples[index], f"{samples.path}, sample {index + 1}", require_answer=False)
         try:
-            messages = decode_sample(sample)["messages"]
+            messages = live.decoding.decode_sample(sample)["messages"]
         except BadMediaError as error:
             raise MokaError(f"{samples.path}: {error.file}: {error.reason}") from error
         batch = live.processor.pad([live.processor.encode(messages, max_length=live.context)])

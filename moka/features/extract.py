@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from moka.data.media import DecodedDataset, decode_medium
+from moka.data.dataset import BAR_AFTER_S
+from moka.data.media import DecodedDataset
 from moka.data.media_io import BadMediaError, file_problem
 from moka.data.media_validation import usable_cores
-from moka.data.records import BAR_AFTER_S
 from moka.data.schema import media_parts
 from moka.distributed import all_reduce_any, is_main, rank_and_world_size, run_on_all
 from moka.errors import MokaError
@@ -245,7 +245,6 @@ class Filler:
 
     def _values(self, medium: _Medium) -> np.ndarray:
         """Return what the encoder takes of a medium: float32 [items, ...]."""
-        source = self.samples
-        decoded = decode_medium(medium.kind, medium.value, source.video_frames, source.audio_windows)
+        decoded = self.samples.decoding.with_features(None).decode(medium.kind, medium.value)
         items = decoded if isinstance(decoded, (list, tuple)) else [decoded]
         return np.stack([np.asarray(medium.job.front_end(item), np.float32) for item in items])

@@ -12,9 +12,9 @@ from typing import Any
 from tqdm import tqdm
 
 from moka.config import DataSection
-from moka.data.media import DecodedDataset
+from moka.data.dataset import BAR_AFTER_S
+from moka.data.media import DecodedDataset, MediaDecoding
 from moka.data.media_io import BadMediaError
-from moka.data.records import BAR_AFTER_S
 from moka.data.schema import media_parts
 from moka.distributed import print_main
 from moka.errors import MokaError, NotCachedError, counted
@@ -59,6 +59,7 @@ def feature_settings(encoder: Encoder, front_end: Any, kinds: list[str], data: D
         decoding["video_frames"] = data.video_frames
     if "audio" in kinds:
         decoding["audio_windows"] = data.audio_windows
+        decoding |= {"audio_track": data.audio_track} if data.audio_track else {}
     return {
         "encoder": configuration,
         "weights_sha256": weights_sha256(encoder),
@@ -91,9 +92,8 @@ def with_features(samples: Any, features: FeatureCache | None) -> Any:
     if features is None:
         return samples
     if not isinstance(samples, DecodedDataset):
-        return DecodedDataset(samples, features=features)  # of an embedded task
-    samples.features = features
-    return samples
+        return DecodedDataset(samples, MediaDecoding(features=features))  # of an embedded task
+    return samples.with_features(features)
 
 
 def check_features(samples: DecodedDataset, name: str, share: tuple[int, int] = (0, 1)) -> None:
@@ -105,7 +105,7 @@ def check_features(samples: DecodedDataset, name: str, share: tuple[int, int] = 
     Raises:
         MokaError: features that are not there; names the sample.
     """
-    features = samples.features
+    features = samples.decoding.features
     known: set[tuple[str, str]] = set()
     assert features is not None
     mine = range(share[0], len(samples), share[1])
@@ -125,7 +125,7 @@ def check_features(samples: DecodedDataset, name: str, share: tuple[int, int] = 
 
 def note_moved(datasets: Iterable[Any], share: tuple[int, int]) -> None:
     """Say how many files this process had to read to know them, as each process and loader worker has to in training."""
-    caches = [getattr(samples, "features", None) for samples in datasets]
+    caches = [samples.decoding.features for samples in datasets if isinstance(samples, DecodedDataset)]
     moved = sum(chosen.moved for chosen in {one for cache in caches if cache for one in cache.sets.values()})
     if moved:
         print_main(

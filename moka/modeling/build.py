@@ -6,6 +6,7 @@ import copy
 import re
 import warnings
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,6 @@ from moka.adapter.config import DEFAULT_MODALITIES, TEXT
 from moka.adapter.targets import fill_targets
 from moka.adapter.text_decoder import coverage
 from moka.config import MOKA_ONLY, ModelSection, RunConfig, adapter_settings
-from moka.data import resolve_backbone
 from moka.errors import MokaError
 from moka.modeling import MokaForConditionalGeneration, MokaProcessor
 from moka.modeling.configuration import MokaModelConfig
@@ -30,6 +30,15 @@ from moka.modeling.quantization import logical_numel
 
 from .artifacts import load_connector, trained_parts
 from .sharding import fsdp_requested, without_sharding, zero_stage
+
+
+def resolve_backbone(name: str | Path) -> str | Path:
+    """Return the Hugging Face model folder of an embedded or tiny backbone, prepared on first use; any other name unchanged."""
+    if not str(name).startswith(("embedded:", "tiny:")):
+        return name
+    from moka.demo.embedded import resolve_backbone as prepare  # the embedded assets are known by name only
+
+    return prepare(name)
 
 
 def choose_dtype(name: str) -> torch.dtype:

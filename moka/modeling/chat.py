@@ -9,6 +9,11 @@ from __future__ import annotations
 
 import os
 import re
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from moka.errors import MokaError, nearest
@@ -18,6 +23,11 @@ from .configuration import MEDIA_TYPE_IDS
 # Private-use characters: they survive a template's `trim` and stand in no real text of a template.
 _OPEN, _CLOSE = "\ue000", "\ue001"
 _MARK = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
+
+# A chat template comes with a checkpoint, and is a program.
+MAX_TEMPLATE_SECONDS = 10.0
+MAX_TEMPLATE_BYTES = 1 << 30
+_TICK_S = 0.05
 
 TEMPLATES = {
     # ChatML without the default system prompt that some models add: short prompts for small machines.
@@ -81,14 +91,18 @@ def segments(messages: list[dict], tokenizer, template: str | None, add_generati
             parts.append(_segment(part, role, turn))
         marked.append({"role": role, "content": marks})
     try:
-        rendered = tokenizer.apply_chat_template(
-            marked,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt and not opens_answer,
-            chat_template=template,
-        )
+        with _limits():
+            rendered = tokenizer.apply_chat_template(
+                marked,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt and not opens_answer,
+                chat_template=template,
+            )
     except Exception as error:  # a template is a program: it divides by zero, recurses, or raises on purpose
-        raise MokaError(f"The chat template refuses these messages: {error}") from error
+        raise MokaError(
+            f"The chat template refuses these messages: {str(error) or type(error).__name__}. Choose another with the template "
+            f"setting: {', '.join(TEMPLATES)}, or Jinja text."
+        ) from error
     pieces = _MARK.split(rendered)  # scaffold, number, scaffold, number, ..., scaffold
     order = [int(number) for number in pieces[1::2]]
     if order != list(range(len(parts))):
@@ -104,6 +118,44 @@ def segments(messages: list[dict], tokenizer, template: str | None, add_generati
         if scaffold:
             result.append(Segment("template", parts[number].turn, scaffold))
     return result
+
+
+@contextmanager
+def _limits() -> Iterator[None]:
+    """End what a template does after `MAX_TEMPLATE_SECONDS`, or once it has taken `MAX_TEMPLATE_BYTES`.
+
+    transformers runs templates in Jinja's sandbox, which keeps them from files and attributes, but not from looping. Only the
+    main thread of a process can be interrupted so (also that of a data loader's worker); elsewhere there is no limit.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+    end, at_first = time.monotonic() + MAX_TEMPLATE_SECONDS, 0
+
+    def check(signum: int, frame: object) -> None:
+        nonlocal at_first
+        at_first = at_first or _memory()  # at the first tick, which most templates never see
+        if time.monotonic() > end:
+            raise TimeoutError(f"it takes longer than MAX_TEMPLATE_SECONDS ({MAX_TEMPLATE_SECONDS:g} s)")
+        if _memory() > at_first + MAX_TEMPLATE_BYTES:
+            raise MemoryError(f"it takes more memory than MAX_TEMPLATE_BYTES ({MAX_TEMPLATE_BYTES:,})")
+
+    before = signal.signal(signal.SIGALRM, check)
+    timer = signal.setitimer(signal.ITIMER_REAL, _TICK_S, _TICK_S)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _memory() -> int:
+    """Return the bytes of this process in memory, or 0 if the system does not say."""
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
 
 
 def _check_messages(messages: list[dict]) -> None:
@@ -135,7 +187,7 @@ def _segment(part: dict, role: str, turn: int) -> Segment:
         if isinstance(one, (str, os.PathLike)):
             raise MokaError(
                 f"The processor takes decoded media, and got the path {str(one)!r}; decode it with "
-                "moka.data.media.decode_sample, or use moka.load(...).generate, which does."
+                "moka.data.MediaDecoding().decode_sample, or use moka.load(...).generate, which does."
             )
     return Segment(role, turn, medium=kind, value=value)
 

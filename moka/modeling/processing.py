@@ -42,8 +42,8 @@ class MokaProcessor:
         chat_template: "chatml", "bare", "plain", Jinja text, or None for the tokenizer's own.
         interaction: "own_turn": a medium interacts with the question of its own user turn (default);
             "first_turn": with the first question of the chat.
-        decoding: how media files are to be decoded for it, as it was in training: {"video_frames": pictures of a video,
-            "audio_windows": fields of ``moka.data.media.AudioWindows`` or None}. The processor only remembers it.
+        decoding: how media files are to be decoded for it, as it was in training: what
+            ``moka.data.media.MediaDecoding.to_dict`` gives. The processor only remembers it.
     """
 
     def __init__(

@@ -117,7 +117,7 @@ def data_fingerprint(dataset: Any) -> dict[str, Any] | None:
     encoded = dataset.dataset if isinstance(dataset, PackedDataset) else dataset
     if not isinstance(encoded, EncodedDataset):
         return None
-    samples, _ = undecoded(encoded.samples)
+    samples, _ = undecoded(encoded.dataset)
     chosen = np.unique(np.linspace(0, len(samples) - 1, min(_FINGERPRINTED, len(samples))).astype(int))
     ids = [str(samples[int(index)].get("id", index)) for index in chosen]
     return {"samples": len(samples), "ids": hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]}

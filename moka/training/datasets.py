@@ -10,9 +10,10 @@ from tqdm import tqdm
 
 from moka.config import RunConfig
 from moka.data import open_source, sources
-from moka.data.media import DecodedDataset
-from moka.data.media_validation import SkipReport, Subset, find_usable, read_usable
-from moka.data.records import BAR_AFTER_S
+from moka.data.dataset import BAR_AFTER_S, where_of
+from moka.data.lengths import undecoded
+from moka.data.media import BadMediaPolicy, DecodedDataset, MediaDecoding
+from moka.data.media_validation import SkipReport, find_usable, read_usable
 from moka.data.streaming import SampleStream
 from moka.errors import MokaError, counted
 from moka.features.cache import FeatureCache
@@ -41,10 +42,8 @@ def open_data(config: RunConfig, reports: Path | None = None, features: FeatureC
             size=size,
             seed=config.data_seed(stage),
             media_root=data.media_root,
-            on_bad_media=data.on_bad_media,
-            bad_media_budget=data.bad_media_budget,
-            video_frames=data.video_frames,
-            audio_windows=data.audio_windows,
+            decoding=MediaDecoding.of(data),
+            policy=BadMediaPolicy(data.on_bad_media, data.bad_media_budget),
             report_path=None if reports is None else bad_media_report(reports, name),
             look_for_files=False,
         )
@@ -82,10 +81,7 @@ def try_media(
         if resume and path.exists():
             reports[name] = read_usable(path, len(samples), **settings)
         else:
-            decoding: dict[str, Any] = {
-                name: getattr(samples, name) for name in ("video_frames", "audio_windows", "features")
-            }
-            reports[name] = find_usable(samples.dataset, **settings, **decoding, share=share)
+            reports[name] = find_usable(samples.dataset, **settings, decoding=samples.decoding, share=share)
     note_moved(datasets.values(), share)
     return reports
 
@@ -139,17 +135,14 @@ def check_chats(datasets: dict[str, Any], config: RunConfig, processor: MokaProc
     for name, samples in datasets.items():
         if isinstance(samples, SampleStream) or sources.is_embedded(getattr(config.data, name)):
             continue
-        chosen = samples.indices if isinstance(samples, Subset) else range(len(samples))
-        undecoded = samples.dataset if isinstance(samples, Subset) else samples
-        while isinstance(undecoded, DecodedDataset):
-            undecoded = undecoded.dataset
+        chats, _ = undecoded(samples)
         refused, first = 0, ""
-        numbers = [int(index) for index in chosen[share[0] :: share[1]]]
+        numbers = range(share[0], len(chats), share[1])
         for index in tqdm(numbers, f"checking chats of data.{name}", unit="sample", delay=BAR_AFTER_S, leave=False):
             try:
-                processor.check_chat(undecoded[index]["messages"])
+                processor.check_chat(chats[index]["messages"])
             except MokaError as error:
-                refused, first = refused + 1, first or f"{sources.where_of(undecoded, index)}: {error}"
+                refused, first = refused + 1, first or f"{where_of(chats, index)}: {error}"
                 if config.data.on_bad_media == "error":
                     raise MokaError(first) from error
         if refused:

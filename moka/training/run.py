@@ -12,8 +12,7 @@ from peft import PeftModel
 from transformers.trainer_utils import IntervalStrategy
 
 from moka.config import DATA, SECTIONS, RunConfig
-from moka.data import Collator, EncodedDataset
-from moka.data.media import AudioWindows
+from moka.data import Collator, EncodedDataset, MediaDecoding
 from moka.data.streaming import EncodedStream, SampleStream
 from moka.distributed import broadcast_from_main, collective_errors, is_main, print_main, run_on_all, run_on_main
 from moka.errors import MokaError, counted
@@ -96,7 +95,7 @@ def _encoded(run: Run, samples: Any, arguments: Any, report: Path) -> EncodedDat
         run.processor,
         run.max_length,
         arguments.per_device_train_batch_size,
-        decoding={"video_frames": data.video_frames, "audio_windows": AudioWindows.from_dict(data.audio_windows)},
+        decoding=MediaDecoding.of(data),
         on_bad_media=data.on_bad_media,
         budget=data.bad_media_budget,
         report_path=report,

@@ -15,10 +15,9 @@ import torch
 from transformers import TrainingArguments
 
 from moka.config import SECTIONS, MokaTrainingArguments, RunConfig, check_complete
-from moka.data import EncodedDataset, resolve_backbone
-from moka.data.media import BadMediaError
-from moka.data.media_validation import SkipReport, Subset, joined
-from moka.data.sources import notes_of
+from moka.data import EncodedDataset, MediaDecoding
+from moka.data.media_io import BadMediaError
+from moka.data.media_validation import SkipReport, joined
 from moka.data.streaming import EncodedStream, SampleStream
 from moka.distributed import (
     all_gather_object,
@@ -38,6 +37,7 @@ from moka.modeling.build import (
     build_for_stage_two,
     check_not_sharded,
     context_length,
+    resolve_backbone,
 )
 
 from .arguments import training_arguments
@@ -114,7 +114,7 @@ def _open_run(config: RunConfig, folder: RunFolder, resume: bool, overwrite: boo
     run_on_all(lambda: resolve_backbone(config.model.backbone), main_first=True)
     datasets = run_on_all(lambda: open_data(config), main_first=True)
     run_on_all(lambda: check_files(datasets, config, rank_and_world_size()))
-    for note in dict.fromkeys(note for samples in datasets.values() for note in notes_of(samples)):
+    for note in dict.fromkeys(note for samples in datasets.values() for note in samples.notes):
         print_main(f"note: {note}")
     run = run_on_all(lambda: _prepare(config, folder, arguments, resume, datasets))
     tried = _leave_out(run.datasets, config, folder, resume)
@@ -146,7 +146,7 @@ def _leave_out(datasets: dict[str, Any], config: RunConfig, folder: RunFolder, r
     )
     tried = run_on_all(lambda: {name: joined([part[name] for part in parts]) for name in parts[0]})
     for name, report in tried.items():
-        datasets[name] = Subset(datasets[name], report.indices)
+        datasets[name] = datasets[name].select(report.indices)
         print_main(report.summary())
     return tried
 
@@ -161,7 +161,7 @@ def _prepare(
     """The model, after everything was tried that can be tried before training."""
     draw_seed(config, config.stages[0])
     model, processor = build_for_stage_two(config)
-    processor.decoding = {"video_frames": config.data.video_frames, "audio_windows": config.data.audio_windows}
+    processor.decoding = MediaDecoding.of(config.data).to_dict()
     run = Run(config, folder, arguments, resume, datasets, model, processor)
     if 2 in config.stages:
         _check_adapter_size(config, adapter_parameters(model, config.adapter), arguments[2])

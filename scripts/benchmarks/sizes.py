@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
 from moka import MokaError
-from moka.data import resolve_backbone
+from moka.modeling.build import resolve_backbone
 
 PREFIX = "random:"
 EMBEDDED = "embedded:smollm2-135m"

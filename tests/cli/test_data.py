@@ -14,7 +14,8 @@ from PIL import Image
 
 from moka.data.convert import convert
 from moka.data.jsonl import JsonlDataset
-from moka.data.media import decode_sample, load_audio
+from moka.data.media import MediaDecoding
+from moka.data.media_io import load_audio
 from moka.data.schema import media_parts
 from moka.data.sources import open_samples
 from moka.errors import MokaError
@@ -97,6 +98,12 @@ def test_windows_and_frames_of_the_configuration_are_used(moka, config, tmp_path
     assert set(report["media_tokens"].values()) == {2 + 4 * 2}  # two tokens an item
 
 
+def test_the_track_of_the_configuration_is_the_one_that_is_tried(moka, config):
+    done = moka("data", "check", config, "data.audio_track=1")
+    assert done.code == 1
+    assert "audio track 1" in " ".join(done.out.split())
+
+
 def test_what_a_format_leaves_out_is_reported_of_joined_sources_too(moka, config, folder):
     talk = [{"from": "human", "value": "<image>\nwhich"}, {"from": "gpt", "value": "one"}]
     records = [{"id": f"r{kind}", kind: f"0.{kind}", "conversations": talk} for kind in ("image", "video")]
@@ -151,7 +158,7 @@ def test_show_marks_exactly_what_is_learnt(moka, config, folder):
     assert done.code == 0, done.err[-500:]
     assert "data.train[3]: sample 's3', category 'odd'" in done.out
     _, processor = build.build_processor(config_from_dict(yaml.safe_load(config.read_text())).model)
-    sample = decode_sample(JsonlDataset(folder / "data.jsonl")[3])
+    sample = MediaDecoding().decode_sample(JsonlDataset(folder / "data.jsonl")[3])
     labels = processor.encode(sample["messages"])["labels"]
     assert labels_shown(done.out) == [label != -100 for label in labels]
     assert "<image x2>" in done.out
@@ -173,13 +180,13 @@ def test_a_converted_jsonl_has_the_same_samples_and_needs_the_old_folder_no_more
     (folder / "deep").mkdir()
     (folder / "0.png").rename(folder / "deep/0.png")
     spoil(folder, lambda lines: lines[0]["messages"][0]["content"][0].update(image="deep/0.png"))
-    before = [decode_sample(sample) for sample in iterate(JsonlDataset(folder / "data.jsonl"))]
+    before = [MediaDecoding().decode_sample(sample) for sample in iterate(JsonlDataset(folder / "data.jsonl"))]
     done = moka("data", "convert", folder / "data.jsonl", "--output", tmp_path / "made", "--media", mode)
     assert done.code == 0, done.err[-500:]
     if mode == "link":
         assert (tmp_path / "made/media/1.png").samefile(folder / "1.png")
     shutil.rmtree(folder)
-    after = [decode_sample(sample) for sample in iterate(JsonlDataset(tmp_path / "made/data.jsonl"))]
+    after = [MediaDecoding().decode_sample(sample) for sample in iterate(JsonlDataset(tmp_path / "made/data.jsonl"))]
     assert (tmp_path / "made/media/deep/0.png").is_file()
     assert len(before) == len(after) == 8
     for one, other in zip(before, after, strict=True):
@@ -212,7 +219,7 @@ def test_an_embedded_task_is_converted_without_loss(moka, tmp_path):
     assert len(theirs) == 6
     assert "CC BY-SA 4.0" in (tmp_path / "made/ATTRIBUTION.md").read_text("utf-8")
     for one, other in zip(iterate(ours), iterate(theirs), strict=True):
-        assert_same(one, decode_sample(other))
+        assert_same(one, MediaDecoding().decode_sample(other))
 
 
 def test_media_that_stay_are_named_from_their_root(moka, folder, tmp_path):

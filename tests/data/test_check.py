@@ -13,6 +13,7 @@ from moka.data.audio_segments import AudioWindows
 from moka.data.check import CheckReport, check_samples, spread
 from moka.data.convert import write_manifest
 from moka.data.jsonl import JsonlDataset
+from moka.data.media import MediaDecoding
 from moka.data.sources import open_samples
 from moka.errors import MokaError
 from moka.modeling import MokaProcessor
@@ -72,9 +73,7 @@ def test_a_clean_set_has_no_problem_and_its_figures_are_those_of_the_encoded_sam
 
 
 def open_samples_decoded(samples):
-    from moka.data.media import decode_sample
-
-    return [decode_sample(samples[i]) for i in range(len(samples))]
+    return [MediaDecoding().decode_sample(samples[i]) for i in range(len(samples))]
 
 
 def test_every_kind_of_problem_is_found_in_one_pass_with_its_place(folder, processor):
@@ -138,7 +137,7 @@ def test_a_video_without_sound_is_a_problem_only_where_its_sound_is_asked_for(tm
         tiny_tokenizer, {"visual": visual, "audio": AUDIO}, len(tiny_tokenizer), chat_template="chatml"
     )
     samples = write(tmp_path, [line(0, video="silent.mp4"), line(1, video="silent.mp4", audio="silent.mp4")])
-    report = check_samples(samples, processor, video_frames=4)
+    report = check_samples(samples, processor, decoding=MediaDecoding(4))
     assert report.good == [0]
     assert report.media_tokens == [4 * 2]
     assert "silent.mp4: has no audio stream (it has video)" in report.problems[0].text
@@ -153,7 +152,7 @@ def test_clips_longer_than_the_encoder_takes_are_counted_and_windows_cure_them(f
     assert report.cut == 1  # the file, not the samples
     assert report.good == list(range(8))
     windows = AudioWindows(count=3, seconds=0.1, every=0.1)
-    report = check_samples(samples, processor, encoders=encoders, audio_windows=windows)
+    report = check_samples(samples, processor, encoders=encoders, decoding=MediaDecoding(audio_windows=windows))
     assert report.cut == 0
     assert report.media_tokens == [2 + 3 * 3] * 6 + [3 * 3] * 2
 
@@ -183,7 +182,9 @@ def test_a_template_that_refuses_a_chat_is_reported_with_the_sample(folder, tiny
 def test_windows_of_ready_made_features_stop_the_check(tmp_path, processor):
     np.save(tmp_path / "x.npy", np.ones((5, 13)))
     with pytest.raises(MokaError, match="ready-made features"):
-        check_samples(write(tmp_path, [line(0, audio="x.npy")]), processor, audio_windows=AudioWindows())
+        check_samples(
+            write(tmp_path, [line(0, audio="x.npy")]), processor, decoding=MediaDecoding(audio_windows=AudioWindows())
+        )
 
 
 def test_the_manifest_has_exactly_the_good_samples_and_reads_the_same(folder, processor, tmp_path_factory):

@@ -10,9 +10,8 @@ import pytest
 import soundfile
 from PIL import Image
 
+from moka.data import BadMediaPolicy, EncodedDataset, MediaDecoding, open_source
 from moka.data.lengths import count_lengths, joined_lengths, lengths_key, read_lengths, save_lengths
-from moka.data.media_validation import Subset
-from moka.data.sources import EncodedDataset, open_source
 from moka.errors import MokaError
 from moka.modeling import MokaProcessor
 
@@ -100,7 +99,7 @@ def assert_as_encoded(lengths, dataset):
 @pytest.mark.parametrize("frames", [2, 5])
 @pytest.mark.parametrize("limit", [None, 52])
 def test_real_media_of_every_kind(folder, processor, frames, limit):
-    dataset = encoded_dataset(folder / "train.jsonl", processor, limit, video_frames=frames)
+    dataset = encoded_dataset(folder / "train.jsonl", processor, limit, decoding=MediaDecoding(frames))
     lengths = lengths_of(dataset)
     assert_as_encoded(lengths, dataset)
     assert len(set(lengths.tokens.tolist())) > 4
@@ -112,7 +111,9 @@ def test_sound_in_windows(folder, processor, tmp_path):
     full = [line for line in (folder / "train.jsonl").read_text().splitlines() if ".npy" not in line]
     path = tmp_path / "sounds.jsonl"
     path.write_text("\n".join(full))
-    dataset = encoded_dataset(path, processor, media_root=str(folder), audio_windows=WINDOWS)
+    dataset = encoded_dataset(
+        path, processor, media_root=str(folder), decoding=MediaDecoding.of({"audio_windows": WINDOWS})
+    )
     lengths = lengths_of(dataset)
     assert_as_encoded(lengths, dataset)
     assert set(lengths.items["audio"].tolist()) == {0, 3}
@@ -137,9 +138,9 @@ def test_samples_with_decoded_media_are_counted_as_they_are(processor):
 
 def test_joined_sources_and_samples_left_out(folder, processor):
     one = str(folder / "train.jsonl")
-    joined = open_source([one, one], "train", on_bad_media="skip")
+    joined = open_source([one, one], "train", policy=BadMediaPolicy("skip"))
     left = [0, 3, 5, 17, 18, 30]
-    dataset = EncodedDataset(Subset(joined, left), processor, None)
+    dataset = EncodedDataset(joined.select(left), processor, None)
     lengths = lengths_of(dataset)
     assert_as_encoded(lengths, dataset)
     assert (lengths.tokens == lengths_of(EncodedDataset(joined, processor, None)).tokens[left]).all()
@@ -147,7 +148,7 @@ def test_joined_sources_and_samples_left_out(folder, processor):
 
 def test_a_sample_that_cannot_be_used_has_the_length_of_its_stand_in(folder, processor):
     # The samples with four media do not fit, whatever is cut of their text.
-    dataset = encoded_dataset(folder / "train.jsonl", processor, 57, video_frames=20)
+    dataset = encoded_dataset(folder / "train.jsonl", processor, 57, decoding=MediaDecoding(20))
     lengths = lengths_of(dataset)
     assert_as_encoded(lengths, dataset)
     assert {4, 10, 16} <= set(dataset.dropped) < set(range(len(dataset)))
@@ -184,7 +185,7 @@ def test_lengths_are_read_back_and_those_of_other_data_refused(folder, processor
     changed.write_text(source.read_text().replace("spoken?", "spoken loudly?"))
     others = [
         encoded_dataset(source, processor, 60),
-        encoded_dataset(source, processor, video_frames=3),
+        encoded_dataset(source, processor, decoding=MediaDecoding(3)),
         encoded_dataset(source, processor, size=9),
         encoded_dataset(changed, processor, media_root=str(folder)),
     ]

@@ -1,10 +1,6 @@
-"""Decoding of real small files: what sounds and moves arrives right, and each bad file is one line with its name."""
-
-from __future__ import annotations
+"""Samples with decoded media, and what is done about files that cannot be used."""
 
 import json
-import os
-import sys
 from fractions import Fraction
 
 import av
@@ -13,336 +9,22 @@ import pytest
 import soundfile
 from PIL import Image
 
-from moka.data.media import (
-    AudioWindows,
-    BadMediaError,
-    BadMediaPolicy,
-    DecodedDataset,
-    audio_windows,
-    decode_sample,
-    load_audio,
-    load_features,
-    load_image,
-    load_video,
-)
+from moka.config import DataSection
+from moka.data.audio_segments import AudioWindows
+from moka.data.media import BadMediaPolicy, DecodedDataset, MediaDecoding, SampleReport
+from moka.data.media_io import BadMediaError
 from moka.data.schema import check_sample, media_parts
 from moka.errors import MokaError
 from moka.modeling.media import AudioFeatures, Waveform
 
-TONE_HZ = 440
-CLOCKWISE = (0, 65536, 0, -65536, 0, 0, 0, 0, 1 << 30)  # QuickTime's matrix of a phone kept upright
+
+def write_sound(path, seconds=0.5, rate=8000):
+    soundfile.write(path, np.sin(np.arange(int(seconds * rate))).astype(np.float32) / 2, rate)
 
 
-def tone(seconds, rate, amplitude=0.5):
-    return (amplitude * np.sin(2 * np.pi * TONE_HZ * np.arange(int(seconds * rate)) / rate)).astype(np.float32)
-
-
-def peak_hz(waveform):
-    spectrum = np.abs(np.fft.rfft(waveform.samples))
-    return spectrum.argmax() * waveform.rate / waveform.samples.size
-
-
-def grey_ramp(count):
-    """Frames [48, 64, 3] from dark to bright: the mean of an image says which one it is."""
-    return [np.full((48, 64, 3), 20 + 200 * i // count, np.uint8) for i in range(count)]
-
-
-def write_video(path, frames, rate=5, codec="libx264", gop=250, sound=None, matrix=None, options=None):
-    """A video, with a sine of ``sound`` = (codec, Hz) if given."""
-    with av.open(str(path), "w", options=options or {}) as container:
-        video = container.add_stream(codec, rate=rate)
-        video.width, video.height, video.pix_fmt, video.gop_size = 64, 48, "yuv420p", gop
-        if matrix:
-            video.set_display_matrix(matrix)
-        if sound:
-            audio = container.add_stream(sound[0], rate=sound[1], layout="mono")
-        for frame in frames:
-            container.mux(video.encode(av.VideoFrame.from_ndarray(frame)))
-        container.mux(video.encode(None))
-        if sound:
-            samples = tone(len(frames) / rate, sound[1])[None]
-            for at in range(0, samples.shape[1], 960):
-                block = np.ascontiguousarray(samples[:, at : at + 960])
-                frame = av.AudioFrame.from_ndarray(block, format="fltp", layout="mono")
-                frame.rate, frame.pts, frame.time_base = sound[1], at, Fraction(1, sound[1])
-                container.mux(audio.encode(frame))
-            container.mux(audio.encode(None))
-    return path
-
-
-def means(images):
-    return np.array([np.asarray(image).mean() for image in images])
-
-
-@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "1", "I;16"])
-def test_an_image_keeps_its_mode_and_pixels(tmp_path, mode):
-    pixels = np.arange(30, dtype=np.uint8).reshape(5, 6) * 8
-    made = Image.fromarray(pixels.astype(np.uint16)) if mode == "I;16" else Image.fromarray(pixels).convert(mode)
-    made.save(tmp_path / "x.png")
-    image = load_image(tmp_path / "x.png")
-    assert image.mode == made.mode
-    np.testing.assert_array_equal(np.asarray(image), np.asarray(made))
-
-
-def test_exif_orientation_is_applied(tmp_path):
-    pixels = np.zeros((16, 32, 3), np.uint8)
-    pixels[:, :16] = 255  # bright on the left
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be shown turned clockwise by a quarter
-    Image.fromarray(pixels).save(tmp_path / "x.jpg", exif=exif, quality=95)
-    image = load_image(tmp_path / "x.jpg")
-    assert image.size == (16, 32)
-    shown = np.asarray(image)
-    assert shown[:12].mean() > 240  # left has become top
-    assert shown[20:].mean() < 15
-
-
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_an_image_with_too_many_pixels_is_refused(tmp_path, monkeypatch):
-    Image.new("1", (400, 300)).save(tmp_path / "bomb.png")
-    for limit in (100_000, 10_000):  # Pillow warns above the limit and raises above twice the limit
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-        with pytest.raises(BadMediaError, match=r"bomb\.png: .*pixels"):
-            load_image(tmp_path / "bomb.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 120_000)
-    assert load_image(tmp_path / "bomb.png").size == (400, 300)
-
-
-@pytest.mark.parametrize("source_rate", [8000, 22050, 44100, 48000])
-@pytest.mark.parametrize("rate", [None, 16000])
-def test_a_tone_survives_resampling(tmp_path, source_rate, rate):
-    soundfile.write(tmp_path / "x.wav", tone(1.0, source_rate), source_rate)
-    waveform = load_audio(tmp_path / "x.wav", rate)
-    assert waveform.rate == (rate or source_rate)
-    assert waveform.samples.dtype == np.float32
-    assert abs(waveform.samples.size - waveform.rate) <= 2
-    assert peak_hz(waveform) == pytest.approx(TONE_HZ, abs=1.5)
-    expected = tone(1.0, waveform.rate)
-    inner = slice(1000, 7000)  # the filter rings at the ends
-    np.testing.assert_allclose(waveform.samples[inner], expected[inner], atol=2e-3)
-
-
-def test_resampling_does_not_fold_high_tones_down(tmp_path):
-    high = np.sin(2 * np.pi * 15000 * np.arange(48000) / 48000).astype(np.float32)
-    soundfile.write(tmp_path / "x.wav", high, 48000)
-    assert np.abs(load_audio(tmp_path / "x.wav", 16000).samples[500:-500]).max() < 0.01
-
-
-@pytest.mark.parametrize("extension", ["flac", "ogg", "mp3", "aiff"])
-def test_other_sound_formats(tmp_path, extension):
-    soundfile.write(tmp_path / f"x.{extension}", tone(1.0, 44100), 44100)
-    waveform = load_audio(tmp_path / f"x.{extension}", 16000)
-    assert peak_hz(waveform) == pytest.approx(TONE_HZ, abs=1.5)
-    assert waveform.samples.size == pytest.approx(16000, rel=0.05)
-
-
-@pytest.mark.parametrize("channels", [1, 2])
-@pytest.mark.parametrize("rate", [None, 8000])
-def test_channels_are_averaged(tmp_path, channels, rate):
-    sound = np.stack([tone(0.5, 16000) * (c + 1) / channels for c in range(channels)], axis=1)
-    soundfile.write(tmp_path / "x.wav", sound, 16000, subtype="FLOAT")
-    waveform = load_audio(tmp_path / "x.wav", rate)
-    expected = tone(0.5, waveform.rate) * (channels + 1) / (2 * channels)
-    np.testing.assert_allclose(waveform.samples[500:3500], expected[500:3500], atol=2e-3)
-
-
-def test_samples_stay_within_one_and_integers_in_disguise_are_refused(tmp_path):
-    soundfile.write(tmp_path / "hot.wav", tone(0.1, 16000, amplitude=1.5), 16000, subtype="FLOAT")
-    assert np.abs(load_audio(tmp_path / "hot.wav").samples).max() == 1.0
-    for name, value in [("int.wav", 20000.0), ("nan.wav", np.nan)]:
-        soundfile.write(tmp_path / name, np.array([0.0, value, 0.0], np.float32), 16000, subtype="FLOAT")
-        with pytest.raises(BadMediaError, match=rf"{name}: has samples up to"):
-            load_audio(tmp_path / name)
-
-
-def test_a_streamed_wav_that_states_no_length_is_read(tmp_path):
-    soundfile.write(tmp_path / "x.wav", tone(1.0, 16000), 16000)
-    data = bytearray((tmp_path / "x.wav").read_bytes())
-    data[4:8] = data[40:44] = b"\xff\xff\xff\xff"
-    (tmp_path / "x.wav").write_bytes(data)
-    assert load_audio(tmp_path / "x.wav").samples.size == 16000
-
-
-SOUNDTRACKS = {"x.mp4": ("libx264", ("aac", 44100)), "y.mp4": ("mpeg4", ("aac", 22050))}
-SOUNDTRACKS |= {"x.mkv": ("libx264", ("aac", 16000)), "x.ts": ("libx264", ("aac", 16000))}
-
-
-@pytest.mark.parametrize("name", SOUNDTRACKS)
-def test_video_frames_come_in_order_at_their_times_and_its_sound_is_read(tmp_path, name):
-    codec, sound = SOUNDTRACKS[name]
-    path = write_video(tmp_path / name, grey_ramp(50), codec=codec, gop=12, sound=sound)  # 10 s
-    found = means(load_video(path))
-    assert len(found) == 10
-    assert (np.diff(found) > 0).all()
-    wanted = 20 + 200 * (np.arange(10) + 0.5) / 10
-    np.testing.assert_allclose(found, wanted, atol=9)  # within two frames, as MPEG-TS rounds its length
-    waveform = load_audio(path, 16000)
-    assert peak_hz(waveform) == pytest.approx(TONE_HZ, abs=0.5)
-    assert waveform.samples.size == pytest.approx(160_000, rel=0.02)
-
-
-@pytest.mark.parametrize("name", ["x.mp4", "x.mkv", "x.ts"])
-@pytest.mark.parametrize("gop", [7, 250])
-def test_seeking_finds_the_frames_that_decoding_all_finds(tmp_path, name, gop):
-    path = write_video(tmp_path / name, grey_ramp(100), gop=gop)  # 20 s
-    every = means(load_video(path, 100))
-    few = means(load_video(path, 4))  # 5 s apart: sought
-    assert (np.diff(every) >= 0).all()
-    np.testing.assert_allclose(few, every[[12, 37, 62, 87]], atol=2.5)
-
-
-def test_a_long_video_is_not_decoded_full(tmp_path, monkeypatch):
-    from moka.data import media_io as decoders
-
-    path = write_video(tmp_path / "x.mp4", grey_ramp(300), gop=10)  # 60 s
-    decoded = []
-    original = decoders._frames
-    monkeypatch.setattr(decoders, "_frames", lambda c, s: (decoded.append(f) or f for f in original(c, s)))
-    load_video(path, 3)
-    assert 0 < len(decoded) <= 3 * 15
-
-
-@pytest.mark.parametrize("count", [1, 3])
-def test_a_short_video_repeats_its_frames(tmp_path, count):
-    path = write_video(tmp_path / "x.mp4", grey_ramp(count))
-    images = load_video(path, 9)
-    assert len(images) == 9
-    levels = np.round(means(images)).astype(int)
-    assert len(set(levels)) == count
-    assert (np.diff(levels) >= 0).all()
-
-
-def test_a_turned_video_is_set_upright(tmp_path):
-    frame = np.zeros((48, 64, 3), np.uint8)
-    frame[:, :32] = 255  # bright on the left
-    path = write_video(tmp_path / "x.mp4", [frame] * 5, matrix=CLOCKWISE)
-    (image,) = load_video(path, 1)
-    assert image.size == (48, 64)
-    shown = np.asarray(image)
-    assert shown[:28].mean() > 230  # left has become top
-    assert shown[36:].mean() < 25
-
-
-def test_a_gif_is_a_video_too(tmp_path):
-    first, *rest = [Image.fromarray(frame) for frame in grey_ramp(10)]
-    first.save(tmp_path / "x.gif", save_all=True, append_images=rest, duration=1000)
-    assert (np.diff(means(load_video(tmp_path / "x.gif"))) > 0).all()
-
-
-def bad_files(folder):
-    """Name -> (loader, words of the reason); the files are made in ``folder``."""
-    rng = np.random.default_rng(0)
-    noise = Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8))
-    for name in ("cut.png", "cut.jpg", "cut.webp"):
-        noise.save(folder / name)
-    for name in ("cut.wav", "cut.flac", "cut.aiff"):
-        soundfile.write(folder / name, tone(2.0, 16000), 16000)
-    sound = ("aac", 16000)
-    write_video(folder / "cut.mp4", grey_ramp(50), sound=sound)
-    write_video(folder / "cut_web.mp4", grey_ramp(50), sound=sound, options={"movflags": "faststart"})
-    write_video(folder / "cut.mkv", grey_ramp(50))
-    write_video(folder / "cut.avi", grey_ramp(50), codec="mpeg4")
-    np.save(folder / "cut.npy", rng.normal(size=(20, 13)))
-    for path in list(folder.iterdir()):
-        path.write_bytes(path.read_bytes()[: path.stat().st_size * 6 // 10])
-
-    noise.save(folder / "image.wav", format="png")
-    write_video(folder / "silent.mp4", grey_ramp(5))
-    soundfile.write(folder / "song.wav", tone(0.2, 16000), 16000)
-    np.save(folder / "flat.npy", np.zeros(5))
-    np.save(folder / "complete.npy", np.zeros((5, 2), int))
-    np.save(folder / "nan.npy", np.full((5, 2), np.nan))
-    np.save(folder / "pickle.npy", np.array([[{}]], dtype=object), allow_pickle=True)
-    np.savez(folder / "many.npz", a=np.zeros((2, 2)))
-    (folder / "many.npz").rename(folder / "many.npy")
-    (folder / "playlist.mp4").write_text("#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1:9/x.ts\n")
-    for extension in ("png", "wav", "mp4", "npy"):
-        (folder / f"text.{extension}").write_text("Not found\n" * 40)
-        (folder / f"zero.{extension}").touch()
-        (folder / f"folder.{extension}").mkdir()
-
-    loaders = {"png": load_image, "wav": load_audio, "mp4": load_video, "npy": load_features}
-    expected = {
-        "cut.png": (load_image, "truncated"),
-        "cut.jpg": (load_image, "truncated"),
-        "cut.webp": (load_image, ""),
-        "cut.wav": (load_audio, "truncated"),
-        "cut.flac": (load_audio, "truncated"),
-        "cut.aiff": (load_audio, "truncated"),
-        "cut.mp4": (load_video, "truncated"),
-        "cut_web.mp4": (load_video, "is truncated: its video ends at"),
-        "cut.mkv": (load_video, "is truncated"),
-        "cut.avi": (load_video, "truncated"),
-        "cut.npy": (load_features, "cannot be decoded"),
-        "image.wav": (load_audio, "not in a format that is read"),
-        "silent.mp4": (load_audio, "no audio stream (it has video)"),
-        "song.wav": (load_video, "no video stream (it has audio)"),
-        "flat.npy": (load_features, "float64 [5]; audio features are floats [frames, bins]"),
-        "complete.npy": (load_features, "int64 [5, 2]"),
-        "nan.npy": (load_features, "not finite"),
-        "pickle.npy": (load_features, "cannot be decoded"),
-        "many.npy": (load_features, ".npz archive"),
-        "playlist.mp4": (load_video, "cannot be decoded"),
-    }
-    for extension, loader in loaders.items():
-        expected[f"gone.{extension}"] = (loader, "does not exist")
-        expected[f"zero.{extension}"] = (loader, "is empty (0 bytes)")
-        expected[f"folder.{extension}"] = (loader, "is a folder")
-        expected[f"text.{extension}"] = (loader, " not ")
-    return expected
-
-
-def test_each_bad_file_is_one_line_that_names_it_and_ffmpeg_is_quiet(tmp_path, capfd):
-    expected = bad_files(tmp_path)
-    capfd.readouterr()
-    for name, (loader, words) in expected.items():
-        with pytest.raises(BadMediaError) as caught:
-            loader(tmp_path / name)
-        message = str(caught.value)
-        assert message.startswith(f"{tmp_path / name}: "), message
-        assert words in caught.value.reason, message
-        assert "\n" not in message
-        assert len(message) < 300 + len(str(tmp_path))
-        assert caught.value.file == str(tmp_path / name)
-    assert capfd.readouterr() == ("", "")
-
-
-def test_sound_cut_short_inside_a_video_file_is_refused(tmp_path):
-    path = write_video(tmp_path / "x.mp4", grey_ramp(50), sound=("aac", 16000), options={"movflags": "faststart"})
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(BadMediaError, match="is truncated"):
-        load_audio(path)
-
-
-@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts open files in /proc")
-def test_no_file_stays_open(tmp_path):
-    expected = bad_files(tmp_path)
-    write_video(tmp_path / "good.mp4", grey_ramp(5), sound=("aac", 16000))
-    before = len(os.listdir("/proc/self/fd"))
-    errors = []  # kept, with their tracebacks
-    for name, (loader, _) in expected.items():
-        with pytest.raises(BadMediaError) as caught:
-            loader(tmp_path / name)
-        errors.append(caught)
-    load_video(tmp_path / "good.mp4")
-    load_audio(tmp_path / "good.mp4")
-    assert len(os.listdir("/proc/self/fd")) == before
-
-
-def test_without_pyav_the_remedy_is_reported(tmp_path, monkeypatch):
-    soundfile.write(tmp_path / "x.wav", tone(0.1, 16000), 16000)
-    monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(MokaError, match=r"pip install 'moka-peft\[media\]'") as caught:
-        load_audio(tmp_path / "x.wav")
-    assert not isinstance(caught.value, BadMediaError)  # not to be counted as a bad file
-
-
-@pytest.mark.parametrize("given", [0, -1, 16000.0])
-def test_rates_and_frame_counts_are_positive_integers(tmp_path, given):
-    with pytest.raises(MokaError, match="rate is"):
-        load_audio(tmp_path / "x.wav", given)
-    with pytest.raises(MokaError, match="frames is"):
-        load_video(tmp_path / "x.mp4", given)
+def write_gif(path, count=5):
+    first, *rest = [Image.new("L", (4, 4), 40 * shade) for shade in range(count)]
+    first.save(path, save_all=True, append_images=rest, duration=1000)
 
 
 def asks(name, **media):
@@ -354,17 +36,17 @@ def asks(name, **media):
 
 def test_decode_sample_replaces_each_path_by_its_medium(tmp_path):
     Image.new("L", (3, 2)).save(tmp_path / "x.png")
-    soundfile.write(tmp_path / "x.wav", tone(0.5, 8000), 8000)
-    write_video(tmp_path / "x.mp4", grey_ramp(5))
+    write_sound(tmp_path / "x.wav")
+    write_gif(tmp_path / "x.gif")
     np.save(tmp_path / "x.npy", np.ones((7, 13)))
     kept = Image.new("RGB", (1, 1))
-    first = asks("a", image=str(tmp_path / "x.png"), audio=str(tmp_path / "x.wav"), video=str(tmp_path / "x.mp4"))
-    image, sound, video = (medium for _, medium in media_parts(decode_sample(first, video_frames=4)))
+    first = asks("a", image=str(tmp_path / "x.png"), audio=str(tmp_path / "x.wav"), video=str(tmp_path / "x.gif"))
+    image, sound, video = (medium for _, medium in media_parts(MediaDecoding(4).decode_sample(first)))
     assert image.size == (3, 2)
     assert isinstance(sound, Waveform)
     assert sound.rate == 8000
     assert len(video) == 4
-    second = decode_sample(asks("b", image=kept, audio=str(tmp_path / "x.npy")))
+    second = MediaDecoding().decode_sample(asks("b", image=kept, audio=str(tmp_path / "x.npy")))
     image, features = (medium for _, medium in media_parts(second))
     assert image is kept
     assert isinstance(features, AudioFeatures)
@@ -400,7 +82,7 @@ def test_a_substitute_is_a_full_good_sample_fixed_by_seed_and_index(tmp_path):
     bad = {2, 5, 6}
     samples = image_samples(tmp_path, 20, bad)
     policy = BadMediaPolicy("substitute", budget=0.15)
-    dataset = DecodedDataset(samples, policy, seed=3)
+    dataset = DecodedDataset(samples, None, policy, seed=3)
     found = [dataset[i] for i in range(20)]
     assert len(found) == len(dataset)
     for i, sample in enumerate(found):
@@ -412,14 +94,16 @@ def test_a_substitute_is_a_full_good_sample_fixed_by_seed_and_index(tmp_path):
         assert image.getpixel((0, 0)) == number  # medium, text and id are of one sample
         assert sample["messages"][0]["content"][-1]["text"] == f"Question s{number}"
     assert {(record["index"], record["action"]) for record in dataset.report} == {(i, "substitute") for i in bad}
-    again = DecodedDataset(samples, policy, seed=3)
+    again = DecodedDataset(samples, None, policy, seed=3)
     assert [again[i]["id"] for i in reversed(range(20))] == [sample["id"] for sample in reversed(found)]
-    choices = {tuple(DecodedDataset(samples, policy, seed=s)[i]["id"] for i in sorted(bad)) for s in range(5)}
+    choices = {tuple(DecodedDataset(samples, None, policy, seed=s)[i]["id"] for i in sorted(bad)) for s in range(5)}
     assert len(choices) > 1
 
 
 def test_the_budget_counts_bad_samples_once_and_ends_the_run_when_exceeded(tmp_path):
-    dataset = DecodedDataset(image_samples(tmp_path, 40, bad={0, 1, 2}), BadMediaPolicy("substitute", 0.05), seed=1)
+    dataset = DecodedDataset(
+        image_samples(tmp_path, 40, bad={0, 1, 2}), policy=BadMediaPolicy("substitute", 0.05), seed=1
+    )
     for _ in range(4):
         dataset[0], dataset[1]
     assert len(dataset.report) == 2
@@ -427,13 +111,13 @@ def test_the_budget_counts_bad_samples_once_and_ends_the_run_when_exceeded(tmp_p
         dataset[2]
     assert str(tmp_path / "2.png") in str(caught.value)
     with pytest.raises(MokaError, match="budget of 0 "):
-        DecodedDataset(dataset.dataset, BadMediaPolicy("substitute", 0.0))[0]
+        DecodedDataset(dataset.dataset, policy=BadMediaPolicy("substitute", 0.0))[0]
 
 
 def test_processes_share_report_and_budget_through_the_report_file(tmp_path):
     samples = image_samples(tmp_path, 20, bad={0, 1, 2})
     path = tmp_path / "bad_media.jsonl"
-    one, other = (DecodedDataset(samples, BadMediaPolicy("substitute", 0.1), 0, report_path=path) for _ in range(2))
+    one, other = (DecodedDataset(samples, policy=BadMediaPolicy("substitute", 0.1), report_path=path) for _ in range(2))
     one[0], other[0], other[1]
     assert {record["id"] for record in one.report} == {record["id"] for record in other.report} == {"s0", "s1"}
     with pytest.raises(MokaError, match="3 of 20"):
@@ -448,7 +132,7 @@ def test_mistakes_that_are_not_bad_media_are_never_substituted(tmp_path):
         def __getitem__(self, index):
             raise MokaError("train.jsonl:3: messages is empty.")
 
-    dataset = DecodedDataset(Broken([1, 2]), BadMediaPolicy("substitute", 1.0))
+    dataset = DecodedDataset(Broken([1, 2]), policy=BadMediaPolicy("substitute", 1.0))
     with pytest.raises(MokaError, match=r"train\.jsonl:3"):
         dataset[0]
     assert dataset.report == []
@@ -460,68 +144,6 @@ def test_unknown_policies_and_budgets_are_refused(given, words):
         BadMediaPolicy(*given)
 
 
-def as_arrays(medium):
-    """Return what a decoded medium has, to be compared."""
-    if isinstance(medium, list):
-        return [as_arrays(item) for item in medium]
-    if isinstance(medium, Waveform):
-        return medium.rate, medium.samples.tolist()
-    return medium.values.tolist() if isinstance(medium, AudioFeatures) else (medium.mode, medium.tobytes())
-
-
-@pytest.mark.parametrize(
-    ("loader", "name"),
-    [
-        *((load_image, name) for name in ("x.png", "turned.jpg", "x.gif")),
-        *((load_audio, name) for name in ("x.wav", "x.flac", "x.mp4", "x.mkv")),
-        *((load_video, name) for name in ("x.mp4", "x.mkv", "long.mp4", "x.gif")),
-        (load_features, "x.npy"),
-    ],
-)
-def test_bytes_are_decoded_as_the_file_is(tmp_path, loader, name):
-    path = tmp_path / name
-    if name == "x.npy":
-        np.save(path, np.random.default_rng(0).normal(size=(7, 13)))
-    elif name in ("x.wav", "x.flac"):
-        soundfile.write(path, tone(0.5, 22050), 22050)
-    elif name == "x.gif":
-        first, *rest = [Image.fromarray(frame) for frame in grey_ramp(4)]
-        first.save(path, save_all=True, append_images=rest, duration=1000)
-    elif path.suffix in (".mp4", ".mkv"):
-        write_video(path, grey_ramp(150 if name == "long.mp4" else 10), gop=10, sound=("aac", 16000))  # long: sought
-    else:
-        exif = Image.Exif()
-        exif[0x0112] = 6
-        Image.fromarray(grey_ramp(3)[1]).save(path, exif=exif)
-    assert as_arrays(loader(path.read_bytes())) == as_arrays(loader(path))
-
-
-def test_bad_bytes_have_the_reasons_of_bad_files(tmp_path):
-    """But for how the system names a file, and a cut array, whose size a file says beforehand."""
-    for name, (loader, words) in bad_files(tmp_path).items():
-        if not (tmp_path / name).is_file():
-            continue
-        content = (tmp_path / name).read_bytes()
-        with pytest.raises(BadMediaError) as caught:
-            loader(content)
-        assert words in caught.value.reason, name
-        assert str(caught.value).startswith(f"{len(content)} bytes in memory: "), name
-        assert "\n" not in str(caught.value)
-
-
-def test_playlists_cannot_send_ffmpeg_to_another_file(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    soundfile.write("secret.wav", tone(1.0, 16000), 16000)
-    write_video("secret.ts", grey_ramp(10), sound=("aac", 16000))
-    playlist = f"#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\nfile://{tmp_path}/secret.ts\n#EXT-X-ENDLIST\n"
-    for name, content in (("x.m3u8", playlist), ("x.ffconcat", "ffconcat version 1.0\nfile secret.wav\n")):
-        (tmp_path / name).write_text(content)
-        with pytest.raises(BadMediaError, match="not in a format that is read"):
-            load_audio(tmp_path / name)
-        with pytest.raises(BadMediaError):
-            load_audio(content.encode())
-
-
 def test_a_sample_of_bytes_is_decoded_and_its_errors_name_the_sample(tmp_path):
     Image.new("L", (3, 2), 7).save(tmp_path / "x.png")
     content = (tmp_path / "x.png").read_bytes()
@@ -529,51 +151,20 @@ def test_a_sample_of_bytes_is_decoded_and_its_errors_name_the_sample(tmp_path):
     def of(image):
         return {"id": "row7", "messages": [{"role": "user", "content": [{"type": "image", "image": image}]}]}
 
-    ((_, image),) = media_parts(decode_sample(of(content)))
+    ((_, image),) = media_parts(MediaDecoding().decode_sample(of(content)))
     assert (image.size, image.getpixel((0, 0))) == ((3, 2), 7)
     with pytest.raises(BadMediaError, match=r"^sample 'row7': image, 40 bytes in memory: ") as caught:
-        decode_sample(of(content[:40]))
+        MediaDecoding().decode_sample(of(content[:40]))
     assert caught.value.file == "image bytes of sample 'row7'"
-
-
-def numbered(seconds, rate=100):
-    """A clip whose samples are their own positions."""
-    return Waveform(np.arange(int(seconds * rate), dtype=np.float32), rate)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "given", "starts", "length"),
-    [
-        (10, (10, 1.0, 1.0, 0.5), range(0, 1000, 100), 100),  # AVE
-        # MUSIC-AVQA: the first and the last are moved inside.
-        (60, (10, 2.0, 6.0, 0.0), [0, *range(500, 5400, 600)], 200),
-        (55, (10, 2.0, 6.0, 0.0), [0, *range(500, 5300, 600), 5300], 200),
-        (30, (10, 2.0, 6.0, 0.0), [0, 500, 1100, 1700, 2300, *[2800] * 5], 200),
-        (10, (4, 0.5, 2.5, None), [100, 350, 600, 850], 50),  # first: half of every
-        (10, (3, 10.0, 1.0, 0.5), [0, 0, 0], 1000),
-    ],
-)
-def test_windows_stand_at_their_exact_samples(seconds, given, starts, length):
-    windows = audio_windows(numbered(seconds), *given)
-    assert [int(window.samples[0]) for window in windows] == list(starts)
-    for window, start in zip(windows, starts, strict=True):
-        np.testing.assert_array_equal(window.samples, np.arange(start, start + length))
-        assert window.rate == 100
-
-
-def test_a_clip_shorter_than_a_window_is_followed_by_silence():
-    for window in audio_windows(Waveform(np.ones(30, np.float32), 100), 3, 1.0, 1.0, 0.5):
-        np.testing.assert_array_equal(window.samples, [1.0] * 30 + [0.0] * 70)
-        assert window.samples.dtype == np.float32
 
 
 def test_sound_parts_become_lists_of_windows_and_other_media_stay(tmp_path):
     soundfile.write(tmp_path / "x.wav", np.arange(80) / 100, 8, subtype="FLOAT")  # 10 s
-    write_video(tmp_path / "x.mp4", grey_ramp(5))
-    sample = asks("a", audio=str(tmp_path / "x.wav"), video=str(tmp_path / "x.mp4"))
+    write_gif(tmp_path / "x.gif")
+    sample = asks("a", audio=str(tmp_path / "x.wav"), video=str(tmp_path / "x.gif"))
     windows = AudioWindows(count=2, seconds=2.0, every=5.0)
-    for dataset in ([sample], [decode_sample(sample, 3)]):  # files, and sound that is decoded already
-        (_, sounds), (_, frames) = media_parts(DecodedDataset(dataset, video_frames=3, audio_windows=windows)[0])
+    for dataset in ([sample], [MediaDecoding(3).decode_sample(sample)]):  # files, and sound that is decoded already
+        (_, sounds), (_, frames) = media_parts(DecodedDataset(dataset, MediaDecoding(3, windows))[0])
         assert len(frames) == 3
         np.testing.assert_allclose([w.samples for w in sounds], [np.arange(12, 28) / 100, np.arange(52, 68) / 100])
 
@@ -582,193 +173,61 @@ def test_windows_of_ready_made_features_are_refused_and_never_substituted(tmp_pa
     np.save(tmp_path / "x.npy", np.ones((7, 13)))
     policy = BadMediaPolicy("substitute", 1.0)
     for features in (str(tmp_path / "x.npy"), AudioFeatures(np.ones((7, 13), np.float32), "mfcc")):
-        dataset = DecodedDataset([asks("a", audio=features)], policy, audio_windows=AudioWindows())
+        dataset = DecodedDataset([asks("a", audio=features)], MediaDecoding(audio_windows=AudioWindows()), policy)
         with pytest.raises(MokaError, match=r"ready-made features.*data\.audio_windows") as caught:
             dataset[0]
         assert not isinstance(caught.value, BadMediaError)
 
 
-@pytest.mark.parametrize(
-    ("given", "words"),
-    [
-        ({"count": 0}, r"audio_windows\.count is 0"),
-        ({"count": 2.5}, "positive integer"),
-        ({"seconds": 0}, r"audio_windows\.seconds is 0; .* above 0"),
-        ({"every": -1}, r"audio_windows\.every is -1"),
-        ({"first": "half"}, r"audio_windows\.first is 'half'"),
-        ({"second": 1}, "'second'; allowed are count, seconds, every, first. Did you mean 'seconds'"),
-    ],
-)
-def test_windows_that_cannot_be_are_refused(given, words):
-    with pytest.raises(MokaError, match=words):
-        AudioWindows.from_dict(given)
-
-
-def write_with_times(path, frame_times, sound_span=None, rate=5):
-    """A video whose frames [k] of a grey ramp have these time stamps (seconds), with sound from and to given times."""
-    with av.open(str(path), "w") as container:
-        video = container.add_stream("libx264", rate=rate)
-        video.width, video.height, video.pix_fmt, video.gop_size = 64, 48, "yuv420p", 1
-        video.codec_context.time_base = Fraction(1, 1000)
-        audio = container.add_stream("aac", rate=16000, layout="mono") if sound_span else None
-        for picture, at in zip(grey_ramp(len(frame_times)), frame_times, strict=True):
-            frame = av.VideoFrame.from_ndarray(picture)
-            frame.pts, frame.time_base = round(at * 1000), Fraction(1, 1000)
-            container.mux(video.encode(frame))
-        container.mux(video.encode(None))
-        if audio is not None:
-            first, last = (round(16000 * at) for at in sound_span)
-            samples = tone((last - first) / 16000, 16000)[None]
-            for at in range(0, samples.shape[1], 1024):
-                block = np.ascontiguousarray(samples[:, at : at + 1024])
-                frame = av.AudioFrame.from_ndarray(block, format="fltp", layout="mono")
-                frame.rate, frame.pts, frame.time_base = 16000, first + at, Fraction(1, 16000)
-                container.mux(audio.encode(frame))
-            container.mux(audio.encode(None))
-    return path
-
-
-def expected_means(frame_times, wanted):
-    ramp = [20 + 200 * k // len(frame_times) for k in range(len(frame_times))]
-    return [ramp[int(np.argmin(np.abs(np.array(frame_times) - at)))] for at in wanted]
-
-
-@pytest.mark.parametrize("name", ["x.mkv", "x.mp4"])
-def test_a_gap_between_frames_is_not_the_end(tmp_path, name):
-    times = [*(k / 5 for k in range(10)), *(20 + k / 5 for k in range(10))]
-    images = load_video(write_with_times(tmp_path / name, times), frames=5)
-    wanted = [(k + 0.5) * 22 / 5 for k in range(5)]
-    np.testing.assert_allclose(means(images), expected_means(times, wanted), atol=6)
-
-
-def test_frames_are_chosen_by_their_own_time_stamps(tmp_path):
-    """The file is as long as its sound, and its video only the last part of that."""
-    times = [5 + k / 5 for k in range(10)]
-    path = write_with_times(tmp_path / "x.mkv", times, sound_span=(0, 7))
-    wanted = [5 + (k + 0.5) * 2 / 5 for k in range(5)]
-    np.testing.assert_allclose(means(load_video(path, frames=5)), expected_means(times, wanted), atol=6)
-
-
-def test_silence_before_a_late_sound_is_kept(tmp_path):
-    path = write_with_times(tmp_path / "x.mkv", [k / 5 for k in range(20)], sound_span=(1.5, 4))
-    samples = load_audio(path, 16000).samples
-    assert len(samples) / 16000 == pytest.approx(4, abs=0.1)
-    assert np.abs(samples[: 16000 * 14 // 10]).max() < 0.01
-    assert np.abs(samples[16000 * 17 // 10 :]).max() > 0.2
-
-
-def test_a_wav_header_that_states_far_too_much_is_one_of_a_stream(tmp_path):
-    soundfile.write(tmp_path / "x.wav", tone(1.0, 16000), 16000)
-    raw = bytearray((tmp_path / "x.wav").read_bytes())
-    for claim in (2_000_000_000, 0xFFFFFFFF, 0):
-        raw[4:8] = raw[40:44] = claim.to_bytes(4, "little")
-        (tmp_path / "x.wav").write_bytes(raw)
-        assert len(load_audio(tmp_path / "x.wav").samples) == 16000
-
-
-@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
-def test_broken_metadata_do_not_make_a_broken_picture(tmp_path, format):
-    path = tmp_path / "x"
-    Image.new("RGB", (8, 6), (10, 200, 30)).save(path, format, exif=b"Exif\x00\x00II*\x00\xff\xff\xff\x7f broken")
-    assert load_image(path).size == (8, 6)
-
-
-def test_a_name_with_a_colon_is_a_file(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    soundfile.write("12:30.wav", tone(0.5, 16000), 16000)
-    assert len(load_audio("12:30.wav").samples) == 8000
-
-
-def test_surround_sound_keeps_its_centre(tmp_path):
-    channels = np.zeros((16000, 6), np.float32)
-    channels[:, 2] = tone(1.0, 16000)  # front centre
-    soundfile.write(tmp_path / "x.wav", channels, 16000)
-    centre = np.abs(load_audio(tmp_path / "x.wav").samples).max()
-    assert centre == pytest.approx(0.5 / (2 * 0.7071 + 1 + 2 * 0.5), rel=0.02)  # FFmpeg's: 1 of 3.41
-
-
-def test_channels_that_cancel_are_reported(tmp_path):
-    soundfile.write(tmp_path / "x.wav", np.stack([tone(1.0, 16000), -tone(1.0, 16000)], 1), 16000)
-    with pytest.warns(UserWarning, match=r"x\.wav"):
-        load_audio(tmp_path / "x.wav")
-
-
-def test_sizes_are_bounded_before_they_are_made(tmp_path, monkeypatch):
-    monkeypatch.setattr("moka.data.media_io.MAX_AUDIO_SECONDS", 5.0)
-    soundfile.write(tmp_path / "slow.wav", np.zeros(100, np.float32), 1)
-    soundfile.write(tmp_path / "long.flac", np.zeros(16000 * 8, np.float32), 16000)
-    Image.new("L", (1, 5000)).save(tmp_path / "thin.png")
-    for name, load, word in (
-        ("slow.wav", load_audio, "MAX_AUDIO_SECONDS"),
-        ("long.flac", load_audio, "MAX_AUDIO_SECONDS"),
-        ("thin.png", load_image, "MAX_ASPECT_RATIO"),
-    ):
-        with pytest.raises(BadMediaError, match=rf"{name}.*{word}"):
-            load(tmp_path / name)
-
-
-def test_programs_are_not_pictures(tmp_path):
-    """Pillow would start Ghostscript."""
-    (tmp_path / "x.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
-    with pytest.raises(BadMediaError, match=r"x\.png: is not an image"):
-        load_image(tmp_path / "x.png")
-
-
-@pytest.mark.parametrize(
-    "content", [b"PK\x03\x04" + b"\x00" * 40, b"\x93NUMPY\x01\x00\xff\xff{'descr'", b"\x93NUMPY\x09\x00"]
-)
-def test_arrays_that_cannot_be_read_are_bad_media(tmp_path, content):
-    (tmp_path / "x.npy").write_bytes(content)
-    with pytest.raises(BadMediaError, match=r"x\.npy"):
-        load_features(tmp_path / "x.npy")
-
-
-def test_a_gap_in_the_sound_is_silence(tmp_path):
-    path = tmp_path / "x.mkv"
-    with av.open(str(path), "w") as container:
-        audio = container.add_stream("pcm_s16le", rate=16000, layout="mono")
-        for at in (*range(0, 16000, 1600), *range(48000, 64000, 1600)):  # 0 to 1 s, 3 to 4 s
-            block = (tone(0.1, 16000)[None] * 32767).astype(np.int16)
-            frame = av.AudioFrame.from_ndarray(block, format="s16", layout="mono")
-            frame.rate, frame.pts, frame.time_base = 16000, at, Fraction(1, 16000)
-            container.mux(audio.encode(frame))
-        container.mux(audio.encode(None))
-    for rate in (16000, 8000):
-        samples = load_audio(path, rate).samples
-        assert len(samples) == pytest.approx(4 * rate, abs=20)
-        loud = [float(np.abs(samples[int(at * rate) : int((at + 0.5) * rate)]).max()) for at in (0.3, 1.4, 2.4, 3.3)]
-        np.testing.assert_allclose(loud, [0.5, 0, 0, 0.5], atol=0.03)
-
-
-def test_a_track_can_be_chosen(tmp_path):
-    path = tmp_path / "x.mkv"
-    with av.open(str(path), "w") as container:
+def test_a_track_of_the_configuration_is_the_one_that_is_decoded(tmp_path):
+    with av.open(str(tmp_path / "x.mkv"), "w") as container:
         streams = [container.add_stream("pcm_s16le", rate=8000, layout="mono") for _ in range(2)]
         for stream, level in zip(streams, (1000, 20000), strict=True):
             frame = av.AudioFrame.from_ndarray(np.full((1, 4000), level, np.int16), format="s16", layout="mono")
             frame.rate, frame.pts, frame.time_base = 8000, 0, Fraction(1, 8000)
             container.mux(stream.encode(frame))
-    for given, level in (({}, 1000), ({"track": 0}, 1000), ({"track": 1}, 20000)):
-        np.testing.assert_allclose(load_audio(path, **given).samples, level / 32768, atol=1e-4)
-    with pytest.raises(BadMediaError, match=r"track 2; its audio tracks are 0 to 1"):
-        load_audio(path, track=2)
+    sample = asks("a", audio=str(tmp_path / "x.mkv"))
+    for track, level in ((0, 1000), (1, 20000)):
+        decoding = MediaDecoding.of(DataSection(audio_track=track))
+        ((_, sound),) = media_parts(decoding.decode_sample(sample))
+        np.testing.assert_allclose(sound.samples, level / 32768, atol=1e-4)
+    with pytest.raises(BadMediaError, match=r"'a'.*x\.mkv.* track 2"):
+        MediaDecoding(audio_track=2).decode_sample(sample)
 
 
-def test_a_sound_that_is_too_long_is_not_decoded_to_its_end(tmp_path, monkeypatch):
-    from moka.data import media_io
-
-    decoded = []
-    original = media_io._frames
-    monkeypatch.setattr(media_io, "_frames", lambda c, s: (decoded.append(f) or f for f in original(c, s)))
-    monkeypatch.setattr(media_io, "MAX_AUDIO_SECONDS", 1.0)
-    soundfile.write(tmp_path / "x.flac", np.zeros(16000 * 60, np.float32), 16000)
-    with pytest.raises(BadMediaError, match="MAX_AUDIO_SECONDS"):
-        load_audio(tmp_path / "x.flac")
-    assert sum(frame.samples for frame in decoded) < 16000 * 2
+@pytest.mark.parametrize(
+    "decoding", [MediaDecoding(), MediaDecoding(4, AudioWindows(count=3, first=0.25), audio_track=1)]
+)
+def test_the_decoding_of_a_model_is_read_back(decoding):
+    assert MediaDecoding.of(json.loads(json.dumps(decoding.to_dict()))) == decoding
 
 
-def test_decoding_that_takes_too_long_is_ended(tmp_path, monkeypatch):
-    soundfile.write(tmp_path / "x.flac", tone(1.0, 16000), 16000)
-    monkeypatch.setattr("moka.data.media_io.MAX_DECODING_SECONDS", -1.0)
-    with pytest.raises(BadMediaError, match=r"x\.flac.*MAX_DECODING_SECONDS"):
-        load_audio(tmp_path / "x.flac")
+def test_items_are_counted_as_they_are_decoded(tmp_path):
+    write_gif(tmp_path / "x.gif")
+    write_sound(tmp_path / "x.wav")
+    np.save(tmp_path / "x.npy", np.ones((7, 13)))
+    picture = Image.new("L", (2, 2))
+    files = [("image", picture), ("image", "x.gif"), ("video", "x.gif"), ("video", [picture] * 2), ("audio", "x.wav")]
+    for decoding in (MediaDecoding(3), MediaDecoding(3, AudioWindows(count=4))):
+        for kind, medium in files if decoding.audio_windows else [*files, ("audio", "x.npy")]:
+            given = str(tmp_path / medium) if isinstance(medium, str) else medium
+            decoded = decoding.decode(kind, given)
+            assert decoding.items(kind, given) == (len(decoded) if isinstance(decoded, list) else 1), (kind, medium)
+
+
+def test_a_report_of_several_processes_is_read_once_however_long_it_is(tmp_path, monkeypatch):
+    path = tmp_path / "report.jsonl"
+    one, other = SampleReport(path), SampleReport(path)
+    read = []
+    loads = json.loads
+    monkeypatch.setattr(json, "loads", lambda line: read.append(line) or loads(line))
+    for index in range(50):
+        assert one.add(2 * index, f"s{index}", "bad", "substitute")
+        assert other.add(2 * index + 1, f"s{index}", "bad", "replaced")
+        assert len(one) == len(other) == 2 * index + 2
+    assert not one.add(0, "s0", "bad", "substitute")
+    with open(path, "ab") as file:
+        file.write(b'{"index": 100, "id"')  # cut off by a kill
+    assert len(one) == 100
+    assert list(one.records("replaced")) == list(range(1, 100, 2))
+    assert len(read) <= 2 * 100

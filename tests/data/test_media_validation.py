@@ -11,8 +11,10 @@ import pytest
 import soundfile
 from PIL import Image
 
-from moka.data.media import BadMediaError, BadMediaPolicy, DecodedDataset
-from moka.data.media_validation import Subset, find_usable, read_usable, try_media, usable_cores
+from moka.data.dataset import SampleDataset
+from moka.data.media import BadMediaPolicy, DecodedDataset, MediaDecoding
+from moka.data.media_io import BadMediaError
+from moka.data.media_validation import find_usable, read_usable, try_media, usable_cores
 from moka.data.schema import check_sample, media_parts
 from moka.errors import MokaError, NotCachedError
 
@@ -53,7 +55,7 @@ def test_bad_samples_are_left_out_and_listed(tmp_path, workers):
     assert report.summary() == printed
     assert read_usable(path, 12, budget=0.2, name="data.train").summary() == f"{printed}; listed in {path}"
     # What is left is decoded without a bad one, in order.
-    decoded = DecodedDataset(Subset(made, report.indices), BadMediaPolicy("skip", 0.2))
+    decoded = DecodedDataset(SampleDataset.concat([made]), policy=BadMediaPolicy("skip", 0.2)).select(report.indices)
     assert [decoded[i]["id"] for i in range(len(decoded))] == [f"s{i}" for i in report.indices]
 
 
@@ -132,11 +134,13 @@ def test_a_file_that_goes_bad_after_the_trial_stops_the_run_and_joins_the_report
     report = find_usable(made, budget=0.25)
     report.write(path)
     (tmp_path / "2.png").unlink()
-    decoded = Subset(DecodedDataset(made, BadMediaPolicy("skip", 0.25), report_path=path), report.indices)
+    decoded = DecodedDataset(
+        SampleDataset.concat([made]), policy=BadMediaPolicy("skip", 0.25), report_path=path
+    ).select(report.indices)
     assert decoded[0]["id"] == "s0"
     with pytest.raises(BadMediaError, match="sample 's2'"):
         decoded[1]
-    assert [(r["id"], r["action"]) for r in decoded.dataset.report] == [("s2", "error"), ("s1", "skip")]
+    assert [(r["id"], r["action"]) for r in decoded.parts[0].report] == [("s2", "error"), ("s1", "skip")]
     assert read_usable(path, 4, budget=0.25) == replace(report, path=path)
 
 
@@ -154,14 +158,14 @@ def test_media_with_features_are_looked_up_and_not_read(tmp_path):
                 raise NotCachedError(f"the features of {kind} {medium} are not there.")
 
     (tmp_path / "0.wav").unlink()  # of a kind that is not cached
-    report = find_usable(made, budget=1.0, features=Lookup(), name="data.train")
+    report = find_usable(made, budget=1.0, decoding=MediaDecoding(features=Lookup()), name="data.train")
     assert [(r["index"], r["file"]) for r in report.skipped] == [
         (0, str(tmp_path / "0.wav")),
         (2, str(tmp_path / "2.png")),
     ]
     Lookup.absent = str(tmp_path / "1.png")
     with pytest.raises(MokaError, match=r"data\.train: sample 's1': the features of image .*1\.png are not there"):
-        find_usable(made, budget=1.0, features=Lookup(), name="data.train")
+        find_usable(made, budget=1.0, decoding=MediaDecoding(features=Lookup()), name="data.train")
 
 
 def test_processes_of_one_machine_share_its_cores(monkeypatch):

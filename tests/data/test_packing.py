@@ -21,9 +21,9 @@ from transformers import (
 )
 
 from moka import MokaConfig, MokaForConditionalGeneration, MokaProcessor
+from moka.data.encoding import Collator, EncodedDataset
 from moka.data.lengths import count_lengths, joined_lengths
 from moka.data.packing import PackedDataset, join_samples, pack_rows
-from moka.data.sources import Collator, EncodedDataset
 from moka.errors import MokaError
 from moka.modeling.configuration import MokaModelConfig
 from moka.modeling.media import AudioFeatures

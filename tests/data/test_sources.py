@@ -1,4 +1,4 @@
-"""From a name to batches: embedded tasks and JSONL files, with samples that cannot be used replaced and counted."""
+"""From what a configuration names to samples with decoded media: embedded tasks, JSONL files, formats, lists of them."""
 
 import json
 from pathlib import Path
@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from moka.data import Collator, EncodedDataset, open_source
-from moka.data.media import BadMediaError
-from moka.data.sources import attribution, notes_of, open_samples
+from moka.data import BadMediaPolicy, Collator, EncodedDataset, MediaDecoding, open_source
+from moka.data.audio_segments import AudioWindows
+from moka.data.media_io import BadMediaError
+from moka.data.sources import attribution, open_samples
 from moka.demo.digit_tasks import EmbeddedTask
 from moka.errors import MokaError
 from moka.modeling import MokaProcessor
@@ -58,18 +58,6 @@ def formats():
 
 def media(sample):
     return [part[part["type"]] for part in sample["messages"][0]["content"] if part["type"] != "text"]
-
-
-def chat(question, answer="seven", number=0):
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return {"id": f"m{number}", "messages": messages}
-
-
-def text_of(processor, encoded):
-    return processor.tokenizer.decode(encoded["input_ids"])
-
-
-# --- open_source
 
 
 def test_embedded_source_is_the_task(processor):
@@ -128,7 +116,7 @@ def test_missing_media_are_reported_before_training(folder):
 def test_substitutes_are_other_samples_and_the_same_every_time(folder):
     (folder / "media" / "2.png").unlink()
     (folder / "media" / "4.png").write_bytes(b"no picture")
-    path, options = str(folder / "train.jsonl"), {"on_bad_media": "substitute", "bad_media_budget": 0.5}
+    path, options = str(folder / "train.jsonl"), {"policy": BadMediaPolicy("substitute", 0.5)}
     source = open_source(path, "train", **options, report_path=folder / "bad.jsonl")
     ids = [source[i]["id"] for i in range(6)]
     assert [ids[i] for i in (0, 1, 3, 5)] == ["s0", "s1", "s3", "s5"]
@@ -137,12 +125,10 @@ def test_substitutes_are_other_samples_and_the_same_every_time(folder):
     assert [again[i]["id"] for i in reversed(range(6))] == ids[::-1]
     report = [json.loads(record) for record in (folder / "bad.jsonl").read_text().splitlines()]
     assert [(record["index"], record["id"]) for record in report] == [(2, "s2"), (4, "s4")]
-    tight = open_source(path, "train", on_bad_media="substitute", bad_media_budget=0.01)
+    tight = open_source(path, "train", policy=BadMediaPolicy("substitute", 0.01))
     assert tight[2]["id"] in ("s0", "s1", "s3", "s5")
     with pytest.raises(MokaError, match="budget"):
         tight[4]
-    with pytest.raises(MokaError, match="Did you mean 'substitute'"):
-        open_source(path, "train", on_bad_media="subsitute")
 
 
 def test_a_damaged_file_stops_under_the_error_policy(folder):
@@ -155,102 +141,6 @@ def test_a_damaged_file_stops_under_the_error_policy(folder):
 def test_an_absent_file_is_named(tmp_path):
     with pytest.raises(MokaError, match=r"none\.jsonl"):
         open_source(str(tmp_path / "none.jsonl"), "train")
-
-
-# --- EncodedDataset
-
-
-@pytest.fixture
-def mixed():
-    """Ten samples: 1 blank, 4 too long by its pictures, 7 without any answer, 8 long by its text only."""
-    samples = [chat(f"which digit {number}", number=number) for number in range(10)]
-    samples[1] = chat("which digit", answer=" ", number=1)
-    pictures = [{"type": "image", "image": Image.new("L", (8, 8))}] * 30
-    samples[4] = chat([*pictures, {"type": "text", "text": "which digit"}], number=4)
-    samples[7]["messages"].pop()
-    samples[8] = chat("which digit is spoken " * 30, number=8)
-    return samples
-
-
-MAX_LENGTH = 48
-
-
-def test_samples_that_cannot_be_used_are_replaced_and_counted(mixed, processor, tmp_path):
-    report = tmp_path / "dropped.jsonl"
-    dataset = EncodedDataset(mixed, processor, MAX_LENGTH, seed=1, report_path=report)
-    encoded = [dataset[i] for i in range(len(dataset))]
-    assert sorted(dataset.dropped) == [1, 4, 7]
-    assert "no supervised token" in dataset.dropped[1]
-    assert "media spans are never cut" in dataset.dropped[4]
-    assert "no supervised token" in dataset.dropped[7]
-    records = [json.loads(record) for record in report.read_text().splitlines()]
-    assert {(r["index"], r["id"], r["reason"]) for r in records if r["action"] == "replaced"} == {
-        (i, f"m{i}", reason) for i, reason in dataset.dropped.items()
-    }
-    (cut,) = [r for r in records if r["action"] == "shortened"]
-    tokens = len(processor.encode(mixed[8]["messages"])["input_ids"])
-    assert (cut["index"], cut["id"]) == (8, "m8")
-    assert cut["reason"] == f"its {tokens} tokens were cut to {MAX_LENGTH}: the end of its text is lost"
-    assert len(records) == 4
-    assert "cut_from" not in encoded[8]
-    usable = {text_of(processor, encoded[i]) for i in (0, 2, 3, 5, 6, 8, 9)}
-    assert len(usable) == 7
-    for index in (1, 4, 7):
-        assert text_of(processor, encoded[index]) in usable
-    for one in encoded:
-        assert len(one["input_ids"]) <= MAX_LENGTH
-        assert any(label != IGNORE for label in one["labels"])
-    assert len(encoded[8]["input_ids"]) == MAX_LENGTH  # text was shortened
-    for index in (0, 2, 9):
-        assert encoded[index]["input_ids"] == processor.encode(mixed[index]["messages"])["input_ids"]
-
-
-def test_replacements_depend_on_seed_and_index_only(mixed, processor):
-    def texts(seed, order):
-        dataset = EncodedDataset(mixed, processor, MAX_LENGTH, seed=seed)
-        return {i: text_of(processor, dataset[i]) for i in order}
-
-    forward = texts(1, range(10))
-    assert texts(1, reversed(range(10))) == forward
-    assert texts(1, [4]) == {4: forward[4]}
-    assert any(texts(seed, range(10)) != forward for seed in range(2, 6))
-
-
-def test_loader_workers_share_the_count(mixed, processor, tmp_path):
-    plain = EncodedDataset(mixed, processor, MAX_LENGTH)
-    expected = [text_of(processor, plain[i]) for i in range(10)]
-    dataset = EncodedDataset(mixed, processor, MAX_LENGTH, report_path=tmp_path / "dropped.jsonl")
-    loader = DataLoader(dataset, batch_size=None, num_workers=2)
-    assert [text_of(processor, one) for one in loader] == expected
-    assert dataset.dropped == plain.dropped
-    assert len(plain.dropped) == 3
-
-
-def test_indices_are_those_of_a_list(mixed, processor):
-    dataset = EncodedDataset(mixed, processor, MAX_LENGTH)
-    assert dataset[-1]["input_ids"] == dataset[9]["input_ids"]
-    assert dataset[-6]["input_ids"] == dataset[4]["input_ids"]  # and so has the same substitute
-    assert len(list(dataset)) == 10
-    with pytest.raises(IndexError):
-        dataset[10]
-
-
-def test_nothing_usable_is_an_error(processor):
-    dataset = EncodedDataset([chat("one", answer="", number=i) for i in range(3)], processor, MAX_LENGTH)
-    with pytest.raises(MokaError, match=r"20 samples in a row cannot be used; the last, m\d: no supervised token"):
-        dataset[0]
-
-
-def test_what_the_user_must_fix_is_no_reason_to_drop(tiny_tokenizer, processor):
-    seeing = MokaProcessor(tiny_tokenizer, {"visual": VISUAL}, len(tiny_tokenizer))
-    sound = {"type": "audio", "audio": Waveform(np.zeros(800, np.float32), 8000)}
-    dataset = EncodedDataset([chat([sound])], seeing, MAX_LENGTH)
-    with pytest.raises(MokaError, match="no encoder for audio"):
-        dataset[0]
-    assert dataset.dropped == {}
-
-
-# --- the full way
 
 
 def test_batches_from_a_jsonl_file(folder, processor):
@@ -267,19 +157,6 @@ def test_batches_from_a_jsonl_file(folder, processor):
     assert [(row == 3).sum().item() for row in first["mm_token_type_ids"]] == [3] * 4
     for row in first["labels"]:
         assert processor.decode(row[row != IGNORE]) == "seven"
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_the_collator_pads_where_it_is_reported(processor, side):
-    encoded = [processor.encode(chat(words)["messages"]) for words in ("one", "which digit is spoken")]
-    batch = Collator(processor, side)(encoded)
-    short, long = (len(one["input_ids"]) for one in encoded)
-    pad = slice(0, long - short) if side == "left" else slice(short, long)
-    assert not batch["attention_mask"][0, pad].any()
-    assert batch["attention_mask"].sum() == short + long
-    assert (batch["labels"][0, pad] == IGNORE).all()
-    kept = batch["attention_mask"][0].bool()
-    assert torch.equal(batch["input_ids"][0][kept], torch.tensor(encoded[0]["input_ids"]))
 
 
 def test_list_of_sources_is_joined_in_order(folder):
@@ -336,14 +213,15 @@ def test_test_data_are_the_split_with_published_answers(formats, name, split):
 
 
 def test_sound_comes_as_windows(folder):
-    windows = {"count": 3, "seconds": 0.05, "every": 0.05, "first": 0.025}
-    full, cut = (open_source(str(folder / "train.jsonl"), "train", audio_windows=w)[2] for w in (None, windows))
+    windows = AudioWindows(count=3, seconds=0.05, every=0.05, first=0.025)
+    decodings = (MediaDecoding(), MediaDecoding(audio_windows=windows))
+    full, cut = (open_source(str(folder / "train.jsonl"), "train", decoding=one)[2] for one in decodings)
     assert [len(window.samples) for window in media(cut)[1]] == [400, 400, 400]
     np.testing.assert_array_equal(media(cut)[1][1].samples, media(full)[1].samples[400:800])
 
 
 def test_what_readers_leave_out_is_known_of_joined_and_decoded_sets(formats):
     root = {"format": "gigaspeech", "root": str(formats / "gigaspeech"), "split": "train"}
-    single = notes_of(open_samples(root, "train"))
+    single = open_samples(root, "train").notes
     assert single
-    assert notes_of(open_source([root, root], "train", size=1)) == (*single, *single)
+    assert open_source([root, root], "train", size=1).notes == (*single, *single)

@@ -2,12 +2,12 @@
 
 import json
 from types import SimpleNamespace
-from typing import ClassVar
 
 import pytest
 from PIL import Image
 
-from moka.data.media import BadMediaError
+from moka.data.media import MediaDecoding
+from moka.data.media_io import BadMediaError
 from moka.errors import MokaError
 from moka.evaluation import ask, score
 from moka.evaluation.evaluate import benchmark_source
@@ -18,7 +18,7 @@ class Echo:
     """Is for a loaded model: it answers with the question, and counts what it was asked."""
 
     processor = SimpleNamespace(chat_template=None, decoding={"video_frames": 10, "audio_windows": None})
-    decoding: ClassVar = {"video_frames": 10, "audio_windows": None}
+    decoding = MediaDecoding()
     quantization: str | None = None
 
     def __init__(self, fails_after=None, weights_sha256="one"):

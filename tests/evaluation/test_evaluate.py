@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moka.data import EmbeddedTask
+from moka.demo.digit_tasks import EmbeddedTask
 from moka.errors import MokaError
 from moka.evaluation import evaluate
 from moka.inference import LoadedModel, load

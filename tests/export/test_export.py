@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import moka
 from moka.adapter.layer import MokaLinear, StackedWeight
-from moka.data import EmbeddedTask
+from moka.demo.digit_tasks import EmbeddedTask
 from moka.errors import MokaError
 from moka.export import export, formats, verify
 from moka.inference import load_base

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from moka.data.media import DecodedDataset
+from moka.data.media import DecodedDataset, MediaDecoding
 from moka.data.media_io import BadMediaError
 from moka.errors import MokaError
 from moka.features import cache as features_module
@@ -180,7 +180,9 @@ def test_sample_without_features_is_named(tmp_path, pictures):
     fill(tmp_path / "cache", pictures[1:])
     features = FeatureCache({"image": open_set(tmp_path / "cache", "clip", SETTINGS)})
     content = [{"type": "image", "image": pictures[0]}]
-    samples = DecodedDataset([{"id": "s17", "messages": [{"role": "user", "content": content}]}], features=features)
+    samples = DecodedDataset(
+        [{"id": "s17", "messages": [{"role": "user", "content": content}]}], MediaDecoding(features=features)
+    )
     with pytest.raises(MokaError, match=r"sample 's17': .*0\.png.*moka cache"):
         samples[0]
 
@@ -193,7 +195,7 @@ def test_processes_look_up_a_share_each_and_tell_files_that_moved(tmp_path, pict
         features = FeatureCache({"image": open_set(tmp_path / "cache", "clip", SETTINGS)})
         parts = [[{"type": "image", "image": path}] for path in pictures[:6]]
         samples = [{"id": f"s{i}", "messages": [{"role": "user", "content": part}]} for i, part in enumerate(parts)]
-        dataset = DecodedDataset(samples, features=features)
+        dataset = DecodedDataset(samples, MediaDecoding(features=features))
         check_features(dataset, "data.train", share)
         note_moved([dataset], share)
 

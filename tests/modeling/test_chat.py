@@ -1,5 +1,7 @@
 """Chat templates to segments: every role is known by construction, and a template that hides one is refused."""
 
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from PIL import Image
 
 from moka.errors import MokaError
+from moka.modeling import chat
 from moka.modeling.chat import TEMPLATES, Segment, resolve_template, segments
 
 PICTURE = Image.new("L", (4, 4))
@@ -107,6 +110,32 @@ def test_a_template_that_loses_or_refuses_messages_is_an_error(tiny_tokenizer, t
     messages = [{"role": "system", "content": "short"}, user("one"), {"role": "assistant", "content": "yes"}]
     with pytest.raises(MokaError, match=problem):
         segments(messages, tiny_tokenizer, template, False)
+
+
+LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% set c = a + b %}{% endfor %}{% endfor %}"
+DOUBLES = "{% set ns = namespace(x='abcdefgh') %}{% for a in range(99) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "problem"),
+    [
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
+        ("{{ 'a' * 10**15 }}", "MemoryError"),
+        (LOOPS, "MAX_TEMPLATE_SECONDS"),
+        (DOUBLES, "MAX_TEMPLATE_BYTES"),
+        ("{{ messages.__class__.__mro__ }}", "unsafe"),
+    ],
+)
+def test_a_template_that_does_not_end_well_is_ended(tiny_tokenizer, monkeypatch, template, problem):
+    monkeypatch.setattr(chat, "MAX_TEMPLATE_SECONDS", 1.0)
+    monkeypatch.setattr(chat, "MAX_TEMPLATE_BYTES", 1 << 26)
+    handler, started = signal.getsignal(signal.SIGALRM), time.monotonic()
+    with pytest.raises(MokaError, match=problem):
+        segments([user("one")], tiny_tokenizer, template, False)
+    assert time.monotonic() - started < 5
+    assert signal.getsignal(signal.SIGALRM) is handler
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 
 @pytest.mark.parametrize(

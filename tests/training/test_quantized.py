@@ -14,7 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import moka
 from moka.adapter import MokaLinear
 from moka.cli.main import main
-from moka.data import Collator, EmbeddedTask, EncodedDataset
+from moka.data import Collator, EncodedDataset
+from moka.demo.digit_tasks import EmbeddedTask
 from moka.errors import MokaError
 from moka.modeling.artifacts import load_connector
 from moka.modeling.build import attach_adapter, build_for_stage_two, build_model, count_parameters

@@ -11,15 +11,33 @@ import os
 from pathlib import Path
 from typing import Any
 
-from moka.data.formats import audio_visual, benchmarks, captions, general, instructions, speech
-from moka.data.formats.base import Format, Rows, find_file
+from moka.data.formats import (
+    audio_visual,
+    captions,
+    general,
+    instructions,
+    mmbench,
+    picture_benchmarks,
+    sound_benchmarks,
+    speech,
+)
+from moka.data.formats.base import Format, Option, Rows, find_file
 from moka.data.formats.dataset import FormatDataset
 from moka.errors import MokaError, nearest
 
-__all__ = ["FORMATS", "Format", "FormatDataset", "Rows", "describe_formats", "find_file", "open_format"]
+__all__ = ["FORMATS", "Format", "FormatDataset", "Option", "Rows", "describe_formats", "find_file", "open_format"]
 
 
-_MODULES = (general, captions, instructions, audio_visual, speech, benchmarks)
+_MODULES = (
+    general,
+    captions,
+    instructions,
+    audio_visual,
+    speech,
+    picture_benchmarks,
+    mmbench,
+    sound_benchmarks,
+)
 FORMATS: dict[str, Format] = {format.name: format for module in _MODULES for format in module.FORMATS}
 
 
@@ -32,7 +50,7 @@ def open_format(
     media_root: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> FormatDataset:
-    """Opens one split of a published data set.
+    """Open one split of a published data set.
 
     Args:
         name: the format, a key of `FORMATS`.
@@ -57,7 +75,9 @@ def open_format(
             allowed = f"allowed are {', '.join(format.options)}" if format.options else "it has none"
             hint = nearest(option, [*format.options, "format", "root", "split", "media_root"])
             raise MokaError(f"format {name}: option {option!r} is not known; {allowed}.{hint}")
-    given = {option: default for option, (default, _) in format.options.items()} | options
+    given = {name: option.default for name, option in format.options.items()} | options
+    for option, value in given.items():
+        format.options[option].check(f"format {name}: option {option}", value)
     if root is None:
         if not given.get("hub"):
             raise MokaError(f"format {name}: root is missing. Name the folder that has the data set.")
@@ -73,7 +93,7 @@ def open_format(
 
 
 def describe_formats() -> str:
-    """The reference of all formats as Markdown, from what the formats say of themselves; ``docs/formats.md`` has it."""
+    """Return the reference of all formats as Markdown, from what the formats say of themselves; ``docs/formats.md`` has it."""
     return "\n".join(_describe(format) for format in FORMATS.values())
 
 
@@ -90,12 +110,13 @@ def _describe(format: Format) -> str:
     if format.options:
         text += ["", "| option | default | |", "|---|---|---|"]
         text += [
-            f"| `{o}` | {_cell(f'`{json.dumps(d)}`')} | {_cell(about)} |" for o, (d, about) in format.options.items()
+            f"| `{name}` | {_cell(f'`{json.dumps(option.default)}`')} | {_cell(option.help)} |"
+            for name, option in format.options.items()
         ]
     return "\n".join([*text, ""])
 
 
 def _cell(text: str) -> str:
-    """Text for a table: on one line, and with angle brackets that stay visible outside code."""
+    """Return text for a table: on one line, and with angle brackets that stay visible outside code."""
     spans = " ".join(text.split()).replace("|", "\\|").split("`")
     return "`".join(span if i % 2 else span.replace("<", "&lt;") for i, span in enumerate(spans))

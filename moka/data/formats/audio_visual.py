@@ -11,19 +11,10 @@ from functools import partial
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from moka.data.formats.base import Format, Rows, find_file
-from moka.data.formats.questions import (
-    Entry,
-    chosen,
-    entries,
-    entry_rows,
-    json_entries,
-    question_sample,
-    take,
-    text_lines,
-)
+from moka.data.formats.base import Format, Option, Rows, find_file
+from moka.data.formats.questions import Entries, Entry, among, question_rows, question_sample, take, text_lines
 from moka.data.vocabulary import ave_events, music_avqa_answers
-from moka.errors import MokaError, counted, nearest
+from moka.errors import MokaError, counted
 
 AVE_QUESTION = "Please describe the events and time range that occurred in the video."
 
@@ -37,8 +28,8 @@ _TEMPLATES = {"tagged": "<answer>{}</answer>", "word": "{}"}
 def _read_ave(root: Path, split: str, question: str = AVE_QUESTION) -> Rows:
     path = find_file(root, _AVE_FILES[split], f"AVE_Dataset/{_AVE_FILES[split]}", format=AVE)
     lines = [(place, line) for place, line in text_lines(path) if not line.startswith("Category&")]
-    found = entries(lines, lambda line: line.split("&")[1].strip())
-    return entry_rows(found, partial(_ave_sample, question=question), path.parent)
+    found = Entries(lines, lambda line: line.split("&")[1].strip())
+    return found.rows(partial(_ave_sample, question=question), path.parent)
 
 
 def _ave_sample(entry: Entry, question: str) -> dict[str, Any]:
@@ -48,12 +39,11 @@ def _ave_sample(entry: Entry, question: str) -> dict[str, Any]:
     event, video, _, *times = values
     if not all(time.isdecimal() for time in times) or int(times[0]) > int(times[1]):
         raise MokaError(f"StartTime&EndTime is {'&'.join(times)!r}; whole seconds, the start first, are expected.")
-    if event not in ave_events():
-        raise MokaError(f"event {event!r} is none of AVE's {len(ave_events())}.{nearest(event, ave_events())}")
+    among("Category", event, ave_events())
     start, end = map(int, times)
     return question_sample(
         entry.id,
-        _picture_and_sound(f"AVE/{video}.mp4"),
+        [(kind, f"AVE/{video}.mp4") for kind in ("video", "audio")],
         question,
         f"<event>{event}</event><range>{start},{end}</range>",
         category=event,
@@ -64,27 +54,25 @@ def _ave_sample(entry: Entry, question: str) -> dict[str, Any]:
 def _read_music_avqa(root: Path, split: str, videos: Any = _AVQA_FOLDERS, answer: str = "tagged") -> Rows:
     name = f"avqa-{_AVQA_NAMES[split]}.json"
     path = find_file(root, name, f"json/{name}", f"data/json/{name}", format=MUSIC_AVQA)
-    template = _TEMPLATES[chosen("music-avqa", "answer", answer, _TEMPLATES)]
-    records = json_entries(path)
-    kept = [(place, record) for place, record in records if not _deleted(record)]
-    notes = []
-    if left := len(records) - len(kept):
-        notes.append(f"{counted(left, 'question')} marked as deleted (question_deleted) left out of {path.name}")
-    found = entries(kept, lambda record: take(record, "question_id"))
+    template = _TEMPLATES[answer]
     make = partial(_music_avqa_sample, root=root, folders=_folders(videos), template=template)
-    return entry_rows(found, make, root, notes)
-
-
-def _deleted(record: Any) -> bool:
-    return isinstance(record, dict) and str(record.get("question_deleted", 0)) not in ("0", "False", "None")
+    return question_rows(
+        path,
+        lambda record: take(record, "question_id"),
+        make,
+        root,
+        keep=lambda record: str(record.get("question_deleted", 0)) in ("0", "False", "None"),
+        left_out="marked as deleted (question_deleted)",
+    )
 
 
 def _music_avqa_sample(entry: Entry, root: Path, folders: tuple[str, ...], template: str) -> dict[str, Any]:
     record = entry.data
     word = _answer_word(record)
+    path = _found(f"{take(record, 'video_id')}.mp4", root, folders)
     return question_sample(
         entry.id,
-        _picture_and_sound(_found(f"{take(record, 'video_id')}.mp4", root, folders)),
+        [("video", path), ("audio", path)],
         _filled(take(record, "question_content"), record.get("templ_values")),
         template.format(word),
         category=_category(record),
@@ -93,7 +81,7 @@ def _music_avqa_sample(entry: Entry, root: Path, folders: tuple[str, ...], templ
 
 
 def _filled(template: str, values: Any) -> str:
-    """The question with its ``<...>`` slots replaced by the values in order; values beyond the last slot are not used."""
+    """Return the question with its ``<...>`` slots replaced by the values in order; values beyond the last slot are not used."""
     given = [str(value) for value in _listed("templ_values", values)]
     slots = _SLOT.findall(template)
     if len(given) < len(slots):
@@ -105,7 +93,7 @@ def _filled(template: str, values: Any) -> str:
 
 
 def _listed(name: str, value: Any) -> list[Any]:
-    """A list, or one written as a string (``"[\\"ukulele\\"]"``), as the published files have it; other text is one item."""
+    """Return a list, or one written as a string (``"[\\"ukulele\\"]"``), as the published files have it; other text is one item."""
     if value is None or value == "":
         return []
     given = value
@@ -120,16 +108,12 @@ def _listed(name: str, value: Any) -> list[Any]:
 
 
 def _category(record: dict[str, Any]) -> str | None:
-    """``"Audio-Visual/Existential"``: the modality and the kind of question."""
+    """Return such as ``"Audio-Visual/Existential"``: the modality and the kind of question."""
     return "/".join(str(part).strip() for part in _listed("type", record.get("type"))) or None
 
 
 def _answer_word(record: Any) -> str:
-    word = take(record, "anser", "answer").lower()
-    if word not in music_avqa_answers():
-        known = music_avqa_answers()
-        raise MokaError(f"answer {word!r} is none of MUSIC-AVQA's {len(known)} words.{nearest(word, known)}")
-    return word
+    return among("answer", take(record, "anser", "answer").lower(), music_avqa_answers())
 
 
 def _folders(videos: Any) -> tuple[str, ...]:
@@ -137,7 +121,7 @@ def _folders(videos: Any) -> tuple[str, ...]:
 
 
 def _found(name: str, root: Path, folders: tuple[str, ...]) -> str:
-    """The file in the first folder that has it; where none has, in the first folder that is there."""
+    """Return the file in the first folder that has it; where none has, in the first folder that is there."""
     paths = [f"{folder}/{name}" for folder in folders]
     there = [path for path in paths if (root / path).is_file()] or [
         path for folder, path in zip(folders, paths, strict=True) if (root / folder).is_dir()
@@ -148,9 +132,8 @@ def _found(name: str, root: Path, folders: tuple[str, ...]) -> str:
 def _read_reasoning(root: Path, split: str, videos: Any = _AVQA_FOLDERS, annotation: str = "") -> Rows:
     name = annotation or f"{_AVQA_NAMES[split]}_samples_with_reasoning_avqa.json"
     path = find_file(root, name, format=REASONING)
-    found = entries(json_entries(path, key="data"), lambda record: take(record, "question_id", "id"))
     make = partial(_reasoning_sample, root=root, folders=_folders(videos))
-    return entry_rows(found, make, root)
+    return question_rows(path, lambda one: take(one, "question_id", "id"), make, root, key="data")
 
 
 def _reasoning_sample(entry: Entry, root: Path, folders: tuple[str, ...]) -> dict[str, Any]:
@@ -176,7 +159,7 @@ def _reasoning_sample(entry: Entry, root: Path, folders: tuple[str, ...]) -> dic
 
 
 def _own_path(named: str, root: Path, folders: tuple[str, ...], suffix: str) -> str:
-    """The path as given where it leads to a file under the root; else the file of that name in one of the folders.
+    """Return the path as given where it leads to a file under the root; else the file of that name in one of the folders.
 
     The authors' lists may hold paths of their own machine, of which only the last component means anything here.
     """
@@ -186,11 +169,7 @@ def _own_path(named: str, root: Path, folders: tuple[str, ...], suffix: str) -> 
     return _found(name if Path(name).suffix else name + suffix, root, folders)
 
 
-def _picture_and_sound(path: str) -> list[tuple[str, str]]:
-    return [("video", path), ("audio", path)]
-
-
-_VIDEOS_OPTION = (
+_VIDEOS_OPTION = Option(
     _AVQA_FOLDERS,
     "folder of the videos under the root, or a list of folders; the first that has a video gives it",
 )
@@ -209,7 +188,7 @@ AVE = Format(
         "EndTime": "second in which it ends",
     },
     read=_read_ave,
-    options={"question": (AVE_QUESTION, "the instruction")},
+    options={"question": Option(AVE_QUESTION, "the instruction")},
     benchmark="ave",
 )
 
@@ -232,9 +211,10 @@ MUSIC_AVQA = Format(
     read=_read_music_avqa,
     options={
         "videos": _VIDEOS_OPTION,
-        "answer": (
+        "answer": Option(
             "tagged",
             "what is to be learnt: tagged (<answer>two</answer>, as the scorer reads it) or word (two)",
+            tuple(_TEMPLATES),
         ),
     },
     benchmark="music-avqa",
@@ -260,7 +240,7 @@ REASONING = Format(
     read=_read_reasoning,
     options={
         "videos": _VIDEOS_OPTION,
-        "annotation": ("", "name of the annotation file under the root, where it is another"),
+        "annotation": Option("", "name of the annotation file under the root, where it is another"),
     },
     benchmark="music-avqa",
 )

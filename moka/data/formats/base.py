@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from moka.errors import MokaError
+from moka.errors import MokaError, nearest
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,27 @@ class Rows:
     notes: tuple[str, ...] = ()
 
 
+class Option(NamedTuple):
+    """One option of a format: its default, its meaning, and the values that it may have, if they are few.
+
+    A default that is a tuple means one of the choices or a list of them.
+    """
+
+    default: Any
+    help: str
+    choices: tuple[str, ...] = ()
+
+    def check(self, where: str, value: Any) -> None:
+        """Raise a MokaError, which opens with ``where``, if the value is not a choice, or neither true nor false."""
+        several = isinstance(self.default, tuple) and isinstance(value, (list, tuple))
+        bad = [one for one in (value if several else [value]) if self.choices and one not in self.choices]
+        if bad:
+            allowed, hint = ", ".join(self.choices), nearest(str(bad[0]), self.choices)
+            raise MokaError(f"{where} is {bad[0]!r}; allowed are {allowed}.{hint}")
+        if isinstance(self.default, bool) and not isinstance(value, bool):
+            raise MokaError(f"{where} is {value!r}; true or false is expected.")
+
+
 @dataclass(frozen=True)
 class Format:
     """One published layout.
@@ -48,7 +69,7 @@ class Format:
         layout: the tree expected under ``root``, for errors and the documentation.
         fields: the fields read from each record, for the documentation: name -> meaning.
         read: ``read(root, split, **options) -> Rows``.
-        options: option -> (default, help); ``read`` takes them as keyword arguments.
+        options: name -> `Option`; ``read`` takes their values as keyword arguments.
         benchmark: the scorer (`moka score`) that its predictions go to, where it has one.
         any_split: whether other split names are allowed too (the files of the user decide).
         experimental: what was not checked against the published files; None if the layout follows the publisher's own
@@ -62,14 +83,14 @@ class Format:
     layout: str
     fields: Mapping[str, str]
     read: Callable[..., Rows]
-    options: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
+    options: Mapping[str, Option] = field(default_factory=dict)
     benchmark: str | None = None
     any_split: bool = False
     experimental: str | None = None
 
 
 def find_file(root: Path, *candidates: str, format: Format | str, layout: str = "") -> Path:
-    """The first of ``candidates`` (relative paths) that is a file under ``root``.
+    """Return the first of ``candidates`` (relative paths) that is a file under ``root``.
 
     Raises:
         MokaError: the root is absent, or none is there; names every file looked for, and the layout expected.

@@ -10,12 +10,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from moka.data.formats.base import Format, Rows, find_file
-from moka.data.formats.files import JsonRecords
+from moka.data.dataset import BAR_AFTER_S
+from moka.data.formats.base import Format, Option, Rows, find_file
+from moka.data.formats.files import Chosen, JsonRecords
 from moka.data.formats.general import llava
 from moka.data.formats.questions import csv_rows
-from moka.data.media_validation import Subset
-from moka.data.records import BAR_AFTER_S
 from moka.errors import MokaError
 
 AUDIO_QUESTION = "Describe the sound."
@@ -31,12 +30,12 @@ _PATHS = tuple(
 
 
 def pick(question: str | Sequence[str], key: str) -> str:
-    """The user's instruction of a sample: ``question``, or of several the one that ``key`` leads to, always the same."""
+    """Return the user's instruction of a sample: ``question``, or of several the one that ``key`` leads to, always the same."""
     return question if isinstance(question, str) else question[zlib.crc32(key.encode()) % len(question)]
 
 
 def check_question(name: str, question: Any, may_be_none: bool = False) -> None:
-    """Raises a MokaError unless the option ``question`` is a text or a list of texts."""
+    """Raise a MokaError unless the option ``question`` is a text or a list of texts."""
     given = [question] if isinstance(question, str) else question
     if question is None and may_be_none:
         return
@@ -58,11 +57,8 @@ def _video_llava(
     bar = tqdm(items, f"choosing the {kind}s", unit="record", delay=BAR_AFTER_S, leave=False)
     kept = [position for position, record in enumerate(bar) if record.get(kind)]
     notes = (f"{len(items) - len(kept)} records of {path.name} without a {kind} left out",)
-    return Rows(Subset(items, kept), make, partial(_where, items, kept), root, notes)
-
-
-def _where(items: JsonRecords, kept: list[int], index: int) -> str:
-    return items.where(kept[index])
+    chosen = Chosen(items, kept)
+    return Rows(chosen, make, chosen.where, root, notes)
 
 
 def _caption(record: dict[str, Any], question: str | Sequence[str] | None) -> dict[str, Any]:
@@ -150,8 +146,10 @@ def _video_llava_format(kind: str, about: str) -> Format:
         experimental="file names",
         read=partial(_video_llava, name, kind, _FILES[kind]),
         options={
-            "file": (None, "the annotation file, relative to the root; by default the first of those in the layout"),
-            "question": (
+            "file": Option(
+                None, "the annotation file, relative to the root; by default the first of those in the layout"
+            ),
+            "question": Option(
                 None,
                 "the user's instruction, or a list to choose from by the id; the record's own by default",
             ),
@@ -183,8 +181,8 @@ FORMATS = (
         },
         read=_audiocaps,
         options={
-            "question": (AUDIO_QUESTION, "the user's instruction, or a list to choose from by the id"),
-            "audio": (
+            "question": Option(AUDIO_QUESTION, "the user's instruction, or a list to choose from by the id"),
+            "audio": Option(
                 None,
                 "where a clip is, such as `clips/{youtube_id}.wav`; by default every name in the layout is tried",
             ),

@@ -25,7 +25,7 @@ _TOKEN = re.compile(r"<(image|audio|video)>")
 def conversation(
     turns: Any, media: Mapping[str, Sequence[Any]], *, media_first: bool, question: str | None = None
 ) -> list[dict[str, Any]]:
-    """Messages with the media at their places.
+    """Return messages with the media at their places.
 
     A placeholder counts in user turns only, and only while listed media of its kind are left; any other is text.
 
@@ -64,7 +64,7 @@ def conversation(
 
 
 def listed_media(record: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """The media under ``image`` or ``images`` (so for audio and video) of a record, be it one or a list.
+    """Return the media under ``image`` or ``images`` (so for audio and video) of a record, be it one or a list.
 
     Raises:
         MokaError: both keys hold media.
@@ -80,14 +80,14 @@ def listed_media(record: Mapping[str, Any]) -> dict[str, list[Any]]:
 
 
 def medium(given: Any) -> Any:
-    """A medium as tables hold it, ``{"bytes", "path"}``, as its bytes or else its path; others pass unchanged."""
+    """Return a medium as tables hold it, ``{"bytes", "path"}``, as its bytes or else its path; others pass unchanged."""
     if isinstance(given, dict) and given.keys() <= {"bytes", "path"}:
         return given.get("bytes") or given.get("path")
     return given
 
 
 def other_fields(record: Mapping[str, Any], *used: str) -> dict[str, Any]:
-    """The fields of a record that are neither ``used`` nor media: they stay with the sample as metadata."""
+    """Return the fields of a record that are neither ``used`` nor media: they stay with the sample as metadata."""
     media = {name for kind in MEDIA for name in (kind, f"{kind}s")}
     return {key: value for key, value in record.items() if key not in media and key not in used}
 
@@ -106,7 +106,7 @@ def _turn(turn: Any, position: int) -> tuple[str, str]:
 
 
 def _place(text: str, left: dict[str, list[Any]], media_first: bool) -> list[dict[str, Any]]:
-    """The parts of a user turn; takes the media that it uses out of ``left``."""
+    """Return the parts of a user turn; takes the media that it uses out of ``left``."""
     placed = []  # placeholder and its part
     for token in _TOKEN.finditer(text):
         kind = token[1]

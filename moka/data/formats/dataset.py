@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
+from moka.data.dataset import SampleDataset, checked_root
 from moka.data.formats.base import Format, Rows
-from moka.data.records import RecordDataset, checked_root
-from moka.data.schema import check_sample
 from moka.errors import MokaError
 
 _WRONG_RECORD = (KeyError, IndexError, TypeError, ValueError, AttributeError)
 
 
-class FormatDataset(RecordDataset):
+class FormatDataset(SampleDataset):
     """A map-style dataset (``len`` and indexing) of checked samples with absolute media paths; lazy.
 
     Args:
@@ -46,31 +44,23 @@ class FormatDataset(RecordDataset):
         if format.experimental:
             text = f"format {format.name} is experimental: its {format.experimental} were not checked against the published files"
             self.notes = (text, *rows.notes)
-        self.media_root = checked_root(rows.media_root if media_root is None else Path(media_root))
+        self.media_root = checked_root(rows.media_root if media_root is None else media_root)
 
     def __len__(self) -> int:
         return len(self.rows.items)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        position = self._position(index)
-        where = self.rows.where(position)
-        item = self.rows.items[position]
+    def where(self, index: int) -> str:
+        return self.rows.where(index)
+
+    def read(self, index: int) -> dict[str, Any]:
+        item = self.rows.items[index]
         try:
-            sample = self.rows.make(item)
+            return self.rows.make(item)
         except MokaError as error:
-            raise MokaError(f"{where}: {error}") from error
+            raise MokaError(f"{self.where(index)}: {error}") from error
         # An IndexError let through would end a loop over the data set as if the record were the last.
         except _WRONG_RECORD as error:
-            raise MokaError(f"{where}: {_wrong(error, item, self.format)}") from error
-        return self.with_absolute_paths(check_sample(sample, where, self.require_answer), where)
-
-    def where(self, index: int) -> str:
-        return self.rows.where(self._position(index))
-
-    def _position(self, index: int) -> int:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
-        return int(index) % len(self)
+            raise MokaError(f"{self.where(index)}: {_wrong(error, item, self.format)}") from error
 
 
 def _wrong(error: Exception, item: Any, format: Format) -> str:

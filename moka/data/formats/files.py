@@ -14,11 +14,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from moka.data.jsonl import index_lines, parse_line
+from moka.data.jsonl import index_lines, indexing_bar, parse_line
 from moka.data.media_io import file_problem
-from moka.data.records import BAR_AFTER_S
 from moka.errors import MokaError
 
 # A complete string, so that brackets inside it do not count, or one bracket.
@@ -72,7 +69,7 @@ class JsonRecords(Sequence[Any]):
             ) from error
 
     def where(self, index: int) -> str:
-        """The place of a record: file and line of JSONL, file and position (from 1) in an array."""
+        """Return the place of a record: file and line of JSONL, file and position (from 1) in an array."""
         position = index % len(self)
         return f"{self.path}: record {position + 1}" if self.lines is None else f"{self.path}:{self.lines[position]}"
 
@@ -86,6 +83,22 @@ class JsonRecords(Sequence[Any]):
                 f"{self.path}: neither a JSON array of records nor JSONL: it opens with an object that does not end on "
                 "its first line. If the records stand under a key of one object, save that list as the file."
             ) from error
+
+
+class Chosen(Sequence[Any]):
+    """The records of a file at some positions; none is kept in memory."""
+
+    def __init__(self, records: JsonRecords, positions: Sequence[int]) -> None:
+        self.records, self.positions = records, array("q", positions)
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.records[self.positions[index]]
+
+    def where(self, index: int) -> str:
+        return self.records.where(self.positions[index])
 
 
 class TableRecords(Sequence[Any]):
@@ -111,23 +124,12 @@ class TableRecords(Sequence[Any]):
         take: int | None = None,
     ) -> None:
         self.name = name
-        try:
-            import datasets
-        except ImportError as error:
-            raise MokaError(f"Reading {name} needs `datasets`. Run: pip install 'moka-peft[data]'") from error
         # Given files hold one split, whatever its name.
         what: dict[str, Any] = {"path": name, "name": config, "split": split}
         if files:
             what = {"path": "parquet", "data_files": [str(file) for file in files], "split": "train"}
-        self.rows: Any
-        try:
-            opened = datasets.load_dataset(**what, streaming=take is not None)
-            # Arrow rows are the stored ones: images and sounds come as the bytes of their files.
-            rows = opened.with_format("arrow")
-            self.rows = rows if take is None else list(_plain(rows.take(take)))
-        except Exception as error:  # errors of the network, of pyarrow and of `datasets` itself have no common base
-            reason = " ".join(str(error).split())
-            raise MokaError(f"{name}: split {split!r} cannot be opened by `datasets`: {reason}") from error
+        rows = open_table(name, what, streaming=take is not None)
+        self.rows: Any = rows if take is None else list(table_rows(rows.take(take)))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -142,21 +144,42 @@ class TableRecords(Sequence[Any]):
         return f"{self.name}: row {index % len(self) + 1}"
 
 
-def _plain(tables: Any) -> Iterator[dict[str, Any]]:
+def open_table(name: str, what: dict[str, Any], streaming: bool) -> Any:
+    """Open a table by `datasets`, in its stored form: images and sounds come as the bytes of their files.
+
+    Args:
+        name: for messages.
+        what: arguments of ``datasets.load_dataset``.
+        streaming: read on, or memory-mapped.
+
+    Raises:
+        MokaError: `datasets` is not installed, or cannot open it.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise MokaError(f"Reading {name} needs `datasets`. Run: pip install 'moka-peft[data]'") from error
+    try:
+        return datasets.load_dataset(**what, streaming=streaming).with_format("arrow")
+    except Exception as error:  # errors of the network, of pyarrow and of `datasets` itself have no common base
+        reason = " ".join(str(error).split())
+        raise MokaError(f"{name}: split {what['split']!r} cannot be opened by `datasets`: {reason}") from error
+
+
+def table_rows(tables: Any) -> Iterator[dict[str, Any]]:
+    """Yield the rows of the tables that a streamed data set consists of."""
     for table in tables:
         yield from table.to_pylist()
 
 
 def _index_array(path: Path) -> tuple[array[int], array[int]]:
-    """First byte and byte after the last of each element of the JSON array that fills the file."""
+    """Return first byte and byte after the last of each element of the JSON array that fills the file."""
     starts, ends = array("q"), array("q")
-    size, depth, seen = path.stat().st_size, 0, 0
+    depth = seen = 0
     with (
         open(path, "rb") as file,
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text,
-        tqdm(
-            total=size, desc=f"indexing {path.name}", unit="B", unit_scale=True, delay=BAR_AFTER_S, leave=False
-        ) as bar,
+        indexing_bar(path) as bar,
     ):
         for token in _TOKEN.finditer(text):
             at = token.start()

@@ -7,18 +7,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from moka.data.formats.base import Format, Rows, find_file
+from moka.data.formats.base import Format, Option, Rows, find_file
 from moka.data.formats.conversations import conversation, listed_media, medium, other_fields
 from moka.data.formats.files import JsonRecords, TableRecords
 from moka.data.schema import MEDIA
 from moka.errors import MokaError
 
-OPTIONS: Mapping[str, tuple[Any, str]] = {
-    "file": (None, "the annotation file, relative to the root; by default the first of those in the layout"),
-    "hub": (None, "a data set of the Hugging Face Hub, `owner/name`, or a local folder with Parquet files"),
-    "config": (None, "the configuration of the Hub data set, where it has several"),
-    "streaming": (False, "stream the Hub data set, and keep the first `take` records in memory"),
-    "take": (None, "how many records to stream"),
+OPTIONS: Mapping[str, Option] = {
+    "file": Option(None, "the annotation file, relative to the root; by default the first of those in the layout"),
+    "hub": Option(None, "a data set of the Hugging Face Hub, `owner/name`, or a local folder with Parquet files"),
+    "config": Option(None, "the configuration of the Hub data set, where it has several"),
+    "streaming": Option(False, "stream the Hub data set, and keep the first `take` records in memory"),
+    "take": Option(None, "how many records to stream"),
 }
 _ENDINGS = (".jsonl", ".json", ".parquet")
 _LAYOUT = """
@@ -39,26 +39,25 @@ def open_records(
     streaming: bool,
     take: int | None,
 ) -> tuple[JsonRecords | TableRecords, Path]:
-    """The records of one split, and the folder that their media start from.
+    """Return the records of one split, and the folder that their media start from.
 
     Raises:
         MokaError: options that do not go together; no annotation file.
     """
-    if hub is None and (config is not None or streaming or take is not None):
-        raise MokaError(
-            f"format {name}: options config, streaming and take go with option hub. Set hub, or remove them."
-        )
-    if streaming is not (take is not None):
-        raise MokaError(f"format {name}: options streaming: true and take: N go together. Set both or neither.")
-    if take is not None and (not isinstance(take, int) or take < 1):
-        raise MokaError(f"format {name}: option take is {take!r}; a positive number of records is expected.")
+    problems = {
+        "options config, streaming and take go with option hub. Set hub, or remove them.": hub is None
+        and (config is not None or streaming or take is not None),
+        "options streaming: true and take: N go together. Set both or neither.": streaming is not (take is not None),
+        f"option take is {take!r}; a positive number of records is expected.": take is not None
+        and (not isinstance(take, int) or take < 1),
+        "options hub and file name two sources. Keep one of them.": hub is not None and file is not None,
+        f"the root {str(root)!r} is a file and option file is {file!r}. Keep one.": root.is_file() and file is not None,
+    }
+    if problem := next((text for text, holds in problems.items() if holds), None):
+        raise MokaError(f"format {name}: {problem}")
     if hub is not None:
-        if file is not None:
-            raise MokaError(f"format {name}: options hub and file name two sources. Keep one of them.")
         return TableRecords(hub, split, config, take=take), root
     if root.is_file():
-        if file is not None:
-            raise MokaError(f"format {name}: the root {str(root)!r} is a file and option file is {file!r}. Keep one.")
         root, file = root.parent, root.name
     if file is None:
         shards = sorted(root.glob(f"{split}-*.parquet")) or sorted(root.glob(f"data/{split}-*.parquet"))
@@ -70,7 +69,7 @@ def open_records(
 
 
 def _messages(record: dict[str, Any]) -> dict[str, Any]:
-    """Our own layout, with the two things that tables do to it: wrapped media, and media listed next to the messages."""
+    """Return a sample of our own layout, with the two things that tables do to it: wrapped media, and media listed next to the messages."""
     listed = listed_media(record)
     messages = []
     for message in record["messages"]:
@@ -98,7 +97,7 @@ def _part(part: Any, listed: dict[str, list[Any]]) -> Any:
 
 
 def llava(record: dict[str, Any], question: str | None = None) -> dict[str, Any]:
-    """One record of LLaVA's layout as a sample; ``question`` replaces the record's own first question."""
+    """Return one record of LLaVA's layout as a sample; ``question`` replaces the record's own first question."""
     messages = conversation(record["conversations"], listed_media(record), media_first=True, question=question)
     return {**other_fields(record, "conversations"), "messages": messages}
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import string
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from moka.data.formats.base import Format, Rows, find_file
+from moka.data.formats.base import Format, Option, Rows, find_file
 from moka.data.formats.files import JsonRecords
 from moka.data.formats.general import llava
-from moka.data.formats.questions import LETTER_INSTRUCTION
-from moka.errors import MokaError, nearest
+from moka.data.formats.questions import LETTER_INSTRUCTION, LETTERS, lettered, question_sample
+from moka.errors import MokaError
 
 ANSWERS = {
     "letter": LETTER_INSTRUCTION,
@@ -28,9 +27,6 @@ def _llava_instruct(root: Path, split: str, *, file: str) -> Rows:
 
 
 def _a_okvqa(root: Path, split: str, *, answer: str) -> Rows:
-    if answer not in ANSWERS:
-        hint = nearest(str(answer), ANSWERS)
-        raise MokaError(f"format a-okvqa: option answer is {answer!r}; allowed are {', '.join(ANSWERS)}.{hint}")
     path = find_file(root, f"aokvqa_v1p0_{split}.json", format="a-okvqa", layout=_AOKVQA_LAYOUT)
     items = JsonRecords(path)
     media_root = root / "coco" if (root / "coco").is_dir() else root
@@ -38,28 +34,22 @@ def _a_okvqa(root: Path, split: str, *, answer: str) -> Rows:
 
 
 def _choice_question(record: dict[str, Any], split: str, answer: str) -> dict[str, Any]:
-    choices = record["choices"]
-    if not isinstance(choices, list) or not 1 < len(choices) <= len(string.ascii_uppercase):
+    choices, right = (
+        record["choices"],
+        record.get("correct_choice_idx"),
+    )  # the test split is published without the index
+    if not isinstance(choices, list) or not 1 < len(choices) <= len(LETTERS):
         raise MokaError(f"field 'choices' is {choices!r:.60}; a list of two or more options is expected.")
-    letters = string.ascii_uppercase[: len(choices)]
-    lines = [
-        record["question"].strip(),
-        *(f"{letter}. {choice}" for letter, choice in zip(letters, choices, strict=True)),
-    ]
-    content = [
-        {"type": "image", "image": f"{split}2017/{record['image_id']:012d}.jpg"},
-        {"type": "text", "text": "\n".join([*lines, ANSWERS[answer]])},
-    ]
-    sample: dict[str, Any] = {"id": record["question_id"], "messages": [{"role": "user", "content": content}]}
-    if record.get("correct_choice_idx") is not None:  # the test split is published without
-        right = record["correct_choice_idx"]
-        if right not in range(len(choices)):
-            raise MokaError(
-                f"field 'correct_choice_idx' is {right!r}; a number from 0 to {len(choices) - 1} is expected."
-            )
-        text = letters[right] if answer == "letter" else choices[right]
-        sample["messages"].append({"role": "assistant", "content": text})
-    return {**sample, **{key: record[key] for key in ("choices", "direct_answers", "rationales") if key in record}}
+    if right is not None and right not in range(len(choices)):
+        raise MokaError(f"field 'correct_choice_idx' is {right!r}; a number from 0 to {len(choices) - 1} is expected.")
+    given = (LETTERS if answer == "letter" else choices)[right] if right is not None else None
+    return question_sample(
+        record["question_id"],
+        [("image", f"{split}2017/{record['image_id']:012d}.jpg")],
+        lettered(record["question"].strip(), choices, instruction=ANSWERS[answer]),
+        given,
+        **{key: record[key] for key in ("choices", "direct_answers", "rationales") if key in record},
+    )
 
 
 _LLAVA_LAYOUT = """
@@ -85,7 +75,7 @@ FORMATS = (
             "conversations": "LLaVA's: turns from human, with `<image>` in the first, and gpt",
         },
         read=_llava_instruct,
-        options={"file": ("llava_instruct_150k.json", "the annotation file, such as one of its three parts")},
+        options={"file": Option("llava_instruct_150k.json", "the annotation file, such as one of its three parts")},
     ),
     Format(
         name="a-okvqa",
@@ -102,6 +92,8 @@ FORMATS = (
             "direct_answers, rationales": "kept with the sample",
         },
         read=_a_okvqa,
-        options={"answer": ("letter", "what the model answers: `letter`, or the `text` of the option")},
+        options={
+            "answer": Option("letter", "what the model answers: `letter`, or the `text` of the option", tuple(ANSWERS))
+        },
     ),
 )

@@ -6,13 +6,12 @@ one TSV file, a row a question, pictures in base64  ->  samples that hold the pi
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from moka.data.formats.base import Format, Rows, find_file
-from moka.data.formats.questions import LETTERS, Entry, csv_rows, entries, entry_rows, lettered, question_sample
+from moka.data.formats.base import Format, Option, Rows, find_file
+from moka.data.formats.questions import LETTERS, Entries, Entry, among, csv_rows, lettered, question_sample
 from moka.errors import MokaError, counted
 
 _MMBENCH_FILES = {
@@ -29,66 +28,41 @@ _INDEX_LENGTH = 64  # an image column shorter than this has the index of the row
 
 
 def _read_mmbench(root: Path, split: str, circular: bool = False) -> Rows:
-    if not isinstance(circular, bool):
-        raise MokaError(f"format mmbench: option circular is {circular!r}; true or false is expected.")
     path = find_file(root, *_MMBENCH_FILES[split], format=MMBENCH)
     rows = _mmbench_rows(path)
     pictures = {row["index"]: row["image"] for _, row in rows if len(row["image"]) > _INDEX_LENGTH}
     first = [(place, row) for place, row in rows if int(row["index"]) < _COPY]
+    asked = [(place, (row, turn)) for place, row in first for turn in range(len(_options(row)) if circular else 1)]
+    found = Entries(asked, lambda data: f"{data[0]['index']}-{data[1]}" if circular else data[0]["index"])
     notes = []
-    if circular:
-        placed = [(place, (copy, turn)) for place, row in first for turn, copy in enumerate(_rotations(row, place))]
-        found = entries(placed, lambda data: f"{data[0]['index']}-{data[1]}")
-    else:
-        found = entries(((place, (row, 0)) for place, row in first), lambda data: data[0]["index"])
     if left := len(rows) - len(first):
         made = "; rotations are made here instead" if circular else ""
         notes.append(f"{counted(left, 'rotated copy', 'rotated copies')} of questions left out of {path.name}{made}")
-    return entry_rows(found, partial(_mmbench_sample, pictures=pictures), root, notes)
+    return found.rows(partial(_mmbench_sample, pictures=pictures), root, notes)
 
 
 def _mmbench_rows(path: Path) -> list[tuple[str, dict[str, str]]]:
     rows: list[tuple[str, dict[str, str]]] = []
-    for _, row in csv_rows(path, ("index", "question", "A", "B", "image"), delimiter="\t"):
+    for _, cells in csv_rows(path, ("index", "question", "A", "B", "image"), delimiter="\t"):
         place = f"{path}: row {len(rows) + 1}"
+        row = {name: "" if cell.strip().lower() == "nan" else cell.strip() for name, cell in cells.items()}
         if not row["index"].isdecimal():
-            raise MokaError(f"{place}: index is {row['index']!r}; a number is expected.")
-        rows.append((place, {name: _filled(value) for name, value in row.items()}))
+            raise MokaError(f"{place}: field 'index' is {row['index']!r}; a number is expected.")
+        rows.append((place, row))
     return rows
-
-
-def _filled(cell: str) -> str:
-    cell = cell.strip()
-    return "" if cell.lower() == "nan" else cell
 
 
 def _options(row: dict[str, str]) -> list[str]:
     return [row[letter] for letter in "ABCDE" if row.get(letter)]
 
 
-def _rotations(row: dict[str, str], place: str) -> Iterable[dict[str, str]]:
-    """CircularEval: the question once for each of its options, which move on by one place each time."""
-    options, answer = _options(row), row.get("answer", "")
-    if answer and answer not in LETTERS[: len(options)]:
-        raise MokaError(f"{place}: {_bad_answer(answer, options)}")
-    for turn in range(len(options)):
-        turned = options[turn:] + options[:turn]
-        copy = {**row, **dict.fromkeys("ABCDE", ""), **dict(zip(LETTERS, turned, strict=False))}
-        if answer:
-            copy["answer"] = LETTERS[(LETTERS.index(answer) - turn) % len(options)]
-        yield copy
-
-
-def _bad_answer(answer: str, options: list[str]) -> str:
-    return f"answer is {answer!r}; one of {', '.join(LETTERS[: len(options)])} is expected."
-
-
 def _mmbench_sample(entry: Entry, pictures: dict[str, str]) -> dict[str, Any]:
-    row, _ = entry.data
-    options = _options(row)
-    truth = row.get("answer") or None
-    if truth is not None and truth not in LETTERS[: len(options)]:
-        raise MokaError(_bad_answer(truth, options))
+    row, turn = entry.data
+    options, truth = _options(row), row.get("answer") or None
+    if truth is not None:
+        right = LETTERS.index(among("answer", truth, LETTERS[: len(options)]))
+        truth = LETTERS[(right - turn) % len(options)]
+    options = options[turn:] + options[:turn]  # CircularEval: they move on by one place each time
     return question_sample(
         entry.id,
         [("image", _picture(row["image"], pictures))],
@@ -129,7 +103,9 @@ MMBENCH = Format(
         "image": "the picture in base64, or the index of the row that holds it",
     },
     read=_read_mmbench,
-    options={"circular": (False, "CircularEval: each question once per option, which rotate; ids {index}-{turn}")},
+    options={
+        "circular": Option(False, "CircularEval: each question once per option, which rotate; ids {index}-{turn}")
+    },
     benchmark="mmbench",
 )
 

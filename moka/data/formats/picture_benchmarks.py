@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from moka.data.formats.base import Format, Rows, find_file
+from moka.data.formats.base import Format, Option, Rows, find_file
 from moka.data.formats.questions import (
+    Entries,
     Entry,
-    chosen,
-    entries,
-    entry_rows,
-    json_entries,
+    among,
     lettered,
     load_json,
-    load_line,
+    question_rows,
     question_sample,
     take,
     text_lines,
 )
+from moka.data.jsonl import parse_line
 from moka.data.vocabulary import MME_TASKS
 from moka.errors import MokaError, counted
 
@@ -28,7 +28,6 @@ _PICTURES = (".jpg", ".jpeg", ".png")
 
 
 def _read_mme(root: Path, split: str, tasks: str = "perception") -> Rows:
-    chosen("mme", "tasks", tasks, (*MME_TASKS, "all"))
     base = next((root / name for name in _MME_ROOTS if (root / name / MME_TASKS["perception"][0]).is_dir()), root)
     placed: list[tuple[str, Any]] = []
     odd = 0
@@ -37,11 +36,11 @@ def _read_mme(root: Path, split: str, tasks: str = "perception") -> Rows:
             lines = text_lines(file)
             odd += len(lines) % 2
             placed += [(place, (subtask, file, number, line)) for number, (place, line) in enumerate(lines, start=1)]
-    found = entries(placed, lambda data: f"{data[0]}/{data[1].stem}-{data[2]}")
+    found = Entries(placed, lambda data: f"{data[0]}/{data[1].stem}-{data[2]}")
     notes = [
         f"{counted(odd, 'picture has', 'pictures have')} an odd number of questions; the paper's protocol leaves out the last"
     ]
-    return entry_rows(found, partial(_mme_sample, base=base), base, notes if odd else ())
+    return found.rows(partial(_mme_sample, base=base), base, notes if odd else ())
 
 
 def _mme_files(base: Path, subtask: str) -> list[Path]:
@@ -81,58 +80,49 @@ def _read_pope(root: Path, split: str, splits: Any = _POPE_SPLITS, images: str =
     names = [splits] if isinstance(splits, str) else list(splits)
     placed: list[tuple[str, Any]] = []
     for name in names:
-        file = f"coco_pope_{chosen('pope', 'splits', name, _POPE_SPLITS)}.json"
+        file = f"coco_pope_{name}.json"
         path = find_file(root, *(folder + file for folder in _POPE_FOLDERS), format=POPE)
         placed += [(place, (name, line)) for place, line in text_lines(path)]
-    found = entries(placed, lambda data: f"{data[0]}-{take(load_line(data[1]), 'question_id')}")
-    return entry_rows(found, partial(_pope_sample, images=images), root)
+    found = Entries(placed, lambda data: f"{data[0]}-{take(json.loads(data[1]), 'question_id')}")
+    return found.rows(partial(_pope_sample, images=images), root)
 
 
 def _pope_sample(entry: Entry, images: str) -> dict[str, Any]:
     name, line = entry.data
-    record = load_line(line)
-    truth = take(record, "label").lower()
-    if truth not in ("yes", "no"):
-        raise MokaError(f"field 'label' is {truth!r}; yes or no is expected.")
+    record = parse_line(line.encode(), "the line")
+    truth = among("label", take(record, "label").lower(), ("yes", "no"))
     picture = [("image", f"{images}/{take(record, 'image')}")]
     return question_sample(entry.id, picture, take(record, "text"), truth, category=name, reference=truth)
 
 
-_SEED_KINDS = ("image", "video", "all")
-
-
 def _read_seed_bench(root: Path, split: str, tasks: str = "image") -> Rows:
-    chosen("seed-bench", "tasks", tasks, _SEED_KINDS)
     path = find_file(root, "SEED-Bench.json", format=SEED_BENCH)
     content = load_json(path)
     names = content.get("question_type") if isinstance(content, dict) else None
     if not isinstance(names, dict):
         raise MokaError(f"{path}: has no 'question_type', which names the dimensions. Use the file as it is published.")
-    records = json_entries(path, key="questions", loaded=content)
-    kept = [(place, record) for place, record in records if tasks == "all" or _seed_kind(record) in (tasks, None)]
-    notes = []
-    if left := len(records) - len(kept):
-        notes.append(
-            f"{counted(left, 'question')} about {'videos' if tasks == 'image' else 'images'} left out of {path.name}"
-        )
-    found = entries(kept, lambda record: take(record, "question_id"))
-    dimensions = {str(number): name for name, number in names.items()}
-    return entry_rows(found, partial(_seed_sample, dimensions=dimensions), root, notes)
+    make = partial(_seed_sample, dimensions={str(number): name for name, number in names.items()})
 
+    def keep(record: dict[str, Any]) -> bool:
+        return tasks == "all" or record.get("data_type") in (tasks, None)  # one without is reported when it is read
 
-def _seed_kind(record: Any) -> Any:
-    return record.get("data_type") if isinstance(record, dict) else None
+    others = "videos" if tasks == "image" else "images"
+    return question_rows(
+        path,
+        lambda record: take(record, "question_id"),
+        make,
+        root,
+        key="questions",
+        keep=keep,
+        left_out=f"about {others}",
+    )
 
 
 def _seed_sample(entry: Entry, dimensions: dict[str, str]) -> dict[str, Any]:
     record = entry.data
-    kind, number, truth = take(record, "data_type"), take(record, "question_type_id"), take(record, "answer")
-    if kind not in ("image", "video"):
-        raise MokaError(f"field 'data_type' is {kind!r}; image or video is expected.")
-    if truth not in tuple("ABCD"):
-        raise MokaError(f"field 'answer' is {truth!r}; one of A, B, C, D is expected.")
-    if number not in dimensions:
-        raise MokaError(f"field 'question_type_id' is {number}; the file names {', '.join(dimensions)}.")
+    kind = take(record, "data_type", allowed=("image", "video"))
+    number = take(record, "question_type_id", allowed=dimensions)
+    truth = take(record, "answer", allowed="ABCD")
     image = f"SEED-Bench-image/{take(record, 'data_id')}"
     medium = image if kind == "image" else f"SEED-Bench-video/{take(record, 'question_id')}.mp4"
     options = [take(record, f"choice_{letter}") for letter in "abcd"]
@@ -150,7 +140,7 @@ MME = Format(
     "questions_answers_YN/{name}.txt",
     fields={"question": "text before the tab of a line", "answer": "Yes or No after it"},
     read=_read_mme,
-    options={"tasks": ("perception", "perception (10 subtasks), cognition (4), or all")},
+    options={"tasks": Option("perception", "perception (10 subtasks), cognition (4), or all", (*MME_TASKS, "all"))},
     benchmark="mme",
 )
 
@@ -169,8 +159,8 @@ POPE = Format(
     },
     read=_read_pope,
     options={
-        "splits": (_POPE_SPLITS, "which of random, popular, adversarial: one, or a list"),
-        "images": ("val2014", "folder of the pictures under the root"),
+        "splits": Option(_POPE_SPLITS, "which of random, popular, adversarial: one, or a list", _POPE_SPLITS),
+        "images": Option("val2014", "folder of the pictures under the root"),
     },
     benchmark="pope",
 )
@@ -193,7 +183,7 @@ SEED_BENCH = Format(
         "segment": "start and end in the video (s); only for the cutting",
     },
     read=_read_seed_bench,
-    options={"tasks": ("image", "image (dimensions 1 to 9), video, or all")},
+    options={"tasks": Option("image", "image (dimensions 1 to 9), video, or all", ("image", "video", "all"))},
     benchmark="seed-bench",
 )
 

@@ -1,6 +1,6 @@
 """Shared by readers of questions about media: entries with a place and an id, and the sample that asks and answers.
 
-annotation file  ->  entries(...)  ->  Entry(id, place, data)  ->  question_sample(...)
+annotation file  ->  Entries(...)  ->  Entry(id, place, data)  ->  question_sample(...)
 """
 
 from __future__ import annotations
@@ -8,12 +8,11 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from moka.data.formats.base import Rows
-from moka.errors import MokaError, nearest
+from moka.errors import MokaError, counted, nearest
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LETTER_INSTRUCTION = "Answer with the option's letter from the given choices directly."
@@ -27,37 +26,62 @@ class Entry(NamedTuple):
     data: Any
 
 
-def entries(placed: Iterable[tuple[str, Any]], name: Callable[[Any], str]) -> list[Entry]:
+class Entries(list[Entry]):
     """Entries with unique ids from ``(place, record)`` pairs.
 
     An id that ``name`` gives again gets ``-2``, ``-3`` and so on. A record that ``name`` stumbles over is called by its
     file and position, so that the error comes when the record is read, with the field that is wrong.
     """
-    seen: dict[str, int] = {}
-    found = []
-    for place, data in placed:
-        try:
-            given = name(data)
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError):
-            given = Path(place).name
-        unique = given
-        while unique in seen:  # "a-2" may be an id of its own
-            seen[given] += 1
-            unique = f"{given}-{seen[given]}"
-        seen[unique] = 1
-        found.append(Entry(unique, place, data))
-    return found
+
+    def __init__(self, placed: Iterable[tuple[str, Any]], name: Callable[[Any], str]) -> None:
+        seen: dict[str, int] = {}
+        for place, data in placed:
+            try:
+                given = name(data)
+            except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+                given = Path(place).name
+            unique = given
+            while unique in seen:  # "a-2" may be an id of its own
+                seen[given] += 1
+                unique = f"{given}-{seen[given]}"
+            seen[unique] = 1
+            self.append(Entry(unique, place, data))
+
+    def where(self, index: int) -> str:
+        return self[index].place
+
+    def rows(self, make: Callable[[Entry], dict[str, Any]], root: Path, notes: Iterable[str] = ()) -> Rows:
+        """Return them as `Rows`, whose media paths start from ``root``."""
+        return Rows(self, make, self.where, root, tuple(notes))
 
 
-def entry_rows(
-    found: list[Entry], make: Callable[[Entry], dict[str, Any]], root: Path, notes: Iterable[str] = ()
+def question_rows(
+    path: Path,
+    name: Callable[[Any], str],
+    make: Callable[[Entry], dict[str, Any]],
+    root: Path,
+    *,
+    key: str = "",
+    keep: Callable[[Any], bool] = bool,
+    unit: str = "question",
+    left_out: str = "",
 ) -> Rows:
-    """`Rows` of entries, whose media paths start from ``root``."""
-    return Rows(found, make, partial(_place, found), root, tuple(notes))
+    """Return the records of a JSON file of questions as `Rows`.
 
-
-def _place(found: list[Entry], index: int) -> str:
-    return found[index].place
+    Args:
+        path, key: as for `json_entries`.
+        name: record -> the id of its sample.
+        make: entry -> sample.
+        root: where media paths start.
+        keep: whether a record is a question of those wanted; others are counted in a note.
+        unit, left_out: what these are: "question" and "of other tasks".
+    """
+    records = json_entries(path, key)
+    # A record that is no object is kept, so that the error names it.
+    kept = [(place, record) for place, record in records if not isinstance(record, dict) or keep(record)]
+    left = len(records) - len(kept)
+    notes = [f"{counted(left, unit)} {left_out} left out of {path.name}"] if left else []
+    return Entries(kept, name).rows(make, root, notes)
 
 
 def question_sample(
@@ -67,7 +91,7 @@ def question_sample(
     answer: str | None,
     **extra: Any,
 ) -> dict[str, Any]:
-    """A sample of one question: the media in order, then the text; the answer is the last message, if there is one.
+    """Return a sample of one question: the media in order, then the text; the answer is the last message, if there is one.
 
     Args:
         id: unique in its data set.
@@ -83,24 +107,19 @@ def question_sample(
     return {"id": id, **{key: value for key, value in extra.items() if value is not None}, "messages": messages}
 
 
-def lettered(question: str, options: Sequence[str], hint: str = "") -> str:
-    """A multiple-choice question: hint, question, one line ``A. option`` each, and the instruction to give the letter."""
+def lettered(question: str, options: Sequence[str], hint: str = "", instruction: str = LETTER_INSTRUCTION) -> str:
+    """Return a multiple-choice question: hint, question, one line ``A. option`` each, and what is to be answered."""
     lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]
-    return "\n".join(line for line in [hint, question, *lines, LETTER_INSTRUCTION] if line)
+    return "\n".join(line for line in [hint, question, *lines, instruction] if line)
 
 
-def json_entries(path: Path, key: str = "", loaded: Any = None) -> list[tuple[str, Any]]:
-    """The records of a JSON file as ``(place, record)``: its list, or the list under ``key`` of its object.
-
-    Args:
-        path: the file.
-        key: where the list is, if the file may hold an object.
-        loaded: the file's content, where it was read before.
+def json_entries(path: Path, key: str = "") -> list[tuple[str, Any]]:
+    """Return the records of a JSON file as ``(place, record)``: its list, or the list under ``key`` of its object.
 
     Raises:
         MokaError: not JSON, or no such list.
     """
-    records = load_json(path) if loaded is None else loaded
+    records = load_json(path)
     if key and isinstance(records, dict):
         records = records.get(key)
     if not isinstance(records, list):
@@ -110,7 +129,7 @@ def json_entries(path: Path, key: str = "", loaded: Any = None) -> list[tuple[st
 
 
 def load_json(path: Path) -> Any:
-    """The content of a JSON file.
+    """Return the content of a JSON file.
 
     Raises:
         MokaError: not UTF-8, or not JSON.
@@ -123,20 +142,8 @@ def load_json(path: Path) -> Any:
         ) from error
 
 
-def load_line(line: str) -> Any:
-    """Return the JSON value of one line; the caller puts its place in front of an error.
-
-    Raises:
-        MokaError: not JSON.
-    """
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise MokaError(f"is not valid JSON ({error}). One object a line is expected.") from error
-
-
 def text_lines(path: Path) -> list[tuple[str, str]]:
-    """The lines of a text file that are not blank, as ``(place, line)``.
+    """Return the lines of a text file that are not blank, as ``(place, line)``.
 
     Raises:
         MokaError: not UTF-8.
@@ -172,34 +179,36 @@ def csv_rows(path: Path, columns: Iterable[str], delimiter: str = ",") -> Iterat
         raise MokaError(f"{path}: is not a table in UTF-8 ({error}). Use the file as it is published.") from error
 
 
-def take(record: Any, *names: str) -> str:
-    """The text of the first of the fields ``names`` that the record has; a number becomes text.
+def take(record: Any, *names: str, allowed: Iterable[str] = ()) -> str:
+    """Return the text of the first of the fields ``names`` that the record has; a number becomes text.
+
+    Args:
+        allowed: the values that it may have, if they are few.
 
     Raises:
-        MokaError: the record is no object, has none of them, or what it has is blank or not text.
+        MokaError: the record is no object, has none of them, or what it has is blank, not text, or not allowed.
     """
     if not isinstance(record, dict):
         raise MokaError(f"is {type(record).__name__}; an object with {', '.join(map(repr, names))} is expected.")
-    for name in names:
-        value = record.get(name)
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            value = str(value)
-        if value is not None:
-            if not isinstance(value, str) or not value.strip():
-                raise MokaError(f"field {name!r} is {value!r}; text is expected.")
-            return value.strip()
-    due = " or ".join(map(repr, names))
-    raise MokaError(f"field {due} is missing; the record has {', '.join(map(repr, record)) or 'no fields'}.")
+    name = next((name for name in names if record.get(name) is not None), None)
+    if name is None:
+        fields, given = " or ".join(map(repr, names)), ", ".join(map(repr, record)) or "no fields"
+        raise MokaError(f"field {fields} is missing; the record has {given}.")
+    value = record[name]
+    text = str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+    if not isinstance(text, str) or not text.strip():
+        raise MokaError(f"field {name!r} is {value!r}; text is expected.")
+    return among(name, text.strip(), allowed)
 
 
-def chosen(format: str, option: str, value: Any, allowed: Iterable[str]) -> str:
-    """``value`` where it is one of ``allowed``.
+def among(field: str, value: str, allowed: Iterable[str], remedy: str = "") -> str:
+    """Return the value of a field.
 
     Raises:
-        MokaError: it is not.
+        MokaError: some values are allowed, and it is none of them.
     """
-    allowed = tuple(allowed)
-    if value not in allowed:
-        hint = nearest(str(value), allowed)
-        raise MokaError(f"format {format}: option {option} is {value!r}; allowed are {', '.join(allowed)}.{hint}")
-    return value
+    known = tuple(allowed)
+    if not known or value in known:
+        return value
+    listed = ", ".join(known) if len(known) <= 12 else f"one of {len(known)}, such as {', '.join(known[:3])}"
+    raise MokaError(f"field {field!r} is {value!r}; allowed are {listed}.{nearest(value, known)}{remedy}")

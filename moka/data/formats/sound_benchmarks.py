@@ -5,19 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from moka.data.formats.base import Format, Rows, find_file
-from moka.data.formats.questions import (
-    LETTERS,
-    Entry,
-    chosen,
-    entries,
-    entry_rows,
-    json_entries,
-    lettered,
-    question_sample,
-    take,
-)
-from moka.errors import MokaError, counted
+from moka.data.formats.base import Format, Option, Rows, find_file
+from moka.data.formats.questions import LETTERS, Entry, lettered, question_rows, question_sample, take
+from moka.errors import MokaError
 
 _DOMAINS = ("speech", "sound", "music", "all")
 _MMAU_INSTRUCTION = "Select one option from the provided choices."
@@ -26,16 +16,13 @@ _AIR_PREFIXES = {"sound": ("audio_", "sound_", "acoustic_", "vocal_"), "music": 
 
 
 def _read_mmau(root: Path, split: str, task: str = "speech") -> Rows:
-    chosen("mmau", "task", task, _DOMAINS)
-    records = json_entries(find_file(root, "mmau-test-mini.json", format=MMAU))
-    kept = [(place, record) for place, record in records if task == "all" or _domain_of(record) in (task, None)]
-    found = entries(kept, lambda record: take(record, "id"))
-    return entry_rows(found, _mmau_sample, root, _left_out(len(records) - len(kept), task))
+    path = find_file(root, "mmau-test-mini.json", format=MMAU)
 
+    def keep(record: dict[str, Any]) -> bool:
+        return task == "all" or record.get("task") in (task, None)  # one without a task is reported when it is read
 
-def _domain_of(record: Any) -> Any:
-    # A record without a task is kept, so that the error says of it.
-    return record.get("task") if isinstance(record, dict) else None
+    left_out = f"of other tasks than {task}"
+    return question_rows(path, lambda one: take(one, "id"), _mmau_sample, root, keep=keep, left_out=left_out)
 
 
 def _mmau_sample(entry: Entry) -> dict[str, Any]:
@@ -43,9 +30,8 @@ def _mmau_sample(entry: Entry) -> dict[str, Any]:
     options = record.get("choices") if isinstance(record, dict) else None
     if not isinstance(options, list) or not all(isinstance(option, str) for option in options) or len(options) < 2:
         raise MokaError(f"field 'choices' is {options!r}; a list of at least two texts is expected.")
-    task, truth = take(record, "task"), take(record, "answer")
     options = [option.strip() for option in options]
-    _check_among(truth, options, "answer")
+    task, truth = take(record, "task"), take(record, "answer", allowed=options)
     category = record.get("sub-category") or record.get("sub_category") or record.get("category") or task
     return question_sample(
         entry.id,
@@ -59,27 +45,28 @@ def _mmau_sample(entry: Entry) -> dict[str, Any]:
 
 
 def _read_air_bench(root: Path, split: str, tasks: str = "speech") -> Rows:
-    chosen("air-bench", "tasks", tasks, _DOMAINS)
     path = find_file(root, "Foundation_meta.json", "Foundation/Foundation_meta.json", format=AIR_BENCH)
-    records = json_entries(path)
-    kept = [(place, record) for place, record in records if tasks in ("all", air_bench_domain(record))]
-    found = entries(kept, lambda record: take(record, "uniq_id"))
-    return entry_rows(found, _air_bench_sample, path.parent, _left_out(len(records) - len(kept), tasks))
+    return question_rows(
+        path,
+        lambda one: take(one, "uniq_id"),
+        _air_bench_sample,
+        path.parent,
+        keep=lambda one: tasks in ("all", air_bench_domain(one)),
+        left_out=f"of other tasks than {tasks}",
+    )
 
 
-def air_bench_domain(record: Any) -> str:
-    """``"speech"``, ``"sound"`` or ``"music"``, by the record's task name."""
-    name = str(record.get("task_name", "")).lower() if isinstance(record, dict) else ""
+def air_bench_domain(record: dict[str, Any]) -> str:
+    """Return ``"speech"``, ``"sound"`` or ``"music"``, by the record's task name."""
+    name = str(record.get("task_name", "")).lower()
     return next((domain for domain, prefixes in _AIR_PREFIXES.items() if name.startswith(prefixes)), "speech")
 
 
 def _air_bench_sample(entry: Entry) -> dict[str, Any]:
     record = entry.data
-    task, truth = take(record, "task_name"), take(record, "answer_gt")
+    task, sound = take(record, "task_name"), take(record, "path")
     options = [str(record[f"choice_{letter}"]).strip() for letter in "abcd" if record.get(f"choice_{letter}")]
-    _check_among(truth, options, "answer_gt")
-    letter = LETTERS[options.index(truth)]
-    sound = take(record, "path")
+    letter = LETTERS[options.index(take(record, "answer_gt", allowed=options))]
     if task.lower() == "audio_grounding":  # the list says .wav, the archive has .flac
         sound = f"{sound.rpartition('.')[0]}.flac"
     return question_sample(
@@ -91,15 +78,6 @@ def _air_bench_sample(entry: Entry) -> dict[str, Any]:
         options=options,
         reference=letter,
     )
-
-
-def _check_among(truth: str, options: list[str], field: str) -> None:
-    if truth not in options:
-        raise MokaError(f"field {field!r} is {truth!r}, which is none of the options {options}.")
-
-
-def _left_out(left: int, domain: str) -> list[str]:
-    return [f"{counted(left, 'question')} of other tasks than {domain} left out"] if left else []
 
 
 MMAU = Format(
@@ -118,7 +96,7 @@ MMAU = Format(
         "sub-category": "the category; else category, else task",
     },
     read=_read_mmau,
-    options={"task": ("speech", "speech, sound, music, or all")},
+    options={"task": Option("speech", "speech, sound, music, or all", _DOMAINS)},
     benchmark="mmau",
 )
 
@@ -139,7 +117,7 @@ AIR_BENCH = Format(
         "dataset_name": "where the sounds come from; a part of the folder's name",
     },
     read=_read_air_bench,
-    options={"tasks": ("speech", "speech, sound, music, or all")},
+    options={"tasks": Option("speech", "speech, sound, music, or all", _DOMAINS)},
     benchmark="air-bench",
 )
 

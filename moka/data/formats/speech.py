@@ -8,14 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from moka.data.formats.base import Format, Rows, find_file
+from moka.data.formats.base import Format, Option, Rows, find_file
 from moka.data.formats.files import TableRecords
 from moka.data.formats.questions import (
+    Entries,
     Entry,
-    chosen,
-    entries,
-    entry_rows,
+    among,
     json_entries,
+    question_rows,
     question_sample,
     take,
     text_lines,
@@ -26,28 +26,23 @@ TRANSCRIBE = "Please transcribe the speech."
 
 _LIBRISPEECH_960 = ("train-clean-100", "train-clean-360", "train-other-500")
 _LIBRISPEECH_PARTS = (*_LIBRISPEECH_960, "dev-clean", "dev-other", "test-clean", "test-other")
-_CASES = ("lower", "as-is")
 
 
 def _read_librispeech(root: Path, split: str, instruction: str = TRANSCRIBE, case: str = "lower") -> Rows:
-    chosen("librispeech", "case", case, _CASES)
-    if not root.is_dir():
-        raise MokaError(f"format librispeech: root {str(root)!r} is not a folder. Name the folder that has {split}.")
     base = root / "LibriSpeech" if (root / "LibriSpeech").is_dir() else root
     placed: list[tuple[str, Any]] = []
     for part in _LIBRISPEECH_960 if split == "train-960" else (split,):
         files = sorted((base / part).glob("*/*/*.trans.txt"))
         if not files:
             looked = base / part / "SPEAKER" / "CHAPTER" / "SPEAKER-CHAPTER.trans.txt"
-            raise MokaError(f"format librispeech: looked for {looked}, and found none. {_unpack(part)}")
+            raise MokaError(
+                f"format librispeech: looked for {looked}, and found none. Unpack {part}.tar.gz from openslr.org/12 "
+                "there, or name a split that is there."
+            )
         for file in files:
             placed += [(place, (file.parent, line)) for place, line in text_lines(file)]
-    found = entries(placed, lambda data: data[1].split()[0])
-    return entry_rows(found, partial(_librispeech_sample, base=base, instruction=instruction, case=case), base)
-
-
-def _unpack(part: str) -> str:
-    return f"Unpack {part}.tar.gz from openslr.org/12 there, or name a split that is there."
+    make = partial(_librispeech_sample, base=base, instruction=instruction, case=case)
+    return Entries(placed, lambda data: data[1].split()[0]).rows(make, base)
 
 
 def _librispeech_sample(entry: Entry, base: Path, instruction: str, case: str) -> dict[str, Any]:
@@ -56,15 +51,12 @@ def _librispeech_sample(entry: Entry, base: Path, instruction: str, case: str) -
     if not text.strip():
         raise MokaError(f"is {line!r}; an utterance's name and its words are expected.")
     path = (folder / f"{name}.flac").relative_to(base).as_posix()
-    return _transcription(entry.id, path, _cased(text.strip(), case), instruction)
+    return _transcription(entry.id, path, text.strip(), case, instruction)
 
 
-def _transcription(id: str, audio: str | bytes, text: str, instruction: str) -> dict[str, Any]:
+def _transcription(id: str, audio: str | bytes, text: str, case: str, instruction: str) -> dict[str, Any]:
+    text = text.lower() if case == "lower" else text
     return question_sample(id, [("audio", audio)], instruction, text, reference=text)
-
-
-def _cased(text: str, case: str) -> str:
-    return text.lower() if case == "lower" else text
 
 
 _SUBSETS = ("XS", "S", "M", "L", "XL")
@@ -83,9 +75,9 @@ def _read_gigaspeech(
     case: str = "lower",
     punctuation: str = "drop",
 ) -> Rows:
-    wanted = _HELD_OUT.get(split) or chosen("gigaspeech", "subset", str(subset).strip("{}").upper(), _SUBSETS)
-    chosen("gigaspeech", "case", case, _CASES)
-    chosen("gigaspeech", "punctuation", punctuation, ("drop", "keep"))
+    subset = str(subset).strip("{}").upper()
+    Option("M", "", _SUBSETS).check("format gigaspeech: option subset", subset)
+    wanted = _HELD_OUT.get(split, subset)
     tables = [] if (root / "GigaSpeech.json").is_file() else _tables(root, split)
     media: Callable[[Any], str | bytes]
     if tables:
@@ -101,30 +93,29 @@ def _read_gigaspeech(
     notes = [f"{counted(left, 'utterance')} without speech ({', '.join(_GARBAGE)}) left out"] if left else []
 
     make = partial(_clip_sample, media=media, case=case, punctuation=punctuation, instruction=instruction)
-    return entry_rows(found, make, root, notes)
+    return found.rows(make, root, notes)
 
 
 def _clip_sample(
     entry: Entry, media: Callable[[Any], str | bytes], case: str, punctuation: str, instruction: str
 ) -> dict[str, Any]:
-    text, key = entry.data
-    return _transcription(entry.id, media(key), _cased(_marked(text, punctuation), case), instruction)
+    _, text, key = entry.data
+    return _transcription(entry.id, media(key), _marked(text, punctuation), case, instruction)
 
 
-def _spoken(placed: Iterable[tuple[str, str, str, Any]]) -> tuple[list[Entry], int]:
-    """``(place, id, text, key of the sound)`` -> the entries that hold words, and how many do not."""
+def _spoken(placed: Iterable[tuple[str, str, str, Any]]) -> tuple[Entries, int]:
+    """Return the entries of ``(place, id, text, key of the sound)`` that have words, and how many have none."""
     kept, left = [], 0
     for place, sid, text, key in placed:
         if any(tag in text for tag in _GARBAGE) or not _marked(text, "drop"):
             left += 1
         else:
             kept.append((place, (sid, text, key)))
-    found = entries(kept, lambda data: data[0])
-    return [Entry(entry.id, entry.place, entry.data[1:]) for entry in found], left
+    return Entries(kept, lambda data: data[0]), left
 
 
 def _marked(text: str, punctuation: str) -> str:
-    """The text with its punctuation tags as characters, or without them."""
+    """Return the text with its punctuation tags as characters, or without them."""
     return _MARK.sub(lambda match: _MARKS[match[1]] if punctuation == "keep" else "", text).strip()
 
 
@@ -139,12 +130,10 @@ def _segments(path: Path, wanted: str) -> Iterable[tuple[str, str, str, Any]]:
                 if f"{{{wanted}}}" in segment["subsets"]:
                     sid = take(segment, "sid")
                     yield here, sid, take(segment, "text_tn", "text_tts"), sid
-            except (MokaError, KeyError, TypeError) as error:
-                raise MokaError(f"{here}: {_missing(error)}") from error
-
-
-def _missing(error: Exception) -> str:
-    return f"field {error.args[0]!r} is missing." if isinstance(error, KeyError) else str(error)
+            except KeyError as error:
+                raise MokaError(f"{here}: field {error.args[0]!r} is missing.") from error
+            except (MokaError, TypeError) as error:
+                raise MokaError(f"{here}: {error}") from error
 
 
 def _cut_audio(sid: str, root: Path) -> str:
@@ -166,7 +155,7 @@ def _tables(root: Path, split: str) -> list[Path]:
 
 
 def _table_rows(records: TableRecords) -> Iterable[tuple[str, str, str, Any]]:
-    """The ids and texts of a table, read without the sound."""
+    """Return the ids and texts of a table, read without the sound."""
     try:
         columns = records.rows.select_columns(["segment_id", "text"])[:]
     except ValueError as error:
@@ -207,34 +196,35 @@ _SALMONN_FILES = {
 
 def _read_salmonn(root: Path, split: str, annotation: str = "", corpus: str = "LibriSpeech") -> Rows:
     path = find_file(root, *([annotation] if annotation else _SALMONN_FILES[split]), format=SALMONN)
-    records = json_entries(path, key="annotation")
-    kept = [(place, record) for place, record in records if corpus == "all" or _of_corpus(record, corpus)]
-    notes = []
-    if left := len(records) - len(kept):
-        notes.append(f"{counted(left, 'record')} of other corpora than {corpus} left out of {path.name}")
-    found = entries(kept, lambda record: f"{Path(take(record, 'path')).stem}-{record.get('task') or 'asr'}")
-    return entry_rows(found, _salmonn_sample, root, notes)
+    return question_rows(
+        path,
+        lambda record: f"{Path(take(record, 'path')).stem}-{record.get('task') or 'asr'}",
+        _salmonn_sample,
+        root,
+        key="annotation",
+        keep=lambda record: corpus == "all" or _of_corpus(record, corpus),
+        unit="record",
+        left_out=f"of other corpora than {corpus}",
+    )
 
 
 def _of_corpus(record: Any, corpus: str) -> bool:
     # A record without a path is kept, so that the error says of it.
-    path = record.get("path") if isinstance(record, dict) else None
+    path = record.get("path")
     return not isinstance(path, str) or corpus.lower() in (part.lower() for part in Path(path).parts)
 
 
 def _salmonn_sample(entry: Entry) -> dict[str, Any]:
     record = entry.data
     path, text, task = take(record, "path"), take(record, "text"), record.get("task") or "asr"
-    question = (record.get("Q") or "").strip() or SALMONN_PROMPTS.get(task)
-    if question is None:
-        known = ", ".join(SALMONN_PROMPTS)
-        raise MokaError(f"task {task!r} has no instruction of its own and the record no 'Q'; known tasks are {known}.")
+    question = (record.get("Q") or "").strip()  # or else the task's instruction
+    question = question or SALMONN_PROMPTS[among("task", task, SALMONN_PROMPTS, " Or give the record a 'Q'.")]
     # The published paths begin with a slash, and mean the folder that has the corpora.
     return question_sample(entry.id, [("audio", path.lstrip("/"))], question, text, category=task, reference=text)
 
 
-_INSTRUCTION_OPTION = (TRANSCRIBE, "what the user asks")
-_CASE_OPTION = ("lower", "lower: the words in lower case; as-is: as published, in capitals")
+_INSTRUCTION_OPTION = Option(TRANSCRIBE, "what the user asks")
+_CASE_OPTION = Option("lower", "lower: the words in lower case; as-is: as published, in capitals", ("lower", "as-is"))
 
 GIGASPEECH = Format(
     name="gigaspeech",
@@ -257,10 +247,10 @@ GIGASPEECH = Format(
     },
     read=_read_gigaspeech,
     options={
-        "subset": ("M", "which training subset of GigaSpeech.json: XS, S, M (1,000 h), L or XL"),
+        "subset": Option("M", "which training subset of GigaSpeech.json: XS, S, M (1,000 h), L or XL"),
         "instruction": _INSTRUCTION_OPTION,
         "case": _CASE_OPTION,
-        "punctuation": ("drop", "drop: without the punctuation tags; keep: as characters"),
+        "punctuation": Option("drop", "drop: without the punctuation tags; keep: as characters", ("drop", "keep")),
     },
     benchmark="asr",
 )
@@ -297,8 +287,8 @@ SALMONN = Format(
     experimental="file names and prompts",
     read=_read_salmonn,
     options={
-        "annotation": ("", "name of the annotation file under the root, where it is another"),
-        "corpus": ("LibriSpeech", "only records with this folder in their path; all keeps every record"),
+        "annotation": Option("", "name of the annotation file under the root, where it is another"),
+        "corpus": Option("LibriSpeech", "only records with this folder in their path; all keeps every record"),
     },
     benchmark=None,
 )

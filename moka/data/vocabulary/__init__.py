@@ -16,13 +16,13 @@ MME_TASKS = {
 
 @cache
 def ave_events() -> tuple[str, ...]:
-    """AVE's 28 event names as its annotations spell them; "Background" is not among them."""
+    """Return AVE's 28 event names as its annotations spell them; "Background" is not among them."""
     return _lines("ave_events.txt")
 
 
 @cache
 def music_avqa_answers() -> tuple[str, ...]:
-    """MUSIC-AVQA's 42 answer words."""
+    """Return MUSIC-AVQA's 42 answer words."""
     return _lines("music_avqa_answers.txt")
 
 

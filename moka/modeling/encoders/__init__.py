@@ -17,7 +17,7 @@ from moka.demo.encoders import ConvAudioEncoder, ConvImageEncoder, PatchImageEnc
 from moka.modeling.fields import read_config
 
 from .audio import AstEncoder, HubertEncoder, Wav2Vec2Encoder, WhisperEncoder
-from .base import RESOLVERS, Encoder, FrontEnd, features_name
+from .base import Encoder, FrontEnd, features_name
 from .beats import BeatsEncoder
 from .cached import CachedEncoder, bring_back, set_aside
 from .efficientnet import EfficientNetEncoder
@@ -27,7 +27,6 @@ from .towers import TowerEncoder
 
 __all__ = [
     "ENCODERS",
-    "RESOLVERS",
     "CachedEncoder",
     "Encoder",
     "FrontEnd",

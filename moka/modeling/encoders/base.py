@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -17,16 +17,14 @@ from moka.errors import MokaError
 from moka.modeling.fields import about
 from moka.modeling.media import AudioFeatures, Waveform
 
-# Prefix of names -> what makes a local file of such a name. The rooms above add theirs.
-RESOLVERS: dict[str, Callable[[str], str]] = {}
-
 
 def local_path(name_or_path: str) -> str:
-    """The file of a name that a resolver knows; any other unchanged."""
-    for prefix, resolve in RESOLVERS.items():
-        if name_or_path.startswith(prefix):
-            return resolve(name_or_path)
-    return name_or_path
+    """Return the file of an embedded encoder, fetched on first use; any other name or path unchanged."""
+    if not name_or_path.startswith("embedded:"):
+        return name_or_path
+    from moka.demo.stamps import resolve_encoder_file  # the embedded assets are known by name only
+
+    return resolve_encoder_file(name_or_path)
 
 
 @contextmanager

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import io
-import json
 import pickle
 import re
 import shutil
@@ -14,7 +12,7 @@ import pytest
 from PIL import Image
 
 from moka.data.formats import open_format
-from moka.data.media import decode_sample
+from moka.data.media import MediaDecoding
 from moka.data.schema import media_parts
 from moka.errors import MokaError
 
@@ -30,12 +28,6 @@ EVERYTHING = {
 LETTER_LINE = "Answer with the option's letter from the given choices directly."
 
 
-@pytest.fixture
-def editable(tmp_path):
-    """A function that copies a fixture, so that a test may spoil it."""
-    return lambda name: Path(shutil.copytree(FIXTURES / name, tmp_path / name))
-
-
 def opened(name, **options):
     return open_format(name, FIXTURES / name, **options)
 
@@ -47,12 +39,6 @@ def ask(sample):
 def files(dataset):
     paths = [medium for sample in dataset for _, medium in media_parts(sample)]
     return [Path(path).relative_to(dataset.media_root).as_posix() for path in paths]
-
-
-def edit(path, change):
-    records = json.loads(path.read_text("utf-8"))
-    change(records)
-    path.write_text(json.dumps(records), "utf-8")
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
@@ -75,29 +61,7 @@ def test_every_question_has_its_own_id_and_its_reference_as_the_last_message(nam
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_the_media_of_the_fixtures_decode(name):
     for sample in opened(name, **EVERYTHING.get(name, {})):
-        decode_sample(sample, video_frames=2)
-
-
-@pytest.mark.parametrize("name", BENCHMARKS)
-def test_a_folder_of_another_layout_is_reported_with_what_was_looked_for(tmp_path, name):
-    with pytest.raises(MokaError, match="Expected under the root") as error:
-        open_format(name, tmp_path)
-    assert f"format {name}: looked for {tmp_path}" in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("name", "option", "nearest"),
-    [
-        ("mme", {"tasks": "perceptio"}, "perception"),
-        ("pope", {"splits": ["randon"]}, "random"),
-        ("seed-bench", {"tasks": "images"}, "image"),
-        ("mmau", {"task": "speach"}, "speech"),
-        ("air-bench", {"tasks": "musik"}, "music"),
-    ],
-)
-def test_an_unknown_value_of_an_option_is_reported_with_the_nearest(name, option, nearest):
-    with pytest.raises(MokaError, match=f"Did you mean '{nearest}'"):
-        opened(name, **option)
+        MediaDecoding(2).decode_sample(sample)
 
 
 def test_mme_asks_two_questions_of_each_picture_in_the_ten_perception_subtasks():
@@ -130,9 +94,6 @@ def test_mme_says_of_odd_questions_and_of_a_line_without_an_answer(editable):
     path.write_text("How many? Please answer yes or no.\n")
     dataset = open_format("mme", root)
     assert dataset.notes == ("1 picture has an odd number of questions; the paper's protocol leaves out the last",)
-    with pytest.raises(MokaError, match="a question, a tab, and Yes or No are expected") as error:
-        dataset[2]
-    assert str(error.value).startswith(f"{path}:1: ")
 
 
 def test_mme_without_one_subtask_is_reported(editable):
@@ -152,23 +113,6 @@ def test_pope_reads_its_three_files_each_a_category():
     assert set(files(dataset)) == {"val2014/COCO_val2014_000000310196.jpg"}
     assert ask(dataset[5]) == "Is there a fork in the image?"
     assert {sample["category"] for sample in opened("pope", splits="adversarial")} == {"adversarial"}
-
-
-@pytest.mark.parametrize(
-    ("line", "words"),
-    [
-        ('{"question_id": 1, "image": "a.jpg", "text": "?", "label": "maybe"}', "'label' is 'maybe'; yes or no"),
-        ('{"question_id": 1, "image": "a.jpg", "label": "yes"}', "field 'text' is missing"),
-        ('{"question_id": 1,', "not valid JSON"),
-    ],
-)
-def test_a_bad_line_of_pope_is_reported_with_file_and_line(editable, line, words):
-    path = editable("pope") / "coco_pope_random.json"
-    with open(path, "a") as file:
-        file.write(line + "\n")
-    with pytest.raises(MokaError, match=re.escape(words)) as error:
-        open_format("pope", path.parent)[2]
-    assert str(error.value).startswith(f"{path}:3: ")
 
 
 def test_mmbench_asks_with_hint_and_lettered_options_and_has_the_picture():
@@ -205,36 +149,6 @@ def test_mmbench_test_questions_have_no_answer_and_can_only_be_asked():
     assert "reference" not in sample
 
 
-@pytest.mark.parametrize(
-    ("column", "value", "words"),
-    [
-        ("answer", "D", "answer is 'D'; one of A, B, C is expected"),
-        ("image", "999", "image is '999'"),
-        pytest.param("image", "é" * 80, "image is not base64", id="not ASCII"),
-        pytest.param("image", "=a" * 40, "image is not base64", id="not base64"),
-    ],
-)
-def test_a_bad_row_of_mmbench_is_reported_with_file_and_row(editable, column, value, words):
-    path = editable("mmbench") / "mmbench_dev_20230712.tsv"
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file, delimiter="\t"))
-    rows[0][column] = value
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), delimiter="\t")
-        writer.writeheader()
-        writer.writerows(rows)
-    with pytest.raises(MokaError, match=re.escape(words)) as error:
-        open_format("mmbench", path.parent)[0]
-    assert str(error.value).startswith(f"{path}: row 1: ")
-
-
-def test_a_table_without_the_columns_of_mmbench_is_reported(editable):
-    path = editable("mmbench") / "mmbench_dev_20230712.tsv"
-    path.write_text("index\tquestion\tA\tB\n1\t?\tx\ty\n")
-    with pytest.raises(MokaError, match="no column image"):
-        open_format("mmbench", path.parent)
-
-
 def test_seed_bench_asks_about_pictures_and_names_the_dimension():
     dataset = opened("seed-bench")
     assert [(s["id"], s["category"], s["reference"]) for s in dataset] == [
@@ -247,23 +161,6 @@ def test_seed_bench_asks_about_pictures_and_names_the_dimension():
     assert files(opened("seed-bench", tasks="video")) == ["SEED-Bench-video/v2_10.mp4"]
 
 
-@pytest.mark.parametrize(
-    ("fields", "words"),
-    [
-        ({"answer": "E"}, "'answer' is 'E'; one of A, B, C, D"),
-        ({"question_type_id": 99}, "'question_type_id' is 99"),
-        ({"choice_b": None}, "field 'choice_b' is missing"),
-        ({"data_type": None}, "field 'data_type' is missing"),
-    ],
-)
-def test_a_bad_record_of_seed_bench_is_reported_with_file_and_record(editable, fields, words):
-    path = editable("seed-bench") / "SEED-Bench.json"
-    edit(path, lambda full: full["questions"][1].update(fields))
-    with pytest.raises(MokaError, match=re.escape(words)) as error:
-        open_format("seed-bench", path.parent)[1]
-    assert str(error.value).startswith(f"{path}: record 2: ")
-
-
 def test_mmau_refers_to_the_text_of_the_right_option_and_carries_all():
     dataset = opened("mmau")
     first = dataset[0]
@@ -271,24 +168,8 @@ def test_mmau_refers_to_the_text_of_the_right_option_and_carries_all():
     assert (first["reference"], first["options"]) == ("Ross", ["Monica", "Joey, Ross", "Ross"])
     assert [sample["category"] for sample in dataset] == ["Emotion Flip Detection", "Phonemic Stress Pattern Analysis"]
     assert files(dataset)[0] == "test-mini-audios/3fe64f3d-282c.wav"
-    assert dataset.notes == ("2 questions of other tasks than speech left out",)
+    assert dataset.notes == ("2 questions of other tasks than speech left out of mmau-test-mini.json",)
     assert [sample["reference"] for sample in opened("mmau", task="music")] == ["Drum"]
-
-
-@pytest.mark.parametrize(
-    ("fields", "words"),
-    [
-        ({"answer": "Phoebe"}, "field 'answer' is 'Phoebe', which is none of the options"),
-        ({"choices": "a, b"}, "field 'choices' is 'a, b'"),
-        ({"task": None}, "field 'task' is missing"),
-    ],
-)
-def test_a_bad_record_of_mmau_is_reported_with_file_and_record(editable, fields, words):
-    path = editable("mmau") / "mmau-test-mini.json"
-    edit(path, lambda records: records[0].update(fields))
-    with pytest.raises(MokaError, match=re.escape(words)) as error:
-        open_format("mmau", path.parent)[0]
-    assert str(error.value).startswith(f"{path}: record 1: ")
 
 
 def test_air_bench_turns_the_right_text_into_its_letter():
@@ -299,17 +180,9 @@ def test_air_bench_turns_the_right_text_into_its_letter():
     ]
     assert ask(dataset[0]) == f"What is the gender of the speaker?\nA. female\nB. male\n{LETTER_LINE}"
     assert files(dataset)[0] == "Speaker_Gender_Recognition_common_voice_13.0_en/a.wav"
-    assert dataset.notes == ("2 questions of other tasks than speech left out",)
+    assert dataset.notes == ("2 questions of other tasks than speech left out of Foundation_meta.json",)
 
 
 def test_air_bench_says_sound_and_music_tasks_by_their_names():
     assert files(opened("air-bench", tasks="sound")) == ["Audio_Grounding_AudioGrounding/c.flac"]  # listed as .wav
     assert files(opened("air-bench", tasks="music")) == ["Music_AQA_MUSIC-AVQA/d.wav"]
-
-
-def test_a_bad_record_of_air_bench_is_reported_with_file_and_record(editable):
-    path = editable("air-bench") / "Foundation/Foundation_meta.json"
-    edit(path, lambda records: records[1].update(answer_gt="never"))
-    with pytest.raises(MokaError, match="field 'answer_gt' is 'never', which is none of the options") as error:
-        open_format("air-bench", path.parents[1])[1]
-    assert str(error.value).startswith(f"{path}: record 2: ")

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from moka.data.formats import open_format
-from moka.data.media import decode_sample
+from moka.data.media import MediaDecoding
 from moka.data.schema import media_parts
 from moka.errors import MokaError
 
@@ -43,7 +43,7 @@ def test_all_media_of_the_example_data_are_there_and_can_be_decoded(name):
     dataset = open_format(name, FIXTURES / name)
     assert dataset.missing_media() == []
     for sample in dataset:
-        assert all(not isinstance(medium, str) for _, medium in media_parts(decode_sample(sample, video_frames=2)))
+        assert all(not isinstance(medium, str) for _, medium in media_parts(MediaDecoding(2).decode_sample(sample)))
 
 
 def test_messages_are_read_from_lines_and_from_an_array():
