@@ -31,7 +31,9 @@ class KeptRecords:
             if self.path.exists():
                 before = self.path.with_name(f"{self.path.stem}.previous{self.path.suffix}")
                 self.path.replace(before)
-                print(f"note: earlier {self.path.stem}, of another model or with other settings, were moved to {before}.")
+                print(
+                    f"note: earlier {self.path.stem}, of another model or with other settings, were moved to {before}."
+                )
         write_json(known, settings)
         for file in (self.path, *self._parts()):
             yield from (record for record in read_jsonl(file) if isinstance(record, dict))
