@@ -15,6 +15,7 @@ _LAZY = {
     "turn_markers": "moka.adapter",
     "MokaForConditionalGeneration": "moka.modeling",
     "MokaProcessor": "moka.modeling",
+    "diagnose": "moka.analysis.diagnose",
     "load": "moka.inference",
     "load_base": "moka.inference",
 }
@@ -25,6 +26,7 @@ __all__ = [
     "MokaForConditionalGeneration",
     "MokaProcessor",
     "adapter",
+    "diagnose",
     "load",
     "load_base",
     "modeling",

@@ -30,6 +30,7 @@ class AttentionByModality:
     mass: dict[str, torch.Tensor]  # modality -> [layers, heads] sum of the weights on its tokens
     tokens: dict[str, float]  # modality -> its mean number of tokens in a row
     alignment: dict[str, torch.Tensor]  # modality -> [layers, heads] mean cosine of the queries and its mean key
+    rows: dict[str, int]  # modality -> rows that have it, and an answer
 
     def per_token(self) -> dict[str, torch.Tensor]:
         """Return the mass divided by the number of tokens: [layers, heads]."""
@@ -88,7 +89,10 @@ def attention_by_modality(model: nn.Module, batch: Mapping[str, Any]) -> Attenti
         )
     counts = {name: here.sum(1)[here.any(1)].float().mean().item() for name, here in tokens.items()}
     stacked = {name: torch.stack(each).cpu() for name, each in mass.items()}
-    return AttentionByModality(stacked, counts, {name: torch.stack(each).cpu() for name, each in alignment.items()})
+    rows = {name: int((here.any(1) & asks.to(here.device).any(1)).sum()) for name, here in tokens.items()}
+    return AttentionByModality(
+        stacked, counts, {name: torch.stack(each).cpu() for name, each in alignment.items()}, rows
+    )
 
 
 @contextmanager

@@ -193,9 +193,8 @@ def modality_index(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, torc
     Raises:
         MokaError: neither is known.
     """
-    config = adapter_config(model) or MokaConfig()
+    config, media = adapter_config(model) or MokaConfig(), media_modalities(model)
     types, tokens = batch.get("mm_token_type_ids"), batch.get("input_ids")
-    media = {name: ids for name, ids in config.modalities.items() if name != TEXT}
     if types is not None:
         return {name: torch.isin(types, torch.tensor(ids, device=types.device)) for name, ids in media.items()}
     ids_by_name = config.modality_token_ids or placeholder_ids(unwrapped(model), config)
@@ -210,6 +209,12 @@ def modality_index(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, torc
         )
         for name in media
     }
+
+
+def media_modalities(model: nn.Module) -> dict[str, list[int]]:
+    """Return the modalities other than text that the model tells apart, with their token types."""
+    config = adapter_config(model) or MokaConfig()
+    return {name: list(ids) for name, ids in config.modalities.items() if name != TEXT}
 
 
 def adapter_config(model: nn.Module) -> MokaConfig | None:

@@ -32,6 +32,7 @@ COMMANDS = {
     "train": ("train", "train connectors (stage 1) and an adapter (stage 2)"),
     "generate": ("generate", "answer a question about pictures, sounds and videos"),
     "eval": ("evaluate", "measure a trained run on unseen questions"),
+    "diagnose": ("diagnose", "measure which modality a model uses, and write a report"),
     "score": ("score", "score a file of predictions on a benchmark"),
     "compare": ("compare", "train and evaluate several methods over several seeds"),
     "convert": ("convert", "read or write the MokA authors' checkpoints"),
@@ -39,7 +40,7 @@ COMMANDS = {
     "export": ("export", "write a run as a merged model, a plain transformers model or a plain LoRA"),
 }
 # Commands that may run as several processes.
-_DISTRIBUTED = ("cache", "train", "eval")
+_DISTRIBUTED = ("cache", "train", "eval", "diagnose")
 
 
 def parser(chosen: str | None = None) -> argparse.ArgumentParser:

@@ -23,9 +23,10 @@ from moka.data.media_io import BadMediaError
 from moka.distributed import all_gather_object, broadcast_from_main, collective_errors, is_main, rank_and_world_size
 from moka.errors import MokaError
 from moka.inference import LoadedModel
-from moka.io import append_jsonl, read_json, read_jsonl, write_json, write_text
 
-PREDICTIONS, SETTINGS = "predictions.jsonl", "settings.json"
+from .records import KeptRecords
+
+PREDICTIONS = "predictions.jsonl"
 # Of a sample, in addition to its answer, what scorers read.
 _CARRIED = ("category", "group", "options")
 
@@ -65,16 +66,16 @@ def ask(
     Raises:
         MokaError: a sample without a truth, and without ``tolerate_bad_media`` a file that cannot be used.
     """
-    folder = Path(folder)
+    store = KeptRecords(folder, PREDICTIONS)
     n = min(size or len(samples), len(samples))
     with collective_errors():
         # Before anything is moved: a question without a truth is an error.
         keys = [_key(unanswered(samples[index])) for index in range(n)]
     settings = generation_settings(loaded, source, max_new_tokens) | ({"condition": condition} if condition else {})
-    known = broadcast_from_main(lambda: _kept(folder, json.loads(json.dumps(settings))))
+    known = broadcast_from_main(lambda: _kept(store, settings))
     found = {index: known[key] for index, key in enumerate(keys) if key in known}
     if found and is_main():
-        print(f"note: {len(found)} of {n} answers are in {folder / PREDICTIONS} already; resuming from there.")
+        print(f"note: {len(found)} of {n} answers are in {store.path} already; resuming from there.")
     pending = [index for index in range(n) if index not in found]
     batches = [pending[start : start + batch_size] for start in range(0, len(pending), batch_size)]
     rank, world = rank_and_world_size()
@@ -88,7 +89,7 @@ def ask(
                     records = answer(loaded, batch, max_new_tokens, tolerate_bad_media, transform)
                     found |= zip(indices, records, strict=True)
                     for record in records:
-                        append_jsonl(folder / f"{PREDICTIONS}.part-{rank}", record)
+                        store.append(record)
             bar.update(sum(map(len, together)))
     for other in all_gather_object({index: found[index] for indices in batches[rank::world] for index in indices}):
         found |= other
@@ -96,7 +97,7 @@ def ask(
     with collective_errors():
         if is_main():
             asked = dict(zip(keys, records, strict=True))
-            _write(folder, asked | {key: record for key, record in known.items() if key not in asked})
+            store.write([*asked.values(), *(record for key, record in known.items() if key not in asked)])
     return records
 
 
@@ -115,31 +116,14 @@ def generation_settings(loaded: LoadedModel, source: Any, max_new_tokens: int) -
     }
 
 
-def _kept(folder: Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _kept(store: KeptRecords, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the answers with the same settings by key, of a finished file and of the parts of an interrupted run."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path, parts = folder / PREDICTIONS, sorted(folder.glob(f"{PREDICTIONS}.part-*"))
-    if (path.exists() or parts) and (not (folder / SETTINGS).exists() or read_json(folder / SETTINGS) != settings):
-        before = path.with_name("predictions.previous.jsonl")
-        for part in parts:
-            part.unlink()
-        if path.exists():
-            path.replace(before)
-            print(f"note: earlier answers, of another model or with other settings, were moved to {before}.")
-    write_json(folder / SETTINGS, settings)
     kept: dict[str, dict[str, Any]] = {}
-    for record in (record for file in (path, *parts) for record in read_jsonl(file)):
-        if isinstance(record, dict) and {"id", "question", "reference"} <= record.keys() and "error" not in record:
+    for record in store.read(settings):
+        if {"id", "question", "reference"} <= record.keys() and "error" not in record:
             kept[_key(record)] = record
-    _write(folder, kept)
+    store.write(kept.values())
     return kept
-
-
-def _write(folder: Path, records: dict[str, dict[str, Any]]) -> None:
-    """Write all answers as one file, in their order, and remove the parts."""
-    write_text(folder / PREDICTIONS, "".join(json.dumps(record) + "\n" for record in records.values()))
-    for part in folder.glob(f"{PREDICTIONS}.part-*"):
-        part.unlink()
 
 
 def _key(record: dict[str, Any]) -> str:
