@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 
 import moka
 
-ROUTED = ("input_ids", "mm_token_type_ids", "interaction_ids", "attention_mask")
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
 
@@ -50,7 +49,7 @@ def refuse(tiny, folder, message, error=moka.MokaError):
         (backbone, lambda: PeftModel.from_pretrained(backbone, folder)),
         (adapted, lambda: adapted.load_adapter(str(folder), "second")),
     ]:
-        kwargs = row.kwargs(*(ROUTED if model is adapted else ("input_ids", "attention_mask")))
+        kwargs = row.kwargs(*(() if model is adapted else ("input_ids", "attention_mask")))
         before, values, logits = picture(model), model.state_dict(), model(**kwargs).logits
         values = {key: value.clone() for key, value in values.items()}
         with pytest.raises(error, match=message):
@@ -216,7 +215,7 @@ def test_values_loaded_by_transformers_itself_are_checked_before_the_first_infer
     model, row = tiny.backbone(), tiny.rows(["i i q q"])
     model.load_adapter(str(folder), adapter_name="mine")
     with pytest.raises(moka.MokaError, match=r"'mine'.*not finite.*moka_A"):
-        model(**row.kwargs(*ROUTED))
+        model(**row.kwargs())
 
 
 def test_tensors_in_memory_are_checked_too(model):

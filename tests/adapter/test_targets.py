@@ -554,3 +554,27 @@ def test_a_model_that_is_refused_is_as_it_was(name, settings, message):
         get_peft_model(model, config(**settings))
     assert [(key, type(module)) for key, module in model.named_modules()] == before
     assert not hasattr(model, "peft_config")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target_modules": ["q_prj", "vproj"]}, r"'q_prj', 'vproj'.*LlamaForCausalLM.*q_proj.*v_proj"),
+        ({"target_modules": "nothing.*"}, r"nothing.*q_proj"),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [7]}, r"layers_to_transform.*\[7\].*2 blocks"),
+        ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, r"exclude_modules.*q_proj"),
+        ({"target_modules": ["embed_tokens"]}, r"'model.embed_tokens'.*Embedding.*nn.Linear, Conv1D"),
+    ],
+)
+def test_target_modules(tiny, settings, message):
+    backbone = tiny.backbone()
+    before = sorted(vars(backbone))
+    with pytest.raises(moka.MokaError, match=f"target_modules.*{message}"):
+        get_peft_model(backbone, tiny.config(**settings))
+    assert sorted(vars(backbone)) == before
+    assert not backbone._forward_pre_hooks
+
+
+def test_default_layers_that_a_model_lacks(tiny):
+    with pytest.raises(moka.MokaError, match=r"target_modules.*Sequential.*\['0'\]"):
+        get_peft_model(nn.Sequential(nn.Linear(4, 4)), tiny.config(task_type=None))

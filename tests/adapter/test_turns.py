@@ -10,6 +10,7 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+import moka
 from moka.adapter.turns import (
     groups_from_labels,
     groups_from_prompt,
@@ -530,3 +531,11 @@ def test_a_space_at_a_questions_end_does_not_hide_the_answer(question):
         groups, _ = question_groups(ids, ~keys, keys, np.zeros_like(ids), turn_markers(tokenizer))
         assert "cat" not in tokenizer.decode(ids[groups > 0])
         assert "what" in tokenizer.decode(ids[groups > 0])
+
+
+def test_a_processor_without_a_chat_template(tiny_tokenizer):
+    fast = type(tiny_tokenizer)(tokenizer_object=tiny_tokenizer.backend_tokenizer)
+    with pytest.raises(moka.MokaError, match=rf"{type(fast).__name__}.*chat_template.*turn_markers"):
+        moka.MokaConfig.from_processor(fast)
+    config = moka.MokaConfig.from_processor(fast, turn_markers={"user": [1], "assistant": [2]})
+    assert config.turn_markers == {"user": [1], "assistant": [2]}
