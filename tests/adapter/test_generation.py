@@ -130,7 +130,9 @@ TWO_TURNS = ["i1 i1 q1 q1 t", "a1 a1 a1 q1 t"], ["a2 i2 q2 q2 t t", "i2 t q2 q2 
 
 def two_turns(tiny):
     first, second = tiny.rows(TWO_TURNS[0]), tiny.rows(TWO_TURNS[1], seed=4)
-    both = tiny.Rows(*(torch.cat(parts, 1) for parts in zip(first.kwargs().values(), second.kwargs().values())))
+    both = tiny.Rows(
+        *(torch.cat(parts, 1) for parts in zip(first.kwargs().values(), second.kwargs().values(), strict=True))
+    )
     return first, second, both
 
 
