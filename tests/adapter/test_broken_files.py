@@ -196,6 +196,10 @@ TENSORS = {
     "shape": (changed(lambda t, key: t.update({key: torch.zeros(3, 8, 96)})), r"\[3, 8, 96\].*\[3, 4, 96\].*rank"),
     "shape of a module": (changed(lambda t, key: t.update({PREFIX + "lm_head.weight": torch.ones(2, 64)})), r"lm_head"),
     "integers": (changed(lambda t, key: t.update({key: t[key].int()})), r"torch.int32.*layers.0.*moka_A"),
+    "nan of float8": (
+        changed(lambda t, key: t.update({key: (t[key] * NAN).to(torch.float8_e4m3fn)})),
+        r"not finite.*layers.0.*moka_A",
+    ),
     "nan": (changed(lambda t, key: t[key].view(-1)[3].fill_(NAN)), r"not finite.*layers.0.*moka_A"),
     "inf": (changed(lambda t, key: t[key].view(-1)[0].fill_(INF)), r"not finite.*layers.0.*moka_A"),
     "nan in a module": (changed(lambda t, key: t[PREFIX + "lm_head.weight"].fill_(NAN)), r"not finite.*lm_head"),

@@ -90,15 +90,6 @@ def test_several_adapters(model, tiny, batch, tmp_path):
     assert (status.num_adapter_layers, status.enabled, status.peft_types["third"]) == (LAYERS, True, "MOKA")
 
 
-def test_disable_adapter_is_the_backbone(model, tiny, batch):
-    adapted = tiny.logits(model, batch)
-    bare = tiny.backbone()(batch.input_ids, attention_mask=batch.attention_mask).logits
-    with model.disable_adapter():
-        assert torch.equal(tiny.logits(model, batch), bare)
-    assert torch.equal(tiny.logits(model, batch), adapted)
-    assert (adapted - bare).abs().max() > 0.05
-
-
 @pytest.mark.skipif(installed < Version("0.21"), reason="peft before 0.21 does not save trained biases")
 def test_biases_are_trained_and_saved_when_asked(tiny, batch, tmp_path):
     model = tiny.adapted("qwen2", bias="moka_only")
@@ -132,19 +123,6 @@ def test_rank_and_alpha_patterns(tiny, batch, tmp_path):
     assert torch.equal(
         tiny.logits(PeftModel.from_pretrained(tiny.backbone(), tmp_path), batch), tiny.logits(model, batch)
     )
-
-
-@pytest.mark.parametrize("cast", [True, False])
-def test_dtype_of_the_adapter_on_a_bfloat16_backbone(tiny, batch, tmp_path, cast):
-    wanted = torch.float32 if cast else torch.bfloat16
-    model = get_peft_model(tiny.backbone().bfloat16(), tiny.config(), autocast_adapter_dtype=cast)
-    tiny.strong_(model).eval()
-    dtypes = {p.dtype for name, p in model.named_parameters() if "moka_" in name}
-    assert dtypes == {wanted}
-    assert tiny.logits(model, batch).dtype == torch.bfloat16
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(tiny.backbone().bfloat16(), tmp_path, autocast_adapter_dtype=cast)
-    assert torch.equal(tiny.logits(loaded, batch), tiny.logits(model, batch))
 
 
 def loaded_by_transformers(tiny, model, folder):

@@ -28,6 +28,7 @@ MAPS = {
         "modalities": {"audio": [0], "text": [1], "visual": [3]},
         "modality_token_ids": {"audio": [126], "visual": [127]},
     },
+    "weights": {"interaction_weight": 3.0, "adapt": ["audio", "text"], "interaction": "mean"},
 }
 
 
