@@ -102,9 +102,12 @@ def test_weights_that_are_no_safetensors(tiny, folder, kind):
     refuse(tiny, folder, r"adapter_model.safetensors.*truncated or damaged")
 
 
-def test_a_folder_without_its_weights(tiny, folder):
+def test_a_folder_without_its_weights_or_without_anything(tiny, folder, tmp_path):
     (folder / WEIGHTS).unlink()
     refuse(tiny, folder, r"no adapter_model.safetensors")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=CONFIG):  # peft's own: it might have been a name on the Hub
+        moka.MokaConfig.from_pretrained(str(tmp_path / "empty"))
 
 
 class Payload:

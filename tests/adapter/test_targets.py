@@ -282,17 +282,19 @@ def test_a_network_that_is_not_of_transformers_is_left_to_peft():
 
 def test_layers_of_another_adapter_count_by_the_wrappers_name():
     base = tf.LlamaForCausalLM(tf.LlamaConfig(**TINY, vocab_size=64))
-    before = attach(base, target_modules=["q_proj", "v_proj"])[1]
-    wrapped = get_peft_model(base, LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])).base_model.model
+    saved = attach(base, target_modules=["k_proj"])[1]
+    wrapped = get_peft_model(
+        base, LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head", "k_proj"])
+    ).base_model.model
     del wrapped.peft_config  # peft would take it for this adapter's
     with pytest.raises(moka.MokaError, match=r"q_prj.*q_proj") as caught:
         attach(wrapped, target_modules=["q_prj"])
     assert "base_layer" not in str(caught.value)
     model = get_peft_model(wrapped, moka.MokaConfig())
     names = [n for n, m in model.get_base_model().named_modules() if isinstance(m, MokaLinear)]
-    assert leaves(names) == SEVEN
+    assert leaves(names) == SEVEN - {"k_proj"}
     assert not any("lora" in name for name in names)
-    assert before < 0.5
+    assert model.base_model.coverage() == pytest.approx(1 - saved)
 
 
 def test_coverage_is_the_share_of_the_blocks_weights():
