@@ -13,33 +13,28 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 import moka
 from moka.adapter import MokaLinear
-from moka.adapter.context import running_call
-from moka.adapter.routing import uniform_view
 
 IMAGE, AUDIO = 126, 127  # placeholder tokens
 TYPES = {IMAGE: 1, AUDIO: 3}
 BACKBONES = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}
 
 
-def tiny_backbone(kind: str = "llama", seed: int = 0):
+def tiny_backbone(kind: str = "llama", seed: int = 0, **settings):
     config_class, model_class = BACKBONES[kind]
     torch.manual_seed(seed)
-    model = model_class(
-        config_class(
-            vocab_size=128,
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=128,
-            # Larger than usual: with the default 0.02 a tiny random model hardly looks at its context.
-            initializer_range=0.1,
-            eos_token_id=None,
-            bos_token_id=None,
-            pad_token_id=0,
-        )
-    )
+    values = {
+        **{
+            "vocab_size": 128,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+        },
+        **{"num_key_value_heads": 2, "max_position_embeddings": 128, "eos_token_id": None, "bos_token_id": None},
+        # Larger than usual: with the default 0.02 a tiny random model hardly looks at its context.
+        **{"pad_token_id": 0, "initializer_range": 0.1},
+    }
+    model = model_class(config_class(**values | settings))
     return model.eval()
 
 
@@ -76,6 +71,21 @@ class Rows:
     def kwargs(self, *names) -> dict:
         return {name: getattr(self, name) for name in names or self.__dataclass_fields__}
 
+    @property
+    def ids(self) -> dict:
+        """All but the tokens."""
+        return self.kwargs("mm_token_type_ids", "interaction_ids", "attention_mask")
+
+    @property
+    def routed(self) -> dict:
+        """What says how to route them."""
+        return self.kwargs("mm_token_type_ids", "interaction_ids")
+
+    @property
+    def text(self) -> dict:
+        """The tokens without what says how to route them."""
+        return self.kwargs("input_ids", "attention_mask")
+
     def row(self, i: int):
         """Row ``i`` without its padding."""
         real = self.attention_mask[i].bool()
@@ -110,62 +120,94 @@ def gradients(model) -> dict:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def _plain_forward(layer, x, *args, **kwargs):
-    """The layer by plain operators, one token at a time where tokens attend: a reference for everything that is faster."""
-    call = running_call(layer.moka_model)
-    known = call is not None and call.routing is not None
-    routing = call.routing if known else layer.moka_model.routing_outside(layer, call)
-    y = layer.base_layer(x, *args, **kwargs)
+def reference(layer, x, types, groups, real):
+    """Compute a MokA layer from the definition by plain operators, with a map of all pairs of tokens.
+
+    x: [batch, seq, in]; types, groups, real: [batch, seq], as ``mm_token_type_ids``, ``interaction_ids``, ``attention_mask``.
+    """
+    y = layer.base_layer(x)
     if layer.disable_adapters:
         return y
-    for name in layer.adapters_in_use():
-        config, s = layer.moka_config[name], layer.moka_scaling[name]
-        decodes = routing is not None and routing.text_steps is not None
-        view = uniform_view(config, only=routing.only) if decodes else layer.view(name, x, routing)
-        A, B = layer.moka_A[name].weight, layer.moka_B[name].weight
-        flat = x.reshape(-1, x.shape[-1])
-        rows = torch.full((len(flat),), view.row) if view.rows is None else view.rows.flatten()
-        before, after = (s, 1.0) if config.scale_position == "input" else (1.0, s)
-        every = torch.stack([flat @ A[m].to(x.dtype).T for m in range(len(A))]) * before  # [M, tokens, r]
-        z = every[rows, torch.arange(len(flat))]
-        mask = torch.ones(len(flat), 1) if view.adapter_mask is None else view.adapter_mask.float()
-        z = z * (0 if view.disabled else mask.to(z.dtype))
-        mixed = z
-        if view.attention is not None:
-            seq = view.rows.shape[1]
-            for b, (queries, keys) in enumerate(zip(view.attention.query, view.attention.key, strict=True)):
-                for i, q in enumerate(queries):
-                    allowed = [
-                        k for j, k in enumerate(keys) if view.attention.mask is None or view.attention.mask[b, i, j]
-                    ]
-                    weight = view.attention.weight[b, i].item()
-                    if not allowed or not weight:
-                        continue
-                    k = torch.stack([z[b * seq + j] for j in allowed])
-                    share = torch.full((len(k),), 1 / len(k))
-                    if config.interaction != "mean":
-                        share = ((k @ z[b * seq + q]).float() / math.sqrt(z.shape[1])).softmax(0)
-                    step = torch.zeros_like(z)
-                    step[b * seq + q] = 1
-                    mixed = mixed + weight * step * (share.to(k.dtype) @ k)
-        own = B if config.share_b else B[rows]
-        update = mixed @ own.to(z.dtype).T if config.share_b else torch.einsum("tor,tr->to", own.to(z.dtype), mixed)
-        if layer.is_merged(name):
-            text = every[config.text_row]
-            update = update - text @ (B if config.share_b else B[config.text_row]).to(z.dtype).T
-        y = y + (after * update).view(y.shape).to(y.dtype)
+    for name in [n for n in (layer.merged_adapters or layer.active_adapters) if n in layer.moka_A]:
+        y = y + _reference_update(layer, name, x, types, groups, real.bool()).to(y.dtype)
     return y
 
 
+def _reference_update(layer, name, x, types, groups, real):
+    config, scale = layer.moka_config[name], layer.moka_scaling[name]
+    A, B = (part[name].weight.to(x.dtype) for part in (layer.moka_A, layer.moka_B))
+    names = list(config.modalities)
+    text, row_of = names.index("text"), {i: row for row, ids in enumerate(config.modalities.values()) for i in ids}
+    rows = torch.tensor([[row_of[i] for i in row] for row in types.tolist()]).where(real, text)
+    before, after = (scale, 1.0) if config.scale_position == "input" else (1.0, scale)
+    every = torch.einsum("mri,bti->btmr", A, x) * before
+    takes = torch.tensor([config.adapt is None or n in config.adapt for n in names])[rows]
+    z = every.gather(2, rows[:, :, None, None].expand(-1, -1, 1, A.shape[1]))[:, :, 0] * takes[..., None]
+    part, is_key = (groups > 0) & real & takes, (rows == text) == (config.interaction != "reversed")
+    allowed = (groups[:, :, None] == groups[:, None]) & (part & ~is_key)[:, :, None] & (part & is_key)[:, None]
+    if config.interaction != "none":
+        maps = (z @ z.mT).to(torch.promote_types(z.dtype, torch.float32)) / math.sqrt(z.shape[-1])
+        share = maps.masked_fill(~allowed, -1e30).softmax(-1) * allowed
+        if config.interaction == "mean":
+            share = allowed / allowed.sum(-1, keepdim=True).clamp(1)
+        weights = config.interaction_weight
+        weights = [weights.get(n, 1.0) if isinstance(weights, dict) else weights for n in names]
+        z = z + torch.tensor(weights).to(z.dtype)[rows][..., None] * (share.to(z.dtype) @ z)
+    update = z @ B.T if config.share_b else torch.einsum("btor,btr->bto", B[rows], z)
+    if (config.text_merged or name in layer.merged_adapters) and (config.adapt is None or "text" in config.adapt):
+        update = update - every[:, :, text] @ (B if config.share_b else B[text]).T
+    return after * update
+
+
 @contextmanager
-def plain_layers():
-    """Compute the MokA layers by the reference above."""
+def plain_layers(batch):
+    """Compute the MokA layers by the reference, of the tokens of ``batch``; other tokens are decoded text."""
+
+    def forward(layer, x):
+        ids = batch.mm_token_type_ids, batch.interaction_ids, batch.attention_mask
+        if x.shape[1] != ids[0].shape[1]:
+            text = torch.zeros(x.shape[:2], dtype=torch.long)
+            ids = text, text, text + 1
+        return reference(layer, x, *ids)
+
     own = MokaLinear.forward
-    MokaLinear.forward = _plain_forward
+    MokaLinear.forward = forward
     try:
         yield
     finally:
         MokaLinear.forward = own
+
+
+def logits(model, batch, *names):
+    """Logits of a forward on ``batch`` without gradients."""
+    with torch.no_grad():
+        return model(**batch.kwargs(*names)).logits
+
+
+def generate(model, inputs, **options):
+    """Decode greedily: (new tokens [batch, steps], logits [steps, batch, vocabulary]). ``inputs``: a batch, or arguments."""
+    inputs = inputs.kwargs() if isinstance(inputs, Rows) else inputs
+    settings = {"max_new_tokens": 5, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    out = model.generate(**inputs, **{**settings, **options})
+    return out.sequences[:, -len(out.logits) :], torch.stack(out.logits)
+
+
+def same(a, b):
+    """Assert equality to 1e-4, as of two orders of summation."""
+    torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def same_gradients(found, expected, **tolerance):
+    """Assert equality of gradients by name."""
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, msg=lambda m, name=name: f"{name}: {m}", **tolerance)
+
+
+def layers_of(model):
+    """MokA layers by their names in the backbone."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return {name: module for name, module in base.named_modules() if isinstance(module, MokaLinear)}
 
 
 @pytest.fixture(autouse=True)
@@ -179,16 +221,23 @@ def _unexpected_routing_warning_is_an_error():
 def tiny():
     """The helpers above; test modules cannot import this file."""
     return SimpleNamespace(
-        IMAGE=IMAGE,
-        AUDIO=AUDIO,
-        Rows=Rows,
-        adapted=adapted,
-        backbone=tiny_backbone,
-        config=config,
-        gradients=gradients,
-        plain_layers=plain_layers,
-        rows=rows,
-        strong_=strong_,
+        **{
+            "IMAGE": IMAGE,
+            "AUDIO": AUDIO,
+            "Rows": Rows,
+            "adapted": adapted,
+            "backbone": tiny_backbone,
+            "config": config,
+        },
+        **{
+            "generate": generate,
+            "gradients": gradients,
+            "layers": layers_of,
+            "logits": logits,
+            "rows": rows,
+            "same": same,
+        },
+        **{"plain_layers": plain_layers, "reference": reference, "same_gradients": same_gradients, "strong_": strong_},
     )
 
 

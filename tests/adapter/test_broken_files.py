@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 
 import moka
 
-ROUTED = ("input_ids", "mm_token_type_ids", "interaction_ids", "attention_mask")
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
 
@@ -50,7 +49,7 @@ def refuse(tiny, folder, message, error=moka.MokaError):
         (backbone, lambda: PeftModel.from_pretrained(backbone, folder)),
         (adapted, lambda: adapted.load_adapter(str(folder), "second")),
     ]:
-        kwargs = row.kwargs(*(ROUTED if model is adapted else ("input_ids", "attention_mask")))
+        kwargs = row.kwargs(*(() if model is adapted else ("input_ids", "attention_mask")))
         before, values, logits = picture(model), model.state_dict(), model(**kwargs).logits
         values = {key: value.clone() for key, value in values.items()}
         with pytest.raises(error, match=message):
@@ -103,9 +102,12 @@ def test_weights_that_are_no_safetensors(tiny, folder, kind):
     refuse(tiny, folder, r"adapter_model.safetensors.*truncated or damaged")
 
 
-def test_a_folder_without_its_weights(tiny, folder):
+def test_a_folder_without_its_weights_or_without_anything(tiny, folder, tmp_path):
     (folder / WEIGHTS).unlink()
     refuse(tiny, folder, r"no adapter_model.safetensors")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=CONFIG):  # peft's own: it might have been a name on the Hub
+        moka.MokaConfig.from_pretrained(str(tmp_path / "empty"))
 
 
 class Payload:
@@ -197,6 +199,10 @@ TENSORS = {
     "shape": (changed(lambda t, key: t.update({key: torch.zeros(3, 8, 96)})), r"\[3, 8, 96\].*\[3, 4, 96\].*rank"),
     "shape of a module": (changed(lambda t, key: t.update({PREFIX + "lm_head.weight": torch.ones(2, 64)})), r"lm_head"),
     "integers": (changed(lambda t, key: t.update({key: t[key].int()})), r"torch.int32.*layers.0.*moka_A"),
+    "nan of float8": (
+        changed(lambda t, key: t.update({key: (t[key] * NAN).to(torch.float8_e4m3fn)})),
+        r"not finite.*layers.0.*moka_A",
+    ),
     "nan": (changed(lambda t, key: t[key].view(-1)[3].fill_(NAN)), r"not finite.*layers.0.*moka_A"),
     "inf": (changed(lambda t, key: t[key].view(-1)[0].fill_(INF)), r"not finite.*layers.0.*moka_A"),
     "nan in a module": (changed(lambda t, key: t[PREFIX + "lm_head.weight"].fill_(NAN)), r"not finite.*lm_head"),
@@ -216,7 +222,7 @@ def test_values_loaded_by_transformers_itself_are_checked_before_the_first_infer
     model, row = tiny.backbone(), tiny.rows(["i i q q"])
     model.load_adapter(str(folder), adapter_name="mine")
     with pytest.raises(moka.MokaError, match=r"'mine'.*not finite.*moka_A"):
-        model(**row.kwargs(*ROUTED))
+        model(**row.kwargs())
 
 
 def test_tensors_in_memory_are_checked_too(model):

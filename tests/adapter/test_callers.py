@@ -10,55 +10,22 @@ import transformers as tf
 from accelerate.hooks import ModelHook, add_hook_to_module
 from peft import get_peft_model
 
-USER, ASSISTANT, IMAGE = 100, 101, 126
+from moka.testing import mllms
+
+USER, ASSISTANT, IMAGE = 100, 101, mllms.IMAGE
 MARKERS = {"user": [USER], "assistant": [ASSISTANT]}
-TEXT = {
-    "vocab_size": 128,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.1,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
-ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
-TOWER = {"hidden_size": 32, "intermediate_size": 48, "patch_size": 4, "initializer_range": 0.1}
-
-
-def llava():
-    tower = tf.CLIPVisionConfig(**TOWER, num_attention_heads=4, num_hidden_layers=2, image_size=8)
-    config = tf.LlavaConfig(
-        vision_config=tower, text_config=tf.LlamaConfig(**TEXT), image_token_index=IMAGE, vision_feature_layer=-1
-    )
-    return tf.LlavaForConditionalGeneration(config), {"pixel_values": torch.randn(2, 3, 8, 8)}
-
-
-def qwen2_5_vl():
-    tower = {
-        **TOWER,
-        "depth": 2,
-        "out_hidden_size": 32,
-        "num_heads": 4,
-        "window_size": 16,
-        "fullatt_block_indexes": [1],
-    }
-    text = {**TEXT, "rope_parameters": ROPE}
-    config = tf.Qwen2_5_VLConfig(
-        text_config=text,
-        vision_config=tower,
-        image_token_id=IMAGE,
-        vision_start_token_id=120,
-        vision_end_token_id=121,
-    )
-    pixels, grid = torch.randn(32, 3 * 2 * 4 * 4), torch.tensor([[1, 4, 4]] * 2)
-    return tf.Qwen2_5_VLForConditionalGeneration(config), {"pixel_values": pixels, "image_grid_thw": grid}
 
 
 def llama():
-    return tf.LlamaForCausalLM(tf.LlamaConfig(**TEXT)), {}
+    return tf.LlamaForCausalLM(tf.LlamaConfig(**mllms.TEXT)), {}
+
+
+def llava():
+    return mllms.backbone(mllms.CASES["llava"]), mllms.pictures(2, 3, 8, 8)
+
+
+def qwen2_5_vl():
+    return mllms.backbone(mllms.CASES["qwen2_5_vl"]), mllms.qwen_pictures(2)
 
 
 MODELS = {"llama": llama, "llava": llava, "qwen2_5_vl": qwen2_5_vl}

@@ -12,7 +12,6 @@ from torch.utils.checkpoint import checkpoint
 
 import moka
 
-ROUTED = ("input_ids", "mm_token_type_ids", "interaction_ids", "attention_mask")
 REENTRANT = pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not"])
 
 
@@ -33,7 +32,7 @@ def train(model, batches, tiny, **context):
     model.train()
     losses = []
     for batch in batches:
-        losses.append(model(**batch.kwargs(*ROUTED), labels=batch.input_ids, use_cache=False).loss)
+        losses.append(model(**batch.kwargs(), labels=batch.input_ids, use_cache=False).loss)
     sum((i + 1) * loss for i, loss in enumerate(losses)).backward()
     return tiny.gradients(model)
 
@@ -81,7 +80,7 @@ def test_ids_of_a_block_that_is_closed_before_backward(tiny, reentrant):
     model = checkpointed(tiny.adapted(), reentrant).train()
     losses = []
     for batch in batches:
-        with moka.routing(model, **batch.kwargs(*ROUTED[1:])):
+        with moka.routing(model, **batch.ids):
             losses.append(model(input_ids=batch.input_ids, labels=batch.input_ids, use_cache=False).loss)
     (losses[0] + 2 * losses[1]).backward()
     equal(tiny.gradients(model), expected)
@@ -92,8 +91,8 @@ def test_generating_between_forward_and_backward_changes_no_gradient(tiny, reent
     first, second = forwards(tiny)
     expected = train(tiny.adapted(), [first], tiny)
     model = checkpointed(tiny.adapted(), reentrant).train()
-    loss = model(**first.kwargs(*ROUTED), labels=first.input_ids, use_cache=False).loss
-    model.eval().generate(**second.kwargs(*ROUTED), max_new_tokens=2, do_sample=False)
+    loss = model(**first.kwargs(), labels=first.input_ids, use_cache=False).loss
+    model.eval().generate(**second.kwargs(), max_new_tokens=2, do_sample=False)
     model.train()
     loss.backward()
     equal(tiny.gradients(model), expected)
@@ -106,7 +105,7 @@ def test_forward_without_routing_is_recomputed_without(tiny, reentrant):
 
     def run(model):
         model.train()
-        model(**batch.kwargs(*ROUTED), labels=batch.input_ids, use_cache=False)
+        model(**batch.kwargs(), labels=batch.input_ids, use_cache=False)
         embeds = model.get_input_embeddings().weight[batch.input_ids].detach().requires_grad_()
         with pytest.warns(UserWarning, match="A MokA layer ran without routing"):
             loss = model(inputs_embeds=embeds, labels=batch.input_ids, use_cache=False).loss

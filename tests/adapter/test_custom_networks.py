@@ -62,7 +62,7 @@ def test_foreign_model_is_routed_by_the_block(foreign, tiny, verb):
             ours = (network.score(prompt) if verb == "score" else foreign(input_ids=prompt).logits)[0]
     with moka.routing(foreign, **ids):
         expected = network.language_model(inputs_embeds=words).logits[0, -count:]
-    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+    tiny.same(ours, expected)
     with foreign.disable_adapter():
         bare = network.language_model(inputs_embeds=words).logits[0, -count:]
     assert not torch.allclose(bare, expected, atol=1e-2)
@@ -108,7 +108,7 @@ def test_foreign_model_with_a_decoding_loop_of_its_own(tiny):
     words = network.language_model.get_input_embeddings()(tokens)
     ids = {name: nn.functional.pad(value, (0, 2)) for name, value in EXPANDED.items()}
     expected = network.language_model(inputs_embeds=torch.cat([network.embed(prompt), words], 1), **ids).logits
-    torch.testing.assert_close(logits[:, -1], expected[:, -1], atol=1e-4, rtol=1e-4)
+    tiny.same(logits[:, -1], expected[:, -1])
     with pytest.raises(moka.MokaError, match=r"\b4\b.*\b6\b.*moka\.routing"):
         model.base_model.generate(input_ids=prompt)
 

@@ -7,13 +7,12 @@ import moka
 from moka.adapter import active_modalities, gradient_norms, interaction_weights, modality_norms
 from moka.adapter.context import current
 
-ROUTED = ("input_ids", "mm_token_type_ids", "interaction_ids", "attention_mask")
 FIRST = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
 def logits(model, batch):
     with torch.no_grad():
-        return model(**batch.kwargs(*ROUTED)).logits
+        return model(**batch.kwargs()).logits
 
 
 def hooks(model):
@@ -45,29 +44,29 @@ def test_active_modalities_are_those_of_an_adapter_that_adapts_no_other(model, t
     if merged:
         model.merge_adapter()
     with active_modalities(model, names):
-        torch.testing.assert_close(logits(model, batch), expected, atol=1e-4, rtol=1e-4)
+        tiny.same(logits(model, batch), expected)
         text = tiny.rows(["t t q"])
         bare = tiny.backbone()(text.input_ids).logits
         same_as_bare = torch.allclose(logits(model, text), bare, atol=1e-4, rtol=1e-4)
         assert same_as_bare == ("text" not in names)
     assert not torch.allclose(everything, expected, atol=1e-2)
-    torch.testing.assert_close(logits(model, batch), everything, atol=1e-4, rtol=1e-4)
+    tiny.same(logits(model, batch), everything)
 
 
 @pytest.mark.parametrize("merged", [False, True], ids=["live", "merged"])
 def test_active_modalities_while_generating(model, tiny, batch, merged):
     settings = {"max_new_tokens": 4, "do_sample": False, "output_scores": True, "return_dict_in_generate": True}
-    expected = tiny.adapted(adapt=["visual"]).generate(**batch.kwargs(*ROUTED), **settings)
+    expected = tiny.adapted(adapt=["visual"]).generate(**batch.kwargs(), **settings)
     if merged:
         model.merge_adapter()
     with active_modalities(model, ["visual"]):
-        got = model.generate(**batch.kwargs(*ROUTED), **settings)
-    torch.testing.assert_close(torch.stack(got.scores), torch.stack(expected.scores), atol=1e-4, rtol=1e-4)
+        got = model.generate(**batch.kwargs(), **settings)
+    tiny.same(torch.stack(got.scores), torch.stack(expected.scores))
 
 
 @pytest.mark.parametrize("names", [["visual"], "visual", ("visual", "text")])
 def test_active_modalities_hold_in_a_routing_block_and_training(model, batch, names):
-    given, block = batch.kwargs("input_ids", "attention_mask"), batch.kwargs(*ROUTED[1:])
+    given, block = batch.text, batch.ids
     with active_modalities(model, names):
         expected = logits(model, batch)
         with moka.routing(model, **block):
@@ -94,7 +93,7 @@ def test_interaction_weights_are_the_softmax_of_the_definition(model, batch):
     handle = layer.register_forward_pre_hook(lambda m, args: inputs.append(args[0]))
     logits(model, batch)
     handle.remove()
-    maps = interaction_weights(model, batch.kwargs(*ROUTED))
+    maps = interaction_weights(model, batch.kwargs())
     assert len(maps) == 14
     found, x, A = maps[FIRST], inputs[0], layer.moka_A["default"].weight.detach()
     rows_of = {0: 0, 1: 1, 3: 2}
@@ -119,7 +118,7 @@ def test_interaction_weights_are_the_softmax_of_the_definition(model, batch):
 
 def test_interaction_weights_of_a_batch_without_media(model, tiny):
     with pytest.raises(moka.MokaError, match=r"interaction_weights.*mm_token_type_ids"):
-        interaction_weights(model, tiny.rows(["t q q"]).kwargs(*ROUTED))
+        interaction_weights(model, tiny.rows(["t q q"]).kwargs())
 
 
 @pytest.mark.parametrize("share_b", [True, False])
@@ -130,7 +129,7 @@ def test_modality_norms_are_those_of_the_definition(tiny, batch, share_b):
     logits(model, batch)
     handle.remove()
     x, out = seen[0]
-    norms = modality_norms(model, batch.kwargs(*ROUTED))
+    norms = modality_norms(model, batch.kwargs())
     assert len(norms) == 14
     assert set(norms[FIRST]) == {"text", "visual", "audio"}
     for row, (name, type_id) in enumerate({"text": 0, "visual": 1, "audio": 3}.items()):
@@ -142,7 +141,7 @@ def test_modality_norms_are_those_of_the_definition(tiny, batch, share_b):
         assert own.z == pytest.approx(z.norm(dim=-1).mean().item(), rel=1e-4)
         assert own.update == pytest.approx(update.norm(dim=-1).mean().item(), rel=1e-3)
         assert (own.interaction > 0.1) == (name != "text")
-    text = modality_norms(model, tiny.rows(["t t q"]).kwargs(*ROUTED))[FIRST]
+    text = modality_norms(model, tiny.rows(["t t q"]).kwargs())[FIRST]
     assert set(text) == {"text"}
     assert text["text"].interaction == 0
 
@@ -152,29 +151,29 @@ def test_gradient_norms_by_modality(tiny, batch):
     with pytest.raises(moka.MokaError, match=r"gradient_norms.*backward"):
         gradient_norms(model)
     image_only = tiny.rows(["q q i i t t"])
-    model(**image_only.kwargs(*ROUTED), labels=image_only.input_ids).loss.backward()
+    model(**image_only.kwargs(), labels=image_only.input_ids).loss.backward()
     norms = gradient_norms(model)[FIRST]
     layer = model.get_submodule(FIRST)
     assert norms["A.audio"] == 0
     assert min(norms["A.text"], norms["A.visual"], norms["B"]) > 0
     assert norms["A.visual"] == pytest.approx(layer.moka_A["default"].weight.grad[1].norm().item())
     apart = tiny.adapted(share_b=False).train()
-    apart(**image_only.kwargs(*ROUTED), labels=image_only.input_ids).loss.backward()
+    apart(**image_only.kwargs(), labels=image_only.input_ids).loss.backward()
     assert gradient_norms(apart)[FIRST]["B.audio"] == 0
     assert gradient_norms(apart)[FIRST]["B.visual"] > 0
 
 
 def test_diagnostics_leave_training_as_it_was(model, batch):
     model.train()
-    interaction_weights(model, batch.kwargs(*ROUTED))
-    modality_norms(model, batch.kwargs(*ROUTED))
+    interaction_weights(model, batch.kwargs())
+    modality_norms(model, batch.kwargs())
     assert all(m.training for m in model.modules())
     assert not any(p.grad is not None for p in model.parameters())
 
 
 def test_a_forward_that_fails_leaves_nothing_after(model, batch):
     with pytest.raises(moka.MokaError, match=r"interaction_ids.*\[4, 3\]"):
-        modality_norms(model, {**batch.kwargs(*ROUTED), "interaction_ids": torch.zeros(4, 3, dtype=torch.long)})
+        modality_norms(model, {**batch.kwargs(), "interaction_ids": torch.zeros(4, 3, dtype=torch.long)})
 
 
 def test_several_active_adapters_are_refused(tiny, batch):
@@ -182,4 +181,4 @@ def test_several_active_adapters_are_refused(tiny, batch):
     model.add_adapter("second", tiny.config())
     model.base_model.set_adapter(["default", "second"])
     with pytest.raises(moka.MokaError, match=r"\['default', 'second'\].*set_adapter"):
-        interaction_weights(model, batch.kwargs(*ROUTED))
+        interaction_weights(model, batch.kwargs())

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from moka.adapter import layer as layers
 from moka.adapter import ops
 
 TYPES = torch.tensor([[0, 1, 3, 0]])
+ROWS = SimpleNamespace(mm_token_type_ids=TYPES, interaction_ids=TYPES * 0 + 1, attention_mask=TYPES * 0 + 1)
 PROJECTIONS = ["q_proj", "k_proj", "v_proj"]
 
 
@@ -81,7 +83,7 @@ def test_another_input_is_noticed(tiny, x, products, change, together):
     with torch.no_grad():
         ours = model(x.clone(), mm_token_type_ids=TYPES, question_mask=TYPES == 0)
         assert (products == [27]) == together
-        with tiny.plain_layers():
+        with tiny.plain_layers(ROWS):
             close(ours, model(x.clone(), mm_token_type_ids=TYPES, question_mask=TYPES == 0))
 
 
@@ -90,6 +92,7 @@ CHANGES = {
     "inactive": lambda k: k.set_adapter([]),
     "merged": lambda k: k.merge(),
     "hooked": lambda k: k.register_forward_hook(lambda module, args, result: None),
+    "hooked before": lambda k: k.register_forward_pre_hook(lambda module, args: (args[0] * 2,)),
     "another scale": lambda k: k.moka_scaling.update(default=5.0),
     "another dtype": lambda k: k.moka_A.float(),
 }
@@ -104,7 +107,7 @@ def test_one_that_differs_is_computed_on_its_own(tiny, x, products, change):
     ours = run(model, x)
     assert products[0] == 18  # q and v
     assert len(products) == (1 if change in ("disabled", "inactive") else 2)
-    with tiny.plain_layers():
+    with tiny.plain_layers(ROWS):
         close(ours, run(model, x))
 
 
@@ -114,13 +117,13 @@ def test_one_that_differs_is_computed_on_its_own(tiny, x, products, change):
 def test_projections_of_different_rank_or_scale(tiny, x, settings, position, share_b):
     model = attention(scale_position=position, share_b=share_b, **settings)
     ours = run(model, x)
-    with tiny.plain_layers():
+    with tiny.plain_layers(ROWS):
         close(ours, run(model, x))
 
 
 def test_one_in_evaluation_mode_drops_nothing(tiny, x):
     model = attention(dropout=0.5).train()
-    with tiny.plain_layers():
+    with tiny.plain_layers(ROWS):
         expected = run(model, x)[0]
     model.base_model.model.k_proj.eval()
     q, k, v = run(model, x)[0]
@@ -135,7 +138,7 @@ def test_two_adapters_at_once(tiny, x):
     model.double().base_model.set_adapter(["default", "second"])
     ours = run(model, x)
     assert len(ours[1]) == 1 + 2 * 6
-    with tiny.plain_layers():
+    with tiny.plain_layers(ROWS):
         close(ours, run(model, x))
 
 

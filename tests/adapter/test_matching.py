@@ -1,33 +1,18 @@
 """Tensors of an adapter file find their places in a model by name: either format, any adapter name, paths that moved."""
 
 import json
-import shutil
 from pathlib import Path
 
-import peft
 import pytest
 import torch
-from packaging.version import Version
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import LlamaModel
 
 import moka
-from moka.adapter.checks import (
-    adapter_tensors,
-    check_adapter_config,
-    check_adapter_folder,
-    check_adapter_tensors,
-    check_finite,
-    expected_tensors,
-    planned_tensors,
-)
-from moka.adapter.matching import PREFIX, match_layers, match_names
+from moka.adapter.matching import PREFIX, match_names
 
-trained_biases = pytest.mark.skipif(
-    Version(peft.__version__) < Version("0.21"),
-    reason="peft before 0.21 does not save trained biases; MokaConfig refuses",
-)
 FORMAT_1 = Path(__file__).with_name("fixtures") / "llama_format_1"
 A, B = (3, 2, 8), (4, 2)
 
@@ -156,55 +141,6 @@ def test_tensors_without_one_place_each(kind):
         match_names(expected, given)
 
 
-@pytest.mark.parametrize("kind", MOVES)
-def test_the_layers_that_a_files_tensors_belong_to(kind):
-    """For a pattern of full paths, saved under another version of transformers."""
-    old, new = MOVES[kind]
-    assert match_layers(shapes(*old), new) == set(new)
-    assert match_layers(shapes(*old, "somewhere.else.entirely"), new) is None
-
-
-def test_a_pattern_of_paths_that_moved_still_finds_its_layers(tiny, tmp_path):
-    model = tiny.adapted(target_modules=r"model\.layers\.\d+\.self_attn\.[qv]_proj")
-    model.save_pretrained(tmp_path)
-    path = tmp_path / "adapter_config.json"
-    fields = json.loads(path.read_text())
-    moved = {"target_modules": fields["target_modules"].replace("model", "model.language_model", 1)}
-    path.write_text(json.dumps({**fields, **moved}))
-    weights = tmp_path / "adapter_model.safetensors"
-    tensors = load_file(weights)
-    save_file({name.replace(".layers", ".language_model.layers"): t for name, t in tensors.items()}, weights)
-    again = PeftModel.from_pretrained(tiny.backbone(), tmp_path).eval()
-    row = tiny.rows(["i i q q t"]).kwargs()
-    assert torch.equal(again(**row).logits, model(**row).logits)
-
-
-SETTINGS = [
-    {},
-    {"share_b": False},
-    {"rank_pattern": {"layers.1.mlp.down_proj": 3, "q_proj": 2}},
-    {"modalities": {"text": [0], "visual": [1]}, "modality_token_ids": {"visual": [126]}},
-]
-
-
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_planned_tensors_are_those_that_the_adapter_has_and_saves(tiny, tmp_path, settings):
-    backbone = tiny.backbone()
-    layers = {
-        name: (module.in_features, module.out_features)
-        for name, module in backbone.named_modules()
-        if isinstance(module, nn.Linear) and name != "lm_head"
-    }
-    config = tiny.config(**settings)
-    planned = planned_tensors(layers, config)
-    model = get_peft_model(backbone, config)
-    places = match_names(expected_tensors(model, "default"), planned)
-    tensors = model.state_dict()
-    assert {name: tuple(tensors[place].shape) for name, place in places.items()} == planned
-    model.save_pretrained(tmp_path)
-    assert sorted(match_names(planned, check_adapter_folder(tmp_path).shapes).values()) == sorted(planned)
-
-
 @pytest.mark.parametrize("targets", [None, r"model\.layers\.\d+\.self_attn\.(q|v)_proj"], ids=["names", "pattern"])
 @pytest.mark.parametrize("old", ["model.layers", "thinker.model.layers"], ids=["same paths", "moved"])
 @pytest.mark.parametrize("verb", ["from_pretrained", "load_adapter"])
@@ -234,79 +170,6 @@ def test_tensors_of_other_adapters_in_a_folder_are_left_out(tiny, batch, tmp_pat
         assert torch.equal(model(**batch.kwargs()).logits, saved(**batch.kwargs()).logits)
 
 
-@pytest.mark.parametrize("bias", ["none", pytest.param("moka_only", marks=trained_biases)])
-def test_what_a_loaded_adapter_must_bring_is_what_peft_saves(tiny, tmp_path, bias):
-    model = tiny.adapted("qwen2", bias=bias, modules_to_save=["norm", "lm_head"])
-    model.add_adapter("other", tiny.config(r=2)) if bias == "none" else None
-    model.save_pretrained(tmp_path, selected_adapters=["default"])
-    saved, expected = check_adapter_folder(tmp_path).shapes, expected_tensors(model, "default")
-    assert sorted(match_names(expected, saved).values()) == sorted(expected)
-    assert any(name.endswith("q_proj.base_layer.bias") for name in saved) == (bias != "none")
-    given = load_file(tmp_path / "adapter_model.safetensors")
-    state = model.state_dict()
-    fitted = check_adapter_tensors(model, "default", given)
-    assert fitted.keys() == expected.keys()
-    assert all(torch.equal(state[name], tensor) for name, tensor in fitted.items())
-    live = adapter_tensors(model, "default")
-    assert all(live[name].data_ptr() == state[name].data_ptr() for name in fitted)
-
-
-def test_values_are_checked_when_they_are_loaded_and_the_folder_by_its_header(tiny, tmp_path):
-    tiny.adapted().save_pretrained(tmp_path)
-    weights = tmp_path / "adapter_model.safetensors"
-    given = load_file(weights)
-    given = {name: tensor * float("nan") for name, tensor in given.items()}
-    save_file(given, weights)
-    assert check_adapter_folder(tmp_path).shapes == {name: tuple(tensor.shape) for name, tensor in given.items()}
-    shutil.copytree(tmp_path, tmp_path / "inside" / "sub", ignore=shutil.ignore_patterns("inside"))
-    assert check_adapter_folder(tmp_path / "inside", "sub").shapes.keys() == given.keys()
-    with pytest.raises(moka.MokaError, match=r"not finite.*moka_A"):
-        check_adapter_tensors(tiny.adapted(), "default", given)
-
-
-def test_shapes_of_a_pickle(tmp_path):
-    shutil.copytree(FORMAT_1, tmp_path / "adapter")
-    weights = tmp_path / "adapter" / "adapter_model.safetensors"
-    torch.save(load_file(weights), weights.with_name("adapter_model.bin"))
-    weights.unlink()
-    assert check_adapter_folder(tmp_path / "adapter").shapes == check_adapter_folder(FORMAT_1).shapes
-
-
-def test_folders_without_weights(tmp_path):
-    assert check_adapter_folder("someone/adapter-on-the-hub") is None
-    assert check_adapter_config("someone/adapter-on-the-hub") is None
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "MOKA"}))
-    assert check_adapter_folder(tmp_path) is None
-    (tmp_path / "README.md").touch()
-    with pytest.raises(moka.MokaError, match=r"has no adapter_model.safetensors"):
-        check_adapter_folder(tmp_path)
-
-
-NAME = PREFIX + Q0 + ".moka_A.weight"
-
-
-@pytest.mark.parametrize(
-    ("name", "tensor", "message"),
-    [
-        (NAME, torch.tensor([1.0, float("nan")]), r"Adapter 'x' .*not finite.*moka_A"),
-        (NAME, torch.tensor([float("inf")]).half(), "not finite"),
-        (NAME, torch.tensor([float("nan")]).to(torch.float8_e4m3fn), "not finite"),
-        ("lm_head.weight", torch.tensor([-float("inf")]), r"not finite.*lm_head"),
-        (NAME, torch.ones(2).int(), r"Adapter 'x' .*torch.int32.*moka_A.*floating-point"),
-        (NAME, torch.ones(2).bool(), r"torch.bool"),
-    ],
-)
-def test_values_that_are_no_finite_numbers(name, tensor, message):
-    with pytest.raises(moka.MokaError, match=message):
-        check_finite({"first.moka_B": torch.ones(1), name: tensor}, "Adapter 'x'")
-
-
-def test_values_that_pass():
-    norm = {"norm.num_batches_tracked": torch.tensor(3), "norm.mask": torch.tensor([True])}
-    meta = torch.empty(2, device="meta")
-    check_finite({**norm, NAME: meta, NAME + "2": torch.ones(1).to(torch.float8_e4m3fn), "lm_head.bias": meta.int()})
-
-
 def backbone(tiny):
     """A llama with weights that no generator of random numbers decides (see the fixture's README)."""
     model = tiny.backbone()
@@ -324,5 +187,83 @@ def test_a_llama_adapter_of_format_1_computes_what_it_computed(tiny):
     with torch.no_grad():
         before = bare(input_ids=inputs["input_ids"]).logits
         model = PeftModel.from_pretrained(bare, FORMAT_1).eval()
-        torch.testing.assert_close(model(**inputs).logits, logits, atol=1e-4, rtol=1e-4)
+        tiny.same(model(**inputs).logits, logits)
     assert (before - logits).abs().mean() > 0.1
+
+
+# Where the decoder's blocks were when the adapter was saved -> is the new place `model.layers`.
+OLD_PLACES = ["model.language_model.layers", "language_model.model.layers", "layers", "thinker.model.layers"]
+
+
+def moved(folder, old, new="model.layers"):
+    """Rewrite the names in an adapter folder, and in the patterns of its configuration."""
+    path, config_path = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    tensors = load_file(path)
+    names = {name: name.replace(f"base_model.model.{new}.", f"base_model.model.{old}.") for name in tensors}
+    assert not set(names.values()) & set(names)
+    save_file({names[name]: tensor for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    config = json.loads(config_path.read_text())
+    if isinstance(config["target_modules"], str):
+        pattern = config["target_modules"]
+        config["target_modules"] = pattern.replace(new.replace(".", r"\."), old.replace(".", r"\."))
+        assert config["target_modules"] != pattern
+    config_path.write_text(json.dumps(config))
+
+
+TARGETS = {
+    "names": None,
+    "pattern": r"model\.layers\.\d+\.(self_attn\.(q|v)_proj|mlp\.(gate|up|down)_proj)",
+    "one block": r"model\.layers\.1\.(self_attn|mlp)\.\w+_proj",
+}
+
+
+def load(verb, base, folder, tiny):
+    if verb == "from_pretrained":
+        return PeftModel.from_pretrained(base, folder).eval()
+    model = tiny.adapted(backbone=base)
+    model.load_adapter(folder, "saved")
+    model.set_adapter("saved")
+    return model.eval()
+
+
+@pytest.mark.parametrize("verb", ["from_pretrained", "load_adapter"])
+@pytest.mark.parametrize("targets", TARGETS)
+@pytest.mark.parametrize("old", OLD_PLACES)
+def test_an_adapter_of_other_paths_loads(tiny, batch, tmp_path, old, targets, verb):
+    model = tiny.adapted(target_modules=TARGETS[targets])
+    model.save_pretrained(tmp_path / "adapter")
+    moved(tmp_path / "adapter", old)
+    loaded = load(verb, tiny.backbone(), tmp_path / "adapter", tiny)
+    with torch.no_grad():
+        assert torch.equal(loaded(**batch.kwargs()).logits, model(**batch.kwargs()).logits)
+    # And on: what is saved here again has this model's names.
+    loaded.save_pretrained(tmp_path / "again")
+    folder = tmp_path / "again" / ("" if verb == "from_pretrained" else "saved")
+    again = PeftModel.from_pretrained(tiny.backbone(), folder).eval()
+    with torch.no_grad():
+        assert torch.equal(again(**batch.kwargs()).logits, model(**batch.kwargs()).logits)
+
+
+class Nested(nn.Module):
+    """The same language model at another path, next to a tower with blocks of the same names."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.vision = LlamaModel(base.config)
+        self.language_model = base
+
+    def forward(self, **kwargs):
+        return self.language_model(**kwargs)
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+def test_an_adapter_of_a_language_model_loads_into_a_network_around_it(tiny, batch, tmp_path, targets):
+    model = tiny.adapted(target_modules=TARGETS[targets], task_type=None)
+    model.save_pretrained(tmp_path)
+    network = Nested(tiny.backbone())
+    loaded = PeftModel.from_pretrained(network, tmp_path).eval()
+    layers = [name for name, module in loaded.named_modules() if isinstance(module, moka.adapter.MokaLinear)]
+    assert layers
+    assert all("language_model.model.layers" in name for name in layers)
+    with torch.no_grad():
+        assert torch.equal(loaded(**batch.kwargs()).logits, model(**batch.kwargs()).logits)

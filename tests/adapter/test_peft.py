@@ -1,5 +1,7 @@
 """The peft citizen: every verb that works for LoRA works for MokA."""
 
+import warnings
+
 import peft
 import pytest
 import torch
@@ -10,16 +12,9 @@ from torch import nn
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 import moka
-from moka.adapter import MokaLinear
 
-ROUTED = ("input_ids", "mm_token_type_ids", "interaction_ids", "attention_mask")
 LAYERS = 14
 installed = Version(peft.__version__)
-
-
-def logits(model, batch):
-    with torch.no_grad():
-        return model(**batch.kwargs(*ROUTED)).logits
 
 
 def test_parameters_are_stacked_and_nothing_else_is_saved(model, tiny):
@@ -57,7 +52,7 @@ def test_save_and_load_under_any_name(model, tiny, batch, tmp_path, name, lean):
     assert len(saved) == 2 * LAYERS
     assert all(key.endswith((".moka_A.weight", ".moka_B.weight")) for key in saved)
     loaded = PeftModel.from_pretrained(tiny.backbone(), tmp_path, adapter_name=name, low_cpu_mem_usage=lean)
-    assert torch.equal(logits(loaded, batch), logits(model, batch))
+    assert torch.equal(tiny.logits(loaded, batch), tiny.logits(model, batch))
     assert not any(p.requires_grad for p in loaded.parameters())
     assert not loaded.training
     kept = get_peft_model_state_dict(loaded, adapter_name=name)
@@ -65,95 +60,34 @@ def test_save_and_load_under_any_name(model, tiny, batch, tmp_path, name, lean):
     assert all(torch.equal(kept[key], saved[key]) for key in saved)
 
 
-def test_saved_config_has_no_junk(model, tiny, tmp_path):
-    """The defaults are written out as plain names, also of an adapter added to adapted layers."""
-    model.add_adapter("second", tiny.config())
-    seven = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-    for config in model.peft_config.values():
-        assert config.target_modules == seven
-    model.save_pretrained(tmp_path)
-    assert moka.MokaConfig.from_pretrained(tmp_path / "second").target_modules == seven
-
-
-def test_loaded_adapter_trains_on_when_asked(model, tiny, batch, tmp_path):
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(tiny.backbone(), tmp_path, is_trainable=True)
-    assert {n for n, p in loaded.named_parameters() if p.requires_grad} == {
-        n for n, p in model.named_parameters() if p.requires_grad
-    }
-
-
 def test_several_adapters(model, tiny, batch, tmp_path):
     model.save_pretrained(tmp_path)
-    first = logits(model, batch)
+    first = tiny.logits(model, batch)
     # Another rank, other layers, other settings: the routing must serve each.
     model.add_adapter(
         "second", tiny.config(r=2, target_modules=["o_proj"], interaction="mean", adapt=["audio", "text"])
     )
     tiny.strong_(model, seed=5)
-    assert torch.equal(logits(model, batch), logits(model, batch))
+    assert torch.equal(tiny.logits(model, batch), tiny.logits(model, batch))
     assert model.active_adapters == ["default"]
     model.load_adapter(str(tmp_path), "third")
     model.set_adapter("third")
-    torch.testing.assert_close(logits(model, batch), first)
+    torch.testing.assert_close(tiny.logits(model, batch), first)
     model.set_adapter("second")
-    second = logits(model, batch)
+    second = tiny.logits(model, batch)
     own = tiny.config(r=2, target_modules=["o_proj"], interaction="mean", adapt=["audio", "text"])
     other = get_peft_model(tiny.backbone(), own)
     state = {k.replace(".second.", ".default."): v for k, v in model.state_dict().items() if ".second." in k}
     other.load_state_dict(state, strict=False)
-    torch.testing.assert_close(logits(other.eval(), batch), second)
+    torch.testing.assert_close(tiny.logits(other.eval(), batch), second)
     assert (second - first).abs().max() > 0.05
     model.delete_adapter("second")
     assert not any("second" in name for name in model.state_dict())
     model.set_adapter("third")
-    torch.testing.assert_close(logits(model, batch), first)
+    torch.testing.assert_close(tiny.logits(model, batch), first)
     status = model.get_model_status()
     assert (status.active_adapters, sorted(status.available_adapters)) == (["third"], ["default", "third"])
     assert (status.num_adapter_layers, status.enabled, status.peft_types["third"]) == (LAYERS, True, "MOKA")
-
-
-def test_two_active_adapters_add_up(tiny, batch):
-    """On one layer, where the sum is exact: the updates of both, each under its own settings."""
-    model = tiny.adapted(target_modules=["layers.0.self_attn.q_proj"])
-    model.add_adapter(
-        "b", tiny.config(target_modules=["layers.0.self_attn.q_proj"], interaction_weight=3.0, adapt=["audio", "text"])
-    )
-    tiny.strong_(model, seed=5)
-    layer, out = model.base_model.model.model.layers[0].self_attn.q_proj, []
-    layer.register_forward_hook(lambda m, args, y: out.append(y))
-    for names in (["default"], ["b"], ["default", "b"], []):
-        model.base_model.set_adapter(names)
-        logits(model, batch)
-    a, b, both, bare = out
-    torch.testing.assert_close(both - bare, (a - bare) + (b - bare), atol=1e-4, rtol=1e-4)
-    assert (a - b).abs().max() > 0.05
-
-
-def test_a_new_adapter_leaves_the_others_trainability_only(model, tiny):
-    model.add_adapter("second", tiny.config())
-    assert all(p.requires_grad == (".default." in name) for name, p in model.named_parameters() if "moka_" in name)
-    model.set_adapter("second")
-    assert all(p.requires_grad == (".second." in name) for name, p in model.named_parameters() if "moka_" in name)
-
-
-def test_disable_adapter_is_the_backbone(model, tiny, batch):
-    adapted = logits(model, batch)
-    bare = tiny.backbone()(batch.input_ids, attention_mask=batch.attention_mask).logits
-    with model.disable_adapter():
-        assert torch.equal(logits(model, batch), bare)
-    assert torch.equal(logits(model, batch), adapted)
-    assert (adapted - bare).abs().max() > 0.05
-
-
-@pytest.mark.parametrize("name", ["default", "other"])
-def test_modules_to_save(tiny, batch, tmp_path, name):
-    model = tiny.adapted(modules_to_save=["lm_head"])
-    with torch.no_grad():
-        model.base_model.model.lm_head.modules_to_save["default"].weight.add_(0.1)
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(tiny.backbone(), tmp_path, adapter_name=name)
-    assert torch.equal(logits(loaded, batch), logits(model, batch))
 
 
 @pytest.mark.skipif(installed < Version("0.21"), reason="peft before 0.21 does not save trained biases")
@@ -166,7 +100,7 @@ def test_biases_are_trained_and_saved_when_asked(tiny, batch, tmp_path):
             model.get_parameter(name).add_(0.2)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny.backbone("qwen2"), tmp_path)
-    assert torch.equal(logits(loaded, batch), logits(model, batch))
+    assert torch.equal(tiny.logits(loaded, batch), tiny.logits(model, batch))
 
 
 @pytest.mark.skipif(installed >= Version("0.21"), reason="peft 0.21 saves trained biases")
@@ -179,21 +113,6 @@ def test_biases_that_would_not_be_saved_are_refused(tiny, bias):
     assert [(name, type(module)) for name, module in backbone.named_modules()] == before
 
 
-@pytest.mark.parametrize(
-    ("settings", "layers"),
-    [
-        ({"exclude_modules": ["down_proj", "o_proj"]}, 10),
-        ({"layers_to_transform": [1]}, 7),
-        ({"target_modules": r".*layers\.0\..*(q|v)_proj"}, 2),
-        ({"target_modules": "all-linear"}, 14),
-        ({"target_modules": ["lm_head", "q_proj"]}, 3),
-    ],
-)
-def test_choice_of_layers(tiny, settings, layers):
-    model = tiny.adapted(**settings)
-    assert sum(isinstance(module, MokaLinear) for module in model.modules()) == layers
-
-
 def test_rank_and_alpha_patterns(tiny, batch, tmp_path):
     model = tiny.adapted(rank_pattern={"q_proj": 2}, alpha_pattern={"q_proj": 3}, use_rslora=True)
     attention = model.base_model.model.model.layers[0].self_attn
@@ -201,20 +120,9 @@ def test_rank_and_alpha_patterns(tiny, batch, tmp_path):
     assert attention.q_proj.moka_scaling["default"] == pytest.approx(3 / 2**0.5)
     assert attention.k_proj.moka_scaling["default"] == 8 / 4**0.5
     model.save_pretrained(tmp_path)
-    assert torch.equal(logits(PeftModel.from_pretrained(tiny.backbone(), tmp_path), batch), logits(model, batch))
-
-
-@pytest.mark.parametrize("cast", [True, False])
-def test_dtype_of_the_adapter_on_a_bfloat16_backbone(tiny, batch, tmp_path, cast):
-    wanted = torch.float32 if cast else torch.bfloat16
-    model = get_peft_model(tiny.backbone().bfloat16(), tiny.config(), autocast_adapter_dtype=cast)
-    tiny.strong_(model).eval()
-    dtypes = {p.dtype for name, p in model.named_parameters() if "moka_" in name}
-    assert dtypes == {wanted}
-    assert logits(model, batch).dtype == torch.bfloat16
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(tiny.backbone().bfloat16(), tmp_path, autocast_adapter_dtype=cast)
-    assert torch.equal(logits(loaded, batch), logits(model, batch))
+    assert torch.equal(
+        tiny.logits(PeftModel.from_pretrained(tiny.backbone(), tmp_path), batch), tiny.logits(model, batch)
+    )
 
 
 def loaded_by_transformers(tiny, model, folder):
@@ -227,10 +135,12 @@ def loaded_by_transformers(tiny, model, folder):
 
 def test_transformers_own_load_adapter(model, tiny, batch, tmp_path):
     plain = loaded_by_transformers(tiny, model, tmp_path)
-    assert torch.equal(logits(plain, batch), logits(model, batch))
-    with moka.routing(plain, **batch.kwargs(*ROUTED[1:3])):  # its own generate does not know these arguments
-        new = plain.generate(**batch.kwargs("input_ids", "attention_mask"), max_new_tokens=3)
-    assert torch.equal(new, model.generate(**batch.kwargs(*ROUTED), max_new_tokens=3))
+    assert torch.equal(tiny.logits(plain, batch), tiny.logits(model, batch))
+    with moka.routing(
+        plain, **batch.kwargs("mm_token_type_ids", "interaction_ids")
+    ):  # its own generate does not know these arguments
+        new = plain.generate(**batch.text, max_new_tokens=3)
+    assert torch.equal(new, model.generate(**batch.kwargs(), max_new_tokens=3))
 
 
 @pytest.mark.skipif(
@@ -240,21 +150,21 @@ def test_transformers_own_adapter_verbs(model, tiny, batch, tmp_path):
     """On a plain transformers model, which is saved and loaded again."""
     bare = tiny.backbone()(batch.input_ids, attention_mask=batch.attention_mask).logits
     plain = loaded_by_transformers(tiny, model, tmp_path / "peft")
-    expected = logits(plain, batch)
+    expected = tiny.logits(plain, batch)
     plain.disable_adapters()
-    assert torch.equal(logits(plain, batch), bare)
+    assert torch.equal(tiny.logits(plain, batch), bare)
     plain.enable_adapters()
     plain.add_adapter(tiny.config(), adapter_name="second")
     assert plain.active_adapters() == ["second"]
     tiny.strong_(plain, seed=6)
-    second = logits(plain, batch)
+    second = tiny.logits(plain, batch)
     assert not torch.allclose(second, expected, atol=1e-2)
     plain.save_pretrained(tmp_path / "own")
     again = PeftModel.from_pretrained(tiny.backbone(), tmp_path / "own")
-    assert torch.equal(logits(again, batch), second)
+    assert torch.equal(tiny.logits(again, batch), second)
     plain.delete_adapter("second")
     plain.delete_adapter("mine")
-    assert torch.equal(logits(plain, batch), bare)
+    assert torch.equal(tiny.logits(plain, batch), bare)
 
 
 class Seeing(nn.Module):
@@ -281,3 +191,39 @@ def test_unloading_keeps_a_full_encoder_of_modules_to_save(tiny, verb):
         assert type(bare.encoder) is nn.Sequential
         if verb == "merge_and_unload":
             torch.testing.assert_close(bare(x), expected)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda model, folder, config: PeftModel.from_pretrained(model, folder),
+        lambda model, folder, config: PeftModel.from_pretrained(model, folder, adapter_name="second"),
+        lambda model, folder, config: get_peft_model(model, config),
+        lambda model, folder, config: get_peft_model(model.base_model, config),
+    ],
+    ids=["from_pretrained", "under another name", "get_peft_model", "over the tuner"],
+)
+def test_a_model_that_is_wrapped_twice(model, tiny, batch, tmp_path, wrap):
+    model.save_pretrained(tmp_path)
+    before = model(**batch.kwargs()).logits
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft's own, of a second adapter
+        with pytest.raises(moka.MokaError, match=r"model.*PeftModel.*load_adapter.*get_base_model"):
+            wrap(model, tmp_path, tiny.config(task_type=None))
+    assert list(model.peft_config) == ["default"]
+    assert torch.equal(model(**batch.kwargs()).logits, before)
+
+
+def test_a_configuration_completed_for_another_model(tiny):
+    """Its placeholder ids are those of the first; the media of the second would be text."""
+    config = tiny.config(modality_token_ids=None)
+    for image in (tiny.IMAGE, tiny.IMAGE):
+        backbone = tiny.backbone()
+        backbone.config.image_token_id = image
+        get_peft_model(backbone, config)
+    backbone = tiny.backbone()
+    backbone.config.image_token_id = 99
+    with pytest.raises(moka.MokaError, match=r"modality_token_ids.*126.*99"):
+        get_peft_model(backbone, config)
+    with pytest.warns(UserWarning, match=r"modality_token_ids: 'visual' has \[126\].*\[99\]"):
+        get_peft_model(backbone, tiny.config(modality_token_ids={"visual": [tiny.IMAGE]}))

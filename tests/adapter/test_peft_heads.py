@@ -19,7 +19,6 @@ from transformers import (
 import moka
 from moka.adapter import MokaLinear
 
-ROUTED = ("input_ids", "mm_token_type_ids", "interaction_ids", "attention_mask")
 HEADS = {
     "SEQ_CLS": (LlamaForSequenceClassification, "score"),
     "TOKEN_CLS": (LlamaForTokenClassification, "score"),
@@ -48,7 +47,7 @@ def labels(task, batch):
 def result(model, batch):
     model.eval()
     with torch.no_grad():
-        got = model(**batch.kwargs(*ROUTED))
+        got = model(**batch.kwargs())
     return next(iter(got.values()))
 
 
@@ -62,7 +61,7 @@ def test_heads_are_trained_saved_and_restored(tiny, batch, tmp_path, task, name)
     assert all(f".{head}.modules_to_save.{name}." in n for n in trainable)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    model.train()(**batch.kwargs(*ROUTED), **labels(task, batch)).loss.backward()
+    model.train()(**batch.kwargs(), **labels(task, batch)).loss.backward()
     optimizer.step()
     after = dict(model.named_parameters())
     assert {n for n in before if not torch.equal(before[n], after[n])} >= trainable
@@ -107,7 +106,7 @@ def batch_text(batch):
 
     class Bare:
         def kwargs(self, *names):
-            return batch.kwargs("input_ids", "attention_mask")
+            return batch.text
 
     return Bare()
 
@@ -144,7 +143,7 @@ def test_merge_and_unload_keeps_the_trained_head(tiny, batch):
     expected = result(model, text)
     merged = model.merge_and_unload()
     assert isinstance(merged.score, torch.nn.Linear)
-    torch.testing.assert_close(result(merged, text), expected, atol=1e-4, rtol=1e-4)
+    tiny.same(result(merged, text), expected)
 
 
 def test_auto_class_loads_backbone_and_adapter(tiny, batch, tmp_path):
@@ -170,7 +169,7 @@ def test_feature_extraction(tiny, batch, tmp_path, model_class):
     assert torch.equal(result(PeftModel.from_pretrained(backbone(tiny, model_class), tmp_path), batch), features)
     # `inputs_embeds` instead of ids, with the types given.
     embeds = model.get_input_embeddings()(batch.input_ids)
-    same = model(inputs_embeds=embeds, **batch.kwargs(*ROUTED[1:])).last_hidden_state
+    same = model(inputs_embeds=embeds, **batch.ids).last_hidden_state
     torch.testing.assert_close(same, features)
 
 
@@ -189,7 +188,7 @@ def test_tied_embeddings_that_no_adapter_touches_stay_tied(tiny, batch, tmp_path
     model.save_pretrained(tmp_path)
     assert torch.equal(result(PeftModel.from_pretrained(tied(tiny), tmp_path), batch), expected)
     model.merge_adapter()
-    torch.testing.assert_close(result(model, batch), expected, atol=1e-4, rtol=1e-4)
+    tiny.same(result(model, batch), expected)
     with pytest.warns(UserWarning, match="merge_and_unload keeps"):
         merged = model.merge_and_unload()
     assert merged.lm_head.weight is merged.get_input_embeddings().weight
@@ -204,7 +203,7 @@ def test_merging_into_a_tied_head_leaves_the_embedding_only(tiny, batch, tmp_pat
     with pytest.warns(UserWarning, match="tie_word_embeddings=True"):
         model.merge_adapter()
     assert torch.equal(model.get_input_embeddings().weight, embedding)
-    torch.testing.assert_close(result(model, batch), expected, atol=1e-4, rtol=1e-4)
+    tiny.same(result(model, batch), expected)
     model.unmerge_adapter()
     assert model.base_model.model.lm_head.base_layer.weight is model.get_input_embeddings().weight
     assert torch.equal(result(model, batch), expected)
@@ -216,7 +215,7 @@ def test_merging_into_a_tied_head_leaves_the_embedding_only(tiny, batch, tmp_pat
     merged.save_pretrained(tmp_path)
     again = LlamaForCausalLM.from_pretrained(tmp_path).eval()
     for bare in (merged, again):
-        torch.testing.assert_close(bare(text.input_ids).logits, expected, atol=1e-4, rtol=1e-4)
+        tiny.same(bare(text.input_ids).logits, expected)
 
 
 def test_unload_after_merging_a_tied_head_ties_again(tiny):

@@ -12,8 +12,6 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 from moka.adapter import MokaLinear
 from moka.errors import MokaError
 
-ROUTED = ("input_ids", "mm_token_type_ids", "interaction_ids", "attention_mask")
-
 
 def lora(**overrides):
     values = {"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False, "task_type": "CAUSAL_LM"}
@@ -23,15 +21,6 @@ def lora(**overrides):
 def bare_logits(model, batch):
     with torch.no_grad():
         return model.eval()(batch.input_ids, attention_mask=batch.attention_mask).logits
-
-
-def logits(model, batch):
-    with torch.no_grad():
-        return model.eval()(**batch.kwargs(*ROUTED)).logits
-
-
-def close(a, b):
-    torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
 @pytest.fixture
@@ -53,10 +42,10 @@ def test_lora_then_moka(tiny, batch, ending):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # nothing of LoRA is left that peft could warn of
         model = tiny.adapted(backbone=backbone)
-    assert (logits(model, batch) - before).abs().max() > 0.05
+    assert (tiny.logits(model, batch) - before).abs().max() > 0.05
     assert not any("lora" in name for name in model.state_dict())
     with model.disable_adapter():
-        assert torch.equal(logits(model, batch), before)
+        assert torch.equal(tiny.logits(model, batch), before)
     assert (before - bare_logits(tiny.backbone(), batch)).abs().max() < (1e-6 if ending == "unload" else 10)
 
 
@@ -79,11 +68,11 @@ def test_moka_then_a_saved_lora(tiny, batch, tmp_path, quiet, ending):
 
 
 def test_one_peft_model_has_one_kind(tiny, batch, model):
-    before = logits(model, batch)
+    before = tiny.logits(model, batch)
     with pytest.raises(ValueError, match="Cannot combine"):
         model.add_adapter("lora", lora())
     assert set(model.peft_config) == {"default"}
-    assert torch.equal(logits(model, batch), before)
+    assert torch.equal(tiny.logits(model, batch), before)
     other = lora_model(tiny)
     with pytest.raises(ValueError, match="Cannot combine"):
         other.add_adapter("moka", tiny.config())
@@ -115,37 +104,37 @@ def test_nested_through_transformers(tiny, batch, order):
     layer.register_forward_hook(lambda m, args, y: seen.append(y))
     for names in (["lora"], ["moka"], ["lora", "moka"]):
         plain.set_adapter(names)
-        logits(plain, batch)
+        tiny.logits(plain, batch)
         grads = {n for n, p in plain.named_parameters() if p.requires_grad}
         assert {"moka" if "moka_" in n else "lora" for n in grads} == set(names)
     plain.disable_adapters()
-    assert torch.equal(logits(plain, batch), bare_logits(tiny.backbone(), batch))
+    assert torch.equal(tiny.logits(plain, batch), bare_logits(tiny.backbone(), batch))
     a, b, both, none = seen
-    close(both - none, (a - none) + (b - none))
+    tiny.same(both - none, (a - none) + (b - none))
     assert min((a - none).abs().max(), (b - none).abs().max()) > 0.05
     plain.enable_adapters()
 
     # Merging either kind, layer by layer as peft does, and back.
     plain.set_adapter(["lora", "moka"])
-    before = logits(plain, batch)
+    before = tiny.logits(plain, batch)
     tuners = [m for m in plain.modules() if hasattr(m, "merge") and hasattr(m, "merged_adapters")]
     assert len(tuners) == 2
     for tuner in tuners:
         tuner.merge()
-    close(logits(plain, batch), before)
+    tiny.same(tiny.logits(plain, batch), before)
     for tuner in tuners:
         tuner.unmerge()
-    close(logits(plain, batch), before)
+    tiny.same(tiny.logits(plain, batch), before)
 
     # Deleting one leaves the other.
     plain.set_adapter(["moka"])
-    only_moka = logits(plain, batch)
+    only_moka = tiny.logits(plain, batch)
     plain.set_adapter(["lora", "moka"])
     plain.delete_adapter("lora")
     plain.set_adapter("moka")
-    close(logits(plain, batch), only_moka)
+    tiny.same(tiny.logits(plain, batch), only_moka)
     plain.delete_adapter("moka")
-    close(logits(plain, batch), bare_logits(tiny.backbone(), batch))
+    tiny.same(tiny.logits(plain, batch), bare_logits(tiny.backbone(), batch))
 
 
 @own_verbs
@@ -153,7 +142,7 @@ def test_nested_through_transformers(tiny, batch, order):
 def test_nested_adapters_are_saved_one_by_one(tiny, batch, tmp_path, order):
     plain = nested(tiny, order)
     plain.set_adapter("moka")
-    expected = logits(plain, batch)
+    expected = tiny.logits(plain, batch)
     plain.save_pretrained(tmp_path)
     if order[-1] == "lora":  # as for LoRA inside another: the names say where the inner one sat
         with pytest.raises(MokaError, match="lacks"):
@@ -161,4 +150,4 @@ def test_nested_adapters_are_saved_one_by_one(tiny, batch, tmp_path, order):
         return
     loaded = PeftModel.from_pretrained(tiny.backbone(), tmp_path)
     assert loaded.peft_config["default"].peft_type == "MOKA"
-    close(logits(loaded, batch), expected)
+    tiny.same(tiny.logits(loaded, batch), expected)

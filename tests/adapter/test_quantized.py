@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 from packaging.version import Version
-from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import PeftModel, prepare_model_for_kbit_training
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 import moka
@@ -18,7 +18,6 @@ bitsandbytes = pytest.importorskip("bitsandbytes")
 without_merging = Version(peft.__version__) < Version("0.20")
 merging = pytest.mark.skipif(without_merging, reason="with peft 0.19 there is no merging into quantised weights")
 
-ROUTED = ("input_ids", "mm_token_type_ids", "interaction_ids", "attention_mask")
 KINDS = {
     "8-bit": {"load_in_8bit": True},
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
@@ -49,15 +48,6 @@ def backbones(request, folder):
     return make
 
 
-def adapted(tiny, backbone, **overrides):
-    return tiny.strong_(get_peft_model(backbone, tiny.config(**overrides))).eval()
-
-
-def logits(model, batch):
-    with torch.no_grad():
-        return model(**batch.kwargs(*ROUTED)).logits.float()
-
-
 def near(a, b):
     """bitsandbytes rounds 4-bit scales to bfloat16 when it packs weights for inference on a CPU."""
     assert (a - b).norm() < 0.02 * b.norm()
@@ -69,12 +59,12 @@ def stored(model):
 
 
 def test_outputs_are_those_of_the_dequantised_backbone(tiny, backbones, batch):
-    quantised = adapted(tiny, backbones())
+    quantised = tiny.adapted(backbone=backbones())
     layers = [m for m in quantised.modules() if isinstance(m, MokaLinear)]
     assert len(layers) == 14
     assert all(type(m.get_base_layer()).__module__.startswith("bitsandbytes") for m in layers)
-    plain = adapted(tiny, backbones().dequantize().float())
-    out, expected = logits(quantised, batch), logits(plain, batch)
+    plain = tiny.adapted(backbone=backbones().dequantize().float())
+    out, expected = tiny.logits(quantised, batch), tiny.logits(plain, batch)
     real = batch.attention_mask.bool()
     bare = plain.unload()(batch.input_ids, attention_mask=batch.attention_mask).logits
     error = (out - expected)[real].abs().mean()
@@ -83,12 +73,12 @@ def test_outputs_are_those_of_the_dequantised_backbone(tiny, backbones, batch):
 
 def test_training_moves_the_adapter_and_nothing_else(tiny, backbones, batch):
     model = prepare_model_for_kbit_training(backbones(), use_gradient_checkpointing=False)
-    model = adapted(tiny, model).train()
+    model = tiny.adapted(backbone=model).train()
     before = stored(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
     for _ in range(4):
-        loss = model(**batch.kwargs(*ROUTED), labels=batch.input_ids).loss
+        loss = model(**batch.kwargs(), labels=batch.input_ids).loss
         loss.backward()
         norms = [p.grad[row].norm() for n, p in model.named_parameters() if "moka_A" in n for row in range(3)]
         assert min(norms) > 0  # every modality, in every layer
@@ -100,28 +90,28 @@ def test_training_moves_the_adapter_and_nothing_else(tiny, backbones, batch):
 
 
 def test_save_and_load(tiny, backbones, batch, tmp_path):
-    model = adapted(tiny, backbones())
+    model = tiny.adapted(backbone=backbones())
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(backbones(), tmp_path)
-    assert torch.equal(logits(loaded, batch), logits(model, batch))
+    assert torch.equal(tiny.logits(loaded, batch), tiny.logits(model, batch))
 
 
 @pytest.mark.parametrize("verb", ["merge_adapter", "merge_and_unload"])
 def test_merging_is_refused_unless_asked_for_by_name(tiny, backbones, batch, verb):
-    model = adapted(tiny, backbones())
-    before, expected = stored(model), logits(model, batch)
+    model = tiny.adapted(backbone=backbones())
+    before, expected = stored(model), tiny.logits(model, batch)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # no warning of losses if nothing was merged
         with pytest.raises(moka.MokaError, match=r"Linear\dbit" if without_merging else r"bnb \dbit.*requantize=True"):
             getattr(model, verb)()
     assert all(torch.equal(weight, before[name]) for name, weight in stored(model).items())
-    near(logits(model, batch), expected)
+    near(tiny.logits(model, batch), expected)
 
 
 @merging
 def test_merging_by_name_warns_of_the_error_and_can_be_undone(tiny, backbones, batch):
-    model = adapted(tiny, backbones())
-    before, expected = stored(model), logits(model, batch)
+    model = tiny.adapted(backbone=backbones())
+    before, expected = stored(model), tiny.logits(model, batch)
     stored(model)  # unpacks what the forward packed, so that get_base_weight reads it right
     layers = {name: m for name, m in model.named_modules() if isinstance(m, MokaLinear)}
     wanted = {name: m.get_base_weight().float() + m.get_delta_weight("default") for name, m in layers.items()}
@@ -133,28 +123,28 @@ def test_merging_by_name_warns_of_the_error_and_can_be_undone(tiny, backbones, b
     for name, layer in layers.items():
         error = layer.get_base_weight().float() - wanted[name]
         assert error.norm() < 0.12 * wanted[name].norm()
-    assert not torch.equal(logits(model, batch), expected)
+    assert not torch.equal(tiny.logits(model, batch), expected)
     model.unmerge_adapter()
     assert all(torch.equal(weight, before[name]) for name, weight in stored(model).items())
-    near(logits(model, batch), expected)
+    near(tiny.logits(model, batch), expected)
 
 
 def test_dequantised_first_merges_exactly(tiny, backbones, batch):
-    model = adapted(tiny, backbones().dequantize().float())
-    expected = logits(model, batch)
+    model = tiny.adapted(backbone=backbones().dequantize().float())
+    expected = tiny.logits(model, batch)
     model.merge_adapter()
-    torch.testing.assert_close(logits(model, batch), expected, atol=1e-4, rtol=1e-4)
+    tiny.same(tiny.logits(model, batch), expected)
 
 
 @merging
 def test_copies_of_a_merged_model_unmerge_as_well(tiny, backbones, batch):
-    model = adapted(tiny, backbones())
-    expected = logits(model, batch)
+    model = tiny.adapted(backbone=backbones())
+    expected = tiny.logits(model, batch)
     with pytest.warns(UserWarning, match="14 bnb"):
         model.merge_adapter(requantize=True)
     twin = copy.deepcopy(model)
     twin.unmerge_adapter()
-    near(logits(twin, batch), expected)
+    near(tiny.logits(twin, batch), expected)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
@@ -174,11 +164,11 @@ def test_gradients_through_8_bit_layers_are_those_of_plain_operators(tiny, batch
 
     def gradients():
         model.zero_grad()
-        model(**batch.kwargs(*ROUTED), labels=batch.input_ids).loss.backward()
+        model(**batch.kwargs(), labels=batch.input_ids).loss.backward()
         return tiny.gradients(model)
 
     ours = gradients()
-    with tiny.plain_layers():
+    with tiny.plain_layers(batch):
         theirs = gradients()
     assert len(ours) == 28
     for name, grad in ours.items():

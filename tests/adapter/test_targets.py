@@ -4,29 +4,20 @@ Models are built on the meta device from their default configuration with few la
 """
 
 import functools
+import re
+import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers as tf
-from peft import LoraConfig, get_peft_model
-from peft.tuners.tuners_utils import _ExcludedModule
+from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, models
 from torch import nn
 
 import moka
-from moka.adapter.targets import (
-    check_supported,
-    coverage,
-    decoder_scope,
-    fill_targets,
-    matches,
-    no_match,
-    placeholder_ids,
-    structure_ids,
-    tower_modality,
-)
-from moka.adapter.text_decoder import decoder_blocks, is_linear, named_modules
+from moka.adapter import MokaLinear
+from moka.adapter.targets import tower_modality
 from moka.modeling.configuration import MokaModelConfig
 from moka.modeling.model import MokaForConditionalGeneration
 
@@ -92,30 +83,42 @@ def composed():
 
 
 class Wrapper(nn.Module):
-    """Someone's own network: an encoder and a language model with layers of the same names."""
+    """Someone's own network: an encoder and language models with layers of the same names."""
 
-    def __init__(self):
+    def __init__(self, language_models=("language_model",)):
         super().__init__()
         self.encoder = tf.CLIPVisionModel(tf.CLIPVisionConfig(**TINY, image_size=8, patch_size=4))
-        self.language_model = tf.LlamaForCausalLM(tf.LlamaConfig(**TINY, vocab_size=64))
+        for name in language_models:
+            setattr(self, name, tf.LlamaForCausalLM(tf.LlamaConfig(**TINY, vocab_size=64)))
 
 
-def config(adapt_towers=False, **settings):
-    made = moka.MokaConfig(**settings)
-    made.adapt_towers = adapt_towers
-    return made
+def attach(model, **settings):
+    """Adapt ``model`` and give it back as it was: the layers by name, the share of the blocks' weights, the config."""
+    given = moka.MokaConfig(**settings)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="target_modules: the adapter")  # a small share
+        adapted = get_peft_model(model, given, low_cpu_mem_usage=True)
+    base = adapted.get_base_model()
+    layers = {name: module for name, module in base.named_modules() if isinstance(module, MokaLinear)}
+    share = adapted.base_model.coverage()
+    adapted.unload()
+    return layers, share, given
 
 
 def hits(model, targets=None, **settings):
-    """Full names of the modules that are adapted."""
-    made = config(target_modules=targets, **settings)
-    fill_targets(made, model)
-    scope = decoder_scope(model)
-    return [name for name, _ in named_modules(model) if name and matches(made, name, scope)]
+    """Full names of the layers that are adapted; none if targets match nothing."""
+    try:
+        return list(attach(model, **{"target_modules": targets, "modalities": {"text": [0]}, **settings})[0])
+    except moka.MokaError:
+        return []
 
 
 def leaves(names):
     return {name.rpartition(".")[2] for name in names}
+
+
+def blocks_of(names):
+    return {re.match(r"(.+?)\.\d+\.", name)[1] for name in names}
 
 
 DEFAULTS = {
@@ -170,31 +173,23 @@ DEFAULTS = {
 
 
 @pytest.mark.parametrize("name", DEFAULTS)
-def test_default_targets_are_the_projections_of_the_decoders_blocks(name):
+def test_default_targets_and_all_linear_are_projections_of_the_decoders_blocks(name):
     model, (expected, share) = build(name), DEFAULTS[name]
-    names = hits(model)
-    blocks = decoder_blocks(model)[0]
-    assert leaves(names) == expected
-    assert [name for name in names if not name.startswith(f"{blocks}.")] == []
-    assert all(is_linear(model.get_submodule(name)) for name in names)
-    if share is not None:
-        assert coverage(model, names) == pytest.approx(share, abs=0.01)
+    layers, found, _ = attach(model, modalities={"text": [0]})
+    assert leaves(layers) == expected
+    assert found == pytest.approx(share, abs=0.01) if share else found < 1
+    (blocks,) = blocks_of(layers)
+    assert not re.search("vis|aud|tower|talker", blocks)
+    everything = hits(model, "all-linear")
+    assert set(everything) >= set(layers)
+    assert blocks_of(everything) == {blocks}
+    assert not leaves(everything) & {"gate", "router", "shared_expert_gate"}  # they choose experts
 
 
-@pytest.mark.parametrize("name", DEFAULTS)
-def test_all_linear_means_the_decoders_blocks_without_what_chooses_experts(name):
-    model = build(name)
-    names = hits(model, "all-linear")
-    assert set(names) >= set(hits(model))
-    assert all(name.startswith(f"{decoder_blocks(model)[0]}.") for name in names)
-    assert all(is_linear(model.get_submodule(name)) for name in names)
-    assert not leaves(names) & {"gate", "router", "shared_expert_gate"}
-
-
-@pytest.mark.parametrize("name", [LLAVA, "Qwen2AudioForConditionalGeneration", "Gemma4ForConditionalGeneration"])
+@pytest.mark.parametrize("name", [LLAVA, "Qwen2AudioForConditionalGeneration"])
 def test_bare_names_mean_the_decoder_though_the_tower_has_them(name):
     model = build(name)
-    names, everywhere = (hits(model, {"q_proj", "v_proj"}, adapt_towers=towers) for towers in (False, True))
+    names, everywhere = (hits(model, ["q_proj", "v_proj"], adapt_towers=towers) for towers in (False, True))
     assert leaves(names) == {"q_proj", "v_proj"}
     assert all(".language_model." in f".{name}" for name in names)
     assert set(names) < set(everywhere)
@@ -202,16 +197,12 @@ def test_bare_names_mean_the_decoder_though_the_tower_has_them(name):
 
 
 # Its path differs between versions of transformers.
-TOWER = next(n for n, _ in named_modules(build(LLAVA)) if n.endswith(".encoder.layers.1.self_attn.q_proj"))
+TOWER = next(n for n, _ in build(LLAVA).named_modules() if n.endswith(".encoder.layers.1.self_attn.q_proj"))
 
 
 @pytest.mark.parametrize(
     "targets",
-    [
-        {TOWER},
-        {TOWER.removeprefix("model.")},
-        rf".*{TOWER}".replace(".", r"\.").replace(r"\.*", ".*"),
-    ],
+    [{TOWER}, {TOWER.removeprefix("model.")}, ".*" + re.escape(TOWER)],
     ids=["path", "end of a path", "pattern"],
 )
 def test_a_path_or_a_pattern_reaches_the_tower(targets):
@@ -224,24 +215,23 @@ def test_paths_and_bare_names_keep_their_meaning_next_to_each_other():
     assert leaves(names) == {"k_proj", "q_proj"}
 
 
-def test_paths_that_peft_shortened_still_reach_the_tower():
-    model, key = build("Qwen2_5_VLForConditionalGeneration"), "model.visual.blocks.0.attn.qkv"
-    shortened, scope = config(target_modules={"qkv"}), decoder_scope(model)
-    assert matches(shortened, key, scope, given={key})
-    assert not matches(shortened, key, scope)
-    assert not matches(shortened, key, scope, given={"qkv"})
-
-
-def test_peft_narrows_the_choice_as_it_does_for_names():
-    model = build(LLAVA)
-    assert {name.split(".")[3] for name in hits(model, layers_to_transform=[1, 2])} == {"1", "2"}
-    assert {name.split(".")[3] for name in hits(model, layers_to_transform=3, layers_pattern="layers")} == {"3"}
-    assert leaves(hits(model, exclude_modules={"q_proj"})) == SEVEN - {"q_proj"}
-    made, key = (
-        config(target_modules={"q_proj"}, exclude_modules={"q_proj"}),
-        "model.language_model.layers.0.self_attn.q_proj",
-    )
-    assert isinstance(matches(made, key, decoder_scope(model)), _ExcludedModule)  # peft reports these
+@pytest.mark.parametrize(
+    ("settings", "blocks"),
+    [
+        ({"layers_to_transform": [1, 2]}, {"1", "2"}),
+        ({"layers_to_transform": 0}, {"0"}),
+        ({"layers_to_transform": 3, "layers_pattern": "layers"}, {"3"}),
+        ({"layers_to_transform": []}, {"0", "1", "2", "3"}),
+        ({"exclude_modules": ["q_proj"]}, {"0", "1", "2", "3"}),
+    ],
+)
+def test_peft_narrows_the_choice_to_blocks_of_the_language_model(settings, blocks, tmp_path):
+    layers, _, made = attach(build(LLAVA), **settings)
+    assert {name.split(".")[3] for name in layers} == blocks
+    assert leaves(layers) == SEVEN - set(settings.get("exclude_modules", ()))
+    assert len(layers) == len(blocks) * len(leaves(layers))
+    made.save_pretrained(tmp_path)
+    assert moka.MokaConfig.from_pretrained(tmp_path).target_modules == made.target_modules
 
 
 @pytest.mark.parametrize(
@@ -272,117 +262,104 @@ def test_the_output_head_is_reached_by_name(make, head):
 )
 def test_a_layer_that_does_not_read_the_text_takes_a_path(name, projector):
     model, leaf = build(name), projector.rpartition(".")[2]
-    assert projector in dict(named_modules(model))
+    assert projector in dict(model.named_modules())
     assert projector not in hits(model, {leaf})
     assert projector not in hits(model, "all-linear")
     assert hits(model, {projector}) == [projector]
 
 
-def test_cross_attention_is_no_part_of_the_decoders_scope():
-    names = hits(build("MllamaForConditionalGeneration"), {"q_proj"})
-    assert names
-    assert all(".self_attn." in name and ".language_model." in name for name in names)
-
-
 def test_layers_in_a_list_are_named_in_full():
     """Their last part is a number, as the blocks' own is."""
-    model = build("CTRLLMHeadModel")
-    names = hits(model, "all-linear")
-    assert "transformer.h.0.ffn.2" in names
-    assert all(is_linear(model.get_submodule(name)) for name in names)
+    assert "transformer.h.0.ffn.2" in hits(build("CTRLLMHeadModel"), "all-linear")
 
 
 def test_a_network_that_is_not_of_transformers_is_left_to_peft():
     network = nn.ModuleDict({"encoder": nn.ModuleDict({"q_proj": nn.Linear(4, 4)}), "fc1": nn.Linear(4, 4)})
-    assert decoder_scope(network) is None
-    assert set(hits(network)) == {"encoder.q_proj", "fc1"}
-    made = config(target_modules="all-linear")
-    fill_targets(made, network)
-    assert made.target_modules == {"encoder.q_proj", "fc1"}
-    parents = {name.rpartition(".")[0].partition(".layers")[0] for name in hits(Wrapper())}
-    assert parents == {"language_model.model"}
-
-
-def test_a_model_without_known_names_asks_for_them():
-    with pytest.raises(moka.MokaError) as caught:
-        fill_targets(config(), build("XLMWithLMHeadModel"))
-    assert "target_modules" in str(caught.value)
-    assert "q_lin" in str(caught.value)
+    assert hits(network) == hits(network, "all-linear") == ["encoder.q_proj", "fc1"]
+    assert blocks_of(hits(Wrapper())) == {"language_model.model.layers"}
+    assert blocks_of(hits(Wrapper(("one", "two")))) >= {"one.model.layers", "two.model.layers"}  # neither is preferred
 
 
 def test_layers_of_another_adapter_count_by_the_wrappers_name():
     base = tf.LlamaForCausalLM(tf.LlamaConfig(**TINY, vocab_size=64))
-    before = coverage(base, hits(base, {"q_proj", "v_proj"}))
-    wrapped = get_peft_model(base, LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])).base_model.model
-    assert leaves(hits(wrapped)) == SEVEN
-    assert leaves(hits(wrapped, "all-linear")) == SEVEN
-    assert not any("base_layer" in name or "lora" in name for name in decoder_scope(wrapped))
-    assert coverage(wrapped, hits(wrapped, {"q_proj", "v_proj"})) == before
-    assert "q_proj" in no_match(config(target_modules={"q_prj"}), wrapped)
-    assert "base_layer" not in no_match(config(target_modules={"layer"}), wrapped)
+    saved = attach(base, target_modules=["k_proj"])[1]
+    wrapped = get_peft_model(
+        base, LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head", "k_proj"])
+    ).base_model.model
+    del wrapped.peft_config  # peft would take it for this adapter's
+    with pytest.raises(moka.MokaError, match=r"q_prj.*q_proj") as caught:
+        attach(wrapped, target_modules=["q_prj"])
+    assert "base_layer" not in str(caught.value)
+    model = get_peft_model(wrapped, moka.MokaConfig())
+    names = [n for n, m in model.get_base_model().named_modules() if isinstance(m, MokaLinear)]
+    assert leaves(names) == SEVEN - {"k_proj"}
+    assert not any("lora" in name for name in names)
+    assert model.base_model.coverage() == pytest.approx(1 - saved)
 
 
 def test_coverage_is_the_share_of_the_blocks_weights():
     model = build(LLAMA)
-    attention = hits(model, ATTENTION)
-    sizes = {name: model.get_submodule(name).weight.numel() for name in hits(model)}
-    assert coverage(model, attention) == pytest.approx(sum(map(sizes.get, attention)) / sum(sizes.values()))
-    assert coverage(model, hits(model, {"q_proj", "v_proj"})) < 0.5
-    assert coverage(model, [*attention, "lm_head"]) == coverage(model, attention)  # outside of the blocks
-    assert coverage(build(LLAVA), [TOWER]) == 0
+    layers, everything, _ = attach(model)
+    sizes = {name: model.get_submodule(name).weight.numel() for name in layers}
+    attention, share, _ = attach(model, target_modules=list(ATTENTION))
+    assert everything == 1
+    assert share == pytest.approx(sum(map(sizes.get, attention)) / sum(sizes.values()))
+    assert attach(model, target_modules=[*ATTENTION, "lm_head"])[1] == share  # outside of the blocks
+    assert attach(build(LLAVA), target_modules=[TOWER])[1] == 0
 
 
 def test_coverage_counts_experts_that_are_one_parameter():
     model = build("Qwen3VLMoeForConditionalGeneration")
-    blocks = model.get_submodule(decoder_blocks(model)[0])
+    layers, share, _ = attach(model)
+    blocks = model.get_submodule(blocks_of(layers).pop())
     experts = sum(p.numel() for p in blocks.parameters() if p.dim() == 3)
     total = sum(p.numel() for p in blocks.parameters() if p.dim() > 1)
     assert 0.5 < experts / total < 1
-    assert coverage(model, hits(model)) < 1 - experts / total
+    assert share < 1 - experts / total
 
 
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        ({"target_modules": {"q_porj"}}, ["q_porj", "q_proj"]),
-        ({"target_modules": {"q_proj"}, "layers_to_transform": [9]}, ["[9]", "4 blocks"]),
-        ({"target_modules": {"q_proj"}, "layers_to_transform": 0}, ["layers_to_transform is 0"]),
-        ({"target_modules": {"q_proj"}, "exclude_modules": "model.*"}, ["exclude_modules is model.*"]),
-        ({"target_modules": {"linear_1"}}, ["model.multi_modal_projector.linear_1", "adapt_towers"]),
+def tiny_llama():
+    return tf.LlamaForCausalLM(tf.LlamaConfig(**TINY, vocab_size=64))
+
+
+NO_IDS = "modality_token_ids"
+REFUSED = [
+    *[
+        (name, {}, f"{name}.*encoder-decoder")
+        for name in ("T5ForConditionalGeneration", "BartForConditionalGeneration")
     ],
-)
-def test_targets_that_match_nothing_get_the_nearest_names_and_the_reason(settings, expected):
-    message = no_match(config(**settings), build(LLAVA))
-    assert "target_modules" in message
-    assert ("adapt_towers" in message) == ("adapt_towers" in expected)
-    assert all(part in message for part in expected)
+    *[(f"{name}ForConditionalGeneration", {}, f"{name}.*encoder-decoder") for name in ("Whisper", "Florence2")],
+    *[(f"{name}ForConditionalGeneration", {}, f"{name}.*cross-attention") for name in ("Mllama", "Blip")],
+    ("IdeficsForVisionText2Text", {}, "IdeficsForVisionText2Text.*cross-attention"),
+    ("VoxtralForConditionalGeneration", {}, "modality_token_ids.*Voxtral"),
+    ("GitForCausalLM", {}, "modality_token_ids.*GitForCausalLM.*visual"),
+    ("Kosmos2ForConditionalGeneration", {}, "modality_token_ids.*Kosmos2"),
+    ("XLMWithLMHeadModel", {}, "target_modules.*q_lin"),
+    (lambda: nn.Sequential(nn.Linear(4, 4)), {}, r"target_modules.*Sequential.*\['0'\]"),
+    (LLAVA, {"target_modules": ["q_porj"]}, "target_modules.*q_porj.*q_proj"),
+    (LLAVA, {"target_modules": ["q_proj"], "layers_to_transform": [9]}, r"target_modules.*\[9\].*4 blocks"),
+    (
+        LLAVA,
+        {"target_modules": ["q_proj"], "exclude_modules": "model.*"},
+        r"target_modules.*exclude_modules is model\.\*",
+    ),
+    (LLAVA, {"target_modules": ["linear_1"]}, "target_modules.*'model.multi_modal_projector.linear_1'.*adapt_towers"),
+    (LLAVA, {"target_modules": ["layers.0.self_attn"]}, "target_modules.*layers.0.self_attn.*Attention"),
+    ("JambaForCausalLM", {"target_modules": r".*experts\.0\.up_proj"}, "target_modules.*experts"),
+    (tiny_llama, {"target_modules": ["q_prj", "vproj"]}, "target_modules.*'q_prj', 'vproj'.*Llama.*q_proj.*v_proj"),
+    (tiny_llama, {"target_modules": "nothing.*"}, "target_modules.*nothing.*q_proj"),
+    (tiny_llama, {"target_modules": ["embed_tokens"]}, "target_modules.*'model.embed_tokens'.*Embedding.*nn.Linear"),
+]
 
 
-# Which models can be adapted.
-
-
-@pytest.mark.parametrize(
-    ("name", "reason"),
-    [
-        ("T5ForConditionalGeneration", "encoder-decoder"),
-        ("BartForConditionalGeneration", "encoder-decoder"),
-        ("WhisperForConditionalGeneration", "encoder-decoder"),
-        ("Florence2ForConditionalGeneration", "encoder-decoder"),
-        ("MllamaForConditionalGeneration", "cross-attention"),
-        ("IdeficsForVisionText2Text", "cross-attention"),
-        ("BlipForConditionalGeneration", "cross-attention"),
-        ("VoxtralForConditionalGeneration", "modality_token_ids"),
-        ("GitForCausalLM", "modality_token_ids"),
-        ("Kosmos2ForConditionalGeneration", "modality_token_ids"),
-    ],
-)
-def test_models_whose_media_cannot_be_routed_are_refused(name, reason):
-    model, made = build(name), config()
-    made.modality_token_ids = placeholder_ids(model, made)
-    with pytest.raises(moka.MokaError) as caught:
-        check_supported(model, made)
-    assert name in str(caught.value)
-    assert reason in str(caught.value)
+@pytest.mark.parametrize(("name", "settings", "message"), REFUSED)
+def test_a_model_that_is_refused_is_as_it_was(name, settings, message):
+    model = build(name) if isinstance(name, str) else name()
+    before = [(key, type(module), sorted(vars(module))) for key, module in model.named_modules()]
+    with pytest.raises(moka.MokaError, match=message):
+        get_peft_model(model, moka.MokaConfig(**settings))
+    assert [(key, type(module), sorted(vars(module))) for key, module in model.named_modules()] == before
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 @pytest.mark.parametrize(
@@ -402,9 +379,7 @@ def test_models_whose_media_cannot_be_routed_are_refused(name, reason):
     ],
 )
 def test_models_whose_media_are_tokens_are_accepted(make, settings):
-    model, made = make(), config(**settings)
-    made.modality_token_ids = made.modality_token_ids or placeholder_ids(model, made)
-    check_supported(model, made)
+    assert attach(make(), **settings)[0]
 
 
 # Tokens of media.
@@ -433,16 +408,14 @@ def test_models_whose_media_are_tokens_are_accepted(make, settings):
     ],
 )
 def test_ids_that_the_configuration_names(name, placeholders, structure):
-    model = build(name)
-    assert placeholder_ids(model, config()) == placeholders
-    assert structure_ids(model) == structure_ids(model.config) == structure
-    only_audio = config(modalities={"text": [0], "sound": [3]})
-    assert placeholder_ids(model, only_audio).get("sound") == placeholders.get("audio")
+    _, _, made = attach(build(name))
+    assert made.modality_token_ids == placeholders
+    assert made.structure_token_ids == structure
 
 
 def test_ids_of_the_composed_model_are_beyond_its_vocabulary():
-    assert placeholder_ids(composed(), config()) == {"visual": [64, 65], "audio": [66]}
-    assert placeholder_ids(composed(), config(modalities={"text": [0], "depth": [4]})) == {"depth": [67]}
+    assert attach(composed())[2].modality_token_ids == {"visual": [64, 65], "audio": [66]}
+    assert attach(composed(), modalities={"text": [0], "depth": [4]})[2].modality_token_ids == {"depth": [67]}
 
 
 def tokenizer(*tokens):
@@ -450,6 +423,10 @@ def tokenizer(*tokens):
     return tf.PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(vocabulary, "<unk>")), unk_token="<unk>"
     )
+
+
+def structure_of(processor):
+    return moka.MokaConfig.from_processor(processor, turn_markers={"user": [1]}).structure_token_ids
 
 
 def test_structure_of_a_processor_is_by_its_attributes():
@@ -466,16 +443,15 @@ def test_structure_of_a_processor_is_by_its_attributes():
         audio_token="<not in the vocabulary>",
         num_image_tokens=1,
     )
-    assert structure_ids(processor) == [3, 4, 5]
-    assert structure_ids(processor, placeholders=[5]) == [2, 3, 4]
+    assert structure_of(processor) == [3, 4, 5]
 
 
 def test_structure_of_a_tokenizer_has_its_own_marks_and_the_tiles_of_a_picture():
     names = tokenizer("<image>", "<boi>", "<row_1_col_1>", "<row_1_col_2>")
     names.add_tokens(["<row_1_col_1>", "<row_1_col_2>"], special_tokens=True)
     names._set_model_specific_special_tokens({"image_token": "<image>", "boi_token": "<boi>"})
-    assert structure_ids(names) == [3, 4, 5]
-    assert structure_ids(tokenizer()) == []
+    assert structure_of(names) == [3, 4, 5]
+    assert structure_of(tokenizer()) == []
 
 
 def test_structure_of_a_processor_whose_image_token_is_not_the_placeholder():
@@ -483,7 +459,7 @@ def test_structure_of_a_processor_whose_image_token_is_not_the_placeholder():
     names = tokenizer("<soft>", "<boi>", "<eoi>")
     names._set_model_specific_special_tokens({"image_token": "<soft>", "boi_token": "<boi>", "eoi_token": "<eoi>"})
     processor = SimpleNamespace(tokenizer=names, image_token="<boi>", image_token_id=3, boi_token="<boi>")
-    assert structure_ids(processor) == [3, 4]
+    assert structure_of(processor) == [3, 4]
 
 
 BOTH, SPLIT = {"visual": [1], "audio": [3]}, {"text": [0], "image": [1], "clip": [2], "speech": [3]}
@@ -521,36 +497,84 @@ BOTH, SPLIT = {"visual": [1], "audio": [3]}, {"text": [0], "image": [1], "clip":
 )
 def test_the_modality_of_a_towers_layer(make, name, settings, expected):
     model = make()
-    name = next(full for full, _ in named_modules(model) if full.endswith(name))
-    assert tower_modality(model, name, config(**settings)) == expected
+    name = next(full for full, _ in model.named_modules() if full.endswith(name))
+    assert tower_modality(model, name, moka.MokaConfig(**settings)) == expected
 
 
 def test_clippable_layers_of_gemma_4s_tower_are_not_adapted():
     model = build("Gemma4ForConditionalGeneration")
-    clippable = {name for name, m in named_modules(model) if type(m).__name__ == "Gemma4ClippableLinear"}
+    clippable = {name for name, m in model.named_modules() if type(m).__name__ == "Gemma4ClippableLinear"}
     assert leaves(clippable) & SEVEN
     assert not clippable & {*hits(model), *hits(model, "all-linear")}
 
 
+# Through saving and training, with a vision tower.
+
+
+def tiny_llava():
+    """Blocks: 2 of the tower, 12 of the decoder; 24 paths or more are shortened by peft."""
+    vision = {"model_type": "clip_vision_model", **TINY, "image_size": 8, "patch_size": 4, "projection_dim": 32}
+    text = {"model_type": "llama", **TINY, "num_hidden_layers": 12, "vocab_size": 64, "pad_token_id": 0}
+    torch.manual_seed(0)
+    return tf.LlavaForConditionalGeneration(tf.LlavaConfig(vision_config=vision, text_config=text, image_token_id=60))
+
+
+def adapted_layers(model):
+    return {name.removeprefix("base_model.model."): m for name, m in model.named_modules() if isinstance(m, MokaLinear)}
+
+
+PATHS = [name for name, _ in tiny_llava().named_modules() if name.endswith((".self_attn.q_proj", ".self_attn.v_proj"))]
+DECODER_PATHS = [name for name in PATHS if ".language_model." in name]
+TOWER_PATHS = [name for name in PATHS if ".vision_tower." in name]
+
+
 @pytest.mark.parametrize(
-    ("name", "settings", "message"),
+    ("targets", "towers", "expected"),
     [
-        ("WhisperForConditionalGeneration", {}, r"WhisperForConditionalGeneration.*encoder-decoder"),
-        ("MllamaForConditionalGeneration", {}, r"MllamaForConditionalGeneration.*cross-attention"),
-        ("GitForCausalLM", {}, r"modality_token_ids.*GitForCausalLM.*visual"),
-        (
-            LLAVA,
-            {"target_modules": ["linear_1"]},
-            r"target_modules.*'model.multi_modal_projector.linear_1'.*adapt_towers",
-        ),
-        (LLAVA, {"target_modules": ["layers.0.self_attn"]}, r"target_modules.*layers.0.self_attn.*Attention"),
-        ("JambaForCausalLM", {"target_modules": r".*experts\.0\.up_proj"}, r"target_modules.*experts"),
+        (["q_proj", "v_proj"], False, DECODER_PATHS),
+        (["q_proj", "v_proj"], True, DECODER_PATHS + TOWER_PATHS),
+        (DECODER_PATHS, False, DECODER_PATHS),
+        (DECODER_PATHS + TOWER_PATHS, False, DECODER_PATHS + TOWER_PATHS),
+        (TOWER_PATHS, False, TOWER_PATHS),
+        (r".*vision.*\.[qv]_proj", False, TOWER_PATHS),
     ],
+    ids=["names", "towers", "24 paths", "28 paths", "tower", "pattern"],
 )
-def test_a_model_that_is_refused_is_as_it_was(name, settings, message):
-    model = build(name)
-    before = [(key, type(module)) for key, module in model.named_modules()]
-    with pytest.raises(moka.MokaError, match=message):
-        get_peft_model(model, config(**settings))
-    assert [(key, type(module)) for key, module in model.named_modules()] == before
-    assert not hasattr(model, "peft_config")
+@pytest.mark.filterwarnings("ignore:target_modules. the adapter")
+def test_the_layers_that_get_peft_model_adapts(tmp_path, targets, towers, expected):
+    """Also after saving and loading, and for a second adapter."""
+    assert (len(DECODER_PATHS), len(TOWER_PATHS)) == (24, 4)
+    made = moka.MokaConfig(target_modules=targets, adapt_towers=towers, init_weights=False)
+    model = get_peft_model(tiny_llava(), made)
+    model.add_adapter("second", moka.MokaConfig(target_modules=targets, adapt_towers=towers))
+    model.save_pretrained(tmp_path, selected_adapters=["default"])
+    again = PeftModel.from_pretrained(tiny_llava(), tmp_path)
+    for one in (model, again):
+        layers = adapted_layers(one)
+        assert sorted(name for name, m in layers.items() if "default" in m.moka_A) == sorted(expected)
+        assert {n for n, m in layers.items() if m.moka_tower} == set(TOWER_PATHS) & set(expected)
+        assert {m.moka_tower["default"] for m in layers.values() if m.moka_tower} <= {"visual"}
+    assert sorted(name for name, m in adapted_layers(model).items() if "second" in m.moka_A) == sorted(expected)
+
+
+@pytest.mark.filterwarnings("ignore:target_modules. the adapter")
+def test_a_towers_layers_take_its_modality_for_all_of_their_tokens():
+    model = get_peft_model(
+        tiny_llava(), moka.MokaConfig(target_modules=["q_proj", "v_proj"], adapt_towers=True, init_weights=False)
+    ).train()
+    ids = torch.tensor([[1, 60, 60, 60, 60, 7, 8, 9]])
+    labels = ids.where(torch.arange(8) == 7, -100)
+    pixels = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    model(input_ids=ids, pixel_values=pixels, labels=labels).loss.backward()
+    layers = adapted_layers(model)
+    for name, rows in (TOWER_PATHS[0], [False, True, False]), (DECODER_PATHS[0], [True, True, False]):
+        grad = layers[name].moka_A["default"].weight.grad  # [text, visual, audio; r, in]
+        assert (grad.flatten(1).norm(dim=1) > 0).tolist() == rows
+
+
+def test_an_adapter_of_a_small_share_is_reported_with_its_share():
+    with pytest.warns(UserWarning, match=r"target_modules.*'default'.*\b\d+%"):
+        get_peft_model(tiny_llava(), moka.MokaConfig(target_modules=["q_proj"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        get_peft_model(tiny_llava(), moka.MokaConfig())

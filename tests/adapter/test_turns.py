@@ -10,10 +10,10 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+import moka
 from moka.adapter.turns import (
     groups_from_labels,
     groups_from_prompt,
-    no_marker_matched,
     question_groups,
     segments,
     turn_markers,
@@ -211,6 +211,9 @@ CHATS = {
 }
 
 
+EXACT = ("chatml", "qwen3", "llama3", "gemma", "phi3", "phi4", "glm")
+
+
 @ALL
 def test_a_template_yields_markers_that_locate_the_turns_of_conversations(template, kind):
     markers = turn_markers(tokenizer_for(template, kind))
@@ -218,26 +221,14 @@ def test_a_template_yields_markers_that_locate_the_turns_of_conversations(templa
         ids, media, keys, _, roles = build(template, kind, chat, prompt=chat[-1][0] == "user")
         groups, found = question_groups(ids, media, keys, np.zeros_like(ids), markers)
         want = expected(chat, media, keys, roles)
-        # A space of the template next to the content may be a token of its own: "USER: x ".
+        # A space of the template next to the content may be a token of its own: "USER: x ". No scaffold else is a key.
         outside = (want == 0) & (groups > 0)
         stray = tokenizer_for(template, kind).convert_ids_to_tokens(ids[outside].tolist())
         assert found, name
+        assert not (template in EXACT and stray and kind != "gpt2"), (name, stray)
         if (template, kind) != ("chatml as plain text", "metaspace"):  # there "?<|im_" is a token
             assert set(stray) <= {"Ġ", "▁", "Ċ", "ĊĊ", "<0x0A>"}, name
         np.testing.assert_array_equal(groups[~outside], want[~outside], err_msg=name)
-
-
-EXACT = pytest.mark.parametrize("template", ["chatml", "qwen3", "llama3", "gemma", "phi3", "phi4", "glm"])
-
-
-@EXACT
-@pytest.mark.parametrize("kind", ["gpt4", "metaspace"])
-def test_no_scaffold_is_a_key(template, kind):
-    markers = turn_markers(tokenizer_for(template, kind))
-    for name, chat in CHATS.items():
-        ids, media, keys, _, roles = build(template, kind, chat)
-        groups, _ = question_groups(ids, media, keys, np.zeros_like(ids), markers)
-        np.testing.assert_array_equal(groups, expected(chat, media, keys, roles), err_msg=name)
 
 
 @pytest.mark.parametrize("template", ["chatml", "llama3", "phi3", "phi4", "glm", "idefics", "deepseek", "llava"])
@@ -288,8 +279,10 @@ def test_a_marker_does_not_reach_over_two_samples():
     assert split.tolist() == [[0, 0, 1, 1, 1, 0, 0, 0]]
 
 
-@pytest.mark.parametrize("question", ["\n\nwhat is it", "what is it?\n", '"what" is it?', "  what\n\n\n"])
-@pytest.mark.parametrize("template", ["chatml", "deepseek", "vicuna", "phi3", "glm", "llama2"])
+@pytest.mark.parametrize(
+    "question", ["\n\nwhat is it", "what is it?\n", '"what" is it?', "  what\n\n\n", "what is it? "]
+)
+@pytest.mark.parametrize("template", ["chatml", "deepseek", "vicuna", "phi3", "glm", "llama2", "mistral"])
 def test_contents_that_merge_with_the_template_leave_the_turns_where_they_are(template, question):
     tokenizer = tokenizer_for(template, "gpt4")
     ids, media, keys, _, roles = build(
@@ -492,18 +485,6 @@ def test_cumulative_lengths_number_the_samples_and_must_fit():
             segments(shape, np.ones(shape, bool), None, np.array(ends))
 
 
-def test_markers_that_match_nothing_are_reported_with_the_first_ids():
-    ids = np.array([[0, 0, 0, 41, 42, 43]])
-    keys = np.ones(ids.shape, bool)
-    markers = {"user": [7, 8], "assistant": [9] * 20, "end": []}
-    groups, found = question_groups(ids, ~keys, keys, np.zeros_like(ids), markers)
-    assert not found
-    assert not groups.any()
-    text = no_marker_matched(ids, markers)
-    assert "41, 42, 43" in text
-    assert "[7, 8]" in text
-
-
 def test_a_batch_of_long_rows_is_grouped_in_milliseconds():
     ids = np.random.default_rng(0).integers(10, 900, (32, 4096))
     ids[:, ::200], ids[:, 60::200] = 1, 2
@@ -518,15 +499,9 @@ def test_a_batch_of_long_rows_is_grouped_in_milliseconds():
     assert min(seconds) < 0.2  # a loop over the tokens takes longer
 
 
-@pytest.mark.parametrize("question", ["what is it? ", "what is it?", " what "])
-def test_a_space_at_a_questions_end_does_not_hide_the_answer(question):
-    for kind in ("gpt4", "metaspace"):
-        tokenizer = tokenizer_for("mistral", kind)
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}, {"role": "assistant", "content": "a cat"}], tokenize=False
-        )
-        ids = np.array([tokenizer(text, add_special_tokens=False)["input_ids"]])
-        keys = np.ones_like(ids, bool)
-        groups, _ = question_groups(ids, ~keys, keys, np.zeros_like(ids), turn_markers(tokenizer))
-        assert "cat" not in tokenizer.decode(ids[groups > 0])
-        assert "what" in tokenizer.decode(ids[groups > 0])
+def test_a_processor_without_a_chat_template(tiny_tokenizer):
+    fast = type(tiny_tokenizer)(tokenizer_object=tiny_tokenizer.backend_tokenizer)
+    with pytest.raises(moka.MokaError, match=rf"{type(fast).__name__}.*chat_template.*turn_markers"):
+        moka.MokaConfig.from_processor(fast)
+    config = moka.MokaConfig.from_processor(fast, turn_markers={"user": [1], "assistant": [2]})
+    assert config.turn_markers == {"user": [1], "assistant": [2]}
