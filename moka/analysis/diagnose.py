@@ -202,9 +202,11 @@ def _settings(
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Return a hash of the names, shapes and up to 1024 evenly spaced values of every parameter."""
+    """Return a hash of the names, shapes and up to 1024 evenly spaced values of every parameter that is used."""
     found = hashlib.sha256()
     for name, parameter in model.named_parameters():
+        if ".original_module." in name:  # peft keeps it next to the trained copy; a run's is random
+            continue
         flat = parameter.detach().flatten()
         values = flat[:: max(1, len(flat) // 1024)].float().cpu()
         found.update(f"{name} {tuple(parameter.shape)}".encode() + values.numpy().tobytes())

@@ -149,6 +149,8 @@ def _lines(series: Mapping[str, tuple[Any, Sequence[float], Any]], x: str, y: st
         if ends:
             axes.fill_between(places, [e[0] for e in ends], [e[1] for e in ends], color=colour, alpha=0.2, linewidth=0)
     axes.set(xlabel=x, ylabel=y)
+    if all(places is None for places, _, _ in series.values()):
+        axes.xaxis.get_major_locator().set_params(integer=True)
     figure.legend(loc="outside lower left", frameon=False, ncols=2, fontsize=9)
     return figure
 

@@ -303,8 +303,8 @@ def contribution_table(diagnosis: Diagnosis, ablate: str) -> Table:
     full = list(overall["accuracy"])[-1]
     rows = []
     for name, figures in groups.items():
-        cells = [number(figures["shapley"][player]) for player in players]
-        cells += [number(figures["shares"][pair][share]) for share in shares]
+        cells = [number(figures["shapley"][player], 3) for player in players]
+        cells += [number(figures["shares"][pair][share], 3) for share in shares]
         rows.append([name, str(figures["n"]), number(figures["accuracy"][full], 1), *cells])
     unit = "nats per answer token" if diagnosis.value == "log_likelihood" else diagnosis.value
     return Table(
