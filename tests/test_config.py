@@ -116,7 +116,7 @@ def test_a_wrong_key_or_value_is_named_with_what_is_allowed(key, value, words):
             ["alignment.packing", "alignment.objective: language_modeling"],
         ),
         ({"training": {"observe_modalities": -1}}, ["training.observe_modalities", "-1", "0"]),
-        ({"training": {"observe_modalities": True}}, ["training.observe_modalities", "True", "integer"]),
+        ({"training": {"observe_modalities": True}}, ["training.observe_modalities", "True", "int"]),
         (
             {"alignment": {"observe_modalities": 5}},
             ["alignment.observe_modalities", "5", "training.observe_modalities"],

@@ -21,6 +21,7 @@ from torch import nn
 import moka
 from moka.data.media import MediaDecoding
 from moka.data.schema import check_sample, media_parts
+from moka.distributed import default_device
 from moka.errors import MokaError
 from moka.evaluation.answers import before_answer, parts, words
 from moka.evaluation.evaluate import blank_media, open_questions
@@ -74,7 +75,7 @@ def open_model(source: str | Path, device: str | None = None, backbone: str | No
     model = getattr(model, "thinker", model)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(adapter))
-    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), processor
+    return model.to(device or default_device()).eval(), processor
 
 
 def open_reader(model: nn.Module, data: Any, processor: Any, split: Any = "test", media_root: str | None = None) -> Any:

@@ -150,7 +150,7 @@ def _lines(series: Mapping[str, tuple[Any, Sequence[float], Any]], x: str, y: st
             axes.fill_between(places, [e[0] for e in ends], [e[1] for e in ends], color=colour, alpha=0.2, linewidth=0)
     axes.set(xlabel=x, ylabel=y)
     if all(places is None for places, _, _ in series.values()):
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.locator_params(axis="x", integer=True)
     figure.legend(loc="outside lower left", frameon=False, ncols=2, fontsize=9)
     return figure
 

@@ -80,10 +80,12 @@ def run(arguments: argparse.Namespace) -> None:
         return
     transformers.utils.logging.disable_progress_bar()
     device = connect()
+    if arguments.device is None and device.type != "cpu":
+        arguments.device = str(device)
     output = Path(arguments.output or Path(arguments.run if Path(arguments.run).is_dir() else ".") / "diagnosis")
     broadcast_from_main(lambda: _check_writable(output))
     model, processor = run_on_all(
-        lambda: open_model(arguments.run, arguments.device or str(device), arguments.backbone), main_first=True
+        lambda: open_model(arguments.run, arguments.device, arguments.backbone), main_first=True
     )
     diagnosis = diagnose(
         model,

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from moka.data.formats import FORMATS, open_format
 from moka.data.jsonl import JsonlDataset
 from moka.data.media import BadMediaPolicy, DecodedDataset, MediaDecoding
 from moka.data.streaming import MixtureEntry, SampleStream, is_tar, open_stream
-from moka.errors import MokaError
+from moka.errors import MokaError, nearest
 from moka.type_checks import from_mapping
 
 # What published data sets call the splits of ours.
@@ -129,6 +130,12 @@ def _mixture_entry(entry: dict[str, Any]) -> MixtureEntry:
     """Check an entry. The knobs of an embedded task, which are written next to ``source``, become a part of its source."""
     where, knobs = f"data source {describe_source(entry)!r}", {}
     if is_embedded(entry["source"]):
+        known = (*(f.name for f in fields(MixtureEntry)), *_knob_names())
+        for key in entry:
+            if key not in known:
+                raise MokaError(
+                    f"{where}: unknown key {key!r}; allowed are {', '.join(known)}.{nearest(str(key), known)}"
+                )
         knobs = {key: entry[key] for key in _knob_names() if key in entry}
     if knobs:
         entry = {key: value for key, value in entry.items() if key not in knobs}
