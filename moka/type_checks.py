@@ -26,6 +26,7 @@ def check_types(cls: type, values: Mapping[str, Any], where: str, remedy: str = 
             value = values[name]
             allowed = hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
             allowed = re.sub(r"\bfloat\b", "finite float", allowed.replace("typing.", ""))
+            allowed = re.sub(r"Literal\[(.*?)\]", lambda found: found[1].replace("'", ""), allowed)
             choices = (
                 choice for one in (hint, *get_args(hint)) if get_origin(one) is Literal for choice in get_args(one)
             )

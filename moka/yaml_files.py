@@ -34,6 +34,10 @@ def find_config(path: str | Path) -> Path:
         MokaError: there is no such file, and no such name.
     """
     path = Path(path)
+    if path.suffix == ".jsonl":
+        raise MokaError(
+            f"{path} is a JSONL file; give the YAML file of a run, or its name, and the data as data.train={path}."
+        )
     if path.exists():
         return path
     named = configs_folder() / f"{path}.yaml"

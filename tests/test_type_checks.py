@@ -78,7 +78,7 @@ def test_the_message_lists_what_is_allowed():
     for name, value, allowed in [
         ("number", "1", "allowed: int."),
         ("weights", "1", "allowed: finite float | dict[str, finite float]."),
-        ("kind", "olt", "Literal['new', 'old', 3]. Did you mean 'old'?"),
+        ("kind", "olt", "allowed: new, old, 3. Did you mean 'old'?"),
     ]:
         with pytest.raises(moka.MokaError) as error:
             check_types(Settings, {name: value}, "here")

@@ -79,6 +79,10 @@ def open_samples(
     Raises:
         MokaError: no such file, task or format; a mapping with unknown keys.
     """
+    if not source or not isinstance(source, (str, Path, dict, list)):
+        raise MokaError(
+            f"data source: {source!r}; give a file, embedded:TASK, a mapping with format, or a list of these."
+        )
     if is_embedded(source):
         return SampleDataset.concat([_open_task(source, split, size, seed, stage)])
     open_one = partial(
@@ -91,8 +95,6 @@ def open_samples(
         parts = [open_one(entry.source) for entry in entries]
         samples = SampleDataset.mix(parts, [entry.weight for entry in entries], seed)
     elif isinstance(source, list):
-        if not source:
-            raise MokaError("A list of data sources is empty; name at least one.")
         samples = SampleDataset.concat([open_one(one) for one in source])
     elif isinstance(source, dict):
         samples = _open_mapping(source, split, require_answer)

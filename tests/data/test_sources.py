@@ -178,7 +178,6 @@ def test_missing_files_of_every_joined_source_are_reported(folder):
 @pytest.mark.parametrize(
     ("source", "words"),
     [
-        ([], "list of data sources is empty"),
         ({"root": "x"}, "no 'format'"),
         ({"format": "ave"}, "no 'root'"),
         ({"format": "avee", "root": "x"}, "Did you mean 'ave'"),
@@ -225,3 +224,11 @@ def test_what_readers_leave_out_is_known_of_joined_and_decoded_sets(formats):
     single = open_samples(root, "train").notes
     assert single
     assert open_source([root, root], "train", size=1).notes == (*single, *single)
+
+
+@pytest.mark.parametrize("source", [None, [], [None], ["x.jsonl", 3], {}, ""])
+def test_what_is_no_source_is_named(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.jsonl").write_text(json.dumps({"messages": [{"role": "assistant", "content": "a"}]}) + "\n")
+    with pytest.raises(MokaError, match="data source"):
+        open_samples(source, "train")
