@@ -13,7 +13,7 @@ import hashlib
 import tempfile
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from functools import partial
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -126,25 +126,20 @@ def diagnose(
         else f"{type(data).__name__} of {len(data)}"
     )
     settings = _settings(model, source, ablations, noisy, seed, batch_size)
-    store = KeptRecords(folder or tempfile.mkdtemp(prefix="moka-diagnosis-"), SAMPLES)
-    run = partial(_records, model, reader, store, settings, ablations, noisy, n, batch_size, seed, progress)
-    records = run()
-    used = [record for record in records if "error" not in record]
-    failed = [{"id": record["id"], "error": record["error"]} for record in records if "error" in record]
-    if not used:
-        raise MokaError(
-            f"data: none of {counted(n, 'sample')} can be used; the first, {failed[0]['id']!r}: {failed[0]['error']}"
-        )
-    if failed:
-        print_main(
-            f"note: {counted(len(failed), 'sample')} of {n} cannot be used; the first, {failed[0]['id']!r}: {failed[0]['error']}"
-        )
-    first = [record["place"] for record in used[:details]]
-    found = broadcast_from_main(
-        lambda: _details(
-            model, reader, [[p for p in b if p in first] for b in reader.batches(n, batch_size)], store, settings
-        )
-    )
+    with ExitStack() as stack:
+        kept = folder or stack.enter_context(tempfile.TemporaryDirectory(prefix="moka-diagnosis-"))
+        store = KeptRecords(kept, SAMPLES)
+        records = _records(model, reader, store, settings, ablations, noisy, n, batch_size, seed, progress)
+        used = [record for record in records if "error" not in record]
+        failed = [{"id": record["id"], "error": record["error"]} for record in records if "error" in record]
+        if failed:
+            told = f"{len(failed)} of {counted(n, 'sample')} cannot be used; the first, {failed[0]['id']!r}: {failed[0]['error']}"
+            if not used:
+                raise MokaError(f"data: {told}")
+            print_main(f"note: {told}")
+        first = {record["place"] for record in used[:details]}
+        batches = [[place for place in batch if place in first] for batch in reader.batches(n, batch_size)]
+        found = broadcast_from_main(lambda: _details(model, reader, batches, store, settings))
     left_out |= found.pop("left_out")
     diagnosis = figures_of(used, value, ablations, examples)
     diagnosis.model, diagnosis.data, diagnosis.failed, diagnosis.settings = (
