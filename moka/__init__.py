@@ -15,7 +15,7 @@ _LAZY = {
     "turn_markers": "moka.adapter",
     "MokaForConditionalGeneration": "moka.modeling",
     "MokaProcessor": "moka.modeling",
-    "diagnose": "moka.analysis.diagnose",
+    "diagnose": "moka.diagnosis.diagnose",
     "load": "moka.inference",
     "load_base": "moka.inference",
 }

@@ -15,7 +15,7 @@ import time
 import torch
 
 import moka
-from moka.analysis.reading import open_model, open_reader
+from moka.diagnosis.reading import open_model, open_reader
 from moka.training import load_config
 
 

@@ -19,9 +19,9 @@ from typing import Any
 import transformers
 
 from moka.analysis.contribution import ABLATIONS, VALUES
-from moka.analysis.diagnose import NOISE_LEVELS, diagnose
-from moka.analysis.reading import open_model
-from moka.analysis.summary import coalition_table, contribution_table, share_table
+from moka.diagnosis.diagnose import NOISE_LEVELS, diagnose
+from moka.diagnosis.reading import open_model
+from moka.diagnosis.summary import coalition_table, contribution_table, share_table
 from moka.distributed import broadcast_from_main, connect, run_on_all, run_on_main
 from moka.errors import MokaError
 from moka.training import load_config

@@ -44,7 +44,7 @@ def test_all_files_and_the_tables_are_made(moka, trained_run, tmp_path):
 
 
 def test_finished_samples_are_not_measured_again(moka, trained_run, diagnosed, tmp_path, monkeypatch):
-    from moka.analysis import diagnose
+    from moka.diagnosis import diagnose
 
     shutil.copytree(diagnosed, tmp_path / "half")
     lines = (diagnosed / "samples.jsonl").read_text().splitlines(keepends=True)

@@ -166,7 +166,10 @@ def page(diagnosis: Diagnosis) -> str:
     except ImportError as error:
         raise MokaError("the report needs jinja2; pip install 'moka-peft[train]'.") from error
     environment = Environment(
-        loader=PackageLoader("moka.analysis", "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=PackageLoader("moka.diagnosis", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
     )
     ablations = list(diagnosis.contributions)
     tables: list[Table | None] = [contribution_table(diagnosis, ablate) for ablate in ablations]

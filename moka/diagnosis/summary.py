@@ -15,12 +15,11 @@ import numpy as np
 import torch
 
 from moka.adapter.config import TEXT
+from moka.analysis.coalitions import Coalition, all_coalitions, dominance_ratios, interaction_shares, shapley_values
 from moka.errors import MokaError
 from moka.evaluation.benchmarks.intervals import BOOTSTRAP, figure, percentiles, proportion, resampled
 from moka.evaluation.tables import Table
 from moka.io import disk_full_errors, write_output
-
-from .coalitions import Coalition, all_coalitions, dominance_ratios, interaction_shares, shapley_values
 
 ALL, NOTHING = "all", "none"
 Figures = dict[str, Any]
@@ -134,7 +133,7 @@ def figures_of(
     """Return the figures of samples by ablation and question type.
 
     Args:
-        records: from `moka.analysis.diagnose.measure`, with id, place and category.
+        records: from `moka.diagnosis.diagnose.measure`, with id, place and category.
         examples: samples that are listed for each modality and end.
     """
     modalities = list(dict.fromkeys(name for record in records for name in record["modalities"]))

@@ -25,6 +25,10 @@ from tqdm import tqdm
 import moka
 from moka.adapter.config import TEXT
 from moka.adapter.layer import MokaLinear
+from moka.analysis.attention import attention_by_modality, conditional_utilization
+from moka.analysis.coalitions import all_coalitions
+from moka.analysis.contribution import ABLATIONS, VALUES, Contribution, adapter_config, evaluating, media_modalities
+from moka.analysis.gradients import FisherInformation, observed_gradients
 from moka.data.sources import describe_source
 from moka.distributed import (
     all_gather_object,
@@ -40,11 +44,7 @@ from moka.evaluation.records import KeptRecords
 from moka.inference import LoadedModel
 from moka.io import read_json, write_json
 
-from .attention import attention_by_modality, conditional_utilization
-from .coalitions import all_coalitions
-from .contribution import ABLATIONS, VALUES, Contribution, adapter_config, evaluating, media_modalities
 from .examples import examples_of, interaction_pictures
-from .gradients import FisherInformation, observed_gradients
 from .reading import Batch, open_model, open_reader
 from .summary import Diagnosis, coalition_name, figures_of, means
 

@@ -14,10 +14,10 @@ from PIL import Image
 from torch import nn
 
 from moka.adapter.diagnostics import interaction_weights
+from moka.analysis.contribution import unwrapped
 from moka.errors import MokaError
 from moka.modeling.media import AudioFeatures, Waveform
 
-from .contribution import unwrapped
 from .reading import resampled
 
 SIDE, FRAMES = 256, 4  # pixels of the longer side of a picture; pictures of a video

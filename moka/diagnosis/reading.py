@@ -19,6 +19,8 @@ from peft import PeftModel
 from torch import nn
 
 import moka
+from moka.analysis.coalitions import Coalition
+from moka.analysis.contribution import media_modalities, modality_index, unwrapped
 from moka.data.media import MediaDecoding
 from moka.data.schema import check_sample, media_parts
 from moka.distributed import default_device
@@ -31,9 +33,6 @@ from moka.modeling.configuration import MEDIA_TYPE_IDS
 from moka.modeling.media import Waveform
 from moka.modeling.processing import MokaProcessor
 from moka.training.run_dir import ADAPTER, CONFIG, MODEL_CONFIG
-
-from .coalitions import Coalition
-from .contribution import media_modalities, modality_index, unwrapped
 
 IGNORE = -100
 
