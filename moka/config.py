@@ -11,19 +11,20 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from peft import LoraConfig
 from transformers import TrainingArguments
 
 from moka.adapter.config import PRESETS, TEXT, MokaConfig
 from moka.errors import MokaError, nearest
+from moka.modeling.encoders import tiny_encoder
+from moka.modeling.processing import Interaction
+from moka.modeling.projectors import tiny_projector
+from moka.modeling.quantization import Quantization
 from moka.type_checks import check_types
 from moka.yaml_files import find_config, read_config
 
-Interaction = Literal["own_turn", "first_turn"]
-Quantization = Literal["nf4", "int8"]
-INTERACTIONS, QUANTIZATIONS = get_args(Interaction), get_args(Quantization)
 SECTIONS = {1: "alignment", 2: "training"}  # of each stage
 DATA = {1: "alignment", 2: "train"}  # the training data of each stage
 Source = str | dict[str, Any] | list[Any] | None
@@ -383,10 +384,7 @@ _TINY_STEPS = 20  # at most, where a configuration asks for more; 2 where it ask
 
 def make_tiny(config: RunConfig) -> None:
     """Put tiny random parts of the same architecture instead of published ones; a second time changes nothing."""
-    # Each part knows its small form; those rooms are above this one.
-    from moka.modeling.encoders import tiny_encoder
-    from moka.modeling.projectors import tiny_projector
-    from moka.testing import tiny
+    from moka.testing import tiny  # by name only
 
     model = config.model
     model.backbone = tiny.PREFIX + tiny.tiny_kind(model.backbone)

@@ -10,10 +10,10 @@ import argparse
 import transformers
 
 import moka
-from moka.config import QUANTIZATIONS
 from moka.data.media_io import file_problem
 from moka.errors import MokaError
 from moka.inference import AS_TRAINED, DECODINGS
+from moka.modeling.quantization import QUANTIZATIONS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,13 +6,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from transformers import BatchFeature
 
-from moka.config import INTERACTIONS
 from moka.errors import MokaError
 
 from .chat import Segment, resolve_template, segments
@@ -24,6 +23,8 @@ from .placeholders import check_token_ids, token_beyond_vocabulary
 
 CONFIG_NAME = "moka_processor.json"
 IGNORE = -100
+Interaction = Literal["own_turn", "first_turn"]  # which question a medium interacts with
+INTERACTIONS = get_args(Interaction)
 
 
 class TooLongError(MokaError):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -17,12 +17,13 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.utils import is_bitsandbytes_available
 
-from moka.config import QUANTIZATIONS
 from moka.errors import MokaError, nearest
 
 from .language_models import HUB_ARGUMENTS, create_language_model, decoder_config, load_config, load_language_model
 from .sharding import full_shape
 
+Quantization = Literal["nf4", "int8"]
+QUANTIZATIONS = get_args(Quantization)
 # The first whose 8-bit weights can be moved to another device.
 OLDEST_BITSANDBYTES = "0.48"
 # Weights that share a scale. bitsandbytes' kernels for the CPU take each row to begin a block.
