@@ -24,9 +24,9 @@ from moka.distributed import default_device
 from moka.errors import MokaError
 from moka.io import read_json, sha256_of
 from moka.modeling import MokaForConditionalGeneration, MokaProcessor, TooLongError
+from moka.modeling.artifacts import ADAPTER, AdapterDescription
 from moka.modeling.build import build_model, choose_dtype, context_length
 from moka.modeling.quantization import check_quantization
-from moka.training.run_dir import ADAPTER, FORMAT_VERSION, MODEL_CONFIG
 
 # Next to what `moka merge` and `moka export` write: the format, its checks, and where it came from.
 EXPORT = "export.json"
@@ -185,36 +185,6 @@ def export_kind(path: str | Path) -> str | None:
     return description.get("kind") if isinstance(description, dict) else None
 
 
-def _model_config(folder: Path) -> dict[str, Any]:
-    """Return the description of the composed model in an adapter folder.
-
-    Raises:
-        MokaError: it is absent, damaged or of a newer format, or files that were written with it are absent.
-    """
-    path = folder / MODEL_CONFIG
-    config = read_json(path, dict) if path.is_file() else {}
-    needed = {"format_version", "backbone", "backbone_fingerprint", "modalities", "fill_token_id", "parts"}
-    absent = [name for name in config.get("files", []) if not (folder / name).is_file()]
-    problem = ""
-    if not path.is_file():
-        problem = (
-            f"{folder} has no {MODEL_CONFIG}, which names the encoders and projectors. If `moka train` wrote it, copy the full "
-            "folder; else build the base model yourself and use PeftModel.from_pretrained"
-        )
-    elif lost := sorted(needed - {*config}):
-        problem = f"{path} lacks {', '.join(lost)}; it is damaged. Copy the folder again"
-    elif absent:
-        problem = f"{folder} lacks {', '.join(absent)}, which was written with it. Copy the folder again"
-    elif config["format_version"] > FORMAT_VERSION:
-        problem = f"{path} was written by a newer moka (format {config['format_version']}); upgrade moka-peft"
-    if problem:
-        raise MokaError(f"{problem}.")
-    if config.get("backbone_relative"):
-        # Of an export: its two folders move together.
-        config["backbone"] = os.path.normpath(folder.absolute() / config["backbone"])
-    return config
-
-
 def load_base(
     run: str | Path,
     *,
@@ -238,27 +208,30 @@ def load_base(
     Raises:
         MokaError: the backbone is another than the adapter was trained on.
     """
-    config = _model_config(find_adapter(run))
-    if config.get("backbone_relative") and backbone is None and not Path(config["backbone"]).is_dir():
+    folder = find_adapter(run)
+    saved = AdapterDescription.read(folder)
+    trained_on = saved.backbone
+    if saved.backbone_relative:
+        trained_on = os.path.normpath(folder.absolute() / saved.backbone)
+    if saved.backbone_relative and backbone is None and not Path(trained_on).is_dir():
         raise MokaError(
-            f"{run} belongs to the backbone in {config['backbone']}, which is not there: an export of `moka merge` is moved "
+            f"{run} belongs to the backbone in {trained_on}, which is not there: an export of `moka merge` is moved "
             "in full. Copy both folders, or say where the backbone is."
         )
-    modalities = {name: dict(spec) for name, spec in config["modalities"].items()}
     if quantization == AS_TRAINED:
-        quantization = config.get("quantization")
+        quantization = saved.quantization
     if dequantize:
         quantization = None
     if quantization is not None:
         check_quantization(quantization, "quantization")
     own: dict[str, Any] = {"dtype": dtype, "quantization": quantization}
-    section = ModelSection(backbone=backbone or config["backbone"], modalities=modalities, **own)
+    section = ModelSection(backbone=backbone or trained_on, modalities=saved.modalities, **own)
     model, _ = build_model(section, device=device)
-    model.config.fill_token_id = config["fill_token_id"]
+    model.config.fill_token_id = saved.fill_token_id
     found = model.backbone_fingerprint()
-    if found != config["backbone_fingerprint"]:
+    if found != saved.backbone_fingerprint:
         raise MokaError(
-            f"{run} was trained on backbone {config['backbone']!r} (fingerprint {config['backbone_fingerprint']}); "
+            f"{run} was trained on backbone {trained_on!r} (fingerprint {saved.backbone_fingerprint}); "
             f"{section.backbone!r} has {found}. Use the backbone it was trained on."
         )
     if dequantize and getattr(model.language_model, "is_quantized", False):
@@ -309,7 +282,7 @@ def load(
     with safe_open(weights, "pt") as file:
         names = set(file.keys())
     # A projector that stays randomly initialised answers fluently and blindly.
-    absent = [part for part in _model_config(folder)["parts"] if not any(f".{part}." in name for name in names)]
+    absent = [part for part in AdapterDescription.read(folder).parts if not any(f".{part}." in name for name in names)]
     processor = MokaProcessor.from_pretrained(folder)
     base = load_base(
         folder, dtype=dtype, backbone=backbone, dequantize=dequantize, quantization=quantization, device=device

@@ -8,9 +8,11 @@ import sys
 import types
 from collections.abc import Mapping
 from enum import Enum
+from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from .errors import MokaError, nearest
+from .io import read_json
 
 
 def check_types(cls: type, values: Mapping[str, Any], where: str, remedy: str = "Correct the field.") -> None:
@@ -43,15 +45,41 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     """Return the dataclass ``cls`` of ``values``, whose names and types are checked.
 
     Raises:
-        MokaError: an unknown name, or a value of another type.
+        MokaError: no mapping, an unknown name, a name that is required and absent, or a value of another type.
     """
-    known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    if not isinstance(values, Mapping):
+        raise MokaError(f"{where}: {values!r} is no mapping; give one with {', '.join(fields)}.")
     for key in values:
-        if key not in known:
-            hint = nearest(str(key), known)
-            raise MokaError(f"{where}: unknown key {key!r}; allowed are {', '.join(known)}.{hint}")
+        if key not in fields:
+            hint = nearest(str(key), fields)
+            raise MokaError(f"{where}: unknown key {key!r}; allowed are {', '.join(fields)}.{hint}")
+    unset = dataclasses.MISSING
+    absent = [name for name, field in fields.items() if field.default is unset and field.default_factory is unset]
+    if absent := [name for name in absent if name not in values]:
+        raise MokaError(f"{where} lacks {', '.join(absent)}.")
     check_types(cls, values, where)
     return cls(**values)
+
+
+def read_dataclass(cls: type[T], path: Path) -> T:
+    """Return the dataclass that was written as the JSON file ``path``, whose names and types are checked.
+
+    Args:
+        cls: if it has a field ``format_version``, the default is the newest that is known.
+    Raises:
+        MokaError: the file cannot be read, is of a newer format, or its content is not of ``cls``.
+    """
+    values = read_json(path, dict)
+    newest, given = getattr(cls, "format_version", None), values.get("format_version")
+    if newest is not None and type(given) is int and given > newest:
+        raise MokaError(
+            f"{path} was written by a newer moka (format_version {given}; known: {newest}). Upgrade moka-peft."
+        )
+    try:
+        return from_mapping(cls, values, str(path))
+    except MokaError as error:
+        raise MokaError(f"{error} The file is damaged: copy the folder again.") from error
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -65,7 +93,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if kind is float:  # the comparison is false for NaN, infinity, and integers that no float can hold
         return type(value) is not bool and isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
     if kind is int:
-        return type(value) is not bool and isinstance(value, int)
+        return type(value) is not bool and isinstance(value, int) and -(2**63) <= value < 2**63  # as tensors have
     if kind in (list, set, tuple):  # JSON has lists only; MokaConfig keeps its target names in a set
         return isinstance(value, (list, set, tuple)) and all(_fits(one, arguments[0]) for one in value if arguments)
     if kind is dict and arguments:

@@ -1,5 +1,6 @@
 """``moka.load``: a run as it was trained, or a clear refusal."""
 
+import itertools
 import json
 import shutil
 
@@ -162,6 +163,40 @@ def test_moved_backbone_is_found_where_one_says(adapter, backbones, tmp_path):
     assert "elsewhere" in refused(adapter)
     answers = [moka.load(adapter, backbone=str(folder)).generate("Which?") for folder in (backbones["llama"],) * 2]
     assert answers[0] == answers[1]
+
+
+def places(value, at=()):
+    """Paths to every value in a JSON value; of a list the first item only."""
+    yield at
+    inner = value.items() if isinstance(value, dict) else list(enumerate(value))[:1] if isinstance(value, list) else ()
+    for key, one in inner:
+        yield from places(one, (*at, key))
+
+
+def changed(value, at, new):
+    if not at:
+        return new
+    copied = value.copy()
+    copied[at[0]] = changed(value[at[0]], at[1:], new)
+    return copied
+
+
+@pytest.mark.parametrize("name", ["moka_model.json", "moka_processor.json", "adapter_config.json"])
+def test_wrong_types_in_json_files_are_refused_or_harmless(trained_run, tmp_path, monkeypatch, name):
+    """Every value is replaced by one of another type: what comes is a model, or an error that names the file or field."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    shutil.copytree(trained_run / "adapter", tmp_path / "adapter")
+    good = json.loads((tmp_path / "adapter" / name).read_text())
+    wrong = itertools.cycle([None, "x", [], 1.5, {"x": 1}, -1, [None], True, 10**30, {}, float("nan")])
+    refusals = 0
+    for at in [*places(good), *places(good)]:  # two wrong values in each place
+        (tmp_path / "adapter" / name).write_text(json.dumps(changed(good, at, next(wrong))))
+        try:
+            moka.load(tmp_path / "adapter").generate("Which?", max_new_tokens=1)
+        except MokaError as error:
+            refusals += 1
+            assert name in str(error) or any(str(key) in str(error) for key in at), (at, str(error))
+    assert refusals >= len(list(places(good)))
 
 
 def test_adapter_of_a_newer_format_is_refused(adapter):

@@ -29,10 +29,11 @@ from moka.evaluation.answers import before_answer, parts, words
 from moka.evaluation.evaluate import blank_media, open_questions
 from moka.inference import LoadedModel
 from moka.io import read_json
+from moka.modeling.artifacts import ADAPTER, MODEL_CONFIG
 from moka.modeling.configuration import MEDIA_TYPE_IDS
 from moka.modeling.media import Waveform
 from moka.modeling.processing import MokaProcessor
-from moka.training.run_dir import ADAPTER, CONFIG, MODEL_CONFIG
+from moka.training.run_dir import CONFIG
 
 IGNORE = -100
 

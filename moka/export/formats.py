@@ -31,9 +31,9 @@ from moka.adapter.config import TEXT
 from moka.errors import MokaError, nearest
 from moka.inference import LoadedModel
 from moka.io import read_json, write_json
+from moka.modeling.artifacts import ADAPTER, MODEL_CONFIG, save_adapter
 from moka.modeling.build import resolve_backbone
 from moka.modeling.model import fingerprint
-from moka.training.run_dir import ADAPTER, MODEL_CONFIG, save_adapter
 
 TEXT_MERGED, HF_BACKBONE, LORA = "text-merged", "hf-backbone", "lora"
 FORMATS = (TEXT_MERGED, HF_BACKBONE, LORA)

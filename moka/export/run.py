@@ -16,8 +16,9 @@ import moka
 from moka.data.jsonl import JsonlDataset
 from moka.errors import MokaError, nearest
 from moka.inference import EXPORT, export_kind, find_adapter, load
-from moka.io import atomic_dir, check_output_folder, read_json, write_json, write_text
-from moka.training.run_dir import ADAPTER, CONFIG, MODEL_CONFIG
+from moka.io import atomic_dir, check_output_folder, write_json, write_text
+from moka.modeling.artifacts import ADAPTER, AdapterDescription
+from moka.training.run_dir import CONFIG
 
 from . import formats, verify
 from .card import make_card
@@ -118,7 +119,7 @@ def export(
         bytes=size,
         lost=source.lost(),
         next_command=_next_command(format, str(output), source.backbone_place),
-        trained_on=read_json(adapter / MODEL_CONFIG).get("quantization"),
+        trained_on=AdapterDescription.read(adapter).quantization,
     )
 
 

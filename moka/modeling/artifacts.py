@@ -1,10 +1,13 @@
-"""The hand-over from stage 1 to stage 2: trained encoders and projectors, with what they were made for.
+"""The folders in which what was trained is stored: the connector of stage 1, and the self-contained adapter folder.
 
-A folder of two files: ``connector.safetensors`` and ``connector.json`` (modalities, widths, the backbone's name and
+A connector is two files: ``connector.safetensors`` and ``connector.json`` (modalities, widths, the backbone's name and
 fingerprint). A connector of another backbone, encoder or size is refused before any tensor is copied.
 
 Or a file that others published: the MokA authors' ``visual_pretrain.bin`` and ``audio_pretrain.bin``, LLaVA's
-``mm_projector.bin``, or their tensors as safetensors. Those hold no more than names and shapes to compare.
+``mm_projector.bin``, or their tensors as safetensors. Those have no more than names and shapes to compare.
+
+An adapter folder has what peft writes (with projectors and trainable encoders among the weights), the processor's files and
+``moka_model.json``, which describes the composed model.
 """
 
 from __future__ import annotations
@@ -12,23 +15,30 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
 
+import moka
 from moka.adapter.checks import check_finite, read_tensors
 from moka.errors import MokaError
-from moka.io import read_json, write_json
+from moka.io import atomic_dir, write_json
 from moka.modeling import ENCODERS, MokaForConditionalGeneration
 from moka.modeling.fields import without_weightless
 from moka.modeling.projectors import import_llava, import_official
+from moka.type_checks import read_dataclass
 
-from .sharding import full_state_dict
+from .quantization import Quantization
+from .sharding import full_state_dict, without_wrappers
 
 WEIGHTS, METADATA = "connector.safetensors", "connector.json"
-FORMAT_VERSION = 1
+ADAPTER, MODEL_CONFIG, ADAPTER_WEIGHTS = "adapter", "moka_model.json", "adapter_model.safetensors"
+# Of an adapter folder: files whose loss is an error of its own, and a text for people.
+_NOT_LISTED = (MODEL_CONFIG, ADAPTER_WEIGHTS, "README.md")
 # What names of weights in published files tell: whose they are, and of which medium.
 PUBLISHED = (
     (re.compile(r"(model\.)?(vl_projector\.|visual_)"), "official", "image"),
@@ -47,6 +57,70 @@ SIZES = {
     "mlp": {"encoder width": ("hidden.weight", 1), "backbone width": ("output.weight", 0)},
     "linear": {"encoder width": ("output.weight", 1), "backbone width": ("output.weight", 0)},
 }
+
+
+@dataclass
+class ConnectorDescription:
+    """The content of ``connector.json``.
+
+    Args:
+        backbone: name of the language model that it was trained for.
+        backbone_fingerprint: of that model's weights.
+        hidden_size: width of its embeddings.
+        modalities: name -> {"encoder": {...}, "projector": {...}}.
+        parts: `trained_parts`, whose tensors the file of weights has.
+    """
+
+    backbone: str | None
+    backbone_fingerprint: str
+    hidden_size: int
+    modalities: dict[str, dict[str, Any]]
+    parts: list[str]
+    format_version: int = 1
+
+
+@dataclass
+class AdapterDescription:
+    """The content of ``moka_model.json``: the composed model that an adapter folder belongs to.
+
+    Args:
+        backbone: name or folder of the language model.
+        backbone_fingerprint: of its weights.
+        modalities, fill_token_id: as in `MokaModelConfig`.
+        parts: `trained_parts`, whose tensors are among the adapter's.
+        quantization: of the language model in training.
+        files: what else was written into the folder.
+        backbone_relative: ``backbone`` is relative to the folder (an export, whose two folders move together).
+    """
+
+    backbone: str
+    backbone_fingerprint: str
+    modalities: dict[str, dict[str, Any]]
+    fill_token_id: int
+    parts: list[str]
+    quantization: Quantization | None = None
+    files: list[str] = field(default_factory=list)
+    backbone_relative: bool = False
+    format_version: int = 1
+    moka_version: str = moka.__version__
+
+    @classmethod
+    def read(cls, folder: Path) -> AdapterDescription:
+        """Read the description in an adapter folder.
+
+        Raises:
+            MokaError: it is absent, damaged or of a newer format, or files that were written with it are absent.
+        """
+        path = folder / MODEL_CONFIG
+        if not path.is_file():
+            raise MokaError(
+                f"{folder} has no {MODEL_CONFIG}, which names the encoders and projectors. If `moka train` wrote it, copy "
+                "the full folder; else build the base model yourself and use PeftModel.from_pretrained."
+            )
+        found = read_dataclass(cls, path)
+        if absent := [name for name in found.files if not (folder / name).is_file()]:
+            raise MokaError(f"{folder} lacks {', '.join(absent)}, which was written with it. Copy the folder again.")
+        return found
 
 
 def trained_parts(model: MokaForConditionalGeneration) -> list[str]:
@@ -68,19 +142,17 @@ def connector_state(model: MokaForConditionalGeneration, state_dict: dict | None
     return {key: tensor.detach().cpu().contiguous() for key, tensor in state_dict.items() if key.startswith(prefixes)}
 
 
-def describe_connector(model: MokaForConditionalGeneration) -> dict[str, Any]:
-    """The metadata that stage 2 compares."""
-    return {
-        "format_version": FORMAT_VERSION,
-        "backbone": model.config.backbone,
-        "backbone_fingerprint": model.backbone_fingerprint(),
-        "hidden_size": model.config.text_config.hidden_size,
-        "modalities": {
-            name: {key: model.config.modalities[name][key] for key in ("encoder", "projector")}
-            for name in model.config.modalities
+def describe_connector(model: MokaForConditionalGeneration) -> ConnectorDescription:
+    """Return the metadata that stage 2 compares."""
+    return ConnectorDescription(
+        backbone=model.config.backbone,
+        backbone_fingerprint=model.backbone_fingerprint(),
+        hidden_size=model.config.text_config.hidden_size,
+        modalities={
+            name: {key: spec[key] for key in ("encoder", "projector")} for name, spec in model.config.modalities.items()
         },
-        "parts": trained_parts(model),
-    }
+        parts=trained_parts(model),
+    )
 
 
 def save_connector(model: MokaForConditionalGeneration, folder: str | Path, state_dict: dict | None = None) -> None:
@@ -89,7 +161,7 @@ def save_connector(model: MokaForConditionalGeneration, folder: str | Path, stat
     folder.mkdir(parents=True, exist_ok=True)
     state = connector_state(model, state_dict)
     save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
-    write_json(folder / METADATA, describe_connector(model))
+    write_json(folder / METADATA, asdict(describe_connector(model)))
     written = read_tensors(folder / WEIGHTS)
     check_finite(written, f"{folder / WEIGHTS}, as saved,")
     if empty := [key for key, tensor in written.items() if not tensor.numel()]:
@@ -118,21 +190,16 @@ def _load_folder(model: MokaForConditionalGeneration, folder: Path) -> list[str]
             f"{folder} has no stage-1 result ({METADATA}, {WEIGHTS}); give RUN/connector of a stage-1 run, or a "
             "published projector file."
         )
-    meta = read_json(folder / METADATA)
-    own = describe_connector(model)
-    lost = sorted({*own} - {*meta}) if isinstance(meta, dict) else ["every key"]
-    if lost:
-        raise MokaError(f"{folder / METADATA} lacks {', '.join(lost)}; it is damaged. Copy the folder again.")
-    if meta["format_version"] > FORMAT_VERSION:
-        raise MokaError(f"{folder} was written by a newer moka (format {meta['format_version']}); upgrade moka-peft.")
+    meta, own = read_dataclass(ConnectorDescription, folder / METADATA), describe_connector(model)
     for key in ("hidden_size", "backbone_fingerprint"):
-        if meta[key] != own[key]:
+        theirs, ours = getattr(meta, key), getattr(own, key)
+        if theirs != ours:
             raise MokaError(
-                f"{folder} was trained for backbone {meta['backbone']!r} ({key} {meta[key]}); this model has "
-                f"{own['backbone']!r} ({key} {own[key]}). Train stage 1 again for it, or use that backbone."
+                f"{folder} was trained for backbone {meta.backbone!r} ({key} {theirs}); this model has "
+                f"{own.backbone!r} ({key} {ours}). Train stage 1 again for it, or use that backbone."
             )
-    for name, spec in meta["modalities"].items():
-        ours = own["modalities"].get(name, {})
+    for name, spec in meta.modalities.items():
+        ours = own.modalities.get(name, {})
         for key, theirs in spec.items():
             changed = _differences(model, name, key, theirs, ours.get(key))
             if changed:
@@ -140,8 +207,8 @@ def _load_folder(model: MokaForConditionalGeneration, folder: Path) -> list[str]
                     f"{folder}: its {name} {key} has {_shown(theirs, changed)}, and this run's has "
                     f"{_shown(ours.get(key), changed)}. Make model.modalities agree, or train stage 1 again."
                 )
-    take_connector(model, read_tensors(folder / WEIGHTS), meta["parts"], str(folder / WEIGHTS))
-    return meta["parts"]
+    take_connector(model, read_tensors(folder / WEIGHTS), meta.parts, str(folder / WEIGHTS))
+    return meta.parts
 
 
 def take_connector(
@@ -254,3 +321,53 @@ def _check_published(
             f"{path}: the projector in it has {', '.join(wrong)}. Set these fields of {where}.projector (and "
             f"cross_attention_frequency: 1), or choose {where}.encoder and model.backbone of these widths."
         )
+
+
+def save_adapter(model: PeftModel, processor: Any, folder: str | Path, state_dict: dict | None = None) -> None:
+    """Write a self-contained adapter folder and read it back.
+
+    Args:
+        state_dict: all that was trained, full, by its names in ``model``; default: the model's own tensors.
+    Raises:
+        MokaError: a tensor was left out, or came out empty or not finite.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    # "auto" would look the backbone's name up on the hub, which an embedded one is not on.
+    with without_wrappers(model):
+        model.save_pretrained(str(folder), state_dict=state_dict, save_embedding_layers=False)
+    processor.save_pretrained(folder)
+    base: Any = model.get_base_model()
+    description = AdapterDescription(
+        backbone=base.config.backbone,
+        backbone_fingerprint=base.backbone_fingerprint(),
+        quantization=base.quantization,
+        modalities=base.config.modalities,
+        fill_token_id=base.config.fill_token_id,
+        parts=trained_parts(base),
+        # A lost tokenizer or chat template would go unnoticed.
+        files=sorted(path.name for path in folder.iterdir() if path.name not in _NOT_LISTED),
+    )
+    write_json(folder / MODEL_CONFIG, asdict(description))
+    saved = load_file(folder / ADAPTER_WEIGHTS)
+    if state_dict is not None and len(saved) < len(state_dict):
+        raise MokaError(
+            f"{folder}: {len(saved)} of {len(state_dict)} trained tensors were saved; something wraps the model's layers "
+            "and hides them from peft. Train without it."
+        )
+    for key, tensor in saved.items():
+        if tensor.numel() == 0 or not torch.isfinite(tensor).all():
+            raise MokaError(
+                f"{folder}: {key} was saved empty or not finite; training diverged, or shards were not gathered."
+            )
+
+
+def save_result(model: PeftModel, processor: Any, folder: Path, state_dict: dict | None = None) -> list[str]:
+    """Write the adapter folder of a finished run; return what a person should know before using it."""
+    with atomic_dir(folder) as part:
+        save_adapter(model, processor, part, state_dict)
+        tensors = load_file(part / ADAPTER_WEIGHTS)
+    ups = [tensor for key, tensor in tensors.items() if ".moka_B" in key or ".lora_B." in key]
+    if ups and all(not tensor.any() for tensor in ups):
+        return [f"every B of {folder} is still zero: no gradient reached the adapter, and it has learned nothing."]
+    return []

@@ -87,8 +87,11 @@ class MokaModelConfig(PreTrainedConfig):
 
 def check_modalities(modalities: dict[str, dict]) -> dict[str, dict]:
     """Validate and complete the ``modalities`` section; each mistake is a ``MokaError`` that names the field."""
-    complete, owner = {}, {}
+    complete: dict[str, dict] = {}
+    owner: dict[int, str] = {}
     for name, spec in modalities.items():
+        if not isinstance(spec, dict):
+            raise MokaError(f"modalities.{name}: {spec!r} is no mapping; give one with {', '.join(MODALITY_FIELDS)}.")
         for key in spec:
             if key not in MODALITY_FIELDS:
                 allowed = ", ".join(MODALITY_FIELDS)
@@ -101,11 +104,14 @@ def check_modalities(modalities: dict[str, dict]) -> dict[str, dict]:
                 raise MokaError(
                     f"modalities.{name}.{key}: needs a mapping with a 'type'; got {spec.get(key)!r}.{nearest(name, others)}"
                 )
-        type_ids = list(spec.get("type_ids") or DEFAULT_TYPE_IDS.get(name) or [])
-        if not type_ids:
-            raise MokaError(f"modalities.{name}.type_ids: name the mm_token_type_ids it serves, for example [4].")
+        type_ids = spec.get("type_ids") or DEFAULT_TYPE_IDS.get(name)
+        if not type_ids or not isinstance(type_ids, (list, tuple)):
+            raise MokaError(
+                f"modalities.{name}.type_ids: {type_ids!r}; name the mm_token_type_ids it serves, for example [4]."
+            )
+        type_ids = list(type_ids)
         for i in type_ids:
-            if not isinstance(i, int) or i < 1 or i in owner:
+            if type(i) is not int or i < 1 or i in owner:
                 raise MokaError(f"modalities.{name}.type_ids: {i!r} must be an integer >= 1 used once; taken: {owner}.")
             owner[i] = name
         complete[name] = {"encoder": dict(spec["encoder"]), "projector": dict(spec["projector"]), "type_ids": type_ids}

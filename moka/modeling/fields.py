@@ -39,6 +39,8 @@ def read_config(config: Mapping[str, Any], known: Mapping[str, type], what: str)
     Raises `MokaError` for an unknown type or field and for a value of the wrong type or out of bounds. `what` names the
     part in messages ("encoder", "projector").
     """
+    if not isinstance(config, Mapping):
+        raise MokaError(f"{what}: {config!r} is no mapping; give one with a 'type': {', '.join(known)}.")
     values = dict(config)
     name = values.pop("type", None)
     if str(name) not in known:

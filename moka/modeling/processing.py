@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -13,6 +12,8 @@ import torch
 from transformers import BatchFeature
 
 from moka.errors import MokaError
+from moka.io import write_json
+from moka.type_checks import from_mapping, read_dataclass
 
 from .chat import Segment, resolve_template, segments
 from .configuration import MEDIA_TYPE_IDS, MokaModelConfig
@@ -25,6 +26,34 @@ CONFIG_NAME = "moka_processor.json"
 IGNORE = -100
 Interaction = Literal["own_turn", "first_turn"]  # which question a medium interacts with
 INTERACTIONS = get_args(Interaction)
+
+
+@dataclass
+class ProcessorModality:
+    """How the processor prepares one modality.
+
+    Args:
+        encoder: its configuration, with ``type``.
+        type_ids: the ``mm_token_type_ids`` that it serves.
+        tokens: placeholders for one item.
+        front_end: settings of the encoder's front end; default: those that follow from the encoder.
+    """
+
+    encoder: dict[str, Any]
+    type_ids: list[int]
+    tokens: int
+    front_end: dict[str, Any] | None = None
+
+
+@dataclass
+class ProcessorSettings:
+    """The content of ``moka_processor.json``; the fields are those of `MokaProcessor`."""
+
+    modalities: dict[str, dict[str, Any]]
+    vocab_size: int
+    chat_template: str | None = None
+    interaction: Interaction = "own_turn"
+    decoding: dict[str, Any] = field(default_factory=dict)
 
 
 class TooLongError(MokaError):
@@ -53,7 +82,7 @@ class MokaProcessor:
         modalities: dict[str, dict],
         vocab_size: int,
         chat_template: str | None = None,
-        interaction: str = "own_turn",
+        interaction: Interaction = "own_turn",
         decoding: dict[str, Any] | None = None,
     ) -> None:
         if interaction not in INTERACTIONS:
@@ -64,6 +93,8 @@ class MokaProcessor:
         self.interaction = interaction
         self.decoding = {"video_frames": 10, "audio_windows": None, **(decoding or {})}
         self.chat_template = resolve_template(chat_template, tokenizer)
+        for name, spec in modalities.items():
+            from_mapping(ProcessorModality, spec, f"modalities.{name}")
         self.front_ends = {
             name: build_front_end(spec["encoder"], spec.get("front_end")) for name, spec in modalities.items()
         }
@@ -237,22 +268,21 @@ class MokaProcessor:
         self.tokenizer.save_pretrained(folder)
         # The front ends' own settings: those of a published encoder are not to be looked up again, or guessed offline.
         front_ends = {name: front_end.to_dict() for name, front_end in self.front_ends.items()}
-        settings = {
-            "modalities": {name: {**spec, "front_end": front_ends[name]} for name, spec in self.modalities.items()},
-            "vocab_size": self.vocab_size,
-            "chat_template": self.chat_template,
-            "interaction": self.interaction,
-            "decoding": self.decoding,
-        }
-        (folder / CONFIG_NAME).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        modalities = {name: {**spec, "front_end": front_ends[name]} for name, spec in self.modalities.items()}
+        own = ProcessorSettings(modalities, self.vocab_size, self.chat_template, self.interaction, self.decoding)
+        write_json(folder / CONFIG_NAME, asdict(own))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **kwargs: Any) -> MokaProcessor:
-        """Read what ``save_pretrained`` wrote; keyword arguments override saved settings."""
+        """Read what ``save_pretrained`` wrote; keyword arguments override saved settings.
+
+        Raises:
+            MokaError: a file is absent or damaged.
+        """
         path = Path(folder) / CONFIG_NAME
         if not path.is_file():
             raise MokaError(f"{folder} has no {CONFIG_NAME}: it is no folder of a moka processor.")
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = asdict(read_dataclass(ProcessorSettings, path))
         return cls(load_tokenizer(folder, "adapter folder"), **{**settings, **kwargs})
 
     def _input_names(self, modality: str) -> tuple[str, str]:

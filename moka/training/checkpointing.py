@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 import moka
 from moka.errors import MokaError, counted
-from moka.io import read_json, write_json
+from moka.io import write_json
+from moka.type_checks import read_dataclass
 
 from .distributed_backend import UNIVERSAL
 
@@ -65,18 +66,7 @@ class CheckpointMetadata:
         path = Path(checkpoint) / METADATA
         if not path.is_file():
             raise MokaError(f"{checkpoint} has no {METADATA}: it is incomplete, or something else wrote it.")
-        raw = read_json(path)
-        try:
-            if raw["format_version"] > FORMAT_VERSION:
-                raise MokaError(
-                    f"{checkpoint} was written by a newer moka ({raw.get('moka_version')}); upgrade moka-peft."
-                )
-            known = {key: raw[key] for key in (f.name for f in fields(cls)) if key in raw}
-            # Format 1 also had a hash of each file.
-            known["files"] = {name: s["size"] if isinstance(s, dict) else s for name, s in raw["files"].items()}
-            return cls(**known)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise MokaError(f"{path} is damaged ({error!r}).") from error
+        return read_dataclass(cls, path)
 
 
 def file_sizes(folder: Path) -> dict[str, int]:

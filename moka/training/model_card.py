@@ -15,10 +15,11 @@ from moka.data import attribution
 from moka.distributed import is_main
 from moka.io import disk_full_errors, write_text
 from moka.modeling import MokaProcessor
+from moka.modeling.artifacts import ADAPTER
 from moka.modeling.configuration import DEFAULT_TYPE_IDS, MEDIA_TYPE_IDS
 
 from .distributed_backend import in_words
-from .run_dir import ADAPTER, RunFolder
+from .run_dir import RunFolder
 
 _NAMES = {"moka": "MokA (https://arxiv.org/abs/2506.05191)", "lora": "LoRA"}
 # Panels of a plot: prefixes of the logged keys, label, settings of the axis.

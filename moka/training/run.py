@@ -17,7 +17,7 @@ from moka.data.streaming import EncodedStream, SampleStream
 from moka.distributed import broadcast_from_main, collective_errors, is_main, print_main, run_on_all, run_on_main
 from moka.errors import MokaError, counted
 from moka.io import atomic_dir, read_jsonl, write_json
-from moka.modeling.artifacts import load_connector, save_connector, take_connector, trained_parts
+from moka.modeling.artifacts import ADAPTER, load_connector, save_connector, save_result, take_connector, trained_parts
 from moka.modeling.build import adapter_coverage, attach_adapter, build_for_stage_two, count_parameters
 from moka.modeling.encoders import CachedEncoder, bring_back, set_aside
 from moka.modeling.sharding import is_sharded
@@ -31,7 +31,7 @@ from .datasets import bad_media_report
 from .distributed_backend import BackendNote, forget_engine
 from .model_card import plot_metrics, write_card, write_samples
 from .preemption import SaveAndLeave
-from .run_dir import ADAPTER, CONNECTOR, SUMMARY, save_result
+from .run_dir import CONNECTOR, SUMMARY
 from .sanity_callbacks import ADAPTED_SAMPLES, DivergenceGuard, GradientGuard, check_dtypes, logits_change
 from .setup import Run, draw_seed, open_run
 from .trainer import MokaTrainer

@@ -22,27 +22,19 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-from peft import PeftModel
-from safetensors.torch import load_file
 
 import moka
 from moka.config import RunConfig, config_from_dict
 from moka.errors import MokaError
-from moka.io import append_jsonl, atomic_dir, read_jsonl, write_json, write_text
-from moka.modeling.artifacts import trained_parts
-from moka.modeling.sharding import without_wrappers
+from moka.io import append_jsonl, read_jsonl, write_text
+from moka.modeling.artifacts import ADAPTER
 from moka.yaml_files import load_yaml
 
 from .lock import LOCK, FolderLock
 
-CONFIG, ADAPTER, CONNECTOR, METRICS, SUMMARY = "config.yaml", "adapter", "connector", "metrics.jsonl", "summary.json"
-MODEL_CONFIG = "moka_model.json"
+CONFIG, CONNECTOR, METRICS, SUMMARY = "config.yaml", "connector", "metrics.jsonl", "summary.json"
 DIVERGED = "diverged.json"
-FORMAT_VERSION = 1
-# Of an adapter folder: files whose loss is an error of its own, and a text for people.
-_NOT_LISTED = (MODEL_CONFIG, "adapter_model.safetensors", "README.md")
 _MARK = "# Resolved by moka "
 # All that a run and its evaluation write; --overwrite removes these and nothing else.
 _ARTEFACTS = (
@@ -185,55 +177,3 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
-
-
-def save_adapter(model: PeftModel, processor: Any, folder: str | Path, state_dict: dict | None = None) -> None:
-    """Write a self-contained adapter folder and read it back.
-
-    Args:
-        state_dict: all that was trained, full, by its names in ``model``; default: the model's own tensors.
-    Raises:
-        MokaError: a tensor was left out, or came out empty or not finite.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    # "auto" would look the backbone's name up on the hub, which an embedded one is not on.
-    with without_wrappers(model):
-        model.save_pretrained(str(folder), state_dict=state_dict, save_embedding_layers=False)
-    processor.save_pretrained(folder)
-    base: Any = model.get_base_model()
-    description = {
-        "format_version": FORMAT_VERSION,
-        "moka_version": moka.__version__,
-        "backbone": base.config.backbone,
-        "backbone_fingerprint": base.backbone_fingerprint(),
-        "quantization": base.quantization,
-        "modalities": base.config.modalities,
-        "fill_token_id": base.config.fill_token_id,
-        "parts": trained_parts(base),
-    }
-    # A lost tokenizer or chat template would go unnoticed.
-    description["files"] = sorted(path.name for path in folder.iterdir() if path.name not in _NOT_LISTED)
-    write_json(folder / MODEL_CONFIG, description)
-    saved = load_file(folder / "adapter_model.safetensors")
-    if state_dict is not None and len(saved) < len(state_dict):
-        raise MokaError(
-            f"{folder}: {len(saved)} of {len(state_dict)} trained tensors were saved; something wraps the model's layers "
-            "and hides them from peft. Train without it."
-        )
-    for key, tensor in saved.items():
-        if tensor.numel() == 0 or not torch.isfinite(tensor).all():
-            raise MokaError(
-                f"{folder}: {key} was saved empty or not finite; training diverged, or shards were not gathered."
-            )
-
-
-def save_result(model: PeftModel, processor: Any, folder: Path, state_dict: dict | None = None) -> list[str]:
-    """Write the adapter folder of a finished run; return what a person should know before using it."""
-    with atomic_dir(folder) as part:
-        save_adapter(model, processor, part, state_dict)
-        tensors = load_file(part / "adapter_model.safetensors")
-    ups = [tensor for key, tensor in tensors.items() if ".moka_B" in key or ".lora_B." in key]
-    if ups and all(not tensor.any() for tensor in ups):
-        return [f"every B of {folder} is still zero: no gradient reached the adapter, and it has learned nothing."]
-    return []

@@ -36,7 +36,7 @@ from moka.distributed import all_gather_object, collective_errors, is_main, run_
 from moka.errors import MokaError
 from moka.io import disk_full_errors
 from moka.modeling import MokaForConditionalGeneration
-from moka.modeling.artifacts import connector_state, load_connector, save_connector
+from moka.modeling.artifacts import connector_state, load_connector, save_adapter, save_connector
 from moka.modeling.sharding import fsdp_requested, full_state_dict, loading_full_tensors, without_wrappers
 
 from .alignment import EmbeddingAlignment, share_captions
@@ -50,7 +50,6 @@ from .dataloading import (
 )
 from .distributed_backend import describe, load_checkpoint, move_unsharded
 from .gradients import GradientReader
-from .run_dir import save_adapter
 
 # Files of the optimizer's state in a checkpoint, by what wrote it.
 _PLAIN = "neither DeepSpeed nor FSDP"

@@ -8,9 +8,8 @@ from peft import get_peft_model
 
 from moka import MokaConfig
 from moka.config import ModelSection
-from moka.modeling.artifacts import trained_parts
+from moka.modeling.artifacts import save_adapter, trained_parts
 from moka.modeling.build import build_model
-from moka.training.run_dir import save_adapter
 
 
 @pytest.fixture

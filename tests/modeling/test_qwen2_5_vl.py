@@ -16,13 +16,12 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 import moka
 from moka import MokaConfig, MokaError, MokaForConditionalGeneration
 from moka.config import ModelSection
-from moka.modeling.artifacts import trained_parts
+from moka.modeling.artifacts import save_result, trained_parts
 from moka.modeling.build import adapter_parameters, attach_adapter, build_model, build_processor, count_parameters
 from moka.modeling.encoders import build_encoder, build_front_end, tiny_encoder
 from moka.modeling.positions import grid_positions
 from moka.modeling.projectors import build_projector
 from moka.testing.tiny import tiny_kind, write_tiny_backbone
-from moka.training.run_dir import save_result
 
 SIZE = 84  # nine tokens
 TOKENS = (SIZE // 28) ** 2

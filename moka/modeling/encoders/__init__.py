@@ -15,6 +15,7 @@ from typing import Any
 
 from moka.demo.encoders import ConvAudioEncoder, ConvImageEncoder, PatchImageEncoder
 from moka.modeling.fields import read_config
+from moka.type_checks import from_mapping
 
 from .audio import AstEncoder, HubertEncoder, Wav2Vec2Encoder, WhisperEncoder
 from .base import Encoder, FrontEnd, features_name
@@ -69,7 +70,8 @@ def build_front_end(config: Mapping[str, Any], settings: Mapping[str, Any] | Non
     cls, parsed = read_config(config, ENCODERS, "encoder")
     if settings is None:
         return cls.front_end(parsed)
-    return cls.front_end_class(**{key: value for key, value in settings.items() if key != "type"})
+    own = {key: value for key, value in settings.items() if key != "type"}
+    return from_mapping(cls.front_end_class, own, f"front_end of encoder {cls.name!r}")
 
 
 def tiny_encoder(config: Mapping[str, Any]) -> dict[str, Any]:
