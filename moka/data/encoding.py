@@ -6,9 +6,11 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from moka.data.media import SubstitutingDataset, UnusableError
+from moka.data.media import MediaDecoding, SubstitutingDataset, UnusableError
+from moka.data.schema import check_sample
 from moka.errors import MokaError
-from moka.modeling.processing import IGNORE, MokaProcessor, TooLongError
+from moka.modeling.hf_processing import ChatProcessor
+from moka.modeling.processing import IGNORE, Interaction, MokaProcessor, TooLongError
 
 
 def encode_sample(
@@ -88,3 +90,55 @@ class Collator:
         batch = dict(self.processor.pad(encoded, padding_side=self.padding_side))
         batch["sample_ids"] = [str(one.get("sample_id", "")) for one in encoded]
         return batch
+
+
+class MultimodalCollator:
+    """Collate chats with pictures, videos and sound into batches of a Hugging Face multimodal LLM, for any trainer.
+
+        Trainer(model, args, train_dataset=samples, data_collator=moka.MultimodalCollator(processor))
+
+    A sample is ``{"messages": [...]}`` in the format of `moka.data.schema`, media as files or decoded. The trainer must hand
+    samples over as they are: ``remove_unused_columns=False``, for TRL also ``dataset_kwargs={"skip_prepare_dataset": True}``.
+
+    Args:
+        processor: the model's own, from ``AutoProcessor.from_pretrained``.
+        max_length: longest chat in tokens; default: any.
+        padding_side: "right" or "left".
+        decoding: how media files are decoded.
+        interaction: which question a medium interacts with, see `ChatProcessor`.
+
+    Returns of a call:
+        what the model takes: ``input_ids``, ``attention_mask``, ``labels`` (of the assistant's answers only),
+        ``mm_token_type_ids``, ``interaction_ids`` [batch, seq], and the processor's tensors of media.
+    Raises:
+        MokaError: a sample that is not a chat, a medium that cannot be read or that the model does not take, no answer, a chat
+            that is too long. The sample is named.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        max_length: int | None = None,
+        padding_side: str = "right",
+        decoding: MediaDecoding | None = None,
+        interaction: Interaction = "own_turn",
+    ) -> None:
+        if padding_side not in ("left", "right"):
+            raise MokaError(f"padding_side: {padding_side!r} is not one of left, right.")
+        self.processor, self.max_length, self.padding_side = (
+            ChatProcessor(processor, interaction),
+            max_length,
+            padding_side,
+        )
+        self.decoding = decoding or MediaDecoding()
+
+    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        encoded = []
+        for i, sample in enumerate(samples):
+            sample = check_sample(sample, f"sample {i} of the batch")
+            try:
+                messages = self.decoding.decode_sample(sample)["messages"]
+                encoded.append(self.processor.encode(messages, max_length=self.max_length))
+            except MokaError as error:
+                raise MokaError(f"sample {sample['id']!r}: {error}") from error
+        return dict(self.processor.pad(encoded, padding_side=self.padding_side))

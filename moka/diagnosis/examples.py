@@ -16,9 +16,8 @@ from torch import nn
 from moka.adapter.diagnostics import interaction_weights
 from moka.analysis.contribution import unwrapped
 from moka.errors import MokaError
+from moka.modeling.encoders.audio import resample
 from moka.modeling.media import AudioFeatures, Waveform
-
-from .reading import resampled
 
 SIDE, FRAMES = 256, 4  # pixels of the longer side of a picture; pictures of a video
 SECONDS, RATE = 6, 8000  # of a sound: 96 kB
@@ -74,7 +73,7 @@ def _sound(medium: Any) -> dict[str, str]:
     if not isinstance(medium, Waveform):
         return _unshown(medium)
     cut = Waveform(medium.samples[: SECONDS * medium.rate], medium.rate)
-    cut = resampled(cut, RATE) if cut.rate > RATE else cut
+    cut = Waveform(resample(cut.samples, cut.rate, RATE), RATE) if cut.rate > RATE else cut
     buffer = io.BytesIO()
     with wave.open(buffer, "wb") as file:
         file.setnchannels(1)

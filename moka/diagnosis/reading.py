@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from peft import PeftModel
@@ -25,17 +24,15 @@ from moka.data.media import MediaDecoding
 from moka.data.schema import check_sample, media_parts
 from moka.distributed import default_device
 from moka.errors import MokaError
-from moka.evaluation.answers import before_answer, parts, words
+from moka.evaluation.answers import before_answer, words
 from moka.evaluation.evaluate import blank_media, open_questions
 from moka.inference import LoadedModel
 from moka.io import read_json
 from moka.modeling.artifacts import ADAPTER, MODEL_CONFIG
 from moka.modeling.configuration import MEDIA_TYPE_IDS
-from moka.modeling.media import Waveform
-from moka.modeling.processing import MokaProcessor
+from moka.modeling.hf_processing import ChatProcessor
+from moka.modeling.processing import IGNORE, MokaProcessor
 from moka.training.run_dir import CONFIG
-
-IGNORE = -100
 
 
 @dataclass
@@ -100,98 +97,12 @@ def open_reader(model: nn.Module, data: Any, processor: Any, split: Any = "test"
     if processor is None:
         raise MokaError("processor: chats need the model's own; give processor=, or batches with labels as data.")
     if isinstance(processor, LoadedModel):
-        return ChatReader(model, data, MokaEncoder(processor.processor, processor.context), processor.decoding)
+        return ChatReader(model, data, processor.processor, processor.context, processor.decoding)
     text_config = unwrapped(model).config.get_text_config()  # type: ignore[union-attr, operator]
     context = getattr(text_config, "max_position_embeddings", None)
-    own = isinstance(processor, MokaProcessor)
-    return ChatReader(model, data, (MokaEncoder if own else ProcessorEncoder)(processor, context), MediaDecoding())
-
-
-class MokaEncoder:
-    """Chats for a model of `moka train`, by its own processor."""
-
-    def __init__(self, processor: MokaProcessor, context: int | None) -> None:
-        self.processor, self.context = processor, context
-
-    def encode(self, messages: list[dict]) -> dict[str, Any]:
-        return self.processor.encode(messages, max_length=self.context)
-
-    def pad(self, encoded: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        return dict(self.processor.pad(encoded, padding_side="left"))
-
-
-class ProcessorEncoder:
-    """Chats for any Hugging Face multimodal LLM, by its processor; the last answer is what is explained."""
-
-    def __init__(self, processor: Any, context: int | None) -> None:
-        self.processor, self.context = processor, context
-        self.tokenizer = getattr(processor, "tokenizer", processor)
-
-    def encode(self, messages: list[dict]) -> dict[str, Any]:
-        """Return tensors of one row, with labels of the last message's text and the token that ends it."""
-        messages = [{**message, "content": parts(message)} for message in messages]
-        media: dict[str, list[Any]] = {"images": [], "videos": [], "audio": []}
-        for part in (part for message in messages for part in message["content"] if part["type"] != "text"):
-            medium = part[part["type"]]
-            if isinstance(medium, Waveform):
-                medium = self._resampled(medium)
-            media["audio" if part["type"] == "audio" else part["type"] + "s"].append(medium)
-        render: Any = self.processor.apply_chat_template
-        full = render(messages, tokenize=False)
-        prompt = render(before_answer(messages), tokenize=False, add_generation_prompt=True)
-        if not full.startswith(prompt):
-            raise MokaError(
-                "the chat template writes another prompt before an answer than with it, so its place is unknown"
-            )
-        given = {name: items for name, items in media.items() if items}
-        if "audio" in given:
-            given["sampling_rate"] = self.processor.feature_extractor.sampling_rate
-        row = dict(self.processor(text=[full], return_tensors="pt", return_mm_token_type_ids=True, **given))
-        ids = row["input_ids"][0]
-        answer = self.tokenizer(full[len(prompt) :], add_special_tokens=False)["input_ids"]
-        if ids[len(ids) - len(answer) :].tolist() != answer:
-            raise MokaError("the tokens of the answer depend on the text before it, so its place is unknown")
-        if self.context is not None and len(ids) > self.context:
-            raise MokaError(f"Too long: {len(ids)} tokens, and the model's context has {self.context}. Shorten it")
-        labels = torch.full_like(row["input_ids"], IGNORE)
-        labels[0, len(ids) - len(answer) :] = torch.tensor(answer)
-        return {**row, "labels": labels}
-
-    def pad(self, encoded: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Pad text on the left; media are joined, the smaller ones padded with zeros, as processors do."""
-        fill = {"input_ids": self.tokenizer.pad_token_id or 0, "labels": IGNORE}
-        batch = {}
-        for name in dict.fromkeys(name for one in encoded for name in one):
-            rows = [one[name] for one in encoded if name in one]
-            sizes = [max(size) for size in zip(*(row.shape[1:] for row in rows), strict=True)]
-            left = name in ("input_ids", "attention_mask", "labels", "mm_token_type_ids")
-            pads = [[(0, want - have) for have, want in zip(row.shape[1:], sizes, strict=True)] for row in rows]
-            batch[name] = torch.cat(
-                [
-                    nn.functional.pad(
-                        row,
-                        [n for pair in reversed(pad) for n in (pair[::-1] if left else pair)],
-                        value=fill.get(name, 0),
-                    )
-                    for row, pad in zip(rows, pads, strict=True)
-                ]
-            )
-        return batch
-
-    def _resampled(self, sound: Waveform) -> np.ndarray:
-        rate = self.processor.feature_extractor.sampling_rate
-        return sound.samples if sound.rate == rate else resampled(sound, rate).samples
-
-
-def resampled(sound: Waveform, rate: int) -> Waveform:
-    """Return the sound at another rate, by band-limited (Fourier) interpolation."""
-    n = max(1, round(len(sound.samples) * rate / sound.rate))
-    spectrum = np.fft.rfft(sound.samples)
-    fitted = np.zeros(n // 2 + 1, spectrum.dtype)
-    kept = min(len(fitted), len(spectrum))
-    fitted[:kept] = spectrum[:kept]
-    samples = np.fft.irfft(fitted, n) * (n / len(sound.samples))
-    return Waveform(samples.astype(np.float32), rate)
+    if not isinstance(processor, MokaProcessor):
+        processor = ChatProcessor(processor)
+    return ChatReader(model, data, processor, context, MediaDecoding())
 
 
 def digest(value: Any) -> str:
@@ -202,8 +113,11 @@ def digest(value: Any) -> str:
 class ChatReader:
     """Checked samples of chats, which a processor encodes."""
 
-    def __init__(self, model: nn.Module, samples: Any, encoder: Any, decoding: MediaDecoding) -> None:
-        self.model, self.samples, self.encoder, self.decoding = model, samples, encoder, decoding
+    def __init__(
+        self, model: nn.Module, samples: Any, processor: Any, context: int | None, decoding: MediaDecoding
+    ) -> None:
+        self.model, self.samples, self.processor, self.context = model, samples, processor, context
+        self.decoding = decoding
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -237,8 +151,8 @@ class ChatReader:
         for place in places:
             try:
                 chat = self.decoded(place)
-                row = self.encoder.encode(chat)
-                (problem,) = problems(self.model, self.encoder.pad([row]))
+                row = self._encode(chat)
+                (problem,) = problems(self.model, self.processor.pad([row]))
             except Exception as error:  # media, templates, tokenizers and processors raise all kinds
                 problem = " ".join(str(error).split()) or type(error).__name__
             if problem:
@@ -248,15 +162,18 @@ class ChatReader:
             chats.append(chat)
             encoded.append(row)
         if encoded:
-            batch.inputs = on_device(self.encoder.pad(encoded), self.model)
+            batch.inputs = on_device(self.processor.pad(encoded), self.model)
             batch.blank = lambda coalition: self._blanked(chats, coalition)
         return batch
+
+    def _encode(self, chat: list[dict]) -> dict[str, Any]:
+        return self.processor.encode(chat, max_length=self.context)
 
     def _blanked(self, chats: list[list[dict]], coalition: Coalition) -> dict[str, Any]:
         absent = {i for name, ids in media_modalities(self.model).items() if name not in coalition for i in ids}
         kinds = {kind for kind, type_id in MEDIA_TYPE_IDS.items() if type_id in absent}
-        rows = [self.encoder.encode(blank_media(chat, kinds)) for chat in chats]
-        return on_device(self.encoder.pad(rows), self.model)
+        rows = [self._encode(blank_media(chat, kinds)) for chat in chats]
+        return on_device(self.processor.pad(rows), self.model)
 
 
 class BatchReader:
