@@ -29,7 +29,7 @@ from moka.training.lock import FolderLock
 from .cache import FeatureSet
 from .extract import Done, Filler, Job
 from .setup import feature_settings, frozen, kinds_of
-from .writer import SHARD_BYTES, FeatureWriter, create_set, next_number, remove_damaged, remove_partial
+from .writer import SHARD_BYTES, FeatureWriter, create_set, next_number, update_index
 
 
 def cache_features(
@@ -72,6 +72,8 @@ def cache_features(
         for name, samples in datasets.items():
             filler.fill(name, samples)
             _check_budget(name, samples, filler.bad, config.data)
+        bad = [dict(kv for part in all_gather_object(job.writer.bad) for kv in part.items()) for job in jobs]
+        run_on_main(lambda: [update_index(job.writer.folder, bad[k], check=False) for k, job in enumerate(jobs)])
         return _summary(jobs, dtype, time.monotonic() - started)
     finally:
         lock.release()
@@ -121,10 +123,9 @@ def _prepare_folders(cache: Path, jobs: list[Job], dtype: str) -> list[int]:
     numbers = []
     for job in jobs:
         folder = create_set(cache, job.encoder.name, job.settings, dtype)
-        remove_partial(folder)
-        for line in remove_damaged(folder):
+        for line in update_index(folder):
             print(f"note: {line}; its features are computed again.")
-        numbers.append(next_number(folder))
+        numbers.append(next_number(folder.glob("shard-*")))
     return numbers
 
 
@@ -177,12 +178,11 @@ def _summary(jobs: list[Job], dtype: str, seconds: float) -> list[str]:
     lines = []
     for job in jobs:
         done = sum(all_gather_object(job.done), start=Done())
-        repeated = f", {done.repeated:,} of the same content as others" if done.repeated else ""
         bad = f", {len(done.bad)} left out as bad" if done.bad else ""
         lines.append(
             f"{job.name}: {done.media:,} media: {done.computed:,} computed ({done.items:,} items, "
             f"{done.items * job.encoder.num_tokens:,} tokens, {_size(done.bytes)} {dtype}), {done.there:,} were "
-            f"there{repeated}{bad}; {job.writer.folder}"
+            f"there{bad}; {job.writer.folder}"
         )
     lines.append(f"{seconds:.1f} s, {counted(rank_and_world_size()[1], 'process', 'processes')}")
     return lines

@@ -25,7 +25,7 @@ from moka.distributed import all_reduce_any, is_main, rank_and_world_size, run_o
 from moka.errors import MokaError
 from moka.modeling.encoders import Encoder
 
-from .cache import Stamp, medium_id, stamp
+from .cache import medium_id
 from .writer import FeatureWriter
 
 _TOGETHER = 1000  # samples after which processes tell each other whether one has failed
@@ -39,7 +39,6 @@ class Done:
     media: int = 0
     computed: int = 0
     there: int = 0
-    repeated: int = 0  # of the same content as others of this run
     items: int = 0
     bytes: int = 0
     bad: dict[Any, str] = field(default_factory=dict)  # key of the medium -> reason
@@ -49,7 +48,6 @@ class Done:
             self.media + other.media,
             self.computed + other.computed,
             self.there + other.there,
-            self.repeated + other.repeated,
             self.items + other.items,
             self.bytes + other.bytes,
             {**self.bad, **other.bad},
@@ -68,7 +66,7 @@ class Job:
     def take(self, identity: str, values: np.ndarray, batch_size: int) -> None:
         """``values`` [items, ...] of one medium; encoded when there are ``batch_size`` items."""
         if identity in self.writer or any(identity == other for other, _ in self._waiting):
-            self.done.repeated += 1
+            self.done.there += 1
             return
         self._waiting.append((identity, values))
         if sum(len(values) for _, values in self._waiting) >= batch_size:
@@ -111,11 +109,9 @@ class _Medium:
 class _Seen:
     """The result of a thread for a medium; ``values`` are for the encoder, None where its features are there."""
 
-    at: Stamp | None = None
     identity: str | None = None
     values: np.ndarray | None = None
     bad: BadMediaError | None = None
-    noted: bool = False
 
 
 class Filler:
@@ -170,25 +166,21 @@ class Filler:
             job.writer.flush()
 
     def _take(self, medium: _Medium, seen: _Seen) -> None:
-        job, path = medium.job, medium.value
+        job = medium.job
         job.done.media += 1
         if seen.bad is not None and self.policy == "error":
             raise BadMediaError(
                 f"sample {medium.sample_id!r}: {seen.bad}", seen.bad.file, seen.bad.reason
             ) from seen.bad
-        if seen.identity is not None and seen.at is not None and not seen.noted:
-            job.writer.note(medium.kind, path, seen.at, seen.identity)
         if seen.bad is not None:
             self.bad[medium.key] = (medium.sample_id, seen.bad.reason)
             job.done.bad[medium.key] = seen.bad.reason
             if seen.identity is not None:
-                job.writer.note_bad(seen.identity, seen.bad.reason)
+                job.writer.bad[seen.identity] = seen.bad.reason
         elif seen.values is not None and seen.identity is not None:
             job.take(seen.identity, seen.values, self.batch_size)
-        elif seen.identity is not None and seen.identity in job.writer.known:
-            job.done.there += 1
         else:
-            job.done.repeated += 1
+            job.done.there += 1
 
     def _media(self, part: range, bar: Any) -> Iterator[_Medium]:
         """A file comes once, and belongs to one process by its path."""
@@ -226,15 +218,9 @@ class Filler:
     def _look(self, medium: _Medium) -> _Seen:
         seen, kind, value, writer = _Seen(), medium.kind, medium.value, medium.job.writer
         try:
-            if isinstance(value, str):
-                if problem := file_problem(value):
-                    raise BadMediaError(f"{value}: {problem}.", value, problem)
-                seen.at = stamp(value)
-                noted = writer.known.noted(kind, value)
-                if noted is not None and noted[0] == seen.at:
-                    seen.identity, seen.noted = noted[1], True
-            if seen.identity is None:
-                seen.identity = medium_id(kind, value)
+            if isinstance(value, str) and (problem := file_problem(value)):
+                raise BadMediaError(f"{value}: {problem}.", value, problem)
+            seen.identity = medium_id(kind, value)
             if seen.identity not in writer:
                 seen.values = self._values(medium)
         except BadMediaError as error:

@@ -16,8 +16,8 @@ from moka.data.dataset import BAR_AFTER_S
 from moka.data.media import DecodedDataset, MediaDecoding
 from moka.data.media_io import BadMediaError
 from moka.data.schema import media_parts
-from moka.distributed import print_main
-from moka.errors import MokaError, NotCachedError, counted
+from moka.distributed import rank_and_world_size
+from moka.errors import MokaError, NotCachedError
 from moka.modeling import MokaForConditionalGeneration, MokaProcessor
 from moka.modeling.artifacts import plain
 from moka.modeling.configuration import MEDIA_TYPE_IDS
@@ -82,7 +82,7 @@ def open_features(data: DataSection, model: MokaForConditionalGeneration, proces
     for name, encoder in encoders.items():
         kinds = kinds_of(model.config.modalities[name])
         settings = feature_settings(encoder, processor.front_ends[name], kinds, data)
-        sets |= dict.fromkeys(kinds, open_set(cache, encoder.name, settings))
+        sets |= dict.fromkeys(kinds, open_set(cache, encoder.name, settings, rank_and_world_size()))
     set_aside(model, encoders)
     return FeatureCache(sets)
 
@@ -121,17 +121,6 @@ def check_features(samples: DecodedDataset, name: str, share: tuple[int, int] = 
                 continue  # what is done about these, data.on_bad_media says
             except NotCachedError as error:
                 raise MokaError(f"{name}: sample {sample['id']!r}: {error}") from error
-
-
-def note_moved(datasets: Iterable[Any], share: tuple[int, int]) -> None:
-    """Say how many files this process had to read to know them, as each process and loader worker has to in training."""
-    caches = [samples.decoding.features for samples in datasets if isinstance(samples, DecodedDataset)]
-    moved = sum(chosen.moved for chosen in {one for cache in caches if cache for one in cache.sets.values()})
-    if moved:
-        print_main(
-            f"note: {'at least ' if share[1] > 1 else ''}{counted(moved, 'file')} moved, copied or touched since the "
-            "features were computed: known by reading them only. `moka cache` notes them as they are now."
-        )
 
 
 def describe(features: FeatureCache) -> list[str]:

@@ -17,7 +17,7 @@ from moka.data.media_validation import SkipReport, find_usable, read_usable
 from moka.data.streaming import SampleStream
 from moka.errors import MokaError, counted
 from moka.features.cache import FeatureCache
-from moka.features.setup import check_features, note_moved, with_features
+from moka.features.setup import check_features, with_features
 from moka.modeling import MokaProcessor
 
 # Decoding every file of a large data set would take longer than its first epoch; a data set of this size is tried full.
@@ -82,7 +82,6 @@ def try_media(
             reports[name] = read_usable(path, len(samples), **settings)
         else:
             reports[name] = find_usable(samples.dataset, **settings, decoding=samples.decoding, share=share)
-    note_moved(datasets.values(), share)
     return reports
 
 
@@ -122,7 +121,6 @@ def check_media(datasets: dict[str, Any], config: RunConfig, share: tuple[int, i
         mine = tried[share[0] :: share[1]]
         for index in tqdm(mine, f"trying media of data.{name}", unit="sample", delay=BAR_AFTER_S, leave=False):
             samples[int(index)]
-    note_moved(datasets.values(), share)
 
 
 def check_chats(datasets: dict[str, Any], config: RunConfig, processor: MokaProcessor, share: tuple[int, int]) -> None:
