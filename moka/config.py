@@ -19,6 +19,7 @@ from transformers import TrainingArguments
 from moka.adapter.config import PRESETS, TEXT, MokaConfig
 from moka.errors import MokaError, nearest
 from moka.modeling.encoders import tiny_encoder
+from moka.modeling.hf_model import check_hf_run
 from moka.modeling.processing import Interaction
 from moka.modeling.projectors import tiny_projector
 from moka.modeling.quantization import Quantization
@@ -36,6 +37,15 @@ def _help(text: str, minimum: float | None = None) -> dict[str, Any]:
 
 @dataclass
 class ModelSection:
+    kind: Literal["composed", "hf"] = field(
+        default="composed",
+        metadata=_help(
+            "composed: backbone, encoders and projectors; hf: a Hugging Face multimodal LLM as it is (name)."
+        ),
+    )
+    name: str | None = field(
+        default=None, metadata=_help("Of kind hf: folder or hub name, such as Qwen/Qwen2.5-Omni-7B.")
+    )
     backbone: str = field(
         default="embedded:smollm2-135m",
         metadata=_help("Hub name or folder of a causal language model, or embedded:smollm2-135m."),
@@ -306,6 +316,11 @@ def config_from_dict(raw: dict[str, Any], where: str = "config") -> RunConfig:
     config = RunConfig(**values)
     if config.stages not in ([1], [2], [1, 2]):
         raise MokaError(f"{where}: stages: {config.stages} is not one of [1], [2], [1, 2].")
+    if config.model.kind == "hf":
+        check_hf_run(config.model, config.stages, config.training, config.data.feature_cache, where)
+        config.model.backbone = str(config.model.name)
+    elif config.model.name is not None:
+        raise MokaError(f"{where}: model.name: {config.model.name!r} needs model.kind: hf; else set model.backbone.")
     if config.model.tiny:
         make_tiny(config)
     _check_together(config, where)
@@ -384,10 +399,12 @@ _TINY_STEPS = 20  # at most, where a configuration asks for more; 2 where it ask
 
 def make_tiny(config: RunConfig) -> None:
     """Put tiny random parts of the same architecture instead of published ones; a second time changes nothing."""
-    from moka.testing import tiny  # by name only
+    from moka.testing import tiny, tiny_mllms  # by name only
 
     model = config.model
-    model.backbone = tiny.PREFIX + tiny.tiny_kind(model.backbone)
+    stand_ins: Any = tiny_mllms if model.kind == "hf" else tiny
+    model.backbone = stand_ins.PREFIX + stand_ins.tiny_kind(model.backbone)
+    model.name = model.backbone if model.kind == "hf" else None
     model.dtype = "float32"
     for name, spec in model.modalities.items():
         if isinstance(spec.get("encoder"), dict) and isinstance(spec.get("projector"), dict):

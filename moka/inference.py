@@ -26,6 +26,7 @@ from moka.io import read_json, sha256_of
 from moka.modeling import MokaForConditionalGeneration, MokaProcessor, TooLongError
 from moka.modeling.artifacts import ADAPTER, AdapterDescription
 from moka.modeling.build import build_model, choose_dtype, context_length
+from moka.modeling.hf_model import backbone_fingerprint, base_info, model_inputs
 from moka.modeling.quantization import check_quantization
 
 # Next to what `moka merge` and `moka export` write: the format, its checks, and where it came from.
@@ -129,7 +130,9 @@ class LoadedModel:
             fork_merge_decoding(model, batch, fork_layers, visual_weight) if decoding == "fork-merge" else nullcontext()
         )
         with how:
-            tokens = model.generate(**batch, **{"do_sample": False, **kwargs, "max_new_tokens": max_new_tokens})
+            tokens = model.generate(
+                **model_inputs(model, batch), **{"do_sample": False, **kwargs, "max_new_tokens": max_new_tokens}
+            )
         return self.processor.batch_decode(tokens[:, batch["input_ids"].shape[1] :])
 
     @property
@@ -145,8 +148,7 @@ class LoadedModel:
     @property
     def quantization(self) -> str | None:
         """Of the backbone: nf4, int8, or None for its own weights."""
-        base: Any = self.model.get_base_model()
-        return base.quantization
+        return base_info(self.model).quantization
 
     @property
     def context(self) -> int | None:
@@ -194,7 +196,7 @@ def load_base(
     quantization: str | None = AS_TRAINED,
     device: str | None = None,
 ) -> MokaForConditionalGeneration:
-    """The composed model that an adapter folder belongs to, for ``PeftModel.from_pretrained(base, folder)``.
+    """The base model that an adapter folder belongs to, for ``PeftModel.from_pretrained(base, folder)``.
 
     Its projectors (and trainable encoders) are untrained until the adapter is loaded, which brings them.
 
@@ -208,6 +210,18 @@ def load_base(
     Raises:
         MokaError: the backbone is another than the adapter was trained on.
     """
+    return _load_base(run, dtype, backbone, dequantize, quantization, device)[0]
+
+
+def _load_base(
+    run: str | Path,
+    dtype: str,
+    backbone: str | None,
+    dequantize: bool,
+    quantization: str | None,
+    device: str | None,
+) -> tuple[Any, Any]:
+    """Return what `load_base` does, and the processor that belongs to it."""
     folder = find_adapter(run)
     saved = AdapterDescription.read(folder)
     trained_on = saved.backbone
@@ -225,18 +239,22 @@ def load_base(
     if quantization is not None:
         check_quantization(quantization, "quantization")
     own: dict[str, Any] = {"dtype": dtype, "quantization": quantization}
-    section = ModelSection(backbone=backbone or trained_on, modalities=saved.modalities, **own)
-    model, _ = build_model(section, device=device)
-    model.config.fill_token_id = saved.fill_token_id
-    found = model.backbone_fingerprint()
+    own |= {"kind": saved.kind, "modalities": saved.modalities, "interaction": saved.interaction}
+    section = ModelSection(backbone=backbone or trained_on, **own)
+    model, processor = build_model(section, device=device)
+    if saved.kind == "hf":
+        processor.decoding = saved.decoding
+    else:
+        model.config.fill_token_id = saved.fill_token_id
+    found = backbone_fingerprint(model)
     if found != saved.backbone_fingerprint:
         raise MokaError(
             f"{run} was trained on backbone {trained_on!r} (fingerprint {saved.backbone_fingerprint}); "
             f"{section.backbone!r} has {found}. Use the backbone it was trained on."
         )
-    if dequantize and getattr(model.language_model, "is_quantized", False):
+    if dequantize and saved.kind == "composed" and getattr(model.language_model, "is_quantized", False):
         model.language_model = _dequantized(model.language_model, choose_dtype(dtype))
-    return model
+    return model, processor
 
 
 def _dequantized(language_model: Any, dtype: torch.dtype) -> Any:
@@ -283,11 +301,10 @@ def load(
         names = set(file.keys())
     # A projector that stays randomly initialised answers fluently and blindly.
     absent = [part for part in AdapterDescription.read(folder).parts if not any(f".{part}." in name for name in names)]
-    processor = MokaProcessor.from_pretrained(folder)
-    base = load_base(
-        folder, dtype=dtype, backbone=backbone, dequantize=dequantize, quantization=quantization, device=device
-    )
-    processor.teach_end(base)
+    base, processor = _load_base(folder, dtype, backbone, dequantize, quantization, device)
+    if not base_info(base).hf:
+        processor = MokaProcessor.from_pretrained(folder)
+        processor.teach_end(base)
     try:
         model = PeftModel.from_pretrained(base, str(folder), torch_device=device)
         expected = get_peft_model_state_dict(model, save_embedding_layers=False)

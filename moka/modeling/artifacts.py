@@ -17,7 +17,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
@@ -32,6 +32,8 @@ from moka.modeling.fields import without_weightless
 from moka.modeling.projectors import import_llava, import_official
 from moka.type_checks import read_dataclass
 
+from .hf_model import backbone_fingerprint, base_info
+from .processing import Interaction
 from .quantization import Quantization
 from .sharding import full_state_dict, without_wrappers
 
@@ -90,6 +92,8 @@ class AdapterDescription:
         parts: `trained_parts`, whose tensors are among the adapter's.
         quantization: of the language model in training.
         files: what else was written into the folder.
+        kind: "hf": the base is a Hugging Face multimodal LLM as it is, with its own encoders (``modalities`` is empty).
+        decoding, interaction: of the processor.
         backbone_relative: ``backbone`` is relative to the folder (an export, whose two folders move together).
     """
 
@@ -99,6 +103,9 @@ class AdapterDescription:
     fill_token_id: int
     parts: list[str]
     quantization: Quantization | None = None
+    kind: Literal["composed", "hf"] = "composed"
+    decoding: dict[str, Any] = field(default_factory=dict)
+    interaction: Interaction = "own_turn"
     files: list[str] = field(default_factory=list)
     backbone_relative: bool = False
     format_version: int = 1
@@ -123,9 +130,11 @@ class AdapterDescription:
         return found
 
 
-def trained_parts(model: MokaForConditionalGeneration) -> list[str]:
+def trained_parts(model: Any) -> list[str]:
     """Names of the modules that stage 1 trains: every projector with weights, and encoders that are trainable."""
-    parts = []
+    parts: list[str] = []
+    if not isinstance(model, MokaForConditionalGeneration):
+        return parts  # a Hugging Face multimodal LLM, of which the adapter is trained only
     for name in model.config.modalities:
         if any(p.requires_grad for p in model.encoders[name].parameters()):
             parts.append(f"encoders.{name}")
@@ -338,13 +347,17 @@ def save_adapter(model: PeftModel, processor: Any, folder: str | Path, state_dic
         model.save_pretrained(str(folder), state_dict=state_dict, save_embedding_layers=False)
     processor.save_pretrained(folder)
     base: Any = model.get_base_model()
+    info = base_info(base)
     description = AdapterDescription(
-        backbone=base.config.backbone,
-        backbone_fingerprint=base.backbone_fingerprint(),
-        quantization=base.quantization,
-        modalities=base.config.modalities,
-        fill_token_id=base.config.fill_token_id,
+        kind="hf" if info.hf else "composed",
+        backbone=info.name,
+        backbone_fingerprint=backbone_fingerprint(base),
+        quantization=info.quantization,  # type: ignore[arg-type]
+        modalities={} if info.hf else base.config.modalities,
+        fill_token_id=0 if info.hf else base.config.fill_token_id,
         parts=trained_parts(base),
+        decoding=processor.decoding,
+        interaction=processor.interaction,
         # A lost tokenizer or chat template would go unnoticed.
         files=sorted(path.name for path in folder.iterdir() if path.name not in _NOT_LISTED),
     )

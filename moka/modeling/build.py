@@ -19,12 +19,14 @@ from transformers.utils import is_torch_bf16_gpu_available
 from moka.adapter import MokaConfig
 from moka.adapter.config import DEFAULT_MODALITIES, TEXT
 from moka.adapter.targets import fill_targets
-from moka.adapter.text_decoder import coverage
+from moka.adapter.text_decoder import coverage, language_decoder
 from moka.config import MOKA_ONLY, ModelSection, RunConfig, adapter_settings
 from moka.errors import MokaError
 from moka.modeling import MokaForConditionalGeneration, MokaProcessor
 from moka.modeling.configuration import MokaModelConfig
 from moka.modeling.encoders import Encoder, build_encoder
+from moka.modeling.hf_model import base_info, load_mllm
+from moka.modeling.hf_processing import ChatProcessor
 from moka.modeling.language_models import load_config, load_tokenizer, loading_errors
 from moka.modeling.quantization import logical_numel
 
@@ -53,14 +55,23 @@ def choose_dtype(name: str) -> torch.dtype:
 
 def build_model(
     section: ModelSection, pretrained: bool = True, device: torch.device | str | None = None
-) -> tuple[MokaForConditionalGeneration, MokaProcessor]:
-    """The composed model with fresh projectors, and its processor.
+) -> tuple[Any, Any]:
+    """The base model and its processor: composed, with fresh projectors, or a Hugging Face multimodal LLM.
 
     Args:
         device: where a quantised model is; default: this process's GPU if there is one. Others are on the CPU.
     Raises:
         MokaError: a backbone that is not there, an unknown encoder or projector.
     """
+    if section.kind == "hf":
+        return load_mllm(
+            section.backbone,
+            choose_dtype(section.dtype),
+            section.interaction,
+            section.quantization,
+            device,
+            section.attn_implementation,
+        )
     folder = resolve_backbone(section.backbone)
     extra: dict[str, Any] = {}
     if section.attn_implementation:
@@ -98,43 +109,53 @@ def check_not_sharded(section: ModelSection, stages: Collection[TrainingArgument
         )
 
 
-def context_length(section: ModelSection, model: MokaForConditionalGeneration) -> int | None:
+def context_length(section: ModelSection, model: Any) -> int | None:
     """Longest sample in tokens: the configured one, within the backbone's context."""
-    context = getattr(model.config.text_config, "max_position_embeddings", None)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if section.max_length and context and section.max_length > context:
         raise MokaError(f"model.max_length: {section.max_length} exceeds the backbone's context of {context} tokens.")
     return section.max_length or context
 
 
-def adapter_modalities(model: MokaForConditionalGeneration) -> dict[str, list[int]]:
+def adapter_modalities(model: Any) -> dict[str, list[int]]:
     """Text and the model's own modalities, as ``MokaConfig.modalities`` wants them."""
-    return {TEXT: list(DEFAULT_MODALITIES[TEXT]), **{name: list(ids) for name, ids in model.config.type_ids.items()}}
+    return {
+        TEXT: list(DEFAULT_MODALITIES[TEXT]),
+        **{name: list(ids) for name, ids in base_info(model).type_ids.items()},
+    }
 
 
-def attach_adapter(model: MokaForConditionalGeneration, section: dict[str, Any]) -> PeftModel:
-    """Freeze the model, add the adapter of a section ``adapter``, keep projectors and trainable encoders training."""
+def attach_adapter(model: Any, section: dict[str, Any], processor: Any = None) -> PeftModel:
+    """Freeze the model, add the adapter of a section ``adapter``, keep projectors and trainable encoders training.
+
+    Args:
+        processor: of a Hugging Face multimodal LLM: the adapter then knows its turns and marks of media.
+    """
     try:
         with warnings.catch_warnings():
             # `moka train` prints the coverage itself.
             warnings.filterwarnings("ignore", message=r"target_modules: the adapter .* covers")
-            adapted = get_peft_model(model, _adapter_config(model, section))
+            adapted = get_peft_model(model, _adapter_config(model, section, processor))
     except ValueError as error:  # peft's own, and ours
         raise MokaError(f"adapter: {' '.join(str(error).split())}") from error
-    adapted.peft_config["default"].base_model_name_or_path = model.config.backbone
+    adapted.peft_config["default"].base_model_name_or_path = base_info(model).name
     for module in adapted.modules():
         if isinstance(module, Encoder) and module.is_trained:
             module.freeze_unused()  # peft made every parameter of its copy trainable
     return adapted
 
 
-def _adapter_config(model: MokaForConditionalGeneration, section: dict[str, Any]) -> PeftConfig:
+def _adapter_config(model: Any, section: dict[str, Any], processor: Any = None) -> PeftConfig:
     settings: dict[str, Any] = {
         **{key: value for key, value in adapter_settings(section).items() if key not in ("method", "preset")},
         "modules_to_save": trained_parts(model),
         "task_type": "CAUSAL_LM",
     }
     if section.get("method") != "lora":
-        return MokaConfig(**settings, modalities=adapter_modalities(model))
+        settings["modalities"] = adapter_modalities(model)
+        if isinstance(processor, ChatProcessor):
+            return MokaConfig.from_processor(processor.processor, **settings)
+        return MokaConfig(**settings)
     settings = {key: value for key, value in settings.items() if key not in MOKA_ONLY}
     settings["target_modules"] = _lora_targets(model, settings["target_modules"])
     return LoraConfig(lora_alpha=settings.pop("alpha"), lora_dropout=settings.pop("dropout"), **settings)
@@ -146,24 +167,30 @@ def adapter_coverage(adapted: PeftModel) -> float:
     return coverage(base, [name for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)])
 
 
-def adapter_parameters(model: MokaForConditionalGeneration, section: dict[str, Any]) -> int:
+def adapter_parameters(model: Any, section: dict[str, Any]) -> int:
     """Trainable parameters of the adapter that ``attach_adapter`` would add, and its errors, found on a model without
     memory: ``model`` itself is left as it is.
     """
     with torch.device("meta"), without_sharding():
         config: Any = copy.deepcopy(model.config)
-        skeleton = MokaForConditionalGeneration(config)
+        skeleton: Any = type(model)(config)
+        if base_info(model).hf:
+            skeleton.moka_base = base_info(model)
         return count_parameters(attach_adapter(skeleton, section))["adapter"]
 
 
-def _lora_targets(model: MokaForConditionalGeneration, targets: list[str] | str | None) -> str:
+def _lora_targets(model: Any, targets: list[str] | str | None) -> str:
     """Return a regex for what names mean to MokA, the decoder's layers: to peft's LoRA they reach encoders too."""
     if isinstance(targets, str):
         return targets
     config = MokaConfig(target_modules=targets)
     fill_targets(config, model)
     names = "|".join(re.escape(name) for name in sorted(config.target_modules or ()))
-    return rf"language_model\.(?:.*\.)?(?:{names})"
+    decoder = language_decoder(model)
+    path = next(name for name, module in model.named_modules() if module is decoder)
+    return (
+        rf"{re.escape(path)}\.(?:.*\.)?(?:{names})" if base_info(model).hf else rf"language_model\.(?:.*\.)?(?:{names})"
+    )
 
 
 def count_parameters(model: torch.nn.Module) -> dict[str, int]:
@@ -180,9 +207,11 @@ def count_parameters(model: torch.nn.Module) -> dict[str, int]:
     return counts
 
 
-def build_for_stage_two(config: RunConfig) -> tuple[MokaForConditionalGeneration, MokaProcessor]:
+def build_for_stage_two(config: RunConfig) -> tuple[Any, Any]:
     """The composed model with every projector filled from the connectors that the configuration names."""
     model, processor = build_model(config.model, device=_training_device(config))
+    if config.model.kind == "hf":
+        return model, processor
     filled: dict[str, str] = {}
     for folder in config.model.connectors:
         for part in load_connector(model, folder):
@@ -209,6 +238,11 @@ def build_processor(section: ModelSection) -> tuple[MokaForConditionalGeneration
     Raises:
         MokaError: a backbone that is not there, an unknown encoder or projector.
     """
+    if section.kind == "hf":
+        raise MokaError(
+            "model.kind: hf: this command counts tokens of moka's own processor only. `moka train` checks the data of a "
+            "Hugging Face model before it begins."
+        )
     folder = resolve_backbone(section.backbone)
     with loading_errors("model.backbone", section.backbone):
         tokenizer = load_tokenizer(folder, name=section.backbone)

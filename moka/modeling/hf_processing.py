@@ -7,6 +7,7 @@ messages -> chat template -> text -> processor (placeholders expanded, media pre
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,9 @@ from moka.adapter import turn_markers
 from moka.adapter.turns import question_groups
 from moka.errors import MokaError
 
-from .configuration import MEDIA_TYPE_IDS
+from .configuration import DEFAULT_TYPE_IDS, MEDIA_TYPE_IDS
 from .encoders.audio import samples_at
-from .processing import IGNORE, INTERACTIONS, Interaction, TooLongError
+from .processing import IGNORE, INTERACTIONS, ChatCalls, Interaction, TooLongError
 
 # Of a medium: the argument of processors, and the part of a processor that prepares it.
 _MEDIA = {
@@ -31,19 +32,22 @@ _MEDIA = {
 _PER_TOKEN = ("input_ids", "attention_mask", "labels", "mm_token_type_ids", "interaction_ids", "token_type_ids")
 
 
-class ChatProcessor:
+class ChatProcessor(ChatCalls):
     """Encodes chats for a Hugging Face multimodal LLM; ``encode`` and ``pad`` are those of `MokaProcessor`.
 
     Args:
         processor: the model's own (`transformers.ProcessorMixin`), with a chat template and a fast tokenizer.
         interaction: "own_turn": a medium interacts with the question of its own user turn (default);
             "first_turn": with the first question of the chat.
+        decoding: how media files are to be decoded for it, as in `MokaProcessor`.
     """
 
-    def __init__(self, processor: Any, interaction: Interaction = "own_turn") -> None:
+    def __init__(
+        self, processor: Any, interaction: Interaction = "own_turn", decoding: dict[str, Any] | None = None
+    ) -> None:
         if interaction not in INTERACTIONS:
             raise MokaError(f"interaction: {interaction!r} is not one of {', '.join(INTERACTIONS)}.")
-        self.processor, self.interaction = processor, interaction
+        self.processor, self.interaction, self.decoding = processor, interaction, dict(decoding or {})
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.name = type(processor).__name__
         if not getattr(self.tokenizer, "is_fast", False):
@@ -56,7 +60,31 @@ class ChatProcessor:
             sorted({*self.tokenizer.all_special_ids, *self.tokenizer.get_added_vocab().values()}), np.int64
         )
 
-    def encode(
+    @property
+    def modalities(self) -> dict[str, dict[str, Any]]:
+        """Return modality -> {"type_ids": its ``mm_token_type_ids``} of the media that the processor prepares."""
+        kinds = [kind for kind, (_, part) in _MEDIA.items() if getattr(self.processor, part, None) is not None]
+        takes = {MEDIA_TYPE_IDS[kind] for kind in kinds}
+        return {name: {"type_ids": ids} for name, ids in DEFAULT_TYPE_IDS.items() if takes.intersection(ids)}
+
+    @property
+    def chat_template(self) -> str | None:
+        """Return the processor's chat template, as Jinja text."""
+        return getattr(self.processor, "chat_template", None) or self.tokenizer.chat_template
+
+    def check_chat(self, messages: list[dict]) -> None:
+        """Refuse a chat that the template would refuse; media need not be decoded.
+
+        Raises:
+            MokaError: the template's reason.
+        """
+        self._render([{**message, "content": _parts(message)} for message in messages])
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the processor's files."""
+        self.processor.save_pretrained(str(folder))
+
+    def encode(  # type: ignore[override]
         self,
         messages: list[dict],
         *,

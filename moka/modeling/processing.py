@@ -60,7 +60,41 @@ class TooLongError(MokaError):
     """A sample that does not fit the context even with its text shortened."""
 
 
-class MokaProcessor:
+class ChatCalls:
+    """The calls that processors of chats have in common, by their ``encode``, ``pad`` and ``tokenizer``."""
+
+    tokenizer: Any
+
+    def __call__(
+        self,
+        messages: list[dict] | list[list[dict]],
+        *,
+        add_generation_prompt: bool = True,
+        max_length: int | None = None,
+        padding_side: str = "left",
+    ) -> BatchFeature:
+        """One chat or a list of chats to a padded batch of tensors; see ``encode`` for the fields."""
+        if not messages:
+            raise MokaError("The processor was given no chat.")
+        chats = [messages] if isinstance(messages[0], dict) else messages
+        encoded = [self.encode(c, add_generation_prompt=add_generation_prompt, max_length=max_length) for c in chats]
+        return self.pad(encoded, padding_side=padding_side)
+
+    def encode(self, messages: list[dict], **kwargs: Any) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def pad(self, encoded: Sequence[dict[str, Any]], padding_side: str = "left") -> BatchFeature:
+        raise NotImplementedError
+
+    def decode(self, token_ids: Any) -> str:
+        """Generated token ids to text, special tokens removed."""
+        return self.tokenizer.decode(token_ids, skip_special_tokens=True).strip()
+
+    def batch_decode(self, sequences: Any) -> list[str]:
+        return [self.decode(ids) for ids in sequences]
+
+
+class MokaProcessor(ChatCalls):
     """Renders the chat template, expands media placeholders, and writes ids, labels and media tensors.
 
     Args:
@@ -153,21 +187,6 @@ class MokaProcessor:
         chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
         return next(label for label in reversed(self.encode(chat)["labels"]) if label != IGNORE)
 
-    def __call__(
-        self,
-        messages: list[dict] | list[list[dict]],
-        *,
-        add_generation_prompt: bool = True,
-        max_length: int | None = None,
-        padding_side: str = "left",
-    ) -> BatchFeature:
-        """One chat or a list of chats to a padded batch of tensors; see ``encode`` for the fields."""
-        if not messages:
-            raise MokaError("The processor was given no chat.")
-        chats = [messages] if isinstance(messages[0], dict) else messages
-        encoded = [self.encode(c, add_generation_prompt=add_generation_prompt, max_length=max_length) for c in chats]
-        return self.pad(encoded, padding_side=padding_side)
-
     def check_chat(self, messages: list[dict]) -> None:
         """Refuse a chat that the template or the tokenizer would refuse; media need not be decoded.
 
@@ -188,7 +207,7 @@ class MokaProcessor:
                     f"text with half of a surrogate pair ({segment.text[error.start : error.end]!r})"
                 ) from error
 
-    def encode(
+    def encode(  # type: ignore[override]
         self,
         messages: list[dict],
         *,
@@ -253,13 +272,6 @@ class MokaProcessor:
                 if items:
                     batch[key] = torch.from_numpy(np.concatenate(items))
         return BatchFeature(batch)
-
-    def decode(self, token_ids: Any) -> str:
-        """Generated token ids to text, special tokens removed."""
-        return self.tokenizer.decode(token_ids, skip_special_tokens=True).strip()
-
-    def batch_decode(self, sequences: Any) -> list[str]:
-        return [self.decode(ids) for ids in sequences]
 
     def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
         """Write the tokenizer's files and ``moka_processor.json``."""

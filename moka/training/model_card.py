@@ -17,6 +17,7 @@ from moka.io import disk_full_errors, write_text
 from moka.modeling import MokaProcessor
 from moka.modeling.artifacts import ADAPTER
 from moka.modeling.configuration import DEFAULT_TYPE_IDS, MEDIA_TYPE_IDS
+from moka.modeling.hf_model import model_inputs
 
 from .distributed_backend import in_words
 from .run_dir import RunFolder
@@ -94,7 +95,7 @@ def write_card(folder: RunFolder, config: RunConfig, summary: dict[str, Any]) ->
         "base_model": config.model.backbone,
     }
     run = folder.path.as_posix()
-    modalities = ", ".join(["text", *config.model.modalities])
+    modalities = ", ".join(["text", *(config.model.modalities or summary.get("modalities", []))])
     text = f"""---
 {yaml.safe_dump(header, sort_keys=False).strip()}
 ---
@@ -171,7 +172,9 @@ def write_samples(folder: RunFolder, model: Any, processor: MokaProcessor, sampl
         question, reference = sample["messages"][:last], sample["messages"][last : last + 1]
         batch = processor(question).to(model.device)
         batch.pop("labels")
-        tokens = model.generate(**batch, max_new_tokens=config.evaluation.max_new_tokens, do_sample=False)
+        tokens = model.generate(
+            **model_inputs(model, batch), max_new_tokens=config.evaluation.max_new_tokens, do_sample=False
+        )
         record = {
             "id": sample["id"],
             "question": _text(question),

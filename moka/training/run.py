@@ -20,6 +20,7 @@ from moka.io import atomic_dir, read_jsonl, write_json
 from moka.modeling.artifacts import ADAPTER, load_connector, save_connector, save_result, take_connector, trained_parts
 from moka.modeling.build import adapter_coverage, attach_adapter, build_for_stage_two, count_parameters
 from moka.modeling.encoders import CachedEncoder, bring_back, set_aside
+from moka.modeling.hf_model import base_info
 from moka.modeling.sharding import is_sharded
 
 from .alignment import EmbeddingAlignment
@@ -103,8 +104,9 @@ def _encoded(run: Run, samples: Any, arguments: Any, report: Path) -> EncodedDat
 
 
 def _callbacks(run: Run, stage: int) -> list[Any]:
-    meter = Meter(run.model.config.type_ids)
-    guards = [DivergenceGuard(run.folder, SECTIONS[stage]), GradientGuard(SECTIONS[stage])]
+    type_ids = base_info(run.model).type_ids
+    meter = Meter(type_ids)
+    guards = [DivergenceGuard(run.folder, SECTIONS[stage]), GradientGuard(type_ids, SECTIONS[stage])]
     every = run.config.section(stage).get("observe_modalities", 0)
     observers = [ModalityObserver(every)] if every else []
     return [meter, *observers, MetricsWriter(run.folder, stage), ProgressBar(stage), *guards]
@@ -194,7 +196,7 @@ def train_adapter(run: Run) -> PeftModel:
     run.interruption.check()
     # Again: a resumed run, which has not gone through stage 1, draws the same adapter.
     draw_seed(run.config, 2)
-    adapted = attach_adapter(run.model, run.config.adapter)
+    adapted = attach_adapter(run.model, run.config.adapter, run.processor)
     share = adapter_coverage(adapted)
     remedy = "; leave adapter.target_modules out, or name more layers, if more was intended" if share < 0.5 else ""
     print_main(f"stage 2: the adapter covers {share:.0%} of the decoder's block weights{remedy}")
@@ -236,7 +238,8 @@ def finish(run: Run, result: PeftModel | None) -> None:
     if result is not None and validation is not None:
         # On all processes: each may hold but a part of the model.
         run_on_all(lambda: write_samples(run.folder, result, run.processor, validation, run.config))
-    bring_back(run.model)  # encoders whose features came from a cache
+    if run.features is not None:
+        bring_back(run.model)
     run_on_main(lambda: _write_artefacts(run, result, time.monotonic() - run.started))
 
 

@@ -16,6 +16,7 @@ from moka.data.streaming import EncodedStream
 from moka.distributed import all_gather_object, all_reduce_any, collective_errors, is_main
 from moka.errors import MokaError, counted
 from moka.io import write_json
+from moka.modeling.hf_model import base_info, model_inputs
 
 from .gradients import media_part
 from .run_dir import DIVERGED, RunFolder
@@ -119,8 +120,8 @@ class DivergenceGuard(TrainerCallback):
 class GradientGuard(TrainerCallback):
     """Checks once, at the first step with finite gradients, that they reach what is trained (`unreached`)."""
 
-    def __init__(self, section: str = "training") -> None:
-        self.section = section
+    def __init__(self, type_ids: dict[str, list[int]], section: str = "training") -> None:
+        self.type_ids, self.section = type_ids, section
         self.done = False
         self.ids: set[int] = set()
 
@@ -136,7 +137,7 @@ class GradientGuard(TrainerCallback):
         if not all(math.isfinite(value) for values in found.values() for value in values or []):
             return  # a loss scale still too large, or a divergence, which has its own guard
         self.done = True
-        seen = {name for name, its in trainer.model.config.type_ids.items() if ids & set(its)}
+        seen = {name for name, its in self.type_ids.items() if ids & set(its)}
         missing = unreached(found, seen)
         with collective_errors():
             if missing:
@@ -198,6 +199,7 @@ def logits_change(trainer: Any) -> float | None:
     was_training = model.training
     model.eval()
     with torch.no_grad(), trainer.compute_loss_context_manager():
+        inputs = model_inputs(trainer.model, inputs)
         adapted = model(**inputs).logits.float()
         # Not peft's disable_adapter, which also takes trained projectors out.
         layers = [module for module in trainer.model.modules() if isinstance(module, BaseTunerLayer)]
@@ -215,7 +217,7 @@ def _adapted_samples(dataset: Any, model: Any) -> list[Any]:
     config = model.peft_config[model.active_adapter]
     adapted = set(getattr(config, "adapted", ["text"]))
     ids = {0} if "text" in adapted else set()
-    ids |= {i for name, its in model.config.type_ids.items() if name in adapted for i in its}
+    ids |= {i for name, its in base_info(model).type_ids.items() if name in adapted for i in its}
     found = []
     stream = dataset.of_one_process() if isinstance(dataset, EncodedStream) else None
     samples = stream if stream is not None else (dataset[index] for index in range(len(dataset)))

@@ -111,7 +111,8 @@ def _open_run(config: RunConfig, folder: RunFolder, resume: bool, overwrite: boo
             yield None
             return
     # What has to be downloaded and prepared is so once.
-    run_on_all(lambda: resolve_backbone(config.model.backbone), main_first=True)
+    if config.model.kind == "composed":
+        run_on_all(lambda: resolve_backbone(config.model.backbone), main_first=True)
     datasets = run_on_all(lambda: open_data(config), main_first=True)
     run_on_all(lambda: check_files(datasets, config, rank_and_world_size()))
     for note in dict.fromkeys(note for samples in datasets.values() for note in samples.notes):

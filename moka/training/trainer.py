@@ -35,8 +35,8 @@ from moka.data.streaming import EncodedStream
 from moka.distributed import all_gather_object, collective_errors, is_main, run_on_all, run_on_main
 from moka.errors import MokaError
 from moka.io import disk_full_errors
-from moka.modeling import MokaForConditionalGeneration
 from moka.modeling.artifacts import connector_state, load_connector, save_adapter, save_connector
+from moka.modeling.hf_model import backbone_fingerprint, base_info, model_inputs
 from moka.modeling.sharding import fsdp_requested, full_state_dict, loading_full_tensors, without_wrappers
 
 from .alignment import EmbeddingAlignment, share_captions
@@ -147,7 +147,9 @@ class MokaTrainer(Trainer):
         sample_ids = inputs.pop("sample_ids", [])
         if model.training:
             self.notify("on_batch", inputs, sample_ids)
-        found: Any = super().compute_loss(model, {**inputs, "loss_only": True}, return_outputs, num_items_in_batch)
+        trained: Any = self.model
+        own = model_inputs(trained, inputs) if base_info(trained).hf else {**inputs, "loss_only": True}
+        found: Any = super().compute_loss(model, own, return_outputs, num_items_in_batch)
         if model.training:
             self.notify("on_loss", (found[0] if return_outputs else found).detach(), sample_ids)
         return found
@@ -320,14 +322,14 @@ def _memory_errors(arguments: TrainingArguments, section: str) -> Iterator[None]
 
 def trained_state(model: Any) -> dict[str, torch.Tensor]:
     """Return the adapter with its saved modules, or the connector: full tensors, on the CPU; every process has to call it."""
-    composed_of(model).backbone_fingerprint()  # what is saved names it; of shards, one process could not compute it
+    backbone_fingerprint(composed_of(model))  # what is saved names it; of shards, one process could not compute it
     if not isinstance(model, PeftModel):
         return connector_state(composed_of(model))
     return full_state_dict(model, lambda key, tensor: tensor.requires_grad or ".modules_to_save." in key)
 
 
-def composed_of(model: Any) -> MokaForConditionalGeneration:
-    """Return the composed model inside an objective or a peft model, or itself."""
+def composed_of(model: Any) -> Any:
+    """Return the base model inside an objective or a peft model, or itself."""
     if isinstance(model, PeftModel):
         model = model.get_base_model()
     return model.model if isinstance(model, EmbeddingAlignment) else model

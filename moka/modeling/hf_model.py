@@ -1,0 +1,142 @@
+"""A Hugging Face multimodal LLM as the base model of a run (``model: {kind: hf, name: ...}``), and what runs know of bases."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import AutoModelForMultimodalLM, AutoProcessor, BitsAndBytesConfig
+
+from moka.adapter import MokaConfig
+from moka.errors import MokaError
+
+from .hf_processing import ChatProcessor
+from .language_models import loading_errors
+from .model import MokaForConditionalGeneration, fingerprint
+from .processing import Interaction
+from .quantization import check_quantization
+
+_EXPECTED = "a folder or hub name of a multimodal LLM that transformers knows (AutoModelForMultimodalLM)"
+
+
+@dataclass
+class BaseInfo:
+    """Facts of a base model that are stored with adapters and used in messages.
+
+    Args:
+        name: folder or hub name.
+        type_ids: modality -> its ``mm_token_type_ids``, text left out.
+        quantization: of its linear layers: nf4, int8 or None.
+        hf: whether it is a Hugging Face multimodal LLM; else a composed model.
+    """
+
+    name: str
+    type_ids: dict[str, list[int]]
+    quantization: str | None = None
+    hf: bool = True
+    fingerprint: str | None = None
+
+
+def base_info(model: Any) -> BaseInfo:
+    """Return the facts of a base model, or of the one inside a peft model or an objective."""
+    if isinstance(model, PeftModel):
+        model = model.get_base_model()
+    inner = getattr(model, "model", None)
+    if not isinstance(model, MokaForConditionalGeneration) and isinstance(inner, MokaForConditionalGeneration):
+        model = inner  # of an objective of stage 1
+    if isinstance(model, MokaForConditionalGeneration):
+        return BaseInfo(model.config.backbone, model.config.type_ids, model.quantization, hf=False)
+    return model.moka_base
+
+
+def backbone_fingerprint(model: Any) -> str:
+    """Return the fingerprint of a base model's weights; of sharded ones every process has to call it."""
+    if isinstance(model, MokaForConditionalGeneration):
+        return model.backbone_fingerprint()
+    info = base_info(model)
+    info.fingerprint = info.fingerprint or fingerprint(model)
+    return info.fingerprint
+
+
+def load_mllm(
+    name: str,
+    dtype: torch.dtype,
+    interaction: Interaction = "own_turn",
+    quantization: str | None = None,
+    device: torch.device | str | None = None,
+    attn_implementation: str | None = None,
+) -> tuple[Any, ChatProcessor]:
+    """Load a multimodal LLM and its processor; of a speaking model (Qwen2.5-Omni) the part that understands.
+
+    Args:
+        quantization: nf4 or int8 for its linear layers, by bitsandbytes, on ``device`` (default: this process's GPU, if any).
+    Raises:
+        MokaError: it cannot be loaded, or has no processor with a chat template.
+    """
+    extra: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    if quantization is not None:
+        check_quantization(quantization)
+        settings: dict[str, Any] = {"load_in_8bit": True}
+        if quantization == "nf4":
+            settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+            settings["bnb_4bit_use_double_quant"] = True
+        where = device or (f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu")
+        extra |= {"quantization_config": BitsAndBytesConfig(**settings), "device_map": {"": where}}
+    if name.startswith("tiny:"):
+        from moka.testing.tiny_mllms import tiny_kind, tiny_model, tiny_processor  # known by name only
+
+        model: Any = tiny_model(tiny_kind(name))
+        model = model.to(dtype)
+        own = tiny_processor(tiny_kind(name))
+    else:
+        with loading_errors("model.name", name, _EXPECTED):
+            own = AutoProcessor.from_pretrained(name, trust_remote_code=False)
+            model = AutoModelForMultimodalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False, **extra)
+            model = getattr(model, "thinker", model)
+    processor = ChatProcessor(own, interaction)
+    type_ids = {modality: spec["type_ids"] for modality, spec in processor.modalities.items()}
+    model.moka_base = BaseInfo(name, type_ids, quantization)
+    return model.eval(), processor
+
+
+def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a model takes of a batch: without MokA in it, a Hugging Face model knows no routing."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    routed = isinstance(model, PeftModel) and any(isinstance(c, MokaConfig) for c in model.peft_config.values())
+    if routed or isinstance(base, MokaForConditionalGeneration) or not hasattr(base, "moka_base"):
+        return dict(batch)
+    takes = inspect.signature(type(base).forward).parameters
+    return {k: v for k, v in batch.items() if k not in ("interaction_ids", "mm_token_type_ids") or k in takes}
+
+
+def check_hf_run(
+    model: Any, stages: list[int], training: Mapping[str, Any], feature_cache: str | None, where: str
+) -> None:
+    """Refuse settings of a run that mean nothing for a Hugging Face multimodal LLM.
+
+    Args:
+        model: a section ``model`` of kind hf.
+    Raises:
+        MokaError: names the key and the way out.
+    """
+    problems = {
+        "model.name is not set: name a folder or hub model": not model.name,
+        "model.modalities: the model has its own encoders; take it out": bool(model.modalities),
+        "model.connectors: the model has its own projectors; take it out": bool(model.connectors),
+        "model.chat_template: the processor's own is used; take it out": model.chat_template is not None,
+        f"stages: {stages}: there are no connectors to train; set stages: [2]": stages != [2],
+        "training.packing: samples of a row would see each other's media; take it out": bool(training.get("packing")),
+        "training.train_sampling_strategy: lengths are not known before encoding; use random": training.get(
+            "train_sampling_strategy"
+        )
+        == "group_by_length",
+        "data.feature_cache: encoders of Hugging Face models are not cached; take it out": feature_cache is not None,
+    }
+    for problem, found in problems.items():
+        if found:
+            raise MokaError(f"{where}: model.kind is hf, and {problem}.")
