@@ -94,10 +94,10 @@ def interaction_pictures(
     Returns:
         {place, words: [{word, low, high, uri}]} of up to `MAPS` samples, and if there is none the reason.
     """
-    if not hasattr(reader, "encoder"):
+    if not hasattr(reader, "processor"):
         return [], "the data are batches, without pictures"
     reason, found = "no sample that is shown has one picture and a question", []
-    decode = reader.encoder.processor.tokenizer.decode
+    decode = reader.processor.tokenizer.decode
     for place in places:
         pictures = [
             part["image"] for message in reader.decoded(place) for part in message["content"] if part["type"] == "image"

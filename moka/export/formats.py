@@ -33,12 +33,12 @@ from moka.inference import LoadedModel
 from moka.io import read_json, write_json
 from moka.modeling.artifacts import ADAPTER, MODEL_CONFIG, save_adapter
 from moka.modeling.build import resolve_backbone
+from moka.modeling.hf_model import base_info
 from moka.modeling.model import fingerprint
 
 TEXT_MERGED, HF_BACKBONE, LORA = "text-merged", "hf-backbone", "lora"
 FORMATS = (TEXT_MERGED, HF_BACKBONE, LORA)
 BACKBONE = "backbone"
-INSIDE = "language_model."
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
@@ -73,8 +73,11 @@ class Source:
         self.base: Any = live.model.get_base_model()
         self.config: Any = live.model.peft_config["default"]
         self.is_moka = isinstance(self.config, MokaConfig)
+        self.info = base_info(self.base)
+        # What is written: of a composed model the language model, of a Hugging Face multimodal LLM all of it.
+        self.inside = "" if self.info.hf else "language_model."
         # Of the weights that are written; the comparison is made in float32.
-        self.dtype: torch.dtype = self.base.language_model.dtype  # type: ignore[assignment]
+        self.dtype: torch.dtype = self.root.dtype
         self.modality = modality or TEXT
         if problem := self._problem(modality):
             raise MokaError(f"{live.folder}: {problem}")
@@ -88,9 +91,14 @@ class Source:
             self._check_not_tied()
 
     @property
+    def root(self) -> Any:
+        """Return the model that is written, which has the adapter inside."""
+        return self.base if self.info.hf else self.base.language_model
+
+    @property
     def backbone_place(self) -> str:
         """Where others find the backbone: an embedded one by its folder, which they need no moka to read."""
-        return str(resolve_backbone(self.base.config.backbone))
+        return self.info.name if self.info.hf else str(resolve_backbone(self.info.name))
 
     @property
     def lossless_for_media(self) -> bool:
@@ -102,8 +110,8 @@ class Source:
         if self.format == TEXT_MERGED:
             return []
         parts = []
-        media = list(self.base.config.modalities)
-        if media:
+        media = list(self.info.type_ids)
+        if media and not self.info.hf:
             parts.append(f"the encoders and projectors of {', '.join(media)}: it takes no media by itself")
         if self.is_moka:
             others = [name for name in self.config.adapted if name != self.modality]
@@ -153,7 +161,7 @@ class Source:
         """Return the updates of the language model's layers; adapted encoders of a plain LoRA are lost with the encoders."""
         updates = []
         for path, module in self.base.named_modules():
-            inside = path.startswith(INSIDE)
+            inside = path.startswith(self.inside)
             if isinstance(module, AuxiliaryTrainingWrapper) and inside:
                 raise MokaError(f"{path} is in modules_to_save, and inside the language model; it cannot be exported.")
             if not isinstance(module, BaseTunerLayer) or not (inside or self.is_moka):
@@ -174,12 +182,12 @@ class Source:
                 )
             A, B = A.detach().float().contiguous(), B.detach().float().contiguous()
             transposed = isinstance(layer.get_base_layer(), Conv1D)
-            name = path.removeprefix(INSIDE)
+            name = path.removeprefix(self.inside)
             updates.append(Update(name, A, B, r["default"], alpha["default"], scale["default"], transposed))
         return updates
 
     def _check_not_tied(self) -> None:
-        model = self.base.language_model
+        model = self.root
         uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
         tied = [u.name for u in self.updates if uses[id(model.get_submodule(u.name).get_base_layer().weight)] > 1]
         if tied:
@@ -232,11 +240,11 @@ def _write_text_merged(source: Source, folder: Path) -> None:
 
 def _write_backbone(source: Source, folder: Path) -> str:
     """Write the merged language model with tokenizer, chat template and generation config; return its fingerprint."""
-    model = merged_copy(source.base.language_model)
+    model = merged_copy(source.root)
     # The token that ends an answer may be another than the backbone's own.
     model.generation_config = _saveable(source.base.generation_config)
     model.save_pretrained(str(folder))
-    _save_tokenizer(source, folder)
+    _save_processor(source, folder)
     return fingerprint(model)
 
 
@@ -251,7 +259,11 @@ def _saveable(config: Any) -> Any:
     return config
 
 
-def _save_tokenizer(source: Source, folder: Path) -> None:
+def _save_processor(source: Source, folder: Path) -> None:
+    """Write the processor of a Hugging Face multimodal LLM; of a language model its tokenizer, with the chat template."""
+    if source.info.hf:
+        source.live.processor.save_pretrained(folder)
+        return
     tokenizer = copy.deepcopy(source.live.processor.tokenizer)
     tokenizer.chat_template = source.live.processor.chat_template or tokenizer.chat_template
     tokenizer.save_pretrained(str(folder))
@@ -271,7 +283,7 @@ def _write_lora(source: Source, folder: Path) -> None:
         alpha_pattern={u.name: _whole_number(u.alpha) for u in updates if u.alpha != alpha},
         use_rslora=source.config.use_rslora,
         lora_dropout=0.0,
-        target_modules=_target_modules(source.base.language_model, [u.name for u in updates]),
+        target_modules=_target_modules(source.root, [u.name for u in updates]),
         fan_in_fan_out=any(u.transposed for u in updates),
         bias="none",
         task_type="CAUSAL_LM",
@@ -285,7 +297,7 @@ def _write_lora(source: Source, folder: Path) -> None:
     write_json(folder / CONFIG_NAME, {**saved, "target_modules": sorted(saved["target_modules"])})
     meta = {"format": "pt", "moka_path": source.modality, "moka_lost": "; ".join(source.lost())}
     save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata=meta)
-    _save_tokenizer(source, folder)
+    _save_processor(source, folder)
 
 
 def _whole_number(alpha: float) -> Any:

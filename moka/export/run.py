@@ -18,6 +18,7 @@ from moka.errors import MokaError, nearest
 from moka.inference import EXPORT, export_kind, find_adapter, load
 from moka.io import atomic_dir, check_output_folder, write_json, write_text
 from moka.modeling.artifacts import ADAPTER, AdapterDescription
+from moka.modeling.hf_model import backbone_fingerprint
 from moka.training.run_dir import CONFIG
 
 from . import formats, verify
@@ -81,7 +82,7 @@ def export(
     own = None if samples is None else JsonlDataset(samples, require_answer=False)
     live = load(adapter, device="cpu", dtype=dtype, backbone=backbone, dequantize=True)
     source = Source(live, format, modality)
-    name = source.base.config.backbone
+    name = source.info.name
     if Path(source.backbone_place).resolve().is_relative_to(out):
         raise MokaError(f"--output: {out} has the backbone {name} of this run; choose another folder.")
     probes = make_probes(live, own)
@@ -118,7 +119,7 @@ def export(
         losses=checks.losses,
         bytes=size,
         lost=source.lost(),
-        next_command=_next_command(format, str(output), source.backbone_place),
+        next_command=_next_command(format, str(output), source.backbone_place, source.info.hf),
         trained_on=AdapterDescription.read(adapter).quantization,
     )
 
@@ -132,7 +133,6 @@ def _keep_config(adapter: Path, folder: Path, format: str) -> None:
 
 
 def _description(source: Source, adapter: Path, checks: Checks) -> dict[str, Any]:
-    base = source.base
     return {
         "kind": source.format,
         "format_version": 1,
@@ -140,8 +140,8 @@ def _description(source: Source, adapter: Path, checks: Checks) -> dict[str, Any
             "adapter": str(adapter),
             "adapter_sha256": hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest(),
             "method": "moka" if source.is_moka else "lora",
-            "backbone": base.config.backbone,
-            "backbone_fingerprint": base.backbone_fingerprint(),
+            "backbone": source.info.name,
+            "backbone_fingerprint": backbone_fingerprint(source.base),
         },
         "path": source.modality if source.is_moka else "all",
         "dtype": str(source.dtype).removeprefix("torch."),
@@ -165,9 +165,10 @@ def _description(source: Source, adapter: Path, checks: Checks) -> dict[str, Any
     }
 
 
-def _next_command(format: str, output: str, backbone: str) -> str:
+def _next_command(format: str, output: str, backbone: str, hf: bool) -> str:
     place = shlex.quote(output)
     if format == TEXT_MERGED:
         return f'moka generate {place} "Your question?"'
-    load_model = f'AutoModelForCausalLM.from_pretrained("{output if format == HF_BACKBONE else backbone}")'
+    auto = "AutoModelForMultimodalLM" if hf else "AutoModelForCausalLM"
+    load_model = f'{auto}.from_pretrained("{output if format == HF_BACKBONE else backbone}")'
     return f'PeftModel.from_pretrained({load_model}, "{output}")' if format == LORA else load_model

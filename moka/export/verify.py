@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel
+from PIL import Image
 from transformers import AutoModelForCausalLM
 
 from moka.adapter.config import TEXT
@@ -17,6 +20,8 @@ from moka.data.jsonl import JsonlDataset
 from moka.data.media_io import BadMediaError
 from moka.errors import MokaError
 from moka.inference import LoadedModel, load
+from moka.modeling.hf_model import base_info, load_mllm, model_inputs
+from moka.modeling.media import Waveform
 
 from .formats import HF_BACKBONE, LORA, TEXT_MERGED, Source
 
@@ -62,12 +67,14 @@ class Checks:
 def make_probes(live: LoadedModel, samples: JsonlDataset | None = None) -> list[Probe]:
     """Random text, random media of each modality and of all at once, and the user's own samples."""
     base: Any = live.model.get_base_model()
-    names = list(base.config.modalities)
+    info = base_info(base)
+    names = list(info.type_ids)
     generator = torch.Generator().manual_seed(0)
     wanted: list[tuple[str, list[str]]] = [("random text", []), *((f"random {name}", [name]) for name in names)]
     if len(names) > 1:
         wanted.append(("random media of all kinds", names))
-    probes = [_random_probe(base, name, media, generator) for name, media in wanted]
+    make = partial(_random_chats, live) if info.hf else partial(_random_probe, base)
+    probes = [make(name, media, generator) for name, media in wanted]
     if samples is not None:
         probes += _own_probes(live, samples)
     return probes
@@ -102,6 +109,25 @@ def _random_probe(base: Any, name: str, media: list[str], generator: torch.Gener
     return Probe(name, inputs, bool(media))
 
 
+def _random_chats(live: LoadedModel, name: str, media: list[str], generator: torch.Generator) -> Probe:
+    """Return questions of random digits; all but the last have noise as pictures or sound before them."""
+    noise = np.random.default_rng(int(torch.randint(0, 2**31, (), generator=generator)))
+    chats = []
+    for number in range(len(_ROWS)):
+        parts: list[dict[str, Any]] = []
+        if "visual" in media and number < len(_ROWS) - 1:
+            picture = noise.integers(0, 256, (56, 56 + 28 * number, 3), np.uint8)
+            parts.append({"type": "image", "image": Image.fromarray(picture)})
+        if "audio" in media and number < len(_ROWS) - 1:
+            sound = noise.standard_normal(8000 + 4000 * number).astype(np.float32) / 9
+            parts.append({"type": "audio", "audio": Waveform(sound, 16_000)})
+        parts.append({"type": "text", "text": f"What is {noise.integers(0, 10 ** (3 * number + 1))}?"})
+        chats.append([{"role": "user", "content": parts}])
+    batch = live.processor.pad([live.processor.encode(chat, add_generation_prompt=True) for chat in chats])
+    batch.pop("labels")
+    return Probe(name, dict(batch), bool(media))
+
+
 def _words(base: Any, count: int, generator: torch.Generator) -> list[int]:
     return torch.randint(0, base.config.vocab_size, (count,), generator=generator).tolist()
 
@@ -124,7 +150,7 @@ def _own_probes(live: LoadedModel, samples: JsonlDataset) -> list[Probe]:
 def live_logits(live: LoadedModel, probes: Sequence[Probe]) -> list[torch.Tensor]:
     """[valid tokens, vocabulary] float32 of each probe."""
     model: Any = live.model.eval()
-    return [model(**probe.inputs).logits[probe.valid].float() for probe in probes]
+    return [model(**model_inputs(model, probe.inputs)).logits[probe.valid].float() for probe in probes]
 
 
 @torch.no_grad()
@@ -140,11 +166,12 @@ def verify(source: Source, folder: Path, probes: Sequence[Probe], expected: Sequ
     checks = Checks(expected=len(updates), tolerance=TOLERANCE[source.dtype])
     if source.format == TEXT_MERGED:
         back: Any = load(folder, device="cpu", dtype="float32")
-        _compare_weights(source, back.model.get_base_model().language_model, checks)
+        base = back.model.get_base_model()
+        _compare_weights(source, base if source.info.hf else base.language_model, checks)
         _note_all(checks, probes, expected, live_logits(back, probes), strict=True)
         return checks
     if source.format == HF_BACKBONE:
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+        model: Any = _read_model(source, str(folder), torch.float32)
         _compare_weights(source, model, checks)
     else:
         model = _with_lora(source, folder)
@@ -156,7 +183,8 @@ def verify(source: Source, folder: Path, probes: Sequence[Probe], expected: Sequ
         return checks
     if source.format == LORA:
         # The live adapter with every token on the exported path is what the LoRA must equal, whatever the tokens are.
-        routed = [_embedded_logits(source, source.base.language_model, probe, source.modality) for probe in probes]
+        live_model = source.model if source.info.hf else source.root
+        routed = [_embedded_logits(source, live_model, probe, source.modality) for probe in probes]
         _note_all(checks, probes, routed, answers, strict=True, suffix=f", all on the {source.modality} path")
     for probe, live, got in zip(probes, expected, answers, strict=True):
         exact = not probe.media and source.modality == TEXT
@@ -167,7 +195,7 @@ def verify(source: Source, folder: Path, probes: Sequence[Probe], expected: Sequ
 def _compare_weights(source: Source, back: Any, checks: Checks) -> None:
     """Every tensor read back is the live one, and those of the adapted maps have the text path on top."""
     updates = {f"{update.name}.weight": update for update in source.updates}
-    live, read = _backbone_tensors(source.base.language_model), _backbone_tensors(back)
+    live, read = _backbone_tensors(source.root), _backbone_tensors(back)
     if set(live) != set(read):
         raise VerificationError(f"tensors missing or extra: {', '.join(sorted(set(live) ^ set(read))[:3])}")
     for name, tensor in live.items():
@@ -190,7 +218,7 @@ def _compare_weights(source: Source, back: Any, checks: Checks) -> None:
             raise VerificationError(f"{name} is not the backbone's weight plus the {source.modality} path")
     if checks.changed == 0:
         raise VerificationError("no weight changed: the text path is too small for this dtype; use --dtype float32")
-    if _tied(back) != _tied(source.base.language_model):
+    if _tied(back) != _tied(source.root):
         raise VerificationError("input and output embeddings are tied in one of the models, and not in the other")
 
 
@@ -210,12 +238,17 @@ def _tied(model: Any) -> bool:
 
 def _with_lora(source: Source, folder: Path) -> Any:
     """The bare backbone from where it is, under the LoRA that was written."""
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        source.backbone_place, dtype=source.dtype, trust_remote_code=False
-    )
+    model = _read_model(source, source.backbone_place, source.dtype)
     if getattr(model, "is_quantized", False):
         model = model.dequantize(dtype=source.dtype)
     return PeftModel.from_pretrained(model.float(), str(folder))
+
+
+def _read_model(source: Source, place: str, dtype: torch.dtype) -> Any:
+    """Read the model that an export is, or that it belongs to, as others do."""
+    if source.info.hf:
+        return load_mllm(place, dtype)[0]
+    return AutoModelForCausalLM.from_pretrained(place, dtype=dtype, trust_remote_code=False)
 
 
 def _compare_updates(source: Source, model: Any, checks: Checks) -> None:
@@ -235,6 +268,12 @@ def _compare_updates(source: Source, model: Any, checks: Checks) -> None:
 def _embedded_logits(source: Source, model: Any, probe: Probe, modality: str | None = None) -> torch.Tensor:
     """Logits of a bare language model for embeddings with the live model's media in them."""
     inputs, base = probe.inputs, source.base
+    if source.info.hf:
+        own = dict(inputs)
+        if modality is not None:
+            own["mm_token_type_ids"] = torch.full_like(inputs["attention_mask"], source.config.modalities[modality][0])
+            own["interaction_ids"] = torch.zeros_like(inputs["attention_mask"])
+        return model(**model_inputs(model, own)).logits[probe.valid].float()
     media = {key: inputs[key] for key in ("pixel_values", "input_features") if key in inputs}
     embeds = base.merge_embeddings(inputs["input_ids"], inputs["mm_token_type_ids"], **media)
     mask = inputs["attention_mask"]
