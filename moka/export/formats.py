@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -197,10 +198,13 @@ class Source:
             )
 
 
-def merged_copy(language_model: nn.Module) -> Any:
-    """Return a copy of an adapted language model with the text path (of a LoRA: all of it) in its weights, and no adapter.
+def merged_copy(language_model: nn.Module, updates: Sequence[Update] | None = None) -> Any:
+    """Return a copy of an adapted model with the text path (of a LoRA: all of it) in its weights, and no adapter.
 
     peft's ``merge_and_unload`` (0.21) fails if a full encoder is in ``modules_to_save``.
+
+    Args:
+        updates: what is added to the weights instead.
     """
     routed = {id(m.moka_model): m.moka_model for m in language_model.modules() if isinstance(m, MokaLinear)}
     for one in routed.values():
@@ -213,9 +217,13 @@ def merged_copy(language_model: nn.Module) -> Any:
             one.attach()
     for name, module in list(copied.named_modules()):
         if isinstance(module, BaseTunerLayer):
-            module.merge(safe_merge=True)
+            if updates is None:
+                module.merge(safe_merge=True)
             parent, _, child = name.rpartition(".")
             setattr(copied.get_submodule(parent), child, module.get_base_layer())
+    for update in updates or ():
+        weight: Any = copied.get_submodule(update.name).weight
+        weight.data += update.delta().to(weight)
     return copied
 
 

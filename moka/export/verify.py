@@ -23,7 +23,7 @@ from moka.inference import LoadedModel, load
 from moka.modeling.hf_model import base_info, load_mllm, model_inputs
 from moka.modeling.media import Waveform
 
-from .formats import HF_BACKBONE, LORA, TEXT_MERGED, Source
+from .formats import HF_BACKBONE, LORA, TEXT_MERGED, Source, merged_copy
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 MAX_SAMPLES = 32
@@ -182,8 +182,9 @@ def verify(source: Source, folder: Path, probes: Sequence[Probe], expected: Sequ
         _note_all(checks, probes, expected, answers, strict=True)
         return checks
     if source.format == LORA:
-        # The live adapter with every token on the exported path is what the LoRA must equal, whatever the tokens are.
-        live_model = source.model if source.info.hf else source.root
+        # The live adapter with every token on the exported path is what the LoRA must equal, whatever the tokens are. Models
+        # of Hugging Face also make positions of the type ids, so that path is in the weights there.
+        live_model = merged_copy(source.root, source.updates) if source.info.hf else source.root
         routed = [_embedded_logits(source, live_model, probe, source.modality) for probe in probes]
         _note_all(checks, probes, routed, answers, strict=True, suffix=f", all on the {source.modality} path")
     for probe, live, got in zip(probes, expected, answers, strict=True):
@@ -269,11 +270,7 @@ def _embedded_logits(source: Source, model: Any, probe: Probe, modality: str | N
     """Logits of a bare language model for embeddings with the live model's media in them."""
     inputs, base = probe.inputs, source.base
     if source.info.hf:
-        own = dict(inputs)
-        if modality is not None:
-            own["mm_token_type_ids"] = torch.full_like(inputs["attention_mask"], source.config.modalities[modality][0])
-            own["interaction_ids"] = torch.zeros_like(inputs["attention_mask"])
-        return model(**model_inputs(model, own)).logits[probe.valid].float()
+        return model(**model_inputs(model, inputs)).logits[probe.valid].float()
     media = {key: inputs[key] for key in ("pixel_values", "input_features") if key in inputs}
     embeds = base.merge_embeddings(inputs["input_ids"], inputs["mm_token_type_ids"], **media)
     mask = inputs["attention_mask"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,11 +15,12 @@ from transformers import AutoModelForMultimodalLM, AutoProcessor, BitsAndBytesCo
 
 from moka.adapter import MokaConfig
 from moka.errors import MokaError
+from moka.io import read_json
 
 from .hf_processing import ChatProcessor
 from .language_models import loading_errors
 from .model import MokaForConditionalGeneration, fingerprint
-from .processing import Interaction
+from .processing import IGNORE, Interaction
 from .quantization import check_quantization
 
 _EXPECTED = "a folder or hub name of a multimodal LLM that transformers knows (AutoModelForMultimodalLM)"
@@ -88,13 +90,15 @@ def load_mllm(
         where = device or (f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu")
         extra |= {"quantization_config": BitsAndBytesConfig(**settings), "device_map": {"": where}}
     if name.startswith("tiny:"):
-        from moka.testing.tiny_mllms import tiny_kind, tiny_model, tiny_processor  # known by name only
+        from moka.testing import tiny_mllms  # known by name only
 
-        model: Any = tiny_model(tiny_kind(name))
+        model: Any = tiny_mllms.tiny_model(tiny_mllms.tiny_kind(name))
         model = model.to(dtype)
-        own = tiny_processor(tiny_kind(name))
+        own = tiny_mllms.tiny_processor(tiny_mllms.tiny_kind(name))
     else:
         with loading_errors("model.name", name, _EXPECTED):
+            if "Tiny" in str(_processor_class(name)):
+                import moka.testing.tiny_mllms  # noqa: F401  # registers the processors of `--tiny`
             own = AutoProcessor.from_pretrained(name, trust_remote_code=False)
             model = AutoModelForMultimodalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False, **extra)
             model = getattr(model, "thinker", model)
@@ -104,14 +108,57 @@ def load_mllm(
     return model.eval(), processor
 
 
+def _processor_class(name: str) -> Any:
+    """Return what a local folder says of the class of its processor."""
+    path = Path(name) / "processor_config.json"
+    return read_json(path, dict).get("processor_class") if path.is_file() else None
+
+
 def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a model takes of a batch: without MokA in it, a Hugging Face model knows no routing."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     routed = isinstance(model, PeftModel) and any(isinstance(c, MokaConfig) for c in model.peft_config.values())
-    if routed or isinstance(base, MokaForConditionalGeneration) or not hasattr(base, "moka_base"):
+    if routed or isinstance(base, MokaForConditionalGeneration):
         return dict(batch)
     takes = inspect.signature(type(base).forward).parameters
     return {k: v for k, v in batch.items() if k not in ("interaction_ids", "mm_token_type_ids") or k in takes}
+
+
+def logits_to_keep(model: nn.Module, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the argument of a forward that computes logits only where a next token is supervised, if the model takes it.
+
+    Args:
+        labels: [batch, seq], -100 outside of answers.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    takes = "logits_to_keep" in inspect.signature(type(base).forward).parameters
+    return {"logits_to_keep": _supervised(labels)[0]} if takes else {}
+
+
+def answer_loss(
+    outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+) -> torch.Tensor:
+    """Return the mean loss over the answers' tokens, for ``Trainer.compute_loss_func``.
+
+    Args:
+        outputs: of a model; ``logits`` [batch, seq or kept, vocabulary], see `logits_to_keep`.
+        labels: [batch, seq].
+        num_items_in_batch: supervised tokens of the full batch, over all micro-batches and processes; default: of ``labels``.
+    """
+    keep, targets = _supervised(labels)
+    logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+    if logits.shape[1] != len(keep):
+        logits = logits[:, keep]
+    targets = targets.to(logits.device)
+    total = nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
+    return total / ((targets != IGNORE).sum() if num_items_in_batch is None else num_items_in_batch)
+
+
+def _supervised(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the positions [kept] whose next token is supervised in any row, and these tokens [batch, kept]."""
+    shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
+    keep = (shifted != IGNORE).any(0).nonzero().squeeze(1)
+    return keep, shifted[:, keep]
 
 
 def check_hf_run(

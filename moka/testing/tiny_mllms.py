@@ -109,6 +109,18 @@ class TinyVLProcessor(_WithoutVideo, tf.Qwen2_5_VLProcessor):
         return [*self.tokenizer.model_input_names, *self.image_processor.model_input_names, "mm_token_type_ids"]
 
 
+class _OmniKey(tf.PreTrainedConfig):
+    """Stands for `TinyOmniProcessor` in `AutoProcessor`, which finds processors in folders by the names of their classes."""
+
+
+class _VLKey(tf.PreTrainedConfig):
+    """Stands for `TinyVLProcessor`."""
+
+
+tf.AutoProcessor.register(_OmniKey, TinyOmniProcessor, exist_ok=True)
+tf.AutoProcessor.register(_VLKey, TinyVLProcessor, exist_ok=True)
+
+
 def tiny_processor(kind: str) -> Any:
     """Return the processor of a tiny model."""
     tokenizer = tiny_tokenizer()

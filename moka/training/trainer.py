@@ -36,7 +36,7 @@ from moka.distributed import all_gather_object, collective_errors, is_main, run_
 from moka.errors import MokaError
 from moka.io import disk_full_errors
 from moka.modeling.artifacts import connector_state, load_connector, save_adapter, save_connector
-from moka.modeling.hf_model import backbone_fingerprint, base_info, model_inputs
+from moka.modeling.hf_model import answer_loss, backbone_fingerprint, base_info, logits_to_keep, model_inputs
 from moka.modeling.sharding import fsdp_requested, full_state_dict, loading_full_tensors, without_wrappers
 
 from .alignment import EmbeddingAlignment, share_captions
@@ -70,6 +70,8 @@ class MokaTrainer(Trainer):
         # Done here, after the metadata were written and the training has ended.
         self._save_limit, self.args.save_total_limit = self.args.save_total_limit, None
         self._loads_best, self.args.load_best_model_at_end = self.args.load_best_model_at_end, False
+        if base_info(self.model).hf:
+            self.compute_loss_func = answer_loss  # many of these models pass over num_items_in_batch
         self.data_fingerprint = data_fingerprint(self.train_dataset) if is_main() else None
         self._save_error: Exception | None = None
         self._loaders: list[Any] = []
@@ -148,7 +150,9 @@ class MokaTrainer(Trainer):
         if model.training:
             self.notify("on_batch", inputs, sample_ids)
         trained: Any = self.model
-        own = model_inputs(trained, inputs) if base_info(trained).hf else {**inputs, "loss_only": True}
+        own = {**inputs, "loss_only": True}
+        if base_info(trained).hf:
+            own = {**model_inputs(trained, inputs), **logits_to_keep(trained, inputs["labels"])}
         found: Any = super().compute_loss(model, own, return_outputs, num_items_in_batch)
         if model.training:
             self.notify("on_loss", (found[0] if return_outputs else found).detach(), sample_ids)
