@@ -240,6 +240,243 @@ CASES = {
 }
 
 
+# The classes of newer transformers, by name: a version that lacks one has no case for it. What each needs to know:
+# configuration, and of each medium the placeholder tokens of a piece and the forward's arguments for n pieces.
+PIXTRAL: dict[str, Any] = {**SIZES, "num_hidden_layers": 2, "patch_size": 4, "image_size": 8, "head_dim": 8}
+SIGLIP: dict[str, Any] = {**TOWER, "image_size": 8, "vision_use_head": False, "model_type": "siglip_vision_model"}
+WIDE: dict[str, Any] = {**TEXT, "head_dim": 8, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def _text(model_type: str, **more: Any) -> dict[str, Any]:
+    return {**TEXT, "model_type": model_type, **more}
+
+
+def _qwen_like(config_class: Any, tower: dict[str, Any], **text: Any) -> Any:
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+    settings = {**TEXT, "head_dim": 8, "rope_parameters": rope, **text}
+    return config_class(text_config=settings, vision_config=tower, **BY_ID)
+
+
+QWEN3_TOWER: dict[str, Any] = {k: v for k, v in QWEN_TOWER.items() if not k.startswith(("window", "fullatt"))}
+QWEN3_TOWER |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 64}
+EXPERTS: dict[str, Any] = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "decoder_sparse_step": 1,
+}
+
+
+def gemma4() -> Any:
+    heads = {"num_attention_heads": 4, "head_dim": 8}
+    text = {**TEXT, **heads, "global_head_dim": 8, "layer_types": ["sliding_attention", "full_attention"]}
+    text |= {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY}
+    tower = {**SIZES, **heads, "num_key_value_heads": 4, "num_hidden_layers": 2, "patch_size": 4}
+    tower |= {"pooling_kernel_size": 2, "position_embedding_size": 64}
+    marks = {"image_token_id": IMAGE, "video_token_id": VIDEO, "boi_token_id": VISION_START, "eoi_token_id": VISION_END}
+    marks |= {"audio_token_id": AUDIO, "boa_token_id": AUDIO_START, "eoa_token_index": AUDIO_END}
+    return tf.Gemma4Config(text_config=text, vision_config=tower, audio_config=None, **marks)
+
+
+def gemma4_pictures(count: int) -> dict[str, torch.Tensor]:
+    grid = torch.cartesian_prod(torch.arange(4), torch.arange(4)).flip(1)
+    return {"pixel_values": torch.rand(count, 16, 48), "image_position_ids": grid.expand(count, 16, 2).clone()}
+
+
+def sized(count: int, side: int = 8) -> dict[str, torch.Tensor]:
+    return {**pictures(count, 3, side, side), "image_sizes": torch.full((count, 2), side)}
+
+
+def mels(count: int) -> dict[str, torch.Tensor]:
+    return {"input_features": torch.randn(count, 8, 16)}
+
+
+def masked_mels(count: int) -> dict[str, torch.Tensor]:
+    return {**mels(count), "input_features_mask": torch.ones(count, 16, dtype=torch.long)}
+
+
+NEWER: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+    "Qwen3VLForConditionalGeneration": (
+        lambda: _qwen_like(tf.Qwen3VLConfig, QWEN3_TOWER),
+        {"I": pieces(4, qwen_pictures)},
+    ),
+    "Qwen3VLMoeForConditionalGeneration": (
+        lambda: _qwen_like(tf.Qwen3VLMoeConfig, QWEN3_TOWER, **EXPERTS),
+        {"I": pieces(4, qwen_pictures)},
+    ),
+    "Qwen3_5ForConditionalGeneration": (
+        lambda: _qwen_like(
+            tf.Qwen3_5Config,
+            {k: v for k, v in QWEN3_TOWER.items() if k != "deepstack_visual_indexes"},
+            layer_types=["linear_attention", "full_attention"],
+            **{f"linear_{name}_head_dim": 8 for name in ("key", "value")},
+            linear_num_key_heads=2,
+            linear_num_value_heads=4,
+        ),
+        {"I": pieces(4, qwen_pictures)},
+    ),
+    "Glm4vForConditionalGeneration": (
+        lambda: tf.Glm4vConfig(
+            text_config={
+                **TEXT,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+            },
+            vision_config={
+                **{k: v for k, v in QWEN_TOWER.items() if not k.startswith(("window", "fullatt"))},
+                "image_size": 16,
+            },
+            image_token_id=IMAGE,
+            video_token_id=VIDEO,
+            image_start_token_id=VISION_START,
+            image_end_token_id=VISION_END,
+        ),
+        {"I": pieces(4, qwen_pictures)},
+    ),
+    "Glm46VForConditionalGeneration": (
+        lambda: tf.Glm46VConfig(
+            text_config={
+                **TEXT,
+                "model_type": "glm4v_text",
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+            },
+            vision_config={
+                **{k: v for k, v in QWEN_TOWER.items() if not k.startswith(("window", "fullatt"))},
+                "image_size": 16,
+                "model_type": "glm4v_vision",
+            },
+            image_token_id=IMAGE,
+            video_token_id=VIDEO,
+            image_start_token_id=VISION_START,
+            image_end_token_id=VISION_END,
+        ),
+        {"I": pieces(4, qwen_pictures)},
+    ),
+    "Gemma3ForConditionalGeneration": (
+        lambda: tf.Gemma3Config(
+            text_config={**WIDE, "layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 8},
+            vision_config=SIGLIP,
+            mm_tokens_per_image=4,
+            image_token_index=IMAGE,
+            boi_token_index=VISION_START,
+            eoi_token_index=VISION_END,
+        ),
+        {"I": pieces(4, pictures, 3, 8, 8)},
+    ),
+    "Gemma4ForConditionalGeneration": (gemma4, {"I": pieces(4, gemma4_pictures)}),
+    "InternVLForConditionalGeneration": (
+        lambda: tf.InternVLConfig(
+            vision_config={**TOWER, "image_size": [16, 16], "patch_size": [4, 4]},
+            text_config=_text("qwen2"),
+            image_token_id=IMAGE,
+            image_seq_length=4,
+        ),
+        {"I": pieces(4, pictures, 3, 16, 16)},
+    ),
+    "LlavaNextForConditionalGeneration": (
+        lambda: tf.LlavaNextConfig(
+            vision_config={**TOWER, "image_size": 8, "model_type": "clip_vision_model"},
+            text_config=_text("llama"),
+            image_token_index=IMAGE,
+            vision_feature_layer=-1,
+            image_grid_pinpoints=[[8, 8]],
+        ),
+        {"I": pieces(10, anyres)},
+    ),
+    "LlavaNextVideoForConditionalGeneration": (
+        lambda: tf.LlavaNextVideoConfig(
+            vision_config={**TOWER, "image_size": 8, "model_type": "clip_vision_model"},
+            text_config=_text("llama"),
+            vision_feature_layer=-1,
+            image_grid_pinpoints=[[8, 8]],
+            **BY_INDEX,
+        ),
+        {"I": pieces(10, anyres), "V": pieces(3, clips, 3, 3, 8, 8)},
+    ),
+    "PaliGemmaForConditionalGeneration": (
+        lambda: tf.PaliGemmaConfig(
+            vision_config=SIGLIP,
+            text_config={**WIDE, "model_type": "gemma"},
+            image_token_index=IMAGE,
+            vocab_size=VOCABULARY,
+            projection_dim=32,
+            hidden_size=32,
+        ),
+        {"I": pieces(4, pictures, 3, 8, 8)},
+    ),
+    "Mistral3ForConditionalGeneration": (
+        lambda: tf.Mistral3Config(
+            vision_config={**PIXTRAL, "model_type": "pixtral", "image_size": 16},
+            text_config=_text("mistral", head_dim=8),
+            image_token_index=IMAGE,
+        ),
+        {"I": pieces(4, sized, 16)},
+    ),
+    "VoxtralForConditionalGeneration": (
+        lambda: tf.VoxtralConfig(
+            audio_config={
+                **SIZES,
+                "intermediate_size": 128,
+                "num_hidden_layers": 2,
+                "num_mel_bins": 8,
+                "max_source_positions": 8,
+            },
+            text_config=_text("llama", head_dim=8),
+            audio_token_id=AUDIO,
+        ),
+        {"A": pieces(2, mels)},
+    ),
+    "AudioFlamingo3ForConditionalGeneration": (
+        lambda: tf.AudioFlamingo3Config(
+            audio_config={**SIZES, "num_hidden_layers": 2, "num_mel_bins": 8, "max_source_positions": 8},
+            text_config=_text("qwen2"),
+            audio_token_id=AUDIO,
+        ),
+        {"A": pieces(4, masked_mels)},
+    ),
+    "AyaVisionForConditionalGeneration": (
+        lambda: tf.AyaVisionConfig(
+            vision_config={**SIGLIP, "image_size": 16},
+            text_config=_text("cohere2", layer_types=["sliding_attention", "full_attention"]),
+            image_token_index=IMAGE,
+        ),
+        {"I": pieces(4, pictures, 3, 16, 16)},
+    ),
+    "Cohere2VisionForConditionalGeneration": (
+        lambda: tf.Cohere2VisionConfig(
+            vision_config={**SIGLIP, "image_size": 16},
+            text_config=_text("cohere2", layer_types=["sliding_attention", "full_attention"]),
+            image_token_id=IMAGE,
+            alignment_intermediate_size=64,
+        ),
+        {"I": pieces(4, pictures, 3, 16, 16)},
+    ),
+    "Ovis2ForConditionalGeneration": (
+        lambda: tf.Ovis2Config(
+            vision_config={
+                **TOWER,
+                "image_size": 8,
+                "vocab_size": 40,
+                "hidden_stride": 1,
+                "num_visual_indicator_tokens": 2,
+            },
+            text_config=_text("qwen2"),
+            image_token_id=IMAGE,
+            visual_indicator_token_ids=[VISION_START, VISION_END],
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+        ),
+        {"I": pieces(4, pictures, 3, 8, 8)},
+    ),
+}
+
+
+def newer_case(name: str) -> Case | None:
+    """Return the case of a class by its name; None if the installed transformers lacks it."""
+    model_class = getattr(tf, name, None)
+    config, media = NEWER[name]
+    return None if model_class is None else Case(model_class, config, media)
+
+
 def backbone(case):
     torch.manual_seed(0)
     return case.model_class(case.config()).eval()

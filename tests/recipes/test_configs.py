@@ -60,7 +60,7 @@ def test_configuration_is_read_and_its_comment_names_its_own_command(path):
         f"configs/{path}" == named or "shared" in named or "accelerate" in named
         for named in re.findall(r"configs/\S+\.yaml", comment)
     )
-    assert config.model.modalities
+    assert bool(config.model.modalities) == (config.model.kind == "composed")
     assert set(config.evaluation.benchmarks) <= set(BENCHMARKS)
 
 
