@@ -166,6 +166,8 @@ def structure_ids(source: Any, placeholders: Iterable[int] | None = None) -> lis
     for key, value in named:
         if key.endswith(endings) and _MEDIA_WORDS.intersection(key.split("_")):
             values = value if isinstance(value, (list, tuple)) else [value]
+            if not key.endswith(("_id", "_ids", "_index")):
+                values = [one for one in values if not isinstance(one, int)]  # Gemma 4's audio_ms_per_token is no token
             ids |= {i for v in values if (i := _token_id(v, tokenizer)) is not None}
     if placeholders is None:
         found = ([_own_ids(c, fields) for c in holders] for fields in _PLACEHOLDER_FIELDS.values())

@@ -318,6 +318,6 @@ def _target_modules(model: nn.Module, names: list[str]) -> list[str]:
     matched = {
         path.removesuffix(".base_layer")
         for path, module in model.named_modules()
-        if path.removesuffix(".base_layer").rpartition(".")[2] in plain and hasattr(module, "weight")
+        if path.removesuffix(".base_layer").rpartition(".")[2] in plain
     }
     return sorted(plain) if matched == set(names) else sorted(names)

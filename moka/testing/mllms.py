@@ -273,7 +273,8 @@ def gemma4() -> Any:
     text |= {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY}
     tower = {**SIZES, **heads, "num_key_value_heads": 4, "num_hidden_layers": 2, "patch_size": 4}
     tower |= {"pooling_kernel_size": 2, "position_embedding_size": 64}
-    marks = {"image_token_id": IMAGE, "video_token_id": VIDEO, "boi_token_id": VISION_START, "eoi_token_id": VISION_END}
+    marks: dict[str, Any] = {"image_token_id": IMAGE, "video_token_id": VIDEO}
+    marks |= {"boi_token_id": VISION_START, "eoi_token_id": VISION_END}
     marks |= {"audio_token_id": AUDIO, "boa_token_id": AUDIO_START, "eoa_token_index": AUDIO_END}
     return tf.Gemma4Config(text_config=text, vision_config=tower, audio_config=None, **marks)
 
@@ -479,7 +480,13 @@ def newer_case(name: str) -> Case | None:
 
 def backbone(case):
     torch.manual_seed(0)
-    return case.model_class(case.config()).eval()
+    model = case.model_class(case.config()).eval()
+    for parameter in model.parameters():
+        if (
+            parameter.dim() > 1 and not parameter.any()
+        ):  # Gemma 3's projector begins with zeros: no picture would be seen
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
 
 
 @dataclass(frozen=True)

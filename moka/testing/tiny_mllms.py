@@ -30,6 +30,13 @@ KINDS = {
     "qwen3-vl": ("qwen3-vl",),
     "gemma-4": ("gemma-4",),
 }
+MEDIA = {
+    "qwen2.5-omni": ("image", "video", "audio"),
+    "qwen2.5-vl": ("image", "video"),
+    "qwen2-audio": ("audio",),
+    "qwen3-vl": ("image", "video"),
+    "gemma-4": ("image",),
+}
 _CASES = {
     "qwen2.5-omni": "qwen2_5_omni",
     "qwen2.5-vl": "qwen2_5_vl",
@@ -140,6 +147,10 @@ class _WithTinyVideo:
 class _Pictures(_WithTinyVideo):
     """Without sound."""
 
+    tokenizer: Any
+    image_processor: Any
+    video_processor: Any
+
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None):
         super().__init__(image_processor, None, tokenizer, chat_template)
 
@@ -190,9 +201,9 @@ def tiny_processor(kind: str) -> Any:
     parts: dict[str, Any] = {"tokenizer": tokenizer, "chat_template": _TEMPLATE}
     if kind == "gemma-4":
         parts["image_processor"] = tf.Gemma4ImageProcessorPil(patch_size=4, pooling_kernel_size=2, max_soft_tokens=70)
-    elif kind != "qwen2-audio":
+    elif "image" in MEDIA[kind]:
         parts["image_processor"] = tf.Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, size=size)
-    if kind in ("qwen2.5-omni", "qwen2-audio"):
+    if "audio" in MEDIA[kind]:
         parts["feature_extractor"] = tf.WhisperFeatureExtractor(feature_size=8, chunk_length=1)
     return PROCESSORS[kind](**parts)
 
@@ -211,6 +222,8 @@ def tiny_model(kind: str) -> tf.PreTrainedModel:
             setattr(config, name, value)
     text = config.get_text_config()
     text.vocab_size, text.max_position_embeddings = len(tokenizer), 2048
+    if hasattr(text, "vocab_size_per_layer_input"):
+        text.vocab_size_per_layer_input = len(tokenizer)
     text.eos_token_id, text.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     if getattr(config, "audio_config", None) is not None:
         config.audio_config.max_source_positions = _FRAMES // 2
@@ -228,11 +241,11 @@ def write_tiny_samples(kind: str, folder: Path, count: int = 16) -> list[dict[st
     noise, samples = np.random.default_rng(0), []
     for i in range(count):
         parts: list[dict[str, Any]] = []
-        if kind != "qwen2-audio":
+        if "image" in MEDIA[kind]:
             picture = Image.fromarray(noise.integers(0, 256, (_SIDE, _SIDE + i, 3), np.uint8))
             picture.save(folder / f"{i}.png")
             parts.append({"type": "image", "image": str(folder / f"{i}.png")})
-        if kind in ("qwen2.5-omni", "qwen2-audio"):
+        if "audio" in MEDIA[kind]:
             sound = (noise.standard_normal(4000 + 100 * i) * 3000).astype("<i2")
             with wave.open(str(folder / f"{i}.wav"), "wb") as file:
                 file.setparams((1, 2, 8000, 0, "NONE", ""))
