@@ -17,6 +17,22 @@ from swift.tuner_plugin import PeftTuner, tuners_map
 import moka
 
 
+class _TemplateOfSwift:
+    """Renders chats with ms-swift's own template, whose turns are others than those of the processor's."""
+
+    modalities = ()
+
+    def __init__(self, args: Any, processor: Any) -> None:
+        self.template, self.tokenizer = args.get_template(processor), getattr(processor, "tokenizer", processor)
+
+    def encode(self, messages: list[dict], add_generation_prompt: bool = False) -> dict[str, Any]:
+        """Return ``input_ids`` of a chat of texts."""
+        if not all(isinstance(message["content"], str) for message in messages):
+            raise ValueError("texts only")
+        self.template.set_mode("transformers" if add_generation_prompt else "train")
+        return {"input_ids": list(self.template.encode({"messages": messages})["input_ids"])}
+
+
 class MokaTuner(PeftTuner):
     """Adds a MokA adapter; saving and loading are those of peft."""
 
@@ -38,6 +54,7 @@ class MokaTuner(PeftTuner):
             target_modules=None if default else targets,
             modules_to_save=args.modules_to_save or None,
             use_rslora=args.use_rslora,
+            turn_markers=moka.turn_markers(_TemplateOfSwift(args, processor)),
             task_type="CAUSAL_LM",
         )
         return get_peft_model(model, config)
