@@ -3,6 +3,7 @@
 # make test-all     these, and the slow ones: processes under each launcher, killed and resumed
 # make test-oldest  the adapter's tests with the oldest peft and transformers that it supports, in an environment of their own
 # make test-newest  the same with the newest that are published
+# make test-integrations  the plug-ins with the newest ms-swift and lmms-eval, in environments of their own
 # make lint         ruff and mypy
 # make bench        what the adapter is held to in time and memory; BENCH=LEVEL another level, ARGS="--help" its options
 # make docs         the documentation as a site, in site/
@@ -23,7 +24,7 @@ OWN_CHOICE := peft|transformers|accelerate|huggingface_hub|tokenizers|safetensor
 # once a third slower on an idle one (a step of the quickstart: 1.7 s against 1.1 s on 2 cores).
 export GOMP_SPINCOUNT ?= 2000
 
-.PHONY: quickstart test test-all test-oldest test-newest lint format bench docs clean
+.PHONY: quickstart test test-all test-oldest test-newest test-integrations lint format bench docs clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.demo
@@ -43,6 +44,26 @@ test-oldest: $(VENV)-oldest/.versions
 test-newest: $(VENV)-newest/.versions
 	$(VENV)-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade -c $(VENV)-newest/constraints.txt peft transformers accelerate
 	OMP_NUM_THREADS=1 $(VENV)-newest/bin/python -m pytest -n 2 --dist loadfile -q -m "not slow" tests/adapter
+
+# Each program in an environment of its own, as their requirements exclude each other; not part of the other tests.
+test-integrations: $(VENV)-ms-swift/.installed $(VENV)-lmms-eval/.installed
+	$(VENV)-ms-swift/bin/python -m pytest -q tests/external/test_ms_swift.py
+	$(VENV)-lmms-eval/bin/python -m pytest -q tests/external/test_lmms_eval.py
+
+$(VENV)-ms-swift/.installed: pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check ms-swift -e . pytest soundfile
+	@touch $@
+
+# Without its requirements: the few that answering needs are named, for it pins an older PyAV than moka uses.
+$(VENV)-lmms-eval/.installed: pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo]" pytest soundfile
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps lmms-eval
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check loguru evaluate sacrebleu pytablewriter numexpr jsonlines tenacity sympy latex2sympy2 openpyxl tqdm-multiprocess httpx scikit-learn python-dotenv protobuf opencv-python-headless decord nltk
+	@touch $@
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check moka tests recipes scripts
