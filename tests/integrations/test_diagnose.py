@@ -7,6 +7,7 @@ import transformers as tf
 
 import moka
 from moka.cli.main import main
+from moka.testing.tiny_mllms import tiny_model, tiny_processor, write_tiny_samples
 
 COLOURS = ("red", "green", "blue", "grey")
 
@@ -70,3 +71,18 @@ def test_an_adapter_of_a_model_in_a_folder(family, method, questions, tmp_path):
     for a, b in zip(found.samples, expected.samples, strict=True):
         for name, value in b["log_likelihood"]["tokens"].items():
             assert a["log_likelihood"]["tokens"][name] == pytest.approx(value, abs=1e-4)
+
+
+def test_a_model_with_pictures_and_sound_and_no_adapter(tmp_path):
+    samples = write_tiny_samples("qwen2.5-omni", tmp_path, 6)
+    model, processor = tiny_model("qwen2.5-omni"), tiny_processor("qwen2.5-omni")
+    found = moka.diagnose(model, samples, processor=processor, ablate=["tokens", "blank"], progress=False)
+    assert (found.n, found.adapter, found.modalities) == (6, "none", ["visual", "audio"])
+    for ablation in ("tokens", "blank"):
+        shares = found.contributions[ablation]["all"]["shapley"]
+        assert set(shares) >= {"visual", "audio"}
+    assert "MokA" in found.left_out["gradients"]
+    found.to_html(tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:image/jpeg") >= 6
+    assert page.count("data:audio") >= 1
