@@ -17,7 +17,6 @@ from peft import LoraConfig
 from transformers import TrainingArguments
 
 from moka.adapter.config import PRESETS, TEXT, MokaConfig
-from moka.balance import build_strategies
 from moka.errors import MokaError, nearest
 from moka.modeling.encoders import tiny_encoder
 from moka.modeling.hf_model import check_hf_run
@@ -265,10 +264,6 @@ class RunConfig:
         default_factory=dict,
         metadata=_help("Stage 2's training settings: transformers.TrainingArguments and moka's own."),
     )
-    balance: list[Any] = field(
-        default_factory=list,
-        metadata=_help("Stage 2: strategies that balance modalities, [{name: ogm, alpha: 0.3}, ...]; docs/balance.md."),
-    )
     evaluation: EvaluationSection = field(default_factory=EvaluationSection)
     output: OutputSection = field(default_factory=OutputSection)
 
@@ -464,12 +459,6 @@ def _check_together(config: RunConfig, where: str) -> None:
             "lost. Take model.connectors out, or set stages: [2]."
         )
     _check_adapter(config, where)
-    if config.balance and (2 not in config.stages or config.adapter["method"] != "moka"):
-        raise MokaError(
-            f"{where}: balance: {config.balance}: it works on stage 2 with adapter.method moka; this run has stages "
-            f"{config.stages} and method {config.adapter['method']}. Take balance out."
-        )
-    build_strategies(config.balance, f"{where}: balance")
     if "objective" in config.training:
         raise MokaError(f"{where}: training.objective: stage 2 always models language; set alignment.objective.")
     for name, section in (("alignment", config.alignment), ("training", config.training)):

@@ -33,7 +33,6 @@ _BALANCE: Panels = [
     (("update_share/",), "share of B's update", {"ylim": (0, 1)}),
     (("fisher_share/",), "share of Fisher information", {"ylim": (0, 1)}),
     (("gradient_cosine/",), "cosine of gradients", {"ylim": (-1, 1)}),
-    (("balance/",), "balance", {}),
 ]
 
 

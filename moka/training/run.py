@@ -11,7 +11,6 @@ import transformers
 from peft import PeftModel
 from transformers.trainer_utils import IntervalStrategy
 
-from moka.balance import BalanceCallback, build_strategies
 from moka.config import DATA, SECTIONS, RunConfig
 from moka.data import Collator, EncodedDataset, MediaDecoding
 from moka.data.streaming import EncodedStream, SampleStream
@@ -109,9 +108,7 @@ def _callbacks(run: Run, stage: int) -> list[Any]:
     meter = Meter(type_ids)
     guards = [DivergenceGuard(run.folder, SECTIONS[stage]), GradientGuard(type_ids, SECTIONS[stage])]
     every = run.config.section(stage).get("observe_modalities", 0)
-    observers: list[Any] = [ModalityObserver(every)] if every else []
-    if stage == 2 and run.config.balance:
-        observers.append(BalanceCallback(build_strategies(run.config.balance), run.config.seed(stage)))
+    observers = [ModalityObserver(every)] if every else []
     return [meter, *observers, MetricsWriter(run.folder, stage), ProgressBar(stage), *guards]
 
 
