@@ -118,6 +118,7 @@ class Balance:
             self.handles.parts, self._observed = average(self._observed), None
         for strategy in self.strategies:
             strategy.update(self.handles, self.ctx)
+        self.ctx.end_step()
 
     def before_step(self) -> None:
         """Prepare the optimizer's step."""

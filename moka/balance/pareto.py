@@ -54,7 +54,7 @@ class MMPareto(BalanceStrategy):
                 continue
             before = {layer: grad.clone() for layer, grad in handles.gradient(name).items()}
             ctx.backward(own)
-            ctx.log(f"{self.name}/loss/{name}", float(own.detach()))
+            ctx.add(f"{self.name}/loss/{name}", float(own.detach()))
             total = self._own.setdefault(name, {})
             for layer, grad in handles.gradient(name).items():
                 added = grad.float() - before[layer].float() if layer in before else grad.float().clone()

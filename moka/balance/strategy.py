@@ -33,7 +33,7 @@ from moka.analysis.contribution import (
     modality_index,
     unwrapped,
 )
-from moka.distributed import all_reduce_sum, rank_and_world_size
+from moka.distributed import all_gather_object, all_reduce_sum, rank_and_world_size
 from moka.errors import MokaError
 from moka.type_checks import check_types
 
@@ -153,6 +153,7 @@ class Context:
         self.validation: Any = None  # () -> batches of this process
         self.forwards = self.backwards = 0  # those that strategies asked for, counted
         self.figures: dict[str, list[float]] = {}
+        self._parts: dict[str, float] = {}
         self.batch: dict[str, Any] = {}
         self.sample_ids: list[str] = []
         self.hidden: torch.Tensor | None = None  # [batch, seq] bool
@@ -281,14 +282,27 @@ class Context:
         return random.Random(":".join(map(str, (self.seed, *keys))))
 
     def log(self, name: str, value: float) -> None:
-        """Add a figure to the next log; several of a name are averaged."""
+        """Add a figure to the next log, which has its mean over steps and processes."""
         self.figures.setdefault(f"balance/{name}", []).append(float(value))
 
+    def add(self, name: str, value: float) -> None:
+        """Add a micro-batch's part of a figure, which is the sum of a step's parts."""
+        self._parts[name] = self._parts.get(name, 0.0) + float(value)
+
+    def end_step(self) -> None:
+        """Make figures of the parts of this step."""
+        parts, self._parts = self._parts, {}
+        for name, value in parts.items():
+            self.log(name, value)
+
     def read_figures(self) -> dict[str, float]:
-        """Return the figures since the last reading."""
-        found = {name: sum(values) / len(values) for name, values in self.figures.items()}
+        """Return the figures since the last reading; every process has to call it."""
+        own = {name: (sum(values), len(values)) for name, values in self.figures.items()}
         self.figures = {}
-        return found
+        everyone = all_gather_object(own)
+        names = dict.fromkeys(name for one in everyone for name in one)
+        totals = {name: [sum(one[name][k] for one in everyone if name in one) for k in (0, 1)] for name in names}
+        return {name: total / count for name, (total, count) in totals.items()}
 
 
 def media_of(model: nn.Module) -> list[str]:

@@ -63,7 +63,7 @@ class UnimodalLosses(BalanceStrategy):
                     weight = weight * residual_weight(torch.nan_to_num(rest)).to(weight)
             own = ctx.nll([name], weight)
             if own is not None:
-                ctx.log(f"{self.name}/{name}", float(own.detach()))
+                ctx.add(f"{self.name}/{name}", float(own.detach()))
                 loss = loss + own.to(loss)
         return loss
 
@@ -83,7 +83,7 @@ class UnimodalLosses(BalanceStrategy):
         each = torch.log(total + 1e-5)[rows.to(total.device)]  # type: ignore[arg-type]
         tokens = ctx.answer_tokens().to(each)[rows.to(each.device)]
         found = self.weight * (each * tokens).sum() * ctx.loss_scale()
-        ctx.log(f"{self.name}/margin", float(found.detach()))
+        ctx.add(f"{self.name}/margin", float(found.detach()))
         return found
 
 

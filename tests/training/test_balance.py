@@ -38,7 +38,7 @@ def test_a_run_logs_what_its_strategies_do_and_resumes_exactly(train, tmp_path, 
     assert (full / "checkpoints/stage2/checkpoint-4/balance.pt").is_file()
     files = json.loads((full / "checkpoints/stage2/checkpoint-4/checkpoint.json").read_text())["files"]
     assert "balance.pt" in files
-    folder = killed(full, tmp_path / "again", 2, 4)
+    folder = killed(full, tmp_path / "again", 4)
     train(folder, stages=[2], balance=ALL, resume=True)
     same_adapter(folder, full)
     assert curve(folder) == curve(full)
@@ -120,7 +120,7 @@ def test_rates_by_modality_under_zero_2_are_those_without(train, train_two, tmp_
     }
     one = train(tmp_path / "one", **changes)
     zero = {"training__deepspeed": str(write_zero(tmp_path, "zero2")), "training__per_device_train_batch_size": 2}
-    train_two(tmp_path / "two", "accelerate zero1", **{**changes, **zero})
+    train_two(tmp_path / "two", "torchrun", **{**changes, **zero})
     assert json.loads((tmp_path / "two/summary.json").read_text())["engines"]["2"]["zero_stage"] == 2
     assert losses(tmp_path / "two") == pytest.approx(losses(one), rel=1e-5)
 
