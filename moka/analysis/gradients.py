@@ -164,6 +164,17 @@ def average(gradients: ModalityGradients) -> ModalityGradients:
     parts = (total / len(everyone)).split([part.numel() for part in flat])
     for (layer, m), shape, part in zip(shapes, shapes.values(), parts, strict=True):
         found.parts.setdefault(layer, {})[m] = part.view(shape)
+    # Sums of z~ of layers and modalities that have a part have its width.
+    sums = [gradients.z_sums.get(layer, {}).get(m) for layer, m in shapes]
+    total = torch.cat(
+        [
+            torch.zeros(shape[1], device=device) if z is None else z
+            for z, shape in zip(sums, shapes.values(), strict=True)
+        ]
+    )
+    dist.all_reduce(total)
+    for (layer, m), z in zip(shapes, total.split([shape[1] for shape in shapes.values()]), strict=True):
+        found.z_sums.setdefault(layer, {})[m] = z
     for _, theirs in everyone:
         totals: tuple[dict[str, Any], ...] = (found.tokens, found.z_norm, found.z_count)
         for into, values in zip(totals, theirs, strict=True):

@@ -2,17 +2,21 @@
 
 from .balance import Balance
 from .handles import Handles
+from .inforeg import InfoReg
+from .mla import MLA
 from .ogm import OGM
 from .opm import OPM
 from .pareto import MMPareto, ParetoB
 from .rates import LearningRates
 from .registry import STRATEGIES, build_strategies
+from .relearning import Relearning
 from .strategy import BalanceStrategy, Context, Needs
 from .trainer import BalanceCallback, BalancedTrainer, BalancedTrainerMixin
 from .unimodal import CML, UnimodalLosses
 
 __all__ = [
     "CML",
+    "MLA",
     "OGM",
     "OPM",
     "STRATEGIES",
@@ -23,10 +27,12 @@ __all__ = [
     "BalancedTrainerMixin",
     "Context",
     "Handles",
+    "InfoReg",
     "LearningRates",
     "MMPareto",
     "Needs",
     "ParetoB",
+    "Relearning",
     "UnimodalLosses",
     "build_strategies",
 ]

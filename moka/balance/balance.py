@@ -213,6 +213,10 @@ def check_engine(strategies: Sequence[BalanceStrategy], zero_stage: int | None, 
                 f"balance: {strategy.name}: acts on the rows of A, of which under {engine} each process has a part. Launch with "
                 "ddp, zero1 or zero2."
             )
+        if zero_stage is not None and needs.moments:
+            raise MokaError(
+                f"balance: {strategy.name}: clears moments of the optimizer, which DeepSpeed keeps elsewhere. Launch with ddp."
+            )
         if zero_stage is not None and needs.gradients:
             raise MokaError(
                 f"balance: {strategy.name}: changes gradients, which DeepSpeed does not show. Launch with ddp"

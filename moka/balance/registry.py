@@ -9,15 +9,19 @@ from moka.errors import MokaError, nearest
 from moka.type_checks import from_mapping
 
 from .balance import check_together
+from .inforeg import InfoReg
+from .mla import MLA
 from .ogm import OGM
 from .opm import OPM
 from .pareto import MMPareto, ParetoB
 from .rates import LearningRates
+from .relearning import Relearning
 from .strategy import BalanceStrategy
 from .unimodal import CML, UnimodalLosses
 
 STRATEGIES: dict[str, type[BalanceStrategy]] = {
-    strategy.name: strategy for strategy in (LearningRates, OGM, OPM, UnimodalLosses, CML, MMPareto, ParetoB)
+    strategy.name: strategy
+    for strategy in (LearningRates, OGM, OPM, UnimodalLosses, CML, MMPareto, ParetoB, Relearning, InfoReg, MLA)
 }
 
 

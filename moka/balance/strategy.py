@@ -46,22 +46,27 @@ class Needs:
     """What a strategy needs of a step, and with that what it costs.
 
     Args:
-        likelihoods: answers' likelihoods, without gradients: of each modality "alone", or of "all" coalitions.
+        likelihoods: answers' likelihoods, without gradients: of each modality "alone", also of none of them ("lift"), or of
+            "all" coalitions.
         every: steps between two such measurements.
+        once: batches that are measured besides, over the full training.
         losses: additional losses a micro-batch, each a forward and a backward: "each" modality alone, or a number.
         adapter: it reads or changes A or B, so there must be a MokA adapter whose tensors are whole.
         gradients: it changes gradients, which DeepSpeed does not show.
+        moments: it clears the optimizer's moments, which DeepSpeed keeps elsewhere.
         parts_of_B: B's gradient split by modality.
         validation: validation data.
         sample_ids: names of the samples, and a data set that can be drawn from by index.
         media: the fewest modalities other than text that it can balance.
     """
 
-    likelihoods: Literal["none", "alone", "all"] = "none"
+    likelihoods: Literal["none", "alone", "lift", "all"] = "none"
     every: int = 1
+    once: int = 0
     losses: Literal["each"] | int = 0
     adapter: bool = False
     gradients: bool = False
+    moments: bool = False
     parts_of_B: bool = False
     validation: bool = False
     sample_ids: bool = False
@@ -69,8 +74,10 @@ class Needs:
 
     def forwards(self, players: int) -> float:
         """Return the forwards without gradients that a step takes more, as a mean over steps."""
-        counts = {"none": 0, "alone": players, "all": 2**players}
-        return counts[self.likelihoods] / self.every
+        return self._measured(players) / self.every
+
+    def _measured(self, players: int) -> int:
+        return {"none": 0, "alone": players, "lift": players + 1, "all": 2**players}[self.likelihoods]
 
     def backwards(self, players: int) -> int:
         """Return the forwards with a backward that a step takes more."""
@@ -84,9 +91,11 @@ class Needs:
         parts = []
         if forwards:
             parts.append(f"{forwards * self.every:g} forwards without gradients every {self.every} steps")
+        if self.once:
+            parts.append(f"{self.once * self._measured(players)} once")
         if backwards:
             parts.append(f"{backwards} forwards with backward a step")
-        return f"{' and '.join(parts)}: about {50 * forwards + 100 * backwards:.0f} % more time at most"
+        return f"{', '.join(parts)}: about {50 * forwards + 100 * backwards:.0f} % more time at most"
 
 
 class BalanceStrategy:

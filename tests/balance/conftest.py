@@ -94,12 +94,22 @@ def make_data(model, size=16, kinds=(("visual", "audio"),)):
     return [make_sample(model, number, kinds[number % len(kinds)]) for number in range(size)]
 
 
-def make_trainer(folder, balance=(), model=None, data=None, trainer_class=BalancedTrainer, callbacks=None, **settings):
+def make_trainer(
+    folder,
+    balance=(),
+    model=None,
+    data=None,
+    trainer_class=BalancedTrainer,
+    callbacks=None,
+    eval_dataset=(),
+    **settings,
+):
     """A trainer over eight steps of four samples; keyword arguments are ``TrainingArguments``."""
     model = make_model() if model is None else model
     defaults = {
         "max_steps": 8,
         "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 4,
         "learning_rate": 1e-2,
         "lr_scheduler_type": "constant",
         "logging_steps": 1,
@@ -117,6 +127,7 @@ def make_trainer(folder, balance=(), model=None, data=None, trainer_class=Balanc
         model=model,
         args=TrainingArguments(str(folder), **{**defaults, **settings}),
         train_dataset=make_data(model) if data is None else data,
+        eval_dataset=(make_data(model, 8) if data is None else data) if eval_dataset == () else eval_dataset,
         data_collator=collate,
         callbacks=callbacks,
         **keywords,

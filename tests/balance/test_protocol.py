@@ -20,6 +20,7 @@ from moka.balance import (
     MMPareto,
     Needs,
     ParetoB,
+    Relearning,
     UnimodalLosses,
     build_strategies,
 )
@@ -252,6 +253,8 @@ def test_what_is_drawn_depends_on_the_sample_and_not_on_the_process(kit):
         ([{"name": "ogm", "alpha": -1}], ["ogm", "alpha", "-1"]),
         ([{"name": "ogm", "apply": "updates"}], ["apply", "grad", "Did you mean 'update'"]),
         ([{"name": "opm", "q_base": 1.5}], ["opm", "q_base", "1.5"]),
+        ([{"name": "relearning", "events": [0.5, 1.0]}], ["relearning", "events", "1.0"]),
+        ([{"name": "mla"}, {"name": "opm"}], ["mla", "opm", "visible tokens"]),
         ([{"name": "lr_scale"}], ["lr_scale", "scale"]),
         ([{"name": "lr_scale", "scale": {"visual": 9.0}}], ["scale.visual", "9"]),
         ([{"alpha": 1}], ["entry 1", "name"]),
@@ -304,6 +307,7 @@ def test_with_one_modality_text_is_compared_by_its_adapter(kit, tmp_path):
         (OGM(), 3, False, "ZeRO-3.*zero2"),
         (OGM(), None, True, "FSDP.*ddp"),
         (OGM(apply="grad"), 2, False, "DeepSpeed.*apply: update"),
+        (Relearning(), 2, False, "relearning.*moments.*ddp"),
         (MMPareto(), 2, False, "mmpareto.*DeepSpeed.*ddp"),
     ],
 )
@@ -317,6 +321,11 @@ def test_engines_that_cannot_give_what_is_needed_are_refused(strategy, zero, fsd
 def test_a_b_for_each_modality_is_refused_where_the_shared_one_is_split(kit, tmp_path):
     with pytest.raises(MokaError, match=r"pareto_b.*share_b"):
         kit.make_trainer(tmp_path, [ParetoB()], kit.make_model(share_b=False))
+
+
+def test_validation_data_that_are_not_there_are_refused(kit, tmp_path):
+    with pytest.raises(MokaError, match=r"relearning.*data.validation"):
+        kit.make_trainer(tmp_path, [Relearning()], eval_dataset=None)
 
 
 def test_a_callback_refuses_what_it_cannot_carry():
@@ -362,6 +371,9 @@ ACTING = {
     "cml": {"lam": 1.0},
     "mmpareto": {},
     "pareto_b": {},
+    "relearning": {"every": 2, "batches": 2, "events": [0.5, 0.7]},
+    "inforeg": {"every": 2, "window": 3, "beta": 30.0, "threshold": -10.0},
+    "mla": {},
 }
 
 
@@ -416,7 +428,7 @@ def test_measured_forwards_are_those_declared(kit, tmp_path, name):
     trainer.train()
     needs, micro = strategy.needs(), 12
     assert calls[True] - micro == micro * needs.backwards(2)
-    assert calls[False] == pytest.approx(micro * needs.forwards(2))
+    assert calls[False] == pytest.approx(micro * needs.forwards(2) + needs.once * needs._measured(2))
     assert (calls[False], calls[True] - micro) == (trainer.balance.ctx.forwards, trainer.balance.ctx.backwards)
 
 

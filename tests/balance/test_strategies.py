@@ -6,11 +6,14 @@ import pytest
 import torch
 
 from moka.analysis import Contribution
-from moka.balance import OGM, OPM, Handles, MMPareto, ParetoB, UnimodalLosses
+from moka.balance import MLA, OGM, OPM, Handles, InfoReg, MMPareto, ParetoB, Relearning, UnimodalLosses
 from moka.balance.handles import averaged
+from moka.balance.inforeg import in_window, leading
+from moka.balance.mla import entropy_fusion, projection
 from moka.balance.ogm import agm_coefficients, ogm_coefficients, speed_coefficients
 from moka.balance.opm import amco_share, dependence, opm_rates
 from moka.balance.pareto import pareto_mix, pareto_weights
+from moka.balance.relearning import Lifts, relearning_weight
 from moka.balance.strategy import Context, Scores, dominance
 from moka.balance.unimodal import residual_weight
 
@@ -433,3 +436,169 @@ def test_pareto_of_b_is_the_plain_sum_without_a_conflict_and_hurts_no_part_with_
 def test_one_process_averages_with_itself():
     rows = {"a": torch.ones(2)}
     assert averaged(rows) is rows
+
+
+def test_relearning_by_hand():
+    gap, w = relearning_weight(0.999, 0.499, lam=3.0, cap=0.95)
+    assert (gap, w) == (pytest.approx(0.5, **EXACT), pytest.approx(math.tanh(1.5), **EXACT))
+    assert relearning_weight(0.999, 0.499, lam=3.0, cap=0.5)[1] == 0.5
+    assert relearning_weight(0.2, 0.2, lam=3.0, cap=0.5) == (0.0, 0.0)
+    assert relearning_weight(0.0, 0.0, lam=3.0, cap=0.5) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("target", ["init", "zero"])
+@pytest.mark.parametrize("noisy", ["visual", "audio"])
+def test_relearning_moves_back_the_modality_that_does_not_generalise(kit, target, noisy):
+    model = kit.make_model()
+    handles, ctx = Handles(model), Context(model)
+    handles.keep_init()
+    start = {m: handles.copy(m) for m in handles.modalities}
+    for name in handles.modalities:
+        handles.set(name, {layer: row + 1.0 for layer, row in handles.A(name).items()})
+    ctx.total_steps, ctx.step, ctx.validation = 8, 3, lambda: iter(())
+    strategy = Relearning(events=[0.5], cap=0.9, target=target)
+    other = {"visual": "audio", "audio": "visual"}[noisy]
+    reads = iter([{noisy: 1.0, other: 1.0}, {noisy: 0.8, other: 1.0}])  # of training, then of validation batches
+    strategy.lifts.read = lambda ctx: next(reads)
+    original, Lifts.read = Lifts.read, lambda self, ctx: next(reads)
+    try:
+        strategy.interval(handles, ctx)
+    finally:
+        Lifts.read = original
+    w = math.tanh(3 * 0.2 / 1.001)
+    for layer, row in handles.A(noisy).items():
+        goal = start[noisy][layer] if target == "init" else torch.zeros_like(row)
+        torch.testing.assert_close(row, w * goal + (1 - w) * (start[noisy][layer] + 1))
+    for name in (other, "text"):
+        for layer, row in handles.A(name).items():
+            assert torch.equal(row, start[name][layer] + 1)
+
+
+def test_lifts_are_means_over_rows_that_have_the_modality(kit):
+    model = kit.make_model().eval()
+    batch = kit.collate([kit.make_sample(model, i, k) for i, k in enumerate((("visual", "audio"), ("visual",), ()))])
+    batch.pop("sample_ids")
+    ctx, lifts, found = Context(model), Lifts(), Contribution(model, batch)
+    with ctx.micro_batch(batch):
+        lifts.measure(ctx)
+    assert lifts.read(ctx) == pytest.approx(
+        {
+            "visual": found.lift(["visual"])[:2].mean().item(),
+            "audio": found.lift(["audio"])[0].item(),
+        },
+        rel=1e-4,
+        abs=1e-6,
+    )
+
+
+def test_inforeg_by_hand():
+    assert leading({"visual": 1.0, "audio": 1.5}) == ("visual", pytest.approx(0.5))
+    assert leading({"a": 2.0, "b": 1.0, "c": 4.0}) == ("b", pytest.approx(2.0))
+    assert in_window([], 0.05, 10)
+    assert in_window([1.0], 0.05, 10)
+    assert in_window([1.0, 1.2], 0.05, 10)  # means 1.1 and 1.0: 0.0909
+    assert not in_window([1.0, 1.1], 0.05, 10)  # 1.05 and 1.0: 0.0476
+    assert not in_window([1.0, 0.5], 0.05, 10)
+    assert in_window([9.0, 1.0, 2.0], 0.05, 1)  # the last alone: 2 and 1
+    assert not in_window([0.0, 0.0], 0.05, 10)
+
+
+@pytest.mark.parametrize(("strong", "weak"), [("visual", "audio"), ("audio", "visual")])
+def test_inforeg_keeps_the_leading_modality_near_its_anchor(kit, tmp_path, strong, weak):
+    """The larger beta, the nearer; the other modality and one that is outside of its window move as without."""
+    distances = []
+    for beta, threshold in ((0.0, 0.05), (5.0, -10.0), (30.0, -10.0), (30.0, 10.0)):
+        model = kit.make_model()
+        handles = Handles(model)
+        before = {m: handles.copy(m) for m in handles.modalities}
+        strategy = InfoReg(beta=beta, window=100, threshold=threshold)
+        strategy.scores = Fixed({strong: 1.0, weak: 2.0})
+        strategy.history = {strong: [1.0, 1.0]}
+        kit.make_trainer(tmp_path / f"{beta}{threshold}", [strategy], model).train()
+        after = {m: handles.A(m) for m in handles.modalities}
+        distances.append({m: sum((after[m][n] - before[m][n]).norm().item() for n in after[m]) for m in after})
+    free, some, much, outside = (one[strong] for one in distances)
+    assert much < some < free
+    assert outside == free
+
+
+def test_inforegs_fisher_information_is_the_mean_square_of_the_gradients(kit, tmp_path):
+    strategy = InfoReg(window=2, every=1)
+    seen, update = [], strategy.update
+
+    def watch(handles, ctx):
+        seen.append(sum(float(g.pow(2).mean()) for g in handles.gradient("audio").values()))
+        update(handles, ctx)
+
+    strategy.update = watch
+    kit.make_trainer(tmp_path, [strategy], max_steps=4).train()
+    assert strategy.history["audio"] == pytest.approx([seen[0] + seen[1], seen[2] + seen[3]], rel=1e-6)
+
+
+def test_mlas_projection_by_hand():
+    # I - z z^T / (0.1 + z z) for z = (1, 2): k^T z = 5, divided by 5.1, then by the norm.
+    expected = torch.tensor([[1 - 1 / 5.1, -2 / 5.1], [-2 / 5.1, 1 - 4 / 5.1]])
+    found = projection(torch.eye(2), torch.tensor([1.0, 2.0]), alpha=0.1, leak=0.0)
+    assert found.flatten().tolist() == pytest.approx((expected / expected.norm()).flatten().tolist(), **EXACT)
+    leaky = projection(torch.eye(2), torch.tensor([1.0, 2.0]), alpha=0.1, leak=0.5)
+    mixed = 0.5 * expected + 0.5 * torch.eye(2)
+    assert leaky.flatten().tolist() == pytest.approx((mixed / mixed.norm()).flatten().tolist(), **EXACT)
+    # A second direction: P z of the first P.
+    k = found.double() @ torch.tensor([1.0, 0.0], dtype=torch.float64)
+    second = found.double() - torch.outer(k, k) / (0.01 + k[0])
+    again = projection(found, torch.tensor([1.0, 0.0]), alpha=0.01, leak=0.0)
+    assert again.flatten().tolist() == pytest.approx((second / second.norm()).flatten().tolist(), **EXACT)
+    three = projection(torch.eye(3), torch.tensor([0.0, 0.0, 3.0]), alpha=0.1, leak=0.0)
+    diagonal = torch.tensor([1.0, 1.0, 1 - 9 / 9.1])
+    assert torch.diagonal(three).tolist() == pytest.approx((diagonal / diagonal.norm()).tolist(), **EXACT)
+
+
+def test_mla_alternates_and_projects_from_the_second_turn_on(kit, tmp_path):
+    strategy = MLA(p_alt=1.0, leak=0.0)
+    trainer = kit.make_trainer(tmp_path, [strategy], max_steps=3, optim="sgd")
+    seen, update = [], strategy.update
+
+    def watch(handles, ctx):
+        hidden = [m for m in ("visual", "audio") if not any(g.any() for g in handles.gradient(m).values())]
+        plain = {n: g.clone() for n, g in handles.gradients_of_B().items()}
+        before = dict(strategy.projections)
+        update(handles, ctx)
+        seen.append((hidden, plain, {n: g.clone() for n, g in handles.gradients_of_B().items()}, before))
+
+    strategy.update = watch
+    trainer.train()
+    assert [hidden for hidden, *_ in seen] == [["audio"], ["visual"], ["audio"]]
+    assert all(torch.equal(seen[0][1][name], seen[0][2][name]) for name in seen[0][1])
+    for _, plain, projected, before in seen[1:]:
+        for name, grad in plain.items():
+            torch.testing.assert_close(projected[name], grad @ before[name].T, atol=1e-5, rtol=1e-4)
+
+
+def test_mlas_joint_steps_are_the_plain_ones(kit, tmp_path):
+    ours = kit.make_trainer(tmp_path / "mla", [MLA(p_alt=0.0)])
+    plain = kit.make_trainer(tmp_path / "plain")
+    ours.train(), plain.train()
+    for name, weight in kit.weights(plain.model).items():
+        assert torch.equal(weight, kit.weights(ours.model)[name]), name
+
+
+def test_mlas_projection_protects_what_the_modality_before_has_learnt(kit):
+    """B's answer to the mean z~ of the modality before moves less: the step along it is nearly removed."""
+    z = torch.tensor([1.0, -2.0, 0.5, 1.0])
+    P = projection(torch.eye(4), z, alpha=0.01, leak=0.0)
+    grad = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    kept = (grad @ P.T @ z).norm() / (grad @ z).norm()
+    assert kept < 0.01
+
+
+def test_entropy_fusion_by_hand():
+    sure, unsure = torch.tensor([4.0, 0.0]), torch.tensor([0.0, 0.0])
+    p = math.exp(4) / (math.exp(4) + 1)
+    h = -(p * math.log(p) + (1 - p) * math.log(1 - p))
+    w = math.exp(math.log(2) - h) / (math.exp(math.log(2) - h) + 1)
+    assert entropy_fusion({"a": sure, "b": unsure}).tolist() == pytest.approx([4 * w, 0.0], **EXACT)
+    three = entropy_fusion({"a": sure, "b": unsure, "c": unsure})
+    w = math.exp(math.log(2) - h) / (math.exp(math.log(2) - h) + 2)
+    assert three.tolist() == pytest.approx([4 * w, 0.0], **EXACT)
+    batch = torch.randn(3, 5)
+    torch.testing.assert_close(entropy_fusion({"a": batch, "b": batch}), batch)
