@@ -25,7 +25,7 @@ class MLA(BalanceStrategy):
     with z the mean z~ of the step's modality and alpha = 0.1^(1 + progress). MokA's shared B is the shared head of the paper, and
     its input has only r dimensions, so that P is small.
 
-    Source: CVPR 2024, https://arxiv.org/abs/2311.10707, equations 5 to 8. Adapted: joint steps stay, as they alone train what needs
+    Source: CVPR 2024, https://arxiv.org/abs/2311.10707. Adapted: joint steps stay, as they alone train what needs
     both modalities; they are not projected. The leak, 0 in the paper, keeps P from running out of its r dimensions.
 
     Args:
@@ -99,7 +99,7 @@ def entropy_fusion(logits: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
         w_m = exp(max_k H_k - H_m) / sum_j exp(max_k H_k - H_j),    H_m: the entropy of softmax(logits of m), in nats
 
-    Source: MLA's test-time fusion, https://arxiv.org/abs/2311.10707, equations 9 and 10.
+    Source: MLA's test-time fusion, https://arxiv.org/abs/2311.10707.
     """
     stacked = torch.stack([one.float() for one in logits.values()])  # [M, ..., vocabulary]
     log_p = stacked.log_softmax(-1)

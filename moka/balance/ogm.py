@@ -2,7 +2,8 @@
 
 Peng et al., "Balanced Multimodal Learning via On-the-fly Gradient Modulation", CVPR 2022, https://arxiv.org/abs/2203.15332;
 Li et al., "Boosting Multi-modal Model Performance with Adaptive Gradient Modulation", ICCV 2023,
-https://arxiv.org/abs/2308.07686; Guo et al., "Classifier-guided Gradient Modulation", NeurIPS 2024.
+https://arxiv.org/abs/2308.07686; Guo et al., "Classifier-guided Gradient Modulation for Enhanced Multimodal Learning",
+NeurIPS 2024, https://arxiv.org/abs/2411.01409.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class OGM(BalanceStrategy):
     """Slow the update of A_m while the modality m alone explains the answers better than the others.
 
         rho_m = exp(M / (M - 1) * (mean_k s_k - s_m)),   s_m: mean NLL of the answers if only m is visible
-        k_m = 1 - tanh(alpha * rho_m) if rho_m > 1, else 1                       (paper, equation 10)
+        k_m = 1 - tanh(alpha * rho_m) if rho_m > 1, else 1
 
     Source: CVPR 2022, https://arxiv.org/abs/2203.15332. Adapted: rho from likelihoods of the answers, as a language model has
     no head that is a sum over modalities; k_m scales the update and not the gradient, to which Adam is blind; noise (GE) is

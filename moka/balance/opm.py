@@ -1,6 +1,6 @@
 """OPM: drop the modality that leads, sample by sample. AMCo is a mode.
 
-Wei, Hu et al., "On-the-fly Modulation for Balanced Multimodal Learning", T-PAMI 2024, https://arxiv.org/abs/2410.11582;
+Wei, Hu, Du and Wen, "On-the-fly Modulation for Balanced Multimodal Learning", T-PAMI 2024, https://arxiv.org/abs/2410.11582;
 Zhou et al., "Adaptive Mask Co-optimization for Modal Dependence in Multimodal Learning" (AMCo), ICASSP 2023.
 """
 

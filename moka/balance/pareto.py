@@ -25,7 +25,7 @@ class MMPareto(BalanceStrategy):
 
     Everything that modalities share (B, A of text, projectors) gets the plain sum, as the heads in the paper.
 
-    Source: ICML 2024, https://arxiv.org/abs/2405.17730, equations 6 to 9. Adapted: L_m is the loss with only modality m visible, of
+    Source: ICML 2024, https://arxiv.org/abs/2405.17730. Adapted: L_m is the loss with only modality m visible, of
     rows that have m and another one; gamma scales the update, as Adam is blind to a constant factor of a gradient.
 
     Args:
