@@ -518,6 +518,11 @@ def _check_balance(config: RunConfig, where: str) -> None:
                 f"{where}: balance: {strategy.name}: acts on the B that modalities share, and adapter.share_b is false. Set it "
                 "to true, or take the strategy out."
             )
+        if needs.sample_ids and config.training.get("train_sampling_strategy", "random") != "random":
+            raise MokaError(
+                f"{where}: balance: {strategy.name}: draws samples itself, and training.train_sampling_strategy is "
+                f"{config.training['train_sampling_strategy']}. Take one of the two out."
+            )
         if needs.validation and config.data.validation is None:
             raise MokaError(f"{where}: balance: {strategy.name}: needs data.validation, which is not set. Set it.")
     if config.model.kind == "composed":

@@ -13,6 +13,7 @@ from .relearning import Relearning
 from .strategy import BalanceStrategy, Context, Needs
 from .trainer import BalanceCallback, BalancedTrainer, BalancedTrainerMixin
 from .unimodal import CML, UnimodalLosses
+from .valuation import Valuation
 
 __all__ = [
     "CML",
@@ -34,5 +35,6 @@ __all__ = [
     "ParetoB",
     "Relearning",
     "UnimodalLosses",
+    "Valuation",
     "build_strategies",
 ]

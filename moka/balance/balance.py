@@ -51,17 +51,20 @@ class Balance:
     def __bool__(self) -> bool:
         return bool(self.strategies)
 
-    def begin(self, model: nn.Module, total_steps: int, optimizer: Any = None, validation: Any = None) -> None:
+    def begin(
+        self, model: nn.Module, total_steps: int, optimizer: Any = None, validation: Any = None, step: int = 0
+    ) -> None:
         """Start or resume a training of ``model``.
 
         Args:
+            step: steps that are done.
             total_steps: optimizer steps of the training.
             optimizer: whose moments `Handles.set` clears.
             validation: () -> batches of this process, if there are validation data.
         """
         check_model(self.strategies, model)
         self.ctx = Context(model, self.seed)
-        self.ctx.total_steps, self.ctx.validation = total_steps, validation
+        self.ctx.total_steps, self.ctx.validation, self.ctx.step = total_steps, validation, step
         if any(need.adapter for need in self.needs):
             self.handles = Handles(model)
             self.handles.optimizer = optimizer
@@ -87,6 +90,12 @@ class Balance:
             f"balance: {strategy.name}: {need.cost(media)}"
             for strategy, need in zip(self.strategies, self.needs, strict=True)
         ]
+
+    def sampling(self, ids: Sequence[str], epoch: int) -> list[float]:
+        """Return how often each sample comes in an epoch, relative to the others."""
+        assert self.ctx is not None
+        found = [strategy.sampling(ids, epoch, self.ctx) for strategy in self.strategies]
+        return next((weights for weights in found if weights is not None), [1.0] * len(ids))
 
     def step_begin(self, step: int) -> None:
         """Begin a step of all micro-batches, after ``step`` others."""
@@ -133,6 +142,7 @@ class Balance:
         if not skipped:
             for strategy in self.strategies:
                 strategy.interval(self.handles, self.ctx)
+            self.ctx.step += 1
 
     def save(self, folder: str | Path) -> None:
         """Write the state into a checkpoint; equal on all processes, so the main one writes."""

@@ -18,10 +18,23 @@ from .rates import LearningRates
 from .relearning import Relearning
 from .strategy import BalanceStrategy
 from .unimodal import CML, UnimodalLosses
+from .valuation import Valuation
 
 STRATEGIES: dict[str, type[BalanceStrategy]] = {
     strategy.name: strategy
-    for strategy in (LearningRates, OGM, OPM, UnimodalLosses, CML, MMPareto, ParetoB, Relearning, InfoReg, MLA)
+    for strategy in (
+        LearningRates,
+        OGM,
+        OPM,
+        UnimodalLosses,
+        CML,
+        MMPareto,
+        ParetoB,
+        Relearning,
+        InfoReg,
+        MLA,
+        Valuation,
+    )
 }
 
 

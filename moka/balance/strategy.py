@@ -4,7 +4,7 @@
     loss(loss, ctx)          after it: losses that are added                                        (objective)
     update(handles, ctx)     once a step, between backward and the optimizer: gradients, rates      (optimization)
     interval(handles, ctx)   once a step, after the optimizer: values of A, windows                 (optimization)
-    sampling(table, ctx)     before an epoch: which samples, with which modalities                  (data)
+    sampling(ids, epoch, ctx) before an epoch: how often each sample comes                          (data)
 
 A strategy is a dataclass: its fields are the keys of the YAML, named as in its paper. What it has learnt while training is in
 `state_dict`, which every checkpoint keeps.
@@ -122,8 +122,9 @@ class BalanceStrategy:
     def interval(self, handles: Any, ctx: Context) -> None:
         """Act after the optimizer's step."""
 
-    def sampling(self, table: Any, ctx: Context) -> None:
-        """Choose the samples of the next epoch, and the modalities that each shows."""
+    def sampling(self, ids: Sequence[str], epoch: int, ctx: Context) -> list[float] | None:
+        """Return how often each sample comes in the epoch, relative to the others; None: once each."""
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         """Return what it has learnt: what a checkpoint has to keep for an exact resume."""
@@ -222,6 +223,21 @@ class Context:
         self.forwards += len(self._contribution._known) > before
         return found
 
+    def shapley(self, value: str) -> dict[str, torch.Tensor]:
+        """Return the Shapley value of each modality of the micro-batch, [batch] each; empty if there are fewer than two."""
+        found = self._contribution
+        if found is None or len(found.modalities) < 2:
+            return {}
+        before = len({id(known) for known in found._known.values()})
+        values = found.shapley(value).values
+        self.forwards += len({id(known) for known in found._known.values()}) - before
+        return values
+
+    def complete(self) -> torch.Tensor:
+        """Return which rows have all modalities of the micro-batch, and an answer: [batch] bool."""
+        here = torch.stack([rows.any(1) for rows in self._tokens_of.values() if bool(rows.any())]).all(0)
+        return here & (self.answer_tokens() > 0).to(here.device)
+
     def row_likelihood(self, available: Collection[str] | None) -> torch.Tensor | None:
         """Return l(S) [batch] with its graph, in the mode of the model; None as `log_likelihood`."""
         if self._contribution is None:
@@ -272,7 +288,12 @@ class Context:
         """Return a name of each row to draw for: its sample's id, or else its process, micro-batch and place."""
         rows = len(self.batch["labels"])
         if len(self.sample_ids) == rows:
-            return self.sample_ids
+            seen: dict[str, int] = {}
+            for one in self.sample_ids:
+                seen[one] = seen.get(one, 0) + 1
+            if len(seen) == rows:
+                return self.sample_ids
+            return [f"{one}#{self.sample_ids[:i].count(one)}" for i, one in enumerate(self.sample_ids)]
         rank, _ = rank_and_world_size()
         return [f"{rank}:{self.micro}:{i}" for i in range(rows)]
 

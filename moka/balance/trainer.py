@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
+from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -15,6 +17,7 @@ from moka.errors import MokaError
 from moka.modeling.sharding import zero_stage
 
 from .balance import FILE, Balance, check_engine, check_model
+from .sampler import WeightedOrder, ids_of
 from .strategy import BalanceStrategy
 
 
@@ -69,7 +72,12 @@ class BalanceCallback(_Steps):
             )
         if state.global_step:
             self.balance.load(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
-        self.balance.begin(extract_model_from_parallel(kwargs["model"]), state.max_steps, kwargs.get("optimizer"))
+        self.balance.begin(
+            extract_model_from_parallel(kwargs["model"]),
+            state.max_steps,
+            kwargs.get("optimizer"),
+            step=state.global_step,
+        )
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.balance.update()
@@ -107,7 +115,7 @@ class _TrainerSteps(_Steps):
                 return found
 
             engine.step = around
-        self.balance.begin(model, state.max_steps, kwargs.get("optimizer"), validation)
+        self.balance.begin(model, state.max_steps, kwargs.get("optimizer"), validation, state.global_step)
         if state.is_world_process_zero:
             for line in self.balance.estimate(model):
                 print(line)
@@ -151,6 +159,13 @@ class BalancedTrainerMixin:
                 raise MokaError(
                     f"balance: {missing[0]}: needs validation data; set data.validation, or pass eval_dataset."
                 )
+            drawn = [
+                s.name for s, need in zip(self.balance.strategies, self.balance.needs, strict=True) if need.sample_ids
+            ]
+            if drawn and isinstance(trainer.train_dataset, IterableDataset):
+                raise MokaError(
+                    f"balance: {drawn[0]}: draws samples by their index, and the data are streamed. Take one out."
+                )
             trainer.add_callback(_TrainerSteps(self))
 
     def compute_loss(
@@ -177,6 +192,15 @@ class BalancedTrainerMixin:
         if self.balance and trainer.accelerator.sync_gradients and not trainer.is_deepspeed_enabled:
             self.balance.update()
         return loss
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        trainer: Any = self
+        dataset = trainer.train_dataset if train_dataset is None else train_dataset
+        if not any(need.sample_ids for need in self.balance.needs):
+            return super()._get_train_sampler(train_dataset)  # type: ignore[misc]
+        ids = ids_of(dataset)
+        weights = partial(self.balance.sampling, ids)
+        return WeightedOrder(len(ids), weights, lambda: int(trainer.state.epoch or 0), trainer.args.seed)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the strategies' figures to a log with the loss."""

@@ -374,24 +374,27 @@ ACTING = {
     "relearning": {"every": 2, "batches": 2, "events": [0.5, 0.7]},
     "inforeg": {"every": 2, "window": 3, "beta": 30.0, "threshold": -10.0},
     "mla": {},
+    "valuation": {"every": 2, "warmup": 0.0, "value": "log_likelihood"},
 }
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
-def test_a_resumed_run_is_the_uninterrupted_one(kit, tmp_path, name):
+@pytest.mark.parametrize(("name", "step"), [*((name, 4) for name in STRATEGIES), ("valuation", 6)])
+def test_a_resumed_run_is_the_uninterrupted_one(kit, tmp_path, name, step):
+    """At the end of an epoch, and within one."""
+
     def trainer(folder):
         data = kit.make_data(kit.make_model(), 16, (("visual", "audio"), ("visual",), ("audio",), ("visual", "audio")))
         balance = build_strategies([{"name": name, **ACTING[name]}])
-        settings = {"save_strategy": "steps", "save_steps": 4, "gradient_accumulation_steps": 2}
+        settings = {"save_strategy": "steps", "save_steps": step, "gradient_accumulation_steps": 2}
         return kit.make_trainer(folder, balance, data=data, per_device_train_batch_size=2, **settings)
 
     full = trainer(tmp_path / "full")
     full.train()
-    shutil.copytree(tmp_path / "full/checkpoint-4", tmp_path / "again/checkpoint-4")
+    shutil.copytree(tmp_path / f"full/checkpoint-{step}", tmp_path / f"again/checkpoint-{step}")
     again = trainer(tmp_path / "again")
-    again.train(resume_from_checkpoint=str(tmp_path / "again/checkpoint-4"))
+    again.train(resume_from_checkpoint=str(tmp_path / f"again/checkpoint-{step}"))
     same(kit.weights(again.model), kit.weights(full.model))
-    ours, theirs = ([r for r in t.state.log_history if r.get("step", 0) > 4 and "loss" in r] for t in (again, full))
+    ours, theirs = ([r for r in t.state.log_history if r.get("step", 0) > step and "loss" in r] for t in (again, full))
     keys = [key for key in theirs[0] if key not in ("epoch",)]
     assert [{k: r[k] for k in keys if k in r} for r in ours] == [{k: r[k] for k in keys if k in r} for r in theirs]
     plain = kit.make_trainer(
@@ -457,3 +460,40 @@ def test_trainers_of_others_can_be_mixed_in(kit, tmp_path):
     trainer = kit.make_trainer(tmp_path, [OPM(every=1)], trainer_class=Mine, max_steps=2)
     trainer.train()
     assert copy.deepcopy(trainer.balance.strategies[0].state_dict())["running"].keys() == {"visual", "audio"}
+
+
+def test_recomputed_activations_change_nothing(kit, tmp_path):
+    found = []
+    for checkpointing in (False, True):
+        balance = [OPM(q_base=0.9, warmup=0.0, every=2), UnimodalLosses(), ParetoB()]
+        settings = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+        model = kit.make_model()
+        if checkpointing:
+            model.enable_input_require_grads()
+        trainer = kit.make_trainer(
+            tmp_path / str(checkpointing),
+            balance,
+            model,
+            **(settings if checkpointing else {}),
+            optim="sgd",
+            max_steps=4,
+        )
+        trainer.train()
+        found.append(kit.weights(model))
+    for name, weight in found[0].items():
+        torch.testing.assert_close(found[1][name], weight, atol=1e-5, rtol=1e-4)
+
+
+def test_batches_that_name_only_their_labels_are_trained_on(kit, tmp_path):
+    """Without interaction ids the labels say which text is the question."""
+    model = kit.make_model()
+    data = [{k: v for k, v in sample.items() if k != "interaction_ids"} for sample in kit.make_data(model)]
+
+    def collate(samples):
+        batch = kit.collate([{**sample, "interaction_ids": [0] * len(sample["labels"])} for sample in samples])
+        return {name: value for name, value in batch.items() if name != "interaction_ids"}
+
+    trainer = kit.make_trainer(tmp_path, [OGM(every=1), UnimodalLosses()], model, data, max_steps=2)
+    trainer.data_collator = collate
+    trainer.train()
+    assert trainer.balance.ctx.backwards == 4

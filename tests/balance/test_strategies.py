@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,8 +15,11 @@ from moka.balance.ogm import agm_coefficients, ogm_coefficients, speed_coefficie
 from moka.balance.opm import amco_share, dependence, opm_rates
 from moka.balance.pareto import pareto_mix, pareto_weights
 from moka.balance.relearning import Lifts, relearning_weight
+from moka.balance.sampler import ids_of, weighted_order
 from moka.balance.strategy import Context, Scores, dominance
 from moka.balance.unimodal import residual_weight
+from moka.balance.valuation import Valuation, copies_of
+from moka.errors import MokaError
 
 EXACT = {"abs": 1e-6, "rel": 0}
 
@@ -602,3 +606,104 @@ def test_entropy_fusion_by_hand():
     assert three.tolist() == pytest.approx([4 * w, 0.0], **EXACT)
     batch = torch.randn(3, 5)
     torch.testing.assert_close(entropy_fusion({"a": batch, "b": batch}), batch)
+
+
+def test_copies_by_hand():
+    assert [copies_of(phi) for phi in (1.5, 1.0, 0.99, 0.4, 0.39, 0.0, -0.1, -0.11, -1.0)] == [
+        0,
+        0,
+        1,
+        1,
+        2,
+        2,
+        2,
+        3,
+        3,
+    ]
+
+
+def test_quarters_of_likelihood_values_by_hand():
+    strategy = Valuation(value="log_likelihood")
+    strategy.table = {f"s{i}": {"visual": float(i), "audio": float(-i)} for i in range(8)}
+    copies = strategy._copies()
+    assert [copies[f"s{i}"]["visual"] for i in range(8)] == [3, 3, 2, 2, 1, 1, 0, 0]
+    assert [copies[f"s{i}"]["audio"] for i in range(8)] == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+@pytest.mark.parametrize("weights", [[1.0] * 7, [1.0, 2.0, 3.0, 6.0], [7.0, 1.0, 1.0, 1.0, 1.0], [0.5] * 3 + [4.0]])
+def test_an_epoch_has_its_size_and_each_sample_its_share(weights):
+    n, total = len(weights), np.zeros(len(weights))
+    for seed in range(300):
+        order = weighted_order(weights, np.random.default_rng(seed))
+        assert len(order) == n
+        counts = np.bincount(order, minlength=n)
+        share = np.array(weights) * n / sum(weights)
+        assert (counts >= np.floor(share + 1e-9)).all()
+        assert (counts <= np.floor(share + 1e-9) + 1).all()
+        total += counts
+    assert total / 300 == pytest.approx(np.array(weights) * n / sum(weights), abs=0.15)
+    if len(set(weights)) == 1:
+        assert sorted(order) == list(range(n))
+
+
+def test_values_are_the_shapley_values_of_the_samples(kit):
+    model = kit.make_model().eval()
+    kinds = (("visual", "audio"), ("visual", "audio"), ("visual",))
+    batch = kit.collate([kit.make_sample(model, i, kind) for i, kind in enumerate(kinds)])
+    ids, ctx, found = batch.pop("sample_ids"), Context(model), Contribution(model, batch)
+    strategy = Valuation(value="log_likelihood")
+    with ctx.micro_batch(batch, ids):
+        strategy.prepare(batch, ctx)
+    assert ctx.forwards == 4
+    strategy.update(None, ctx)
+    v = {s: found.log_likelihood(s) for s in ((), ("visual",), ("audio",), ("visual", "audio"))}
+    visual = (v["visual",] - v[()] + v["visual", "audio"] - v["audio",]) / 2
+    assert set(strategy.table) == {"s0", "s1"}  # the third has no sound to compare with
+    for i in range(2):
+        assert strategy.table[f"s{i}"]["visual"] == pytest.approx(visual[i].item(), abs=1e-5)
+
+
+def test_a_modality_of_little_value_is_shown_alone_as_often_as_its_copies_say(kit):
+    model = kit.make_model()
+    strategy = Valuation(every=10_000)
+    strategy.copies = {"s0": {"visual": 0, "audio": 3}, "s1": {"visual": 1, "audio": 0}}
+    batch = kit.collate(kit.make_data(model, 3))
+    ids, ctx = batch.pop("sample_ids"), Context(model)
+    hidden = {name: torch.zeros(3) for name in ("visual", "audio")}
+    steps = 400
+    for step in range(1, steps + 1):
+        ctx.step = step
+        with ctx.micro_batch(batch, ids):
+            strategy.prepare(batch, ctx)
+            for name in hidden:
+                if ctx.hidden is not None:
+                    hidden[name] += (ctx.hidden & ctx._tokens_of[name]).any(1)
+    assert (hidden["visual"] / steps).tolist() == pytest.approx([0.75, 0, 0], abs=0.08)
+    assert (hidden["audio"] / steps).tolist() == pytest.approx([0, 0.5, 0], abs=0.1)
+
+
+def test_samples_come_as_often_as_they_and_their_copies(kit, tmp_path):
+    strategy = Valuation(warmup=0.0, value="weighted_correct", every=10_000)
+    trainer = kit.make_trainer(tmp_path, [strategy], max_steps=8)
+    assert ids_of(trainer.train_dataset) == [f"s{i}" for i in range(16)]
+    strategy.table = {f"s{i}": {"visual": 1.0, "audio": -1.0 if i < 4 else 1.0} for i in range(16)}
+    seen, loss = [], trainer.compute_loss
+
+    def watch(model, inputs, *args, **kwargs):
+        seen.extend(inputs["sample_ids"])
+        return loss(model, inputs, *args, **kwargs)
+
+    trainer.compute_loss = watch
+    trainer.train()
+    assert len(seen) == 32
+    often = sum(int(one[1:]) < 4 for one in seen)  # four of weight 4, twelve of weight 1
+    assert often == pytest.approx(32 * 16 / 28, abs=2)
+
+
+def test_a_stream_is_refused_where_samples_are_drawn(kit, tmp_path):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(())
+
+    with pytest.raises(MokaError, match=r"valuation.*streamed"):
+        kit.make_trainer(tmp_path, [Valuation()], data=Stream(), eval_dataset=None)
