@@ -17,6 +17,8 @@ from peft import LoraConfig
 from transformers import TrainingArguments
 
 from moka.adapter.config import PRESETS, TEXT, MokaConfig
+from moka.balance.balance import check_modalities
+from moka.balance.registry import build_strategies
 from moka.errors import MokaError, nearest
 from moka.modeling.encoders import tiny_encoder
 from moka.modeling.hf_model import check_hf_run
@@ -264,6 +266,12 @@ class RunConfig:
         default_factory=dict,
         metadata=_help("Stage 2's training settings: transformers.TrainingArguments and moka's own."),
     )
+    balance: list[dict[str, Any]] = field(
+        default_factory=list,
+        metadata=_help(
+            "Stage 2's balance strategies, none by default: [{name: ogm, alpha: 0.3}, ...]; docs/balance.md."
+        ),
+    )
     evaluation: EvaluationSection = field(default_factory=EvaluationSection)
     output: OutputSection = field(default_factory=OutputSection)
 
@@ -459,6 +467,7 @@ def _check_together(config: RunConfig, where: str) -> None:
             "lost. Take model.connectors out, or set stages: [2]."
         )
     _check_adapter(config, where)
+    _check_balance(config, where)
     if "objective" in config.training:
         raise MokaError(f"{where}: training.objective: stage 2 always models language; set alignment.objective.")
     for name, section in (("alignment", config.alignment), ("training", config.training)):
@@ -482,6 +491,45 @@ def _check_together(config: RunConfig, where: str) -> None:
             f"{where}: training.observe_modalities: {config.training['observe_modalities']}: adapter.method "
             f"{config.adapter['method']} has no B that modalities share. Take it out, or use moka."
         )
+
+
+def _check_balance(config: RunConfig, where: str) -> None:
+    strategies = build_strategies(config.balance, f"{where}: balance")
+    if not strategies:
+        return
+    first = strategies[0].name
+    if 2 not in config.stages:
+        raise MokaError(
+            f"{where}: balance: {first}: stages {config.stages} train no adapter. Take it out, or set stages: [2]."
+        )
+    if config.training.get("packing"):
+        raise MokaError(
+            f"{where}: balance: {first}: scores samples, and with training.packing a row has several. Take one of the two out."
+        )
+    for strategy in strategies:
+        needs = strategy.needs()
+        if (needs.adapter or needs.parts_of_B) and config.adapter["method"] != "moka":
+            raise MokaError(
+                f"{where}: balance: {strategy.name}: acts on a MokA adapter, and adapter.method is "
+                f"{config.adapter['method']}. Set it to moka, or take the strategy out."
+            )
+        if needs.parts_of_B and not config.adapter["share_b"]:
+            raise MokaError(
+                f"{where}: balance: {strategy.name}: acts on the B that modalities share, and adapter.share_b is false. Set it "
+                "to true, or take the strategy out."
+            )
+        if needs.sample_ids and config.training.get("train_sampling_strategy", "random") != "random":
+            raise MokaError(
+                f"{where}: balance: {strategy.name}: draws samples itself, and training.train_sampling_strategy is "
+                f"{config.training['train_sampling_strategy']}. Take one of the two out."
+            )
+        if needs.validation and config.data.validation is None:
+            raise MokaError(f"{where}: balance: {strategy.name}: needs data.validation, which is not set. Set it.")
+    if config.model.kind == "composed":
+        try:
+            check_modalities(strategies, list(config.model.modalities))
+        except MokaError as error:
+            raise MokaError(f"{where}: {error}") from error
 
 
 def _check_adapter(config: RunConfig, where: str) -> None:

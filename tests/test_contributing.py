@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from moka.balance import STRATEGIES
 from moka.data.formats import FORMATS, open_format
 from moka.evaluation.benchmarks import BENCHMARKS
 from moka.modeling.encoders import ENCODERS
@@ -17,20 +18,21 @@ RECIPES = {
     for part in [f"## {part}"]
     if "```python" in part
 }
+REGISTRIES = ENCODERS, FORMATS, BENCHMARKS, STRATEGIES
 
 
 @pytest.fixture(autouse=True)
 def registries():
     """Each recipe registers something; the registries are as before afterwards."""
-    before = [dict(one) for one in (ENCODERS, FORMATS, BENCHMARKS)]
+    before = [dict(one) for one in REGISTRIES]
     yield
-    for registry, kept in zip((ENCODERS, FORMATS, BENCHMARKS), before, strict=True):
+    for registry, kept in zip(REGISTRIES, before, strict=True):
         registry.clear()
         registry.update(kept)
 
 
 def test_the_page_has_a_recipe_for_each():
-    assert set(RECIPES) == {"encoder", "reader", "benchmark"}
+    assert set(RECIPES) == {"encoder", "reader", "benchmark", "balance"}
 
 
 @pytest.mark.parametrize("name", RECIPES)

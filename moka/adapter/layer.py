@@ -81,8 +81,8 @@ class MokaLinear(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("moka_A", "moka_B")
-    # Called with (layer, adapter name, z~ [tokens, width], view, result) in forwards that keep a graph.
-    moka_observer: Any = None
+    # Each is called with (layer, adapter name, z~ [tokens, width], view, result) in forwards that keep a graph.
+    moka_observers: tuple[Any, ...] = ()
     other_param_names = ("moka_r", "moka_alpha", "moka_scaling", "moka_dropout", "moka_config", "moka_tower")
 
     def __init__(self, base_layer: nn.Module, model: RoutedModel, **kwargs: Any) -> None:
@@ -164,8 +164,9 @@ class MokaLinear(nn.Module, BaseTunerLayer):
             z = self._rank_space(name, x, view, call)
             if z is not None:
                 result = add_update(result, z, *self._up(name, z, view))
-                if self.moka_observer is not None and result.requires_grad:
-                    self.moka_observer(self, name, z, view, result)
+                if self.moka_observers and result.requires_grad:
+                    for observe in self.moka_observers:
+                        observe(self, name, z, view, result)
         return result
 
     def adapters_in_use(self) -> list[str]:

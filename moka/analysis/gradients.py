@@ -36,6 +36,9 @@ class ModalityGradients:
     )  # modality -> tokens without padding, counted in one layer
     z_norm: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # sum of |z~| over tokens and layers
     z_count: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    z_sums: dict[str, dict[str, torch.Tensor]] = field(
+        default_factory=dict
+    )  # layer -> modality -> sum of z~ [r] over tokens
 
     def modalities(self) -> list[str]:
         """Return the modalities that some layer saw, in the order of the adapter's rows."""
@@ -117,6 +120,8 @@ def observed_gradients(model: nn.Module, adapter: str | None = None) -> Iterator
                 own[modality] = own[modality] + part if modality in own else part
                 counted = valid.to(here.device)[here]  # padding has no gradient, and counts as no token
                 found.z_norm[modality] += float(mine.norm(dim=-1)[counted].sum())
+                sums, total = found.z_sums.setdefault(names[id(layer)], {}), mine[counted].sum(0)
+                sums[modality] = sums[modality] + total if modality in sums else total
                 found.z_count[modality] += int(counted.sum())
                 if layer is first:
                     found.tokens[modality] += int(counted.sum())
@@ -125,13 +130,13 @@ def observed_gradients(model: nn.Module, adapter: str | None = None) -> Iterator
 
     handle = language_decoder(unwrapped(model)).register_forward_pre_hook(read_mask, with_kwargs=True)
     for layer in layers.values():
-        layer.moka_observer = observe
+        layer.moka_observers = (*layer.moka_observers, observe)
     try:
         yield found
     finally:
         handle.remove()
         for layer in layers.values():
-            layer.moka_observer = None
+            layer.moka_observers = tuple(other for other in layer.moka_observers if other is not observe)
 
 
 def average(gradients: ModalityGradients) -> ModalityGradients:
@@ -159,6 +164,17 @@ def average(gradients: ModalityGradients) -> ModalityGradients:
     parts = (total / len(everyone)).split([part.numel() for part in flat])
     for (layer, m), shape, part in zip(shapes, shapes.values(), parts, strict=True):
         found.parts.setdefault(layer, {})[m] = part.view(shape)
+    # Sums of z~ of layers and modalities that have a part have its width.
+    sums = [gradients.z_sums.get(layer, {}).get(m) for layer, m in shapes]
+    total = torch.cat(
+        [
+            torch.zeros(shape[1], device=device) if z is None else z
+            for z, shape in zip(sums, shapes.values(), strict=True)
+        ]
+    )
+    dist.all_reduce(total)
+    for (layer, m), z in zip(shapes, total.split([shape[1] for shape in shapes.values()]), strict=True):
+        found.z_sums.setdefault(layer, {})[m] = z
     for _, theirs in everyone:
         totals: tuple[dict[str, Any], ...] = (found.tokens, found.z_norm, found.z_count)
         for into, values in zip(totals, theirs, strict=True):

@@ -11,6 +11,7 @@ import transformers
 from peft import PeftModel
 from transformers.trainer_utils import IntervalStrategy
 
+from moka.balance import build_strategies
 from moka.config import DATA, SECTIONS, RunConfig
 from moka.data import Collator, EncodedDataset, MediaDecoding
 from moka.data.streaming import EncodedStream, SampleStream
@@ -62,7 +63,9 @@ def _trainer(run: Run, stage: int, module: torch.nn.Module, step: int) -> MokaTr
     arguments = run.arguments[stage]
     forget_engine(arguments)
     train = run.datasets[DATA[stage]]
-    validation = run.datasets.get("validation") if arguments.eval_strategy != IntervalStrategy.NO else None
+    strategies = build_strategies(run.config.balance) if stage == 2 else []
+    validates = arguments.eval_strategy != IntervalStrategy.NO or any(s.needs().validation for s in strategies)
+    validation = run.datasets.get("validation") if validates else None
     check_dtypes(module)
     dropped = run.folder / f"dropped-stage{stage}.jsonl"
     trainer = MokaTrainer(
@@ -79,6 +82,7 @@ def _trainer(run: Run, stage: int, module: torch.nn.Module, step: int) -> MokaTr
         data_collator=Collator(run.processor),
         processing_class=run.processor,
         callbacks=_callbacks(run, stage),
+        balance=strategies,
     )
     add_tensorboard(trainer, run.folder, stage, step, run.config.section(stage).get("report_to"))
     return trainer

@@ -14,6 +14,8 @@ import psutil
 import torch
 from transformers import TrainingArguments
 
+from moka.balance import build_strategies
+from moka.balance.balance import check_engine, check_modalities
 from moka.config import SECTIONS, MokaTrainingArguments, RunConfig, check_complete
 from moka.data import EncodedDataset, MediaDecoding
 from moka.data.media_io import BadMediaError
@@ -39,6 +41,8 @@ from moka.modeling.build import (
     context_length,
     resolve_backbone,
 )
+from moka.modeling.hf_model import base_info
+from moka.modeling.sharding import fsdp_requested, zero_stage
 
 from .arguments import training_arguments
 from .dataloading import check_packing
@@ -165,6 +169,10 @@ def _prepare(
     processor.decoding = MediaDecoding.of(config.data).to_dict()
     run = Run(config, folder, arguments, resume, datasets, model, processor)
     if 2 in config.stages:
+        strategies = build_strategies(config.balance)
+        check_modalities(strategies, list(base_info(model).type_ids))
+        zero = arguments[2].deepspeed_plugin is not None
+        check_engine(strategies, zero_stage(arguments[2]) if zero else None, fsdp_requested())
         _check_adapter_size(config, adapter_parameters(model, config.adapter), arguments[2])
     if config.data.feature_cache is not None:
         run.features = open_features(config.data, model, processor)

@@ -1,6 +1,6 @@
 """The trainer: ``transformers.Trainer`` for connectors and adapters of a composed model.
 
-Overridden methods of ``Trainer``, and why:
+Balance strategies act through `moka.balance.BalancedTrainerMixin`. Overridden methods of ``Trainer``, and why:
 
 - ``create_optimizer``: encoders and projectors have learning rates of their own.
 - ``compute_loss``: callbacks see each batch with the ids of its samples, and its loss; no logits are computed.
@@ -30,6 +30,7 @@ from peft import PeftModel
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from moka.balance import BalancedTrainerMixin
 from moka.config import MokaTrainingArguments
 from moka.data.streaming import EncodedStream
 from moka.distributed import all_gather_object, collective_errors, is_main, run_on_all, run_on_main
@@ -60,7 +61,7 @@ _OPTIMIZER_FILES = {
 }
 
 
-class MokaTrainer(Trainer):
+class MokaTrainer(BalancedTrainerMixin, Trainer):
     """Trains either the connectors of a composed model (stage 1) or its adapter and connectors (stage 2)."""
 
     args: MokaTrainingArguments
@@ -153,6 +154,7 @@ class MokaTrainer(Trainer):
         own = {**inputs, "loss_only": True}
         if base_info(trained).hf:
             own = {**model_inputs(trained, inputs), **logits_to_keep(trained, inputs["labels"])}
+        own["sample_ids"] = sample_ids  # for the balance strategies, which take them out again
         found: Any = super().compute_loss(model, own, return_outputs, num_items_in_batch)
         if model.training:
             self.notify("on_loss", (found[0] if return_outputs else found).detach(), sample_ids)
