@@ -299,9 +299,12 @@ def _answer_likelihood(
     if given.get("interaction_ids") is not None or given.get("question_mask") is not None:
         given.pop("labels", None)  # otherwise the labels say which text is the question
     columns = (labels[:, 1:] != -100).any(0).nonzero().flatten()  # positions that predict an answer token in some row
-    keeps = "labels" not in given and "logits_to_keep" in inspect.signature(type(unwrapped(model)).forward).parameters
+    takes = "logits_to_keep" in inspect.signature(type(unwrapped(model)).forward).parameters
+    keeps = takes and "labels" not in given
     if keeps:
         given["logits_to_keep"] = columns.to(_device(model))
+    elif takes and model.training:  # a composed model would give only those of supervised positions
+        given["logits_to_keep"] = torch.arange(labels.shape[1], device=_device(model))
     logits = model(**given).logits
     logits = (logits if keeps else logits[:, columns.to(logits.device)]).float()  # [batch, columns, vocabulary]
     targets = labels[:, columns.to(labels.device) + 1].to(logits.device)  # [batch, columns]

@@ -212,3 +212,27 @@ def test_commands_that_count_tokens_say_so(write_data, write_yaml, tmp_path, cap
     config = write_yaml(tmp_path / "run.yaml", raw("qwen2-audio", write_data("qwen2-audio"), tmp_path / "run"))
     assert main(["data", "check", str(config)]) == 2
     assert "model.kind" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "balance",
+    [
+        [{"name": "ogm", "every": 1}, {"name": "opm", "every": 1, "warmup": 0.0}, {"name": "unimodal_losses"}],
+        [{"name": "mmpareto"}, {"name": "mla"}, {"name": "inforeg", "every": 1}],
+        [{"name": "valuation", "every": 1, "warmup": 0.0}, {"name": "relearning", "every": 1}, {"name": "cml"}],
+    ],
+    ids=lambda entries: "+".join(entry["name"] for entry in entries),
+)
+def test_balance_strategies_act_on_a_model_that_sees_and_hears(write_data, tmp_path, balance):
+    data = write_data("qwen2.5-omni")
+    run = run_training(config_from_dict(raw("qwen2.5-omni", data, tmp_path / "run", balance=balance)))
+    logged = [key for line in (run / "metrics.jsonl").read_text().splitlines() for key in json.loads(line)]
+    for entry in balance:
+        assert any(key.startswith(f"balance/{entry['name']}/") for key in logged), entry
+
+
+def test_a_model_that_only_sees_has_nothing_to_compare(write_data, tmp_path):
+    config = config_from_dict(raw("qwen2.5-vl", write_data("qwen2.5-vl"), tmp_path / "run", balance=[{"name": "ogm"}]))
+    with pytest.raises(MokaError, match=r"balance: ogm: .*visual.*ablate: adapter"):
+        run_training(config)
+    assert not (tmp_path / "run").exists()
