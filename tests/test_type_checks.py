@@ -32,7 +32,7 @@ class Settings:
 
 
 FITS = {
-    "number": [0, -3, 10**400],
+    "number": [0, -3, 2**63 - 1],
     "share": [0.5, 1, -2.0],
     "flag": [True, False],
     "name": ["a", "", None],
@@ -46,7 +46,7 @@ FITS = {
     "unknown": [float("nan")],
 }
 FAILS = {
-    "number": [True, 1.0, "1", None, [1]],
+    "number": [True, 1.0, "1", None, [1], 2**63, 10**400],
     "share": [float("nan"), float("inf"), -float("inf"), 10**400, "0.5", True, None],
     "flag": ["no", 0, None],
     "name": [1, ["a"]],

@@ -119,8 +119,8 @@ def test_a_loss_of_zero_stops_too_and_one_bad_step_does_not(train, tmp_path, add
 
 
 def test_float16_parameters_are_refused_before_training(train, tmp_path, monkeypatch):
-    def half(model, section):
-        adapted = attach_adapter(model, section)
+    def half(*arguments):
+        adapted = attach_adapter(*arguments)
         for name, parameter in adapted.named_parameters():
             if "moka_B" in name:
                 parameter.data = parameter.data.half()
