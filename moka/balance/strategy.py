@@ -245,6 +245,13 @@ class Context:
         self.backwards += 1
         return self._contribution.log_likelihood(available, grad=True)
 
+    def distribution(self, available: Collection[str]) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return log p [batch, places, vocabulary] with its graph, and the answers' tokens [batch, places] or -100."""
+        if self._contribution is None:
+            return None
+        self.backwards += 1
+        return self._contribution.answer_distribution(available)
+
     def nll(self, available: Collection[str], weight: torch.Tensor) -> torch.Tensor | None:
         """Return the loss of the answers if only ``available`` is visible, scaled as the trainer scales its own.
 

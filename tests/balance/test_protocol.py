@@ -376,15 +376,31 @@ ACTING = {
     "mla": {},
     "valuation": {"every": 2, "warmup": 0.0, "value": "log_likelihood"},
 }
+CASES = {
+    **{name: {"name": name, **settings} for name, settings in ACTING.items()},
+    **{f"ogm {form}": {"name": "ogm", "every": 2, "form": form, "alpha": 1.0} for form in ("exp", "speed")},
+    "opm partial": {"name": "opm", "mode": "partial", "epsilon": 0.7, "every": 2, "warmup": 0.0},
+    **{
+        f"unimodal_losses {form}": {"name": "unimodal_losses", "form": form}
+        for form in ("margin", "distill", "alignment", "residual")
+    },
+    "unimodal_losses blend": {
+        **{"name": "unimodal_losses", "form": "blend", "events": [0.25, 0.45, 0.7], "batches": 2, "every": 1}
+    },
+}
 
 
-@pytest.mark.parametrize(("name", "step"), [*((name, 4) for name in STRATEGIES), ("valuation", 6)])
+def test_every_strategy_is_among_the_cases():
+    assert {case["name"] for case in CASES.values()} == set(STRATEGIES)
+
+
+@pytest.mark.parametrize(("name", "step"), [*((name, 4) for name in CASES), ("valuation", 6)])
 def test_a_resumed_run_is_the_uninterrupted_one(kit, tmp_path, name, step):
     """At the end of an epoch, and within one."""
 
     def trainer(folder):
         data = kit.make_data(kit.make_model(), 16, (("visual", "audio"), ("visual",), ("audio",), ("visual", "audio")))
-        balance = build_strategies([{"name": name, **ACTING[name]}])
+        balance = build_strategies([CASES[name]])
         settings = {"save_strategy": "steps", "save_steps": step, "gradient_accumulation_steps": 2}
         return kit.make_trainer(folder, balance, data=data, per_device_train_batch_size=2, **settings)
 
@@ -415,11 +431,10 @@ def test_a_resume_with_other_strategies_is_refused(kit, tmp_path):
         kit.make_trainer(tmp_path / "without", [OPM()], **settings).train(str(tmp_path / "without/checkpoint-4"))
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", CASES)
 def test_measured_forwards_are_those_declared(kit, tmp_path, name):
     """Over six steps of two micro-batches, each of whose rows has both modalities."""
-    settings = {key: value for key, value in ACTING[name].items() if key != "noise"}
-    strategy = build_strategies([{"name": name, **settings}])[0]
+    strategy = build_strategies([CASES[name]])[0]
     trainer = kit.make_trainer(
         tmp_path, [strategy], max_steps=6, per_device_train_batch_size=2, gradient_accumulation_steps=2
     )
@@ -435,11 +450,11 @@ def test_measured_forwards_are_those_declared(kit, tmp_path, name):
     assert (calls[False], calls[True] - micro) == (trainer.balance.ctx.forwards, trainer.balance.ctx.backwards)
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", CASES)
 def test_batches_without_media_and_with_one_kind_are_trained_on(kit, tmp_path, name):
     model = kit.make_model()
     data = kit.make_data(model, 16, ((), ("visual",), ("audio",), ("visual", "audio")))
-    balance = build_strategies([{"name": name, **ACTING[name]}])
+    balance = build_strategies([CASES[name]])
     trainer = kit.make_trainer(tmp_path, balance, model, data, per_device_train_batch_size=1, max_steps=16)
     trainer.train()
     assert all(weight.isfinite().all() for weight in kit.weights(model).values())
