@@ -112,6 +112,18 @@ class Contribution:
             self._known[chosen, ablate] = self._known[key]
         return self._known[chosen, ablate][0]
 
+    def answer_distribution(
+        self, coalition: Collection[str] | None = None, ablate: Ablation = "tokens"
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the log-probabilities of all tokens where an answer token is predicted, with their graph.
+
+        Returns:
+            log p [batch, places, vocabulary] float32 and the answers' tokens [batch, places], -100 where a row has none.
+        """
+        with self._available(self._checked(coalition, ablate), ablate) as (batch, labels):
+            logits, targets = _answer_logits(self.model, batch, labels)
+        return logits.log_softmax(-1), targets
+
     def correct(self, coalition: Collection[str] | None = None, ablate: Ablation = "tokens") -> torch.Tensor:
         """Return 1 for rows whose every answer token is the most likely one, else 0: [batch] float32.
 
@@ -169,6 +181,12 @@ class Contribution:
 
     def _compute(self, coalition: Coalition, ablate: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Run one forward: log-likelihood and correctness [batch] each."""
+        with self._available(coalition, ablate) as (batch, labels):
+            return _answer_likelihood(self.model, batch, labels)
+
+    @contextmanager
+    def _available(self, coalition: Coalition, ablate: str) -> Iterator[tuple[dict[str, Any], torch.Tensor]]:
+        """Give the batch and its labels with which, inside the block, only the coalition is available."""
         batch, absent = dict(self.batch), [name for name in self.modalities if name not in coalition]
         context: Any = nullcontext()
         if ablate == "blank" and absent and self._blank is not None:
@@ -182,7 +200,7 @@ class Contribution:
                 batch["interaction_ids"] = ids.masked_fill(hidden.to(ids.device), 0)
             context = hidden_from_attention(self.model, hidden)
         with context:
-            return _answer_likelihood(self.model, batch, self.labels if ablate != "blank" else batch["labels"])
+            yield batch, self.labels if ablate != "blank" else batch["labels"]
 
 
 def modality_index(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -295,6 +313,17 @@ def _answer_likelihood(
     model: nn.Module, batch: dict[str, Any], labels: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the mean log-probability of each row's answer tokens, and whether each is the most likely: [batch] each."""
+    logits, targets = _answer_logits(model, batch, labels)
+    answer = targets != -100
+    chosen = targets.clamp(min=0)[..., None]
+    log_p = (logits.gather(-1, chosen)[..., 0] - logits.logsumexp(-1)) * answer
+    tokens = answer.sum(-1)
+    wrong = (answer & (logits.argmax(-1) != targets)).any(-1) | (tokens == 0)
+    return log_p.sum(-1) / torch.where(tokens > 0, tokens, torch.nan), (~wrong).float()
+
+
+def _answer_logits(model: nn.Module, batch: dict[str, Any], labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return logits [batch, places, vocabulary] float32 where some row predicts an answer token, and these tokens or -100."""
     given = dict(batch)
     if given.get("interaction_ids") is not None or given.get("question_mask") is not None:
         given.pop("labels", None)  # otherwise the labels say which text is the question
@@ -307,13 +336,7 @@ def _answer_likelihood(
         given["logits_to_keep"] = torch.arange(labels.shape[1], device=_device(model))
     logits = model(**given).logits
     logits = (logits if keeps else logits[:, columns.to(logits.device)]).float()  # [batch, columns, vocabulary]
-    targets = labels[:, columns.to(labels.device) + 1].to(logits.device)  # [batch, columns]
-    answer = targets != -100
-    chosen = targets.clamp(min=0)[..., None]
-    log_p = (logits.gather(-1, chosen)[..., 0] - logits.logsumexp(-1)) * answer
-    tokens = answer.sum(-1)
-    wrong = (answer & (logits.argmax(-1) != targets)).any(-1) | (tokens == 0)
-    return log_p.sum(-1) / torch.where(tokens > 0, tokens, torch.nan), (~wrong).float()
+    return logits, labels[:, columns.to(labels.device) + 1].to(logits.device)
 
 
 def _device(model: nn.Module) -> torch.device:

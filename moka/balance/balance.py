@@ -87,7 +87,7 @@ class Balance:
         """Return a line for each strategy: what it costs."""
         media = len(media_of(model))
         return [
-            f"balance: {strategy.name}: {need.cost(media)}"
+            f"balance: {strategy.name}: {need.cost(media + (getattr(strategy, 'ablate', 'tokens') == 'adapter'))}"
             for strategy, need in zip(self.strategies, self.needs, strict=True)
         ]
 

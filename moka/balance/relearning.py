@@ -5,7 +5,6 @@ Wei et al., "Diagnosing and Re-learning for Balanced Multimodal Learning", ECCV 
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,17 +12,12 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from moka.distributed import all_reduce_sum
-from moka.errors import MokaError
-
+from .events import Means, at_event, check_events
 from .strategy import BalanceStrategy, Context, Needs
 
 
-class Lifts:
-    """Mean lift l({m}) - l({}) of each modality, over rows that have it, micro-batches and processes: nats per token."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, list[float]] = {}
+class Lifts(Means):
+    """Mean lift l({m}) - l({}) of each modality, over rows that have it: nats per token."""
 
     def measure(self, ctx: Context) -> None:
         """Add the current micro-batch of this process."""
@@ -31,19 +25,8 @@ class Lifts:
         for name in ctx.media:
             rows = ctx.present(name)
             alone = ctx.log_likelihood([name]) if empty is not None and bool(rows.any()) else None
-            if empty is None or alone is None:
-                continue
-            lift = alone - empty
-            counted = rows.to(lift.device) & ~lift.isnan()
-            sums = self.sums.setdefault(name, [0.0, 0.0])
-            sums[0] += float(lift[counted].double().sum())
-            sums[1] += int(counted.sum())
-
-    def read(self, ctx: Context) -> dict[str, float]:
-        """Return the means over all processes, which have to call it, and begin again."""
-        flat = all_reduce_sum([value for name in ctx.media for value in self.sums.get(name, (0.0, 0.0))])
-        self.sums = {}
-        return {name: total / n for name, total, n in zip(ctx.media, flat[::2], flat[1::2], strict=True) if n}
+            if empty is not None and alone is not None:
+                self.add(name, alone - empty, rows)
 
 
 @dataclass
@@ -79,12 +62,7 @@ class Relearning(BalanceStrategy):
 
     def __post_init__(self) -> None:
         self._check(lam=(0, 1000), cap=(0, 1), every=(1, 1_000_000), batches=(1, 1_000_000))
-        wrong = [event for event in self.events if not 0 < event < 1]
-        if wrong or not self.events:
-            raise MokaError(
-                f"balance: relearning: events is {self.events}; allowed: shares of the training above 0 and below 1, as "
-                "[0.25, 0.5, 0.75]. Correct the field."
-            )
+        check_events(self.name, self.events)
         self.lifts = Lifts()
 
     def needs(self) -> Needs:
@@ -103,13 +81,10 @@ class Relearning(BalanceStrategy):
             self.lifts.measure(ctx)
 
     def interval(self, handles: Any, ctx: Context) -> None:
-        done = ctx.step + 1
-        if done not in {math.ceil(event * ctx.total_steps) for event in self.events} or done >= ctx.total_steps:
+        if not at_event(self.events, ctx):
             return
         train, held_out = self.lifts.read(ctx), Lifts()
-        for batch in itertools.islice(ctx.validation(), self.batches):
-            with ctx.micro_batch({key: value for key, value in batch.items() if key != "sample_ids"}):
-                held_out.measure(ctx)
+        held_out.sweep(ctx, self.batches)
         validation = held_out.read(ctx)
         for name in ctx.media:
             if name not in train or name not in validation:

@@ -13,6 +13,7 @@ A strategy is a dataclass: its fields are the keys of the YAML, named as in its 
 from __future__ import annotations
 
 import copy
+import functools
 import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -169,8 +170,6 @@ class Context:
         self.hidden: torch.Tensor | None = None  # [batch, seq] bool
         self._tokens: Any = None
         self._backward: Any = None
-        self._contribution: Contribution | None = None
-        self._tokens_of: dict[str, torch.Tensor] = {}
 
     @property
     def progress(self) -> float:
@@ -190,17 +189,27 @@ class Context:
         """
         self.batch = {key: value for key, value in batch.items() if key not in _OUTPUT_ARGUMENTS}
         self.sample_ids = list(sample_ids)
-        self._tokens, self._backward, self.hidden, self._contribution = tokens, backward, None, None
-        self._tokens_of = modality_index(self.model, self.batch)
-        labels = self.batch.get("labels")
-        has_answer = isinstance(labels, torch.Tensor) and bool((labels[:, 1:] != -100).any())
-        if has_answer and any(bool(tokens.any()) for tokens in self._tokens_of.values()):
-            self._contribution = Contribution(self.model, self.batch)
+        self._tokens, self._backward, self.hidden = tokens, backward, None
         try:
             yield
         finally:
             self.micro += 1
-            self.batch, self._contribution, self._backward, self._tokens_of = {}, None, None, {}
+            self.batch, self._backward = {}, None
+            for known in ("_tokens_of", "_contribution"):
+                self.__dict__.pop(known, None)
+
+    @functools.cached_property
+    def _tokens_of(self) -> dict[str, torch.Tensor]:
+        """Tokens of each modality in the micro-batch: name -> [batch, seq] bool."""
+        return modality_index(self.model, self.batch)
+
+    @functools.cached_property
+    def _contribution(self) -> Contribution | None:
+        """The micro-batch's likelihoods; None if it has no answer, or no medium."""
+        labels = self.batch.get("labels")
+        has_answer = isinstance(labels, torch.Tensor) and bool((labels[:, 1:] != -100).any())
+        has_medium = has_answer and any(bool(tokens.any()) for tokens in self._tokens_of.values())
+        return Contribution(self.model, self.batch) if has_medium else None
 
     def present(self, modality: str) -> torch.Tensor:
         """Return which rows have tokens of a modality: [batch] bool."""
@@ -244,6 +253,13 @@ class Context:
             return None
         self.backwards += 1
         return self._contribution.log_likelihood(available, grad=True)
+
+    def distribution(self, available: Collection[str]) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return log p [batch, places, vocabulary] with its graph, and the answers' tokens [batch, places] or -100."""
+        if self._contribution is None:
+            return None
+        self.backwards += 1
+        return self._contribution.answer_distribution(available)
 
     def nll(self, available: Collection[str], weight: torch.Tensor) -> torch.Tensor | None:
         """Return the loss of the answers if only ``available`` is visible, scaled as the trainer scales its own.

@@ -17,7 +17,7 @@ from moka.balance.pareto import pareto_mix, pareto_weights
 from moka.balance.relearning import Lifts, relearning_weight
 from moka.balance.sampler import ids_of, weighted_order
 from moka.balance.strategy import Context, Scores, dominance
-from moka.balance.unimodal import residual_weight
+from moka.balance.unimodal import blending_weights, distillation, jensen_shannon, residual_weight
 from moka.balance.valuation import Valuation, copies_of
 from moka.errors import MokaError
 
@@ -707,3 +707,64 @@ def test_a_stream_is_refused_where_samples_are_drawn(kit, tmp_path):
 
     with pytest.raises(MokaError, match=r"valuation.*streamed"):
         kit.make_trainer(tmp_path, [Valuation()], data=Stream(), eval_dataset=None)
+
+
+def test_gradient_blending_by_hand():
+    # G / O^2: 0.2 / 0.25, 0.1 / 0.01 and 0 (it rose); mean 1
+    found = blending_weights({"joint": 0.2, "a": 0.1, "b": -0.3}, {"joint": 0.5, "a": -0.1, "b": 0.2})
+    assert found == pytest.approx({"joint": 3 * 0.8 / 10.8, "a": 3 * 10 / 10.8, "b": 0.0}, **EXACT)
+    assert blending_weights({"joint": -1.0, "a": -1.0}, {"joint": 0.1, "a": 0.1}) == {"joint": 1.0, "a": 1.0}
+    assert math.isfinite(blending_weights({"joint": 1.0, "a": 1.0}, {"joint": 0.0, "a": 1.0})["joint"])
+
+
+def test_the_jensen_shannon_divergence_by_hand():
+    p, q = torch.tensor([0.5, 0.5]), torch.tensor([0.9, 0.1])
+    mean = (p + q) / 2
+    expected = ((p * (p / mean).log()).sum() + (q * (q / mean).log()).sum()) / 2
+    assert jensen_shannon(torch.stack([p, q]).log()).item() == pytest.approx(expected.item(), **EXACT)
+    assert jensen_shannon(torch.stack([p, p, p]).log()).item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_distillation_by_hand():
+    """Of two modalities, one answer token: the right one teaches the other by how much more it knows."""
+    p, q = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.3, 0.6, 0.1])
+    log_p = torch.stack([p, q]).log()[:, None, None].requires_grad_()  # [2, 1 row, 1 place, 3]
+    targets = torch.tensor([[0]])
+    nll = -log_p[..., 0]
+    found = distillation(log_p, nll, targets)
+    kl = (p * (p / q).log()).sum().item()
+    assert found.item() == pytest.approx((0.7 - 0.3) * kl, **EXACT)
+    found.sum().backward()
+    assert not log_p.grad[0].any()
+    assert log_p.grad[1].any()
+    # The strongest is wrong: its highest probability is another token's.
+    wrong = torch.stack([torch.tensor([0.4, 0.5, 0.1]), torch.tensor([0.3, 0.6, 0.1])]).log()[:, None, None]
+    assert distillation(wrong, -wrong[..., 0], targets).item() == 0
+
+
+@pytest.mark.parametrize("form", ["distill", "alignment"])
+def test_compared_losses_are_those_of_the_masked_likelihoods(kit, form):
+    model = kit.make_model().eval()
+    batch = kit.collate(
+        [kit.make_sample(model, i, k) for i, k in enumerate((("visual", "audio"),) * 2 + (("visual",),))]
+    )
+    batch.pop("sample_ids")
+    ctx, found = Context(model), Contribution(model, batch)
+    with ctx.micro_batch(batch):
+        own = UnimodalLosses(form=form).loss(torch.tensor(0.0), ctx)
+    log_p, nll = {}, 0.0
+    for name in ("visual", "audio"):
+        one, targets = found.answer_distribution([name])
+        log_p[name] = one[:2]
+        expected = one.gather(-1, targets.clamp(min=0)[..., None])[..., 0].masked_fill(targets == -100, 0)
+        torch.testing.assert_close(expected.sum(1) / 2, found.log_likelihood([name]))
+        nll = nll - found.log_likelihood([name])[:2].sum() * 2
+    answer = targets[:2] != -100
+    k = 0.95 if form == "alignment" else 0.0
+    stacked = torch.stack(list(log_p.values()))
+    each = jensen_shannon(stacked) * k if k else 0.0
+    if form == "distill":
+        parts = -stacked.gather(-1, targets[None, :2].clamp(min=0)[..., None].expand(2, -1, -1, 1))[..., 0] * answer
+        each = distillation(stacked, parts, targets[:2])
+    expected = ((1 - k) * nll + (each * answer).sum()) / 6  # three rows of two answer tokens
+    assert own.item() == pytest.approx(expected.item(), rel=1e-5)

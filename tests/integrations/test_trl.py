@@ -13,6 +13,14 @@ from datasets import Dataset  # noqa: E402
 from peft import PeftModel  # noqa: E402
 
 import moka  # noqa: E402
+from moka.balance import (  # noqa: E402
+    CML,
+    OGM,
+    BalanceCallback,
+    BalancedTrainerMixin,
+    LearningRates,
+    ParetoB,
+)
 
 QUESTIONS = ["which colour is this picture", "is this red", "which one is that", "is it grey and blue or is it green"]
 ANSWERS = ["red", "it is green", "blue", "it is the grey one"]
@@ -304,3 +312,30 @@ def test_a_call_of_the_decoder_only_is_routed(family, method, batch):
     with moka.routing(model, **ids):
         logits = base.lm_head(base.model(**inputs)[0])
         check_gradients(method, model, logits, batch, expected)
+
+
+@pytest.mark.parametrize("method", ["moka"], indirect=True)
+@pytest.mark.parametrize("how", ["mixin", "callback"])
+def test_sft_with_balance_strategies(family, method, pictures, tmp_path, how):
+    """Strategies that need one modality beside text, in TRL's trainer as it is, and with the mixin before it."""
+
+    class Balanced(BalancedTrainerMixin, trl.SFTTrainer):
+        pass
+
+    fixed, pareto = LearningRates({"visual": 0.5}), ParetoB()
+    ours = {"balance": [OGM(ablate="adapter", every=1), CML(), pareto]}
+    settings = {"callbacks": [BalanceCallback(fixed, pareto)]} if how == "callback" else ours
+    trainer = (trl.SFTTrainer if how == "callback" else Balanced)(
+        family.build(),
+        trl.SFTConfig(str(tmp_path), **SETTINGS),
+        train_dataset=prompt_completion(pictures),
+        processing_class=family.processor,
+        peft_config=method.config(family),
+        **settings,
+    )
+    method.trained_(trainer.model)
+    _, _, log = train(trainer, method)
+    assert all(math.isfinite(entry["loss"]) for entry in log)
+    if how == "mixin":
+        assert {"balance/ogm/text", "balance/ogm/visual", "balance/cml/violations"} <= log[0].keys()
+        assert min(log[0]["balance/ogm/text"], log[0]["balance/ogm/visual"]) < 1
