@@ -118,8 +118,8 @@ class Handles:
         grads, parts = self.gradients_of_B(), self.parts.parts
         total = stored = 0.0
         for name, grad in grads.items():
-            whole = sum(parts.get(name, {}).values(), torch.zeros_like(grad, dtype=torch.float32))
-            total, stored = total + float((whole * whole).sum()), stored + float((whole * grad.float()).sum())
+            full = sum(parts.get(name, {}).values(), torch.zeros_like(grad, dtype=torch.float32))
+            total, stored = total + float((full * full).sum()), stored + float((full * grad.float()).sum())
         factor = stored / total if total else 1.0
         if abs(factor - 1) < 1e-4:  # rounding
             return parts

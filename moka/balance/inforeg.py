@@ -23,7 +23,7 @@ class InfoReg(BalanceStrategy):
         inside the window: (mean of the last 10 F(e) - the mean before) / mean of the last 10 > threshold
         A_m <- A_m - lr * beta * exp(tanh(gap)) * (A_m - A_m at the beginning of the interval)
 
-    with gap = mean NLL of the others alone - that of m alone, in nats per token. The first interval counts as inside.
+    with gap = mean NLL of the others only - that of m only, in nats per token. The first interval counts as inside.
 
     Source: CVPR 2025, https://arxiv.org/abs/2503.18595. Adapted: mean gaps, as the paper's sums over a batch saturate tanh; an
     interval of steps instead of an epoch; one beta for all modalities; the pull is decoupled from the gradient, so that Adam
@@ -56,7 +56,7 @@ class InfoReg(BalanceStrategy):
         self._fisher: dict[str, float] = {}
 
     def needs(self) -> Needs:
-        return Needs(likelihoods="alone", every=self.every, adapter=True, gradients=True)
+        return Needs(likelihoods="single", every=self.every, adapter=True, gradients=True)
 
     def prepare(self, batch: Mapping[str, Any], ctx: Context) -> None:
         if ctx.step % self.every == 0:

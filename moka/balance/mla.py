@@ -25,7 +25,7 @@ class MLA(BalanceStrategy):
     with z the mean z~ of the step's modality and alpha = 0.1^(1 + progress). MokA's shared B is the shared head of the paper, and
     its input has only r dimensions, so that P is small.
 
-    Source: CVPR 2024, https://arxiv.org/abs/2311.10707. Adapted: joint steps stay, as they alone train what needs
+    Source: CVPR 2024, https://arxiv.org/abs/2311.10707. Adapted: joint steps stay, as only they train what needs
     both modalities; they are not projected. The leak, 0 in the paper, keeps P from running out of its r dimensions.
 
     Args:
@@ -46,27 +46,27 @@ class MLA(BalanceStrategy):
     def needs(self) -> Needs:
         return Needs(adapter=True, gradients=True, parts_of_B=True)
 
-    def alone(self, ctx: Context) -> str | None:
+    def single(self, ctx: Context) -> str | None:
         """Return the one modality of this step; None for a joint step."""
         acts = ctx.draw(self.name, ctx.step).random() < self.p_alt
         return ctx.media[self.turns % len(ctx.media)] if acts else None
 
     def prepare(self, batch: Mapping[str, Any], ctx: Context) -> None:
-        alone = self.alone(ctx)
-        if alone is not None:
-            rows = ctx.present(alone)
+        single = self.single(ctx)
+        if single is not None:
+            rows = ctx.present(single)
             for other in ctx.media:
-                if other != alone:
+                if other != single:
                     ctx.hide(other, rows)
 
     def update(self, handles: Any, ctx: Context) -> None:
-        alone = self.alone(ctx)
-        if alone is None:
+        single = self.single(ctx)
+        if single is None:
             return
         self.turns += 1
-        tokens = handles.parts.tokens.get(alone, 0)
+        tokens = handles.parts.tokens.get(single, 0)
         for layer, grad in handles.gradients_of_B().items():
-            total = handles.parts.z_sums.get(layer, {}).get(alone)
+            total = handles.parts.z_sums.get(layer, {}).get(single)
             if total is None or not tokens:
                 continue  # no sample of this step has it
             before = self.projections.get(layer)
@@ -76,7 +76,7 @@ class MLA(BalanceStrategy):
                 grad.copy_((grad.float() @ before.to(grad.device).T).to(grad))
             alpha = 0.1 ** (1 + ctx.progress)
             self.projections[layer] = projection(before, (total / tokens).cpu(), alpha, self.leak)
-        ctx.log(f"{self.name}/alone/{alone}", 1.0)
+        ctx.log(f"{self.name}/single/{single}", 1.0)
 
     def state_dict(self) -> dict[str, Any]:
         return {"turns": self.turns, "projections": self.projections}

@@ -21,7 +21,7 @@ from .strategy import BalanceStrategy, Context, Needs, Scores, dominance
 
 @dataclass
 class OGM(BalanceStrategy):
-    """Slow the update of A_m while the modality m alone explains the answers better than the others.
+    """Slow the update of A_m while the modality m by itself explains the answers better than the others.
 
         rho_m = exp(M / (M - 1) * (mean_k s_k - s_m)),   s_m: mean NLL of the answers if only m is visible
         k_m = 1 - tanh(alpha * rho_m) if rho_m > 1, else 1
@@ -41,7 +41,7 @@ class OGM(BalanceStrategy):
         share_B: also B's gradient: sum_m k_m G_m.
         start, end: share of the training in which it acts.
         decay: of the running mean of the scores.
-        ablate: what "alone" means: "tokens", or "adapter", in which text is compared too.
+        ablate: what "single" means: "tokens", or "adapter", in which text is compared too.
         random_side: a control: the coefficients are dealt to the modalities by chance.
     """
 
@@ -69,7 +69,7 @@ class OGM(BalanceStrategy):
 
     def needs(self) -> Needs:
         return Needs(
-            likelihoods="alone",
+            likelihoods="single",
             every=self.every,
             adapter=True,
             gradients=self.apply == "grad" or self.share_B,

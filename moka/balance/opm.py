@@ -67,7 +67,7 @@ class OPM(BalanceStrategy):
         self.rates: dict[str, float] = {}
 
     def needs(self) -> Needs:
-        return Needs(likelihoods="alone", every=self.every)
+        return Needs(likelihoods="single", every=self.every)
 
     def prepare(self, batch: Mapping[str, Any], ctx: Context) -> None:
         if ctx.step % self.every == 0:

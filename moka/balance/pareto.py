@@ -120,8 +120,8 @@ class ParetoB(BalanceStrategy):
         plain, mixed = (float((w @ gram @ w).clamp(min=0)) ** 0.5 for w in (torch.ones_like(scaled), scaled))
         factor = max(1.0, plain / mixed) if mixed > 0 else 1.0
         for layer, own in parts.items():
-            whole = sum(float(w) * factor * own[m] for m, w in zip(names, scaled, strict=True) if m in own)
-            grads[layer].copy_(whole)  # type: ignore[arg-type]
+            mixed = sum(float(w) * factor * own[m] for m, w in zip(names, scaled, strict=True) if m in own)
+            grads[layer].copy_(mixed)  # type: ignore[arg-type]
 
 
 def pareto_mix(

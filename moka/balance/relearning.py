@@ -24,16 +24,16 @@ class Lifts(Means):
         empty = ctx.log_likelihood(())
         for name in ctx.media:
             rows = ctx.present(name)
-            alone = ctx.log_likelihood([name]) if empty is not None and bool(rows.any()) else None
-            if empty is not None and alone is not None:
-                self.add(name, alone - empty, rows)
+            single = ctx.log_likelihood([name]) if empty is not None and bool(rows.any()) else None
+            if empty is not None and single is not None:
+                self.add(name, single - empty, rows)
 
 
 @dataclass
 class Relearning(BalanceStrategy):
     """At a few moments, move A_m back by as much as the modality's use has stopped to generalise.
 
-        gap_m = |g_m(train) - g_m(validation)| / (|g_m(train)| + 0.001),   g_m the lift of m alone
+        gap_m = |g_m(train) - g_m(validation)| / (|g_m(train)| + 0.001),   g_m the lift of m only
         w_m = min(cap, tanh(lam * gap_m)),    A_m <- w_m A_m(start) + (1 - w_m) A_m
 
     and the optimizer's moments of A_m are cleared. B and the projectors stay.

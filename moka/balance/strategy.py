@@ -44,15 +44,15 @@ _OUTPUT_ARGUMENTS = ("loss_only", "logits_to_keep", "num_items_in_batch")
 
 @dataclass(frozen=True)
 class Needs:
-    """What a strategy needs of a step, and with that what it costs.
+    """The needs of a strategy in a step, and with that its cost.
 
     Args:
-        likelihoods: answers' likelihoods, without gradients: of each modality "alone", also of none of them ("lift"), or of
+        likelihoods: answers' likelihoods, without gradients: of each modality "single", also of none of them ("lift"), or of
             "all" coalitions.
         every: steps between two such measurements.
         once: batches that are measured besides, over the full training.
-        losses: additional losses a micro-batch, each a forward and a backward: "each" modality alone, or a number.
-        adapter: it reads or changes A or B, so there must be a MokA adapter whose tensors are whole.
+        losses: additional losses a micro-batch, each a forward and a backward: "each" modality only, or a number.
+        adapter: it reads or changes A or B, so there must be a MokA adapter whose tensors are complete.
         gradients: it changes gradients, which DeepSpeed does not show.
         moments: it clears the optimizer's moments, which DeepSpeed keeps elsewhere.
         parts_of_B: B's gradient split by modality.
@@ -61,7 +61,7 @@ class Needs:
         media: the fewest modalities other than text that it can balance.
     """
 
-    likelihoods: Literal["none", "alone", "lift", "all"] = "none"
+    likelihoods: Literal["none", "single", "lift", "all"] = "none"
     every: int = 1
     once: int = 0
     losses: Literal["each"] | int = 0
@@ -78,7 +78,7 @@ class Needs:
         return self._measured(players) / self.every
 
     def _measured(self, players: int) -> int:
-        return {"none": 0, "alone": players, "lift": players + 1, "all": 2**players}[self.likelihoods]
+        return {"none": 0, "single": players, "lift": players + 1, "all": 2**players}[self.likelihoods]
 
     def backwards(self, players: int) -> int:
         """Return the forwards with a backward that a step takes more."""
@@ -146,7 +146,7 @@ class BalanceStrategy:
 
 
 class Context:
-    """What a strategy knows of the step, and what it may ask for. One for a training; the step's values change.
+    """The step as strategies know it, and answers to what they ask. One for a training; the step's values change.
 
     Args:
         model: the adapted model, outside of DDP's and DeepSpeed's wrappers.
@@ -363,7 +363,7 @@ def media_of(model: nn.Module) -> list[str]:
 
 
 class Scores:
-    """Mean negative log-likelihood s_m of each player alone, over micro-batches and processes, with a running mean.
+    """Mean negative log-likelihood s_m of each player only, over micro-batches and processes, with a running mean.
 
     Only rows that have at least two players count, so that all are compared on the same kind of sample.
 

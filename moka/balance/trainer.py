@@ -1,4 +1,4 @@
-"""Strategies inside a trainer: the mixin for any ``transformers.Trainer``, and the callback for those that act on A alone."""
+"""Strategies inside a trainer: the mixin for any ``transformers.Trainer``, and the callback for those that act on A only."""
 
 from __future__ import annotations
 

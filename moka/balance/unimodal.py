@@ -1,4 +1,4 @@
-"""Losses of each modality alone, added to the step's own loss: uniform, and with the weights of several papers."""
+"""Losses of each modality by itself, added to the step's own loss: uniform, and with the weights of several papers."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class UnimodalLosses(BalanceStrategy):
         if self.form == "blend":
             once = len(self.events) * self.batches
             return Needs(losses="each", likelihoods="lift", every=self.every, once=once, validation=True)
-        return Needs(losses="each", likelihoods="alone" if self.form == "residual" else "none")
+        return Needs(losses="each", likelihoods="single" if self.form == "residual" else "none")
 
     def prepare(self, batch: Mapping[str, Any], ctx: Context) -> None:
         if self.form == "blend" and ctx.step % self.every == 0:
@@ -155,10 +155,10 @@ class UnimodalLosses(BalanceStrategy):
         for name in ctx.media:
             factor = self.scale.get(name, 1.0)
             if factor and bool(ctx.compared(name).any()):
-                alone = ctx.row_likelihood([name])
-                if alone is not None:
-                    here = ctx.compared(name).to(alone)
-                    total = total + factor * here * torch.expm1(-torch.nan_to_num(alone).clamp(min=-30))
+                single = ctx.row_likelihood([name])
+                if single is not None:
+                    here = ctx.compared(name).to(single)
+                    total = total + factor * here * torch.expm1(-torch.nan_to_num(single).clamp(min=-30))
         each = torch.log(total + 1e-5)[rows.to(total.device)]
         tokens = ctx.answer_tokens().to(each)[rows.to(each.device)]
         found = self.weight * (each * tokens).sum() * ctx.loss_scale()
@@ -167,7 +167,7 @@ class UnimodalLosses(BalanceStrategy):
 
 
 class Losses(Means):
-    """Mean NLL of the answers of each modality alone and of all together, over rows that are compared: nats per token."""
+    """Mean NLL of the answers of each modality by itself and of all together, over rows that are compared: nats per token."""
 
     def measure(self, ctx: Context) -> None:
         """Add the current micro-batch of this process."""

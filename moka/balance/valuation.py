@@ -1,4 +1,4 @@
-"""Sample-level modality valuation: show a modality alone where it contributes little.
+"""Sample-level modality valuation: show a modality by itself where it contributes little.
 
 Wei, Feng, Wang and Hu, "Enhancing Multimodal Cooperation via Sample-level Modality Valuation", CVPR 2024,
 https://arxiv.org/abs/2309.06255.
@@ -18,7 +18,7 @@ from .strategy import BalanceStrategy, Context, Needs
 
 @dataclass
 class Valuation(BalanceStrategy):
-    """Value each modality of each sample by its Shapley value, and show those of little value alone, more often.
+    """Value each modality of each sample by its Shapley value, and show those of little value by themselves, more often.
 
         phi_m(i): Shapley value of v(S) = |S| * 1[the answer is right with S]
         copies of sample i that show only m: 0 if phi_m >= 1, 1 from 0.4, 2 from -0.1, 3 below
@@ -54,22 +54,22 @@ class Valuation(BalanceStrategy):
         ids = ctx.sample_ids
         if ctx.step % self.every == 0:
             values = ctx.shapley(self.value)
-            whole = ctx.complete().tolist() if values else []
+            complete = ctx.complete().tolist() if values else []
             for i, one in enumerate(ids if values else []):
-                if whole[i]:
+                if complete[i]:
                     self._new[one] = {name: float(value[i]) for name, value in values.items()}
-        alone: dict[str, list[int]] = {}
+        single: dict[str, list[int]] = {}
         for i, (one, key) in enumerate(zip(ids, ctx.row_keys(), strict=True)):
             shown = self._shown(one, key, ctx)
             if shown is not None:
-                alone.setdefault(shown, []).append(i)
-        for shown, rows in alone.items():
+                single.setdefault(shown, []).append(i)
+        for shown, rows in single.items():
             mask = ctx.present(shown).new_zeros(len(ids))
             mask[rows] = True
             for other in ctx.media:
                 if other != shown:
                     ctx.hide(other, mask & ctx.present(shown))
-            ctx.log(f"{self.name}/alone/{shown}", len(rows) / len(ids))
+            ctx.log(f"{self.name}/single/{shown}", len(rows) / len(ids))
 
     def _shown(self, sample: str, key: str, ctx: Context) -> str | None:
         """Return the only modality that this visit of a sample shows; None: all of them."""

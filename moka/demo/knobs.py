@@ -109,7 +109,7 @@ OFF = Knobs()
 
 @dataclass
 class Draw:
-    """What happens to sample ``index``; ``missing`` and ``corrupt`` are modalities."""
+    """The changes of sample ``index``; ``missing`` and ``corrupt`` are modalities."""
 
     seed: int
     index: int

@@ -503,7 +503,7 @@ def test_inforeg_by_hand():
     assert in_window([1.0, 1.2], 0.05, 10)  # means 1.1 and 1.0: 0.0909
     assert not in_window([1.0, 1.1], 0.05, 10)  # 1.05 and 1.0: 0.0476
     assert not in_window([1.0, 0.5], 0.05, 10)
-    assert in_window([9.0, 1.0, 2.0], 0.05, 1)  # the last alone: 2 and 1
+    assert in_window([9.0, 1.0, 2.0], 0.05, 1)  # the last only: 2 and 1
     assert not in_window([0.0, 0.0], 0.05, 10)
 
 
