@@ -36,36 +36,38 @@ from moka.training import load_config
 
 WARM_UP = 2  # steps
 GROUPED = ["training.train_sampling_strategy=group_by_length"]
-SHAPES = {  # hidden size, layers; of the language model and of the picture encoder
-    "small": {"hidden": 256, "layers": 4, "encoder": 128, "samples": 256, "image": 64},
-    "tiny": {"hidden": 64, "layers": 2, "encoder": 32, "samples": 64, "image": 32},
+# Sizes of the random language model and picture encoder; the larger two are for a GPU.
+SHAPES: dict[str, dict[str, Any]] = {
+    "small": {"text": (256, 768, 4, 4), "encoder": (128, 384, 5, 4), "samples": 256, "image": (64, 8)},
+    "tiny": {"text": (64, 192, 2, 4), "encoder": (32, 96, 3, 4), "samples": 64, "image": (32, 8)},
+    "1b": {"text": (2048, 5632, 22, 32), "encoder": (1024, 4096, 24, 16), "samples": 256, "image": (224, 14)},
+    "7b": {"text": (4096, 11008, 32, 32), "encoder": (1024, 4096, 24, 16), "samples": 256, "image": (224, 14)},
 }
 
 
-def made_up(folder: Path, shape: dict[str, int]) -> Path:
+def sizes(shape: tuple[int, int, int, int]) -> dict[str, Any]:
+    """Return the settings of a transformer: hidden size, inner size, layers, heads."""
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    return dict(zip(names, shape, strict=True))
+
+
+def made_up(folder: Path, shape: dict[str, Any]) -> Path:
     """A configuration on made-up data: text only, one picture, or six, with texts of many lengths; random weights."""
     source = np.random.default_rng(0)
     write_tiny_backbone("llama-3", folder / "backbone")
     tokenizer = AutoTokenizer.from_pretrained(folder / "backbone")
     torch.manual_seed(0)
-    heads: dict[str, Any] = {
-        "num_attention_heads": 4,
-        "intermediate_size": 3 * shape["hidden"],
-        "hidden_size": shape["hidden"],
-    }
     special: dict[str, Any] = {
         f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")
     }
-    config = LlamaConfig(**heads, num_hidden_layers=shape["layers"], vocab_size=len(tokenizer), **special)
-    LlamaForCausalLM(config).save_pretrained(folder / "backbone")
-    heads = {"num_attention_heads": 4, "intermediate_size": 3 * shape["encoder"], "hidden_size": shape["encoder"]}
-    sight: dict[str, Any] = {
-        **heads,
-        "num_hidden_layers": shape["layers"] + 1,
-        "image_size": shape["image"],
-        "patch_size": 8,
-    }
-    CLIPVisionModel(CLIPVisionConfig(**sight)).save_pretrained(folder / "encoder")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    with torch.device(device):
+        text = LlamaConfig(**sizes(shape["text"]), vocab_size=len(tokenizer), **special)
+        LlamaForCausalLM(text).to(dtype).save_pretrained(folder / "backbone")
+        side, patch = shape["image"]
+        sight = CLIPVisionConfig(**sizes(shape["encoder"]), image_size=side, patch_size=patch)
+        CLIPVisionModel(sight).to(dtype).save_pretrained(folder / "encoder")
     lines = []
     for number in range(shape["samples"]):
         content: list[dict[str, str]] = []
@@ -161,6 +163,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the configuration, for all measurements")
     parser.add_argument("--config", type=Path, help="measure this configuration; else a small random model")
+    parser.add_argument("--size", choices=list(SHAPES), default="small", help="of the made-up model (default small)")
     parser.add_argument("--tiny", action="store_true", help="tiny random parts, few steps: only that it runs")
     parser.add_argument(
         "--steps",
@@ -170,6 +173,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rows", type=int, default=2, help="rows of a step where samples are packed (default 2)")
+    parser.add_argument("--variants", nargs="+", metavar="NAME", help="lines of the table to measure (default all)")
     parser.add_argument("--no-cache", action="store_true", help="leave the feature cache out (no encoder is frozen)")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     arguments = parser.parse_intermixed_args()
@@ -178,7 +182,7 @@ def main() -> None:
     if arguments.steps <= WARM_UP:
         parser.error(f"--steps {arguments.steps}: the first {WARM_UP} are not counted; give {WARM_UP + 1} or more")
     with tempfile.TemporaryDirectory() as scratch:
-        shape = SHAPES["tiny" if arguments.tiny else "small"]
+        shape = SHAPES["tiny" if arguments.tiny else arguments.size]
         config = arguments.config or made_up(Path(scratch), shape)
         common = list(arguments.overrides)
         if arguments.config and arguments.tiny:
@@ -190,6 +194,9 @@ def main() -> None:
         if not packed:
             print("note: nothing is packed, as model.max_length is not set.")
         changes = variants(packed, cache, arguments.rows)
+        if unknown := set(arguments.variants or ()) - set(changes):
+            parser.error(f"--variants {', '.join(sorted(unknown))}: there is {', '.join(changes)}")
+        changes = {name: own for name, own in changes.items() if name in (arguments.variants or changes)}
         found: dict[tuple[int, str], list[dict[str, float]]] = {
             (n, name): [] for n in arguments.processes for name in changes
         }

@@ -247,6 +247,7 @@ def test_a_backbone_in_which_samples_see_each_other_is_found(kind, dtype):
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.language_model.modules())
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("kind", [*CONFINED, *LEAKING])
 def test_weights_are_brought_to_the_gpu_block_by_block(kind):
