@@ -52,10 +52,13 @@ class Block:
 
 
 class _Current(threading.local):
-    call: Call | None = None
-    block: Block | None = None
-    # Ids that were embedded outside of any forward, until the next forward; by a weak reference, as that may never come.
-    embedded: tuple[weakref.ref[RoutedModel], torch.Tensor] | None = None
+    """What runs in this thread. Set in ``__init__``: torch.compile of torch 2.11 would read a class's default instead."""
+
+    def __init__(self) -> None:
+        self.call: Call | None = None
+        self.block: Block | None = None
+        # Ids that were embedded outside of any forward, until the next one; by a weak reference, as that may never come.
+        self.embedded: tuple[weakref.ref[RoutedModel], torch.Tensor] | None = None
 
 
 current = _Current()

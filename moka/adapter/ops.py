@@ -22,7 +22,8 @@ from .routing import Attention
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
     """Return the dtype of matrix products of ``x`` here: its own, or autocast's."""
     kind = x.device.type
-    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+    # Not `torch.amp.is_autocast_available`, which torch.compile of torch 2.11 does not trace: meta tensors alone have none.
+    casts = kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype != torch.float64
     return torch.get_autocast_dtype(kind) if casts else x.dtype
 
 

@@ -134,8 +134,13 @@ def _recompute_safely(arguments: TrainingArguments, name: str) -> None:
 
 
 def forget_engine(arguments: TrainingArguments) -> None:
-    """Reset accelerate before the trainer of a stage is made: it keeps DeepSpeed's engine of the stage before."""
-    if arguments.deepspeed_plugin is not None:
+    """Reset accelerate before the trainer of a stage is made: it keeps the engine and the precision of the stage before.
+
+    With them the processes would be forgotten too, which are the same in all stages (``reset_partial_state``).
+    """
+    known = AcceleratorState._shared_state  # empty before the first trainer
+    changed = bool(known) and AcceleratorState().mixed_precision != arguments.mixed_precision
+    if changed or arguments.deepspeed_plugin is not None:
         AcceleratorState._reset_state()
 
 

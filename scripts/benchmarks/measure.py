@@ -26,11 +26,16 @@ Quartiles = tuple[float, float, float]
 
 
 def _attention(query, key, value, *rest, **named) -> int:
-    return sdpa_flop(query, key, value)
+    return sdpa_flop(query, *(_as_many_heads(shape, query) for shape in (key, value)))
 
 
 def _attention_backward(gradient, query, key, value, *rest, **named) -> int:
-    return sdpa_backward_flop(gradient, query, key, value)
+    return sdpa_backward_flop(gradient, query, *(_as_many_heads(shape, query) for shape in (key, value)))
+
+
+def _as_many_heads(shape, query):
+    """Return the shape of keys or values that several heads share, as PyTorch's formulas want it: a copy for each head."""
+    return (shape[0], query[1], *shape[2:])
 
 
 def _addmm(self, a, b, *rest, **named) -> int:
@@ -41,12 +46,13 @@ def _baddbmm(self, a, b, *rest, **named) -> int:
     return baddbmm_flop(self, a, b)
 
 
-# What PyTorch's own table leaves out: products added in place, and attention on a CPU.
+KERNELS = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
+# What PyTorch's own table leaves out: products added in place, attention on a CPU, heads that share keys and values.
 MORE_FLOPS: dict[Any, Callable[..., int]] = {
     torch.ops.aten.addmm_: _addmm,
     torch.ops.aten.baddbmm_: _baddbmm,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    **{getattr(torch.ops.aten, f"_scaled_dot_product_{name}"): _attention for name in KERNELS},
+    **{getattr(torch.ops.aten, f"_scaled_dot_product_{name}_backward"): _attention_backward for name in KERNELS},
 }
 
 

@@ -44,7 +44,7 @@ def strong_(model, seed: int = 1):
     for name, parameter in model.named_parameters():
         if "moka_A" in name or "moka_B" in name:
             std = 0.3 if "moka_A" in name else 0.1
-            parameter.data = (torch.randn(parameter.shape, generator=generator) * std).to(parameter.dtype)
+            parameter.data = (torch.randn(parameter.shape, generator=generator) * std).to(parameter)
     return model
 
 

@@ -12,8 +12,12 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
-# Encoders on a GPU sum in other orders.
-EXACT = {"training__tf32": False, "alignment__tf32": False, "training__use_cpu": False, "alignment__use_cpu": False}
+# Neither TF32 nor dropout, whose numbers differ between devices.
+EXACT = {
+    **{f"{stage}__{key}": False for stage in ("alignment", "training") for key in ("tf32", "use_cpu")},
+    "adapter__dropout": 0.0,
+    **{f"model__modalities__{name}__encoder__dropout": 0.0 for name in ("visual", "audio")},
+}
 
 
 def summary(folder):
@@ -21,7 +25,7 @@ def summary(folder):
 
 
 def test_the_curve_is_that_of_the_cpu(train, tmp_path, curve):
-    cpu = train(tmp_path / "cpu", training__use_cpu=True, alignment__use_cpu=True)
+    cpu = train(tmp_path / "cpu", **EXACT | {"training__use_cpu": True, "alignment__use_cpu": True})
     gpu = train(tmp_path / "gpu", **EXACT)
     assert summary(gpu)["device"] != "cpu"
     ours, theirs = curve(gpu), curve(cpu)
@@ -56,4 +60,4 @@ def test_trains_and_evaluates(train, tmp_path, changes, losses):
     folder = train(tmp_path / "run", training__use_cpu=False, **changes)
     assert all(math.isfinite(loss) for loss in losses(folder).values())
     main(["eval", str(folder), "--size", "8"])
-    assert 0 <= json.loads((folder / "evaluation.json").read_text())["accuracy"] <= 1
+    assert len((folder / "predictions.jsonl").read_text().splitlines()) >= 8
