@@ -12,6 +12,16 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def _exact_convolutions():
+    """Convolutions in float32; training.tf32 is about matrix products alone."""
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
 # Neither TF32 nor dropout, whose numbers differ between devices.
 EXACT = {
     **{f"{stage}__{key}": False for stage in ("alignment", "training") for key in ("tf32", "use_cpu")},
