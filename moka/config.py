@@ -11,11 +11,13 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
+import transformers
 from peft import LoraConfig
 from transformers import TrainingArguments
 
+import moka
 from moka.adapter.config import PRESETS, TEXT, MokaConfig
 from moka.balance.balance import check_modalities
 from moka.balance.registry import build_strategies
@@ -25,7 +27,7 @@ from moka.modeling.hf_model import check_hf_run
 from moka.modeling.processing import Interaction
 from moka.modeling.projectors import tiny_projector
 from moka.modeling.quantization import Quantization
-from moka.type_checks import check_types
+from moka.type_checks import check_types, type_schema
 from moka.yaml_files import find_config, read_config
 
 SECTIONS = {1: "alignment", 2: "training"}  # of each stage
@@ -400,6 +402,37 @@ def describe() -> str:
                 text = text.split(". ")[0].rstrip(".") + "."  # its texts are paragraphs
             lines.append(f"  {f.name}: {json.dumps(_default(f))}  # {text}")
     return "\n".join(lines)
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON Schema of a configuration file, by which editors complete and check keys."""
+
+    def of(schema: type) -> dict[str, Any]:
+        hints = get_type_hints(schema)
+        keys: dict[str, Any] = {}
+        for f in dataclasses.fields(schema):
+            if f.name in _RESERVED.get(schema, {}):
+                continue
+            text, minimum = f.metadata.get("help"), f.metadata.get("minimum", _MINIMUM.get(f.name))
+            keys[f.name] = type_schema(hints[f.name])
+            if f.name.endswith("_strategy"):  # YAML reads a bare `no` as false
+                keys[f.name] = {"anyOf": [keys[f.name], {"const": False}]}
+            if text:
+                keys[f.name]["description"] = " ".join(str(text).split())
+            if minimum is not None and "type" in keys[f.name]:
+                keys[f.name]["minimum"] = minimum
+        return {"type": "object", "properties": keys, "additionalProperties": False}
+
+    top = of(RunConfig)
+    for name, schema in _SCHEMAS.items():
+        top["properties"][name] = {"anyOf": [of(schema), {"type": "null"}]}
+    top["properties"]["base"] = {
+        "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
+        "description": "Files, relative to this one, that it is written over.",
+    }
+    versions = f"moka {moka.__version__}, transformers {transformers.__version__}"
+    draft = "http://json-schema.org/draft-07/schema#"
+    return {"$schema": draft, "$comment": versions, "title": "A run of moka", **top}
 
 
 _TINY_STEPS = 20  # at most, where a configuration asks for more; 2 where it asks for epochs

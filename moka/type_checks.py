@@ -82,6 +82,25 @@ def read_dataclass(cls: type[T], path: Path) -> T:
         raise MokaError(f"{error} The file is damaged: copy the folder again.") from error
 
 
+def type_schema(hint: Any) -> dict[str, Any]:
+    """Return the JSON Schema of what `check_types` accepts for a type hint."""
+    kind, arguments = get_origin(hint) or hint, get_args(hint)
+    names = {float: "number", int: "integer", str: "string", bool: "boolean", type(None): "null"}
+    if kind in (Union, types.UnionType):
+        return {"anyOf": [type_schema(one) for one in arguments]}
+    if kind is Literal:
+        return {"enum": list(arguments)}
+    if kind in names:
+        return {"type": names[kind]}
+    if kind in (list, set, tuple):
+        return {"type": "array", **({"items": type_schema(arguments[0])} if arguments else {})}
+    if kind is dict:
+        return {"type": "object", **({"additionalProperties": type_schema(arguments[1])} if arguments else {})}
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return {"enum": [member.value for member in kind]}
+    return {}
+
+
 def _fits(value: Any, hint: Any) -> bool:
     kind, arguments = get_origin(hint) or hint, get_args(hint)
     if kind is Any:

@@ -27,6 +27,7 @@ _INTERRUPTED = 130
 # Command -> its module in this package, and what it does. A module is imported when its command is chosen: `moka --help`
 # does not wait for torch.
 COMMANDS = {
+    "recipes": ("recipes", "list the shipped configurations, copy one, write their JSON Schema"),
     "data": ("data", "check, show and convert data"),
     "cache": ("cache", "compute frozen encoders' features once"),
     "train": ("train", "train connectors (stage 1) and an adapter (stage 2)"),
