@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
+from transformers import BatchFeature
 
 from moka.adapter import MokaConfig
 from moka.adapter.checks import check_adapter_folder, check_finite
@@ -77,29 +78,32 @@ class LoadedModel:
             messages = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
         return self.generate_batch([messages], max_new_tokens=max_new_tokens, **kwargs)[0]
 
-    @torch.no_grad()
     def generate_batch(
         self,
         chats: Sequence[list[dict]],
         max_new_tokens: int = 64,
         names: Sequence[str] | None = None,
-        decoding: str = DECODINGS[0],
-        fork_layers: int | None = None,
-        visual_weight: float = 0.5,
         **kwargs: Any,
     ) -> list[str]:
         """Answer several chats at once; each ends in a user's turn.
 
         Args:
             names: what errors call the chats.
-            decoding: "standard" or "fork-merge".
-            fork_layers, visual_weight: of ``moka.analysis.fork_merge``.
+            kwargs: of `generate_tokens`.
         """
-        if decoding not in DECODINGS:
-            raise MokaError(f"generate: decoding {decoding!r} is not one of {', '.join(DECODINGS)}.")
-        for name, value in (("max_new_tokens", max_new_tokens), ("num_beams", kwargs.get("num_beams", 1))):
-            if value < 1:
-                raise MokaError(f"generate: {name} is {value}; at least 1 is expected.")
+        batch = self.encode(chats, max_new_tokens, names)
+        return self.processor.batch_decode(self.generate_tokens(batch, max_new_tokens, **kwargs))
+
+    def encode(
+        self, chats: Sequence[list[dict]], max_new_tokens: int = 64, names: Sequence[str] | None = None
+    ) -> BatchFeature:
+        """Return chats as a batch of tensors on the model's device, padded on the left, with room for the answers.
+
+        Raises:
+            MokaError: a medium that cannot be read or has no encoder, a chat that is too long.
+        """
+        if max_new_tokens < 1:
+            raise MokaError(f"generate: max_new_tokens is {max_new_tokens}; at least 1 is expected.")
         room = None
         if self.context is not None:
             room = self.context - max_new_tokens
@@ -124,6 +128,29 @@ class LoadedModel:
                 raise MokaError(f"{name}: {error} ({reserved})") from error
         batch = self.processor.pad(encoded, padding_side="left").to(self.model.device)
         batch.pop("labels")
+        return batch
+
+    @torch.no_grad()
+    def generate_tokens(
+        self,
+        batch: BatchFeature,
+        max_new_tokens: int = 64,
+        decoding: str = DECODINGS[0],
+        fork_layers: int | None = None,
+        visual_weight: float = 0.5,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Return the tokens that answer what `encode` returned: [batch, new tokens].
+
+        Args:
+            decoding: "standard" or "fork-merge".
+            fork_layers, visual_weight: of ``moka.analysis.fork_merge``.
+            kwargs: for ``generate`` of transformers; decoding is greedy by default.
+        """
+        if decoding not in DECODINGS:
+            raise MokaError(f"generate: decoding {decoding!r} is not one of {', '.join(DECODINGS)}.")
+        if kwargs.get("num_beams", 1) < 1:
+            raise MokaError(f"generate: num_beams is {kwargs['num_beams']}; at least 1 is expected.")
         self.model.eval()
         model: Any = self.model
         how = (
@@ -133,7 +160,7 @@ class LoadedModel:
             tokens = model.generate(
                 **model_inputs(model, batch), **{"do_sample": False, **kwargs, "max_new_tokens": max_new_tokens}
             )
-        return self.processor.batch_decode(tokens[:, batch["input_ids"].shape[1] :])
+        return tokens[:, batch["input_ids"].shape[1] :]
 
     @property
     def decoding(self) -> MediaDecoding:

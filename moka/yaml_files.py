@@ -11,6 +11,7 @@ import yaml
 
 from moka.errors import MokaError, nearest
 
+QUICKSTART = {"quickstart": "quickstart/audio_visual_text"}  # its short name
 _MAX_NODES = 100_000  # an alias of an alias of an alias may mean more than fits into memory
 
 
@@ -38,9 +39,9 @@ def find_config(path: str | Path) -> Path:
         raise MokaError(
             f"{path} is a JSONL file; give the YAML file of a run, or its name, and the data as data.train={path}."
         )
-    if path.exists():
+    if path.is_file() or (path.exists() and str(path) not in QUICKSTART):
         return path
-    named = configs_folder() / f"{path}.yaml"
+    named = configs_folder() / f"{QUICKSTART.get(str(path), path)}.yaml"
     if path.suffix not in (".yaml", ".yml") and named.is_file():
         return named
     names = config_names()

@@ -32,6 +32,7 @@ COMMANDS = {
     "cache": ("cache", "compute frozen encoders' features once"),
     "train": ("train", "train connectors (stage 1) and an adapter (stage 2)"),
     "generate": ("generate", "answer a question about pictures, sounds and videos"),
+    "serve": ("serve", "serve models over HTTP, as OpenAI's chat completions"),
     "eval": ("evaluate", "measure a trained run on unseen questions"),
     "diagnose": ("diagnose", "measure which modality a model uses, and write a report"),
     "score": ("score", "score a file of predictions on a benchmark"),

@@ -70,7 +70,7 @@ def copy(name: str, target: Path | None, overwrite: bool) -> None:
     from moka.io import write_output
 
     source = find_config(name)
-    target = target or Path(f"{source.stem}.yaml")
+    target = target or Path(f"{Path(name).stem}.yaml")
     if target.exists() and not overwrite:
         raise MokaError(f"{target} is there. Choose another file, or give --overwrite.")
     comments = []

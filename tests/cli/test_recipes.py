@@ -1,6 +1,7 @@
 """`moka recipes`: the shipped configurations are listed, copied with all their values, and valid by their own schema."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -24,8 +25,9 @@ def test_list_names_every_shipped_run(capsys):
 
 
 def test_list_imports_no_torch():
-    command = [sys.executable, "-X", "importtime", "-m", "moka", "recipes"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    environment = {**os.environ, "PYTHONPROFILEIMPORTTIME": "1"}
+    command = [sys.executable, "-m", "moka", "recipes"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "moka.yaml_files" in imported
     assert not imported & {"torch", "transformers", "peft"}
