@@ -329,6 +329,7 @@ def build_app(models: dict[str, LoadedModel], limits: Limits | None = None, api_
             first = await _unless_gone(request, answer, anext(texts, None))
         except BaseException:
             here.discard(about["id"])
+            await texts.aclose()
             raise
         if asked.stream:
             events = _events(answer, about, first, texts)
@@ -340,8 +341,8 @@ def build_app(models: dict[str, LoadedModel], limits: Limits | None = None, api_
             while (part := await _unless_gone(request, answer, anext(texts, None))) is not None:
                 parts.append(part)
         finally:
-            await texts.aclose()
             here.discard(about["id"])
+            await texts.aclose()
         message = {"role": "assistant", "content": "".join(parts)}
         choice = {"index": 0, "message": message, "finish_reason": answer.reason, "logprobs": None}
         return {**about, "object": "chat.completion", "choices": [choice], "usage": answer.usage}
@@ -400,6 +401,7 @@ async def _unless_gone(request: Request, answer: Answer, step: Any) -> str | Non
         if await request.is_disconnected():
             answer.ending.asked.set()
             task.cancel()
+            await asyncio.wait([task])
             raise _Refused(499, "The client hung up.")
     return task.result()
 

@@ -10,7 +10,9 @@ Any client of that interface asks it; pictures, sounds and videos come inside th
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import os
+import socket
 from pathlib import Path
 
 from moka.errors import MokaError
@@ -44,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     import transformers
+    import uvicorn
 
     import moka
     from moka.serving import Limits, build_app
@@ -57,18 +60,28 @@ def run(arguments: argparse.Namespace) -> None:
                 f"--{name.replace('_', '-')}: {getattr(arguments, name)} is too small; above 0 is expected."
             )
     key = _key(arguments.api_key_file)
+    given = (arguments.max_megabytes, arguments.max_new_tokens, arguments.max_seconds, arguments.max_waiting)
     transformers.utils.logging.disable_progress_bar()
     options = {"device": arguments.device, "backbone": arguments.backbone, "quantization": quantization(arguments)}
-    models = {name: moka.load(folder, **options) for name, folder in named.items()}
-    given = (arguments.max_megabytes, arguments.max_new_tokens, arguments.max_seconds, arguments.max_waiting)
-    app = build_app(models, Limits(*given), key)
-    if key is None and arguments.host not in ("127.0.0.1", "localhost", "::1"):
-        print(f"note: anybody who reaches {arguments.host}:{arguments.port} may ask; set {KEY} or --api-key-file.")
-    import uvicorn
+    with _listening(arguments.host, arguments.port) as listening:  # before models are loaded, which takes a while
+        models = {name: moka.load(folder, **options) for name, folder in named.items()}
+        app = build_app(models, Limits(*given), key)
+        address, port = listening.getsockname()[:2]
+        if key is None and not ipaddress.ip_address(address).is_loopback:
+            print(f"note: anybody who reaches {address}:{port} may ask; set {KEY} or --api-key-file.")
+        address = f"[{address}]" if ":" in address else address
+        print(f"serving {', '.join(models)} at http://{address}:{port}/v1  (stop with Ctrl-C)", flush=True)
+        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run([listening])
 
-    host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
-    print(f"serving {', '.join(models)} at http://{host}:{arguments.port}/v1  (stop with Ctrl-C)", flush=True)
-    uvicorn.run(app, host=arguments.host, port=arguments.port, log_level="warning")
+
+def _listening(host: str, port: int) -> socket.socket:
+    """Return a socket that listens; of port 0, one that is free."""
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except (OSError, OverflowError) as error:
+        raise MokaError(
+            f"moka serve: cannot listen on {host}:{port} ({error}). Choose another --port or --host."
+        ) from error
 
 
 def _named(word: str) -> tuple[str, str]:
