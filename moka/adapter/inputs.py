@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from transformers import GenerationMixin
 
 from moka.errors import MokaError
 
@@ -80,8 +82,13 @@ def check_kind(name: str, ids: Any) -> None:
         raise MokaError(f"{name}: needs a [batch, seq] {kind} tensor, got {given}.")
 
 
+# What transformers calls the cache among the arguments and outputs of a model: since 5.24 "cache".
+_PARAMETERS = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+CACHE = "cache" if "cache" in _PARAMETERS else "past_key_values"
+
+
 def cache_of(arguments: Mapping[str, Any]) -> Any:
-    """Return the cache among a call's arguments; transformers 5.24 calls it ``cache``."""
+    """Return the cache among a call's arguments, by either of its names."""
     cache = arguments.get("past_key_values")
     return arguments.get("cache") if cache is None else cache
 

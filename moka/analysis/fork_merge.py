@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
+from moka.adapter.inputs import CACHE, cache_of
 from moka.adapter.text_decoder import decoder_blocks, language_decoder
 from moka.errors import MokaError
 
@@ -82,9 +83,9 @@ class _Fork:
         given = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         tokens = given["input_ids"] if given.get("inputs_embeds") is None else given["inputs_embeds"]
         batch, seq = tokens.shape[:2]
-        cache = given.get("past_key_values")
+        cache = cache_of(given)
         if cache is None and given.get("use_cache") is not False:
-            cache = given["past_key_values"] = DynamicCache()
+            cache = given[CACHE] = DynamicCache()
         past = int(cache.get_seq_length()) if cache is not None else 0
         mask = given.get("attention_mask")
         made = [one for one in (mask.values() if isinstance(mask, Mapping) else [mask]) if one is not None]
@@ -129,12 +130,12 @@ class _Fork:
             states = [hidden_states, hidden_states]
             if k:  # the decoder may add to what it got from the block before
                 states[1] = self.states[1] + (hidden_states - self.states[0])
-            cache = kwargs.get("past_key_values")
+            cache = cache_of(kwargs)
             found = []
             for branch, state in enumerate(states):
                 changed: dict[str, Any] = {"attention_mask": masks[branch][k]}
                 if branch and cache is not None:
-                    changed["past_key_values"] = _Shifted(cache, len(self.blocks))
+                    changed[CACHE] = _Shifted(cache, len(self.blocks))
                 found.append(own(state, *args, **{**kwargs, **changed}))
             self.states = [one[0] if isinstance(one, tuple) else one for one in found]
             return self.states[0] if k + 1 < self.depth else self._merged(columns)

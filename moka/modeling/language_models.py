@@ -22,6 +22,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLPreTrainedModel
 
+from moka.adapter.inputs import CACHE, cache_of
 from moka.errors import MokaError, counted
 
 # Files of which a folder with a tokenizer has at least one.
@@ -74,10 +75,9 @@ class QwenVLForCausalLM(Qwen2_5_VLPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            **kwargs,
+            **{CACHE: cache_of({"past_key_values": past_key_values, "cache": kwargs.pop("cache", None)}), **kwargs},
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep])  # [batch, kept, vocabulary]
@@ -87,9 +87,9 @@ class QwenVLForCausalLM(Qwen2_5_VLPreTrainedModel, GenerationMixin):
         result = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE: getattr(outputs, CACHE)},
         )
         return result if return_dict else result.to_tuple()
 

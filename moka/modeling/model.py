@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from moka.adapter.inputs import CACHE, cache_of
 from moka.errors import MokaError
 
 from .configuration import MokaModelConfig
@@ -234,6 +235,7 @@ class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         With labels in training the logits are only those of the supervised positions, row after row: [1, positions,
         vocabulary]; in evaluation of all positions.
         """
+        past_key_values = cache_of({"past_key_values": past_key_values, "cache": kwargs.pop("cache", None)})
         types, merges = mm_token_type_ids, inputs_embeds is None and prompt_embeds is None
         if inputs_embeds is None and input_ids is None:
             raise MokaError("forward: pass input_ids or inputs_embeds.")
@@ -269,15 +271,15 @@ class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         with self._head_cut.at(self.get_output_embeddings(), supervised, inputs_embeds):
             outputs = self.language_model(
                 inputs_embeds=inputs_embeds,
-                past_key_values=past_key_values,
                 logits_to_keep=logits_to_keep,
-                **{**kwargs, "use_cache": use_cache, **placed, "return_dict": True},
+                **{**kwargs, CACHE: past_key_values, "use_cache": use_cache, **placed, "return_dict": True},
             )
-        if self.config.uses_grid_positions and outputs.past_key_values is not None:
+        cache = getattr(outputs, CACHE)
+        if self.config.uses_grid_positions and cache is not None:
             # A picture takes fewer positions than it has tokens, so the next one does not follow from the length of the cache.
             positions = placed["position_ids"]
             rows = positions if positions.dim() == 2 else positions[-3:].amax(0)  # [batch, seq]
-            outputs.past_key_values.next_position = rows.amax(-1) + 1  # [batch]
+            cache.next_position = rows.amax(-1) + 1  # [batch]
         if supervised is not None:
             outputs["logits"] = logits_at(outputs.logits, supervised, inputs_embeds)  # [1, positions, vocabulary]
         if targets is not None:
@@ -344,7 +346,10 @@ class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Override: the first step of ``GenerationMixin`` asks here, and knows no grid; later steps count from its last."""
         if not self.config.uses_grid_positions:
             return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
-        types, mask, cache = (model_kwargs.get(n) for n in ("mm_token_type_ids", "attention_mask", "past_key_values"))
+        types, mask, cache = (
+            *(model_kwargs.get(n) for n in ("mm_token_type_ids", "attention_mask")),
+            cache_of(model_kwargs),
+        )
         has_all = mask is None or mask.shape[1] == inputs_tensor.shape[1]
         return self._grid_positions(inputs_tensor, types, mask, None if has_all else cache)
 
@@ -377,7 +382,7 @@ class MokaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         embeds = self.merge_embeddings(input_ids, mm_token_type_ids, **media)
         types = mm_token_type_ids if mm_token_type_ids is not None else self.derive_type_ids(input_ids)
         types = types.to(input_ids.device)
-        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        cache, mask = cache_of(kwargs), kwargs.get("attention_mask")
         if cache is not None and mask is not None and mask.shape[1] > input_ids.shape[1]:
             # These are only the tokens of a new turn; positions count from the start of the chat.
             embeds = nn.functional.pad(embeds, (0, 0, int(cache.get_seq_length()), 0))
