@@ -4,11 +4,13 @@ import base64
 import contextlib
 import io
 import json
+import re
 import socket
 import threading
 import time
 import wave
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -315,3 +317,15 @@ def test_every_key_of_a_request_is_checked_by_type():
     for name in ChatRequest.__dataclass_fields__:
         with pytest.raises(MokaError, match=name):
             ChatRequest.read({**good, name: object()})
+
+
+def test_the_page_asks_as_it_says(address, tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parents[1] / "docs/serving.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(.*?)```", page, re.S)[1]
+    code = code.replace("http://127.0.0.1:8000", address).replace('"none"', f'"{KEY}"').replace("quickstart", "one")
+    monkeypatch.chdir(tmp_path)
+    Path("digit.png").write_bytes(picture())
+    Path("digit.wav").write_bytes(sound())
+    exec(compile(code, "docs/serving.md", "exec"), {"__name__": "page"})
+    whole, stream = capsys.readouterr().out.split("\n", 1)
+    assert whole == stream
