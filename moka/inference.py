@@ -23,6 +23,7 @@ from moka.data import MediaDecoding, check_sample
 from moka.data.media_io import BadMediaError
 from moka.distributed import default_device
 from moka.errors import MokaError
+from moka.hub import fetch, names_repository
 from moka.io import read_json, sha256_of
 from moka.modeling import MokaForConditionalGeneration, MokaProcessor, TooLongError
 from moka.modeling.artifacts import ADAPTER, AdapterDescription
@@ -191,8 +192,8 @@ def _as_list(media: Any) -> list[Any]:
 
 
 def find_adapter(run: str | Path) -> Path:
-    """Return the adapter folder of a run, or the folder itself if it is one."""
-    path = Path(run)
+    """Return the adapter folder of a run, the folder itself if it is one, or that of a repository on the Hub."""
+    path = fetch(str(run)) if names_repository(run) else Path(run)
     kind = export_kind(path)
     folders = [folder for folder in (path / ADAPTER, path) if (folder / "adapter_config.json").is_file()]
     if folders and kind in (None, "text-merged"):
@@ -311,7 +312,7 @@ def load(
     """Load a trained run: backbone, encoders, projectors, adapter and processor.
 
     Args:
-        run: a run folder of ``moka train``, an adapter folder, or the folder of ``moka merge``.
+        run: a run folder of ``moka train``, an adapter folder, the folder of ``moka merge``, or a name on the Hub.
         device: "cpu", "cuda", ...; default: the accelerator if there is one.
         dtype, backbone, dequantize, quantization: see ``load_base``.
     Raises:

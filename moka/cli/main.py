@@ -39,6 +39,7 @@ COMMANDS = {
     "compare": ("compare", "train and evaluate several methods over several seeds"),
     "convert": ("convert", "read or write the MokA authors' checkpoints"),
     "merge": ("merge", "merge the text path of a run into its backbone"),
+    "push": ("push", "publish a run on the Hugging Face Hub"),
     "export": ("export", "write a run as a merged model, a plain transformers model or a plain LoRA"),
 }
 # Commands that may run as several processes.
