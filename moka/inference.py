@@ -21,7 +21,7 @@ from moka.adapter.matching import match_names, some
 from moka.analysis.contribution import media_modalities
 from moka.analysis.fork_merge import fork_merge_decoding
 from moka.analysis.modality_fusion import fused_generate
-from moka.config import ModelSection
+from moka.config import ModelSection, load_config
 from moka.data import MediaDecoding, check_sample
 from moka.data.media_io import BadMediaError
 from moka.distributed import default_device
@@ -46,6 +46,7 @@ class LoadedModel:
 
     def __init__(self, model: PeftModel, processor: MokaProcessor, folder: Path) -> None:
         self.model, self.processor, self.folder = model, processor, folder
+        self.settings: dict[str, Any] = {}  # defaults of `generate_tokens`, such as {"decoding": "entropy-fusion"}
 
     def generate(
         self,
@@ -96,7 +97,8 @@ class LoadedModel:
             kwargs: of `generate_tokens`.
         """
         batch = self.encode(chats, max_new_tokens, names)
-        return self.processor.batch_decode(self.generate_tokens(batch, max_new_tokens, **kwargs))
+        settings = {**self.settings, **kwargs}
+        return self.processor.batch_decode(self.generate_tokens(batch, max_new_tokens, **settings))
 
     def encode(
         self, chats: Sequence[list[dict]], max_new_tokens: int = 64, names: Sequence[str] | None = None
@@ -408,6 +410,30 @@ def load(
     if absent:
         raise MokaError(f"{folder}: the weights lack {some(absent)}, which would stay random. Copy or save it again.")
     return LoadedModel(model.to(device).eval(), processor, folder)
+
+
+def load_ensemble(runs: Sequence[str | Path], **kwargs: Any) -> Ensemble:
+    """Load runs that were trained on one modality each, by ``single_modality`` in their ``balance``, as one model.
+
+    Args:
+        runs: run folders of ``moka train``.
+        kwargs: of `load`.
+    Raises:
+        MokaError: a run that was trained on all modalities; two of the same one.
+    """
+    members: dict[str, LoadedModel] = {}
+    for run in runs:
+        entries = load_config(Path(run) / "config.yaml").balance
+        names = [str(entry.get("modality")) for entry in entries if entry.get("name") == "single_modality"]
+        if not names:
+            raise MokaError(
+                f"ensemble: {run} was trained on all modalities. Train a run for each modality, with balance: "
+                "[{name: single_modality, modality: ...}]."
+            )
+        if names[0] in members:
+            raise MokaError(f"ensemble: {run} is a second run of {names[0]}; give one run for each modality.")
+        members[names[0]] = load(run, **kwargs)
+    return Ensemble(members)
 
 
 def _device(name: str | None) -> str:

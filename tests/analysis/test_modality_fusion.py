@@ -35,8 +35,13 @@ def generate_of(model, batch):
 def case(request, composed, hugging_face):
     name, adapter = request.param.split(", ")
     example = composed(adapter) if name == "composed" else hugging_face(name, adapter)
-    left_out = ("labels", "mm_token_type_ids", "interaction_ids", "question_mask")[: 4 if name != "composed" and adapter == "none" else 1]
+    left_out = ("labels", "mm_token_type_ids", "interaction_ids", "question_mask")[
+        : 4 if name != "composed" and adapter == "none" else 1
+    ]
     example.batch = {key: value for key, value in example.batch.items() if key not in left_out}
+    if (name, adapter) == ("qwen2_5_omni", "moka"):  # so that a plain loop knows that decoded text is no question
+        types, mask = example.batch["mm_token_type_ids"], example.batch["attention_mask"]
+        example.batch["question_mask"] = (types == 0) & (mask == 1)
     return example
 
 
