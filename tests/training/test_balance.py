@@ -21,6 +21,12 @@ def figures(folder):
     return [{k: v for k, v in line.items() if k.startswith("balance/")} for line in lines if "loss" in line]
 
 
+@pytest.mark.parametrize("entry", [{"name": "single_modality", "modality": "visual"}, {"name": "mla", "p_alt": 1.0}])
+def test_media_that_are_hidden_in_the_first_step_do_not_stop_the_run(train, tmp_path, entry):
+    """Their projectors get no gradient then, which otherwise is a fault that the run is stopped for."""
+    assert (train(tmp_path / "run", stages=[2], balance=[entry], training__max_steps=2) / "adapter").is_dir()
+
+
 def test_an_empty_list_is_the_run_without(train, tmp_path, same_adapter, curve):
     plain = train(tmp_path / "plain", stages=[2])
     empty = train(tmp_path / "empty", stages=[2], balance=[])
@@ -62,6 +68,12 @@ def test_observing_modalities_beside_a_strategy_that_does_changes_nothing(train,
         ({"balance": "ogm"}, ["balance", "list"]),
         ({"balance": [{"name": "ogm"}], "stages": [1]}, ["balance: ogm", "stages", "[2]"]),
         ({"balance": [{"name": "ogm"}], "adapter__method": "lora"}, ["balance: ogm", "lora", "moka"]),
+        (
+            {"balance": [{"name": "greedy"}], "adapter__interaction": "none"},
+            ["balance: greedy", "adapter.interaction", "none", "question"],
+        ),
+        ({"balance": [{"name": "umt"}]}, ["balance: umt", "teachers", "single_modality"]),
+        ({"balance": [{"name": "single_modality"}]}, ["balance: single_modality", "modality", "visual"]),
         ({"balance": [{"name": "pareto_b"}], "adapter__share_b": False}, ["balance: pareto_b", "share_b"]),
         (
             {"balance": [{"name": "opm"}], "training__packing": True, "model__max_length": 96},
