@@ -1,12 +1,18 @@
 """`balance:` in a run's YAML: off is the run without, two processes are one, a killed run resumes exactly, bad input is refused."""
 
 import json
+import signal
+from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from moka.balance import STRATEGIES
 from moka.errors import MokaError
 from moka.training import config_from_dict
+
+DYING = Path(__file__).with_name("dying.py")
 
 ALL = [
     {"name": "opm", "every": 2, "warmup": 0.0, "q_base": 0.8},
@@ -135,6 +141,78 @@ def test_rates_by_modality_under_zero_2_are_those_without(train, train_two, tmp_
     train_two(tmp_path / "two", "torchrun", **{**changes, **zero})
     assert json.loads((tmp_path / "two/summary.json").read_text())["engines"]["2"]["zero_stage"] == 2
     assert losses(tmp_path / "two") == pytest.approx(losses(one), rel=1e-5)
+
+
+# Every strategy that keeps something between steps, with those beside it that change other things.
+STATEFUL = {
+    "losses and updates": [
+        {"name": "opm", "every": 2, "warmup": 0.0, "q_base": 0.8},
+        {"name": "ogm", "every": 2, "alpha": 0.8, "noise": True},
+        {"name": "unimodal_losses", "form": "blend", "every": 1, "batches": 1, "events": [0.2, 0.4, 0.7]},
+        {"name": "relearning", "every": 2, "batches": 1, "events": [0.3, 0.75]},
+        {"name": "inforeg", "every": 2, "window": 3, "beta": 30.0, "threshold": -10.0},
+        {"name": "pmr", "every": 3},
+        {"name": "greedy", "warmup": 0.0, "window": 2},
+    ],
+    "steps of one modality": [
+        {"name": "mla"},
+        {"name": "norm_balance", "every": 3},
+        {"name": "ogm", "form": "exp", "every": 2},
+    ],
+    "samples": [
+        {"name": "valuation", "every": 2, "warmup": 0.0, "value": "log_likelihood"},
+        {"name": "ogm", "form": "speed", "every": 2},
+    ],
+}
+
+
+def test_every_strategy_with_a_state_is_killed_below():
+    settings = {"lr_scale": {"scale": {"visual": 2.0}}, "umt": {"teachers": {"visual": "run"}}}
+    settings["single_modality"] = {"modality": "visual"}
+    with_state = {name for name, kind in STRATEGIES.items() if kind(**settings.get(name, {})).state_dict()}
+    assert {entry["name"] for group in STATEFUL.values() for entry in group} == with_state
+
+
+def same_state(one, other):
+    """Equal values, tensors bit for bit, in nested containers."""
+    if isinstance(other, dict):
+        return one.keys() == other.keys() and all(same_state(one[key], other[key]) for key in other)
+    if isinstance(other, (list, tuple)):
+        return len(one) == len(other) and all(map(same_state, one, other))
+    return torch.equal(one, other) if isinstance(other, torch.Tensor) else one == other
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", STATEFUL)
+def test_a_process_killed_between_checkpoints_resumes_exactly(
+    train, tiny_config, tmp_path, launch, write_yaml, same_adapter, curve, group
+):
+    """Killed by SIGKILL in step 6 of 8, after the checkpoint at step 4; `moka train --resume` in a process of its own."""
+    changes = {
+        "stages": [2],
+        "balance": STATEFUL[group],
+        "data__train_size": 16,  # epochs of four steps, the last of which began after the checkpoint
+        "training__max_steps": 8,
+        "training__save_steps": 4,
+    }
+    full = train(tmp_path / "full", **changes)
+    config = write_yaml(tmp_path / "run.yaml", tiny_config(tmp_path / "run", **changes))
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = launch("one", "training_step,2,5,0,self,SIGKILL", "train", config, program=[DYING], **threads)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    checkpoints = tmp_path / "run/checkpoints/stage2"
+    assert [path.name for path in checkpoints.iterdir()] == ["checkpoint-4"]
+    resumed = launch("one", "train", config, "--resume", **threads)
+    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    assert "checkpoint-4" in resumed.stdout
+    same_adapter(tmp_path / "run", full)
+    assert curve(tmp_path / "run") == curve(full)
+    assert figures(tmp_path / "run") == figures(full)
+    states = [
+        torch.load(folder / "checkpoints/stage2/checkpoint-8/balance.pt", weights_only=True)
+        for folder in (tmp_path / "run", full)
+    ]
+    assert same_state(*states)
 
 
 def test_the_configuration_reads_back_as_itself(tiny_config, tmp_path):
