@@ -66,6 +66,8 @@ class PMR(BalanceStrategy):
             ctx.keep_hidden_states()
 
     def loss(self, loss: torch.Tensor, ctx: Context) -> torch.Tensor:
+        if self.weak:
+            ctx.add(f"{self.name}/loss/{self.weak}", 0.0)  # on every process, whose mean is logged
         states = ctx.own_hidden_states
         if states is None:
             return loss

@@ -80,6 +80,8 @@ class UMT(BalanceStrategy):
                     self._taught[modality] = states
 
     def loss(self, loss: torch.Tensor, ctx: Context) -> torch.Tensor:
+        for modality in self.teachers:
+            ctx.add(f"{self.name}/{modality}", 0.0)  # on every process, whose mean is logged
         own = ctx.own_hidden_states
         if own is None:
             return loss

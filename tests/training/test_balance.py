@@ -105,14 +105,25 @@ def test_a_run_of_one_modality_is_refused(tiny_config, tmp_path):
         config_from_dict(raw)
 
 
-@pytest.mark.parametrize("balance", [["ogm"], ["opm"], ["mmpareto"]], ids=lambda names: "+".join(names))
+@pytest.mark.parametrize(
+    "balance",
+    [["ogm"], ["opm"], ["mmpareto"], ["pmr", "greedy", "norm_balance", "umt"]],
+    ids=lambda names: "+".join(names),
+)
 @pytest.mark.slow
 def test_two_processes_train_as_one(train, train_two, tmp_path, as_one, halves, losses, same_weights, balance):
     settings = {
         "ogm": {"name": "ogm", "every": 2, "alpha": 0.8},
         "opm": {"name": "opm", "every": 2, "warmup": 0.0, "q_base": 0.8},
         "mmpareto": {"name": "mmpareto"},
+        "pmr": {"name": "pmr", "every": 3},
+        "greedy": {"name": "greedy", "warmup": 0.0, "window": 2},
+        "norm_balance": {"name": "norm_balance", "every": 5},
+        "umt": {"name": "umt", "teachers": {"audio": str(tmp_path / "teacher")}},
     }
+    if "umt" in balance:
+        only = [{"name": "single_modality", "modality": "audio"}]
+        train(tmp_path / "teacher", **as_one, stages=[2], balance=only, data__validation=None)
     changes = {
         **as_one,
         "stages": [2],
