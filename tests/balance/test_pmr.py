@@ -113,3 +113,21 @@ def test_it_ends_with_its_window(kit, model, batch):
     _, ctx = run_loss(model, strategy, batch, step=60)
     strategy.update(None, ctx)
     assert strategy.sums == {}
+
+
+def test_the_heavier_the_nearer_to_the_prototypes(kit, tmp_path):
+    """Mean PCE of sound over the last two of eight steps, by alpha; its prototypes are given."""
+    found = []
+    for alpha in (0.01, 0.1, 1.0):
+        model = kit.make_model()
+        strategy, data = PMR(alpha=alpha), kit.make_data(model, 4)
+        batch = kit.collate(data)
+        batch.pop("sample_ids")
+        phi, answers = features(model, batch)["audio"].detach(), answers_of(batch["labels"])
+        strategy.prototypes, strategy.weak = {"audio": dict(zip(answers, phi.flip(0), strict=True))}, "audio"
+        trainer = kit.make_trainer(tmp_path / str(alpha), [strategy], model, data)
+        trainer.train()
+        logged = [r["balance/pmr/loss/audio"] / alpha for r in trainer.state.log_history if "loss" in r]
+        found.append(sum(logged[-2:]) / 2)
+    assert found == sorted(found, reverse=True)
+    assert found[2] < 0.8 * found[0]

@@ -115,3 +115,18 @@ def test_a_run_of_one_modality_never_sees_the_others(kit, tmp_path, modality, ot
 def test_a_run_of_no_modality_is_refused(modality):
     with pytest.raises(MokaError, match="single_modality: modality"):
         SingleModality(modality)
+
+
+def test_the_heavier_the_nearer_to_the_teacher(kit, tmp_path):
+    """Mean distance over the last two of 16 steps, by weight; the teacher was trained for longer, on the picture only."""
+    teacher = kit.make_model()
+    kit.make_trainer(tmp_path / "run", [SingleModality("visual")], teacher, max_steps=16).train()
+    teacher.save_pretrained(tmp_path / "teacher")
+    found = []
+    for w in (0.01, 1.0, 100.0):
+        trainer = kit.make_trainer(tmp_path / str(w), [UMT({"visual": str(tmp_path / "teacher")}, w=w)], max_steps=16)
+        trainer.train()
+        logged = [r["balance/umt/visual"] / w for r in trainer.state.log_history if "balance/umt/visual" in r]
+        found.append(sum(logged[-2:]) / 2)
+    assert found == sorted(found, reverse=True)
+    assert found[2] < 0.8 * found[0]
