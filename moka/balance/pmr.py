@@ -40,6 +40,7 @@ class PMR(BalanceStrategy):
         every: steps of an interval, after which prototypes change.
         end: share of the training in which it acts.
         max_classes: more different answers are refused: they are open.
+        random_side: a control: the modality is drawn for each step.
     """
 
     alpha: float = 1.0
@@ -47,6 +48,7 @@ class PMR(BalanceStrategy):
     every: int = 50
     end: float = 1.0
     max_classes: int = 100
+    random_side: bool = False
     name: ClassVar[str] = "pmr"
     changes: ClassVar[frozenset[str]] = frozenset({"prototypical loss"})  # type: ignore[misc]
 
@@ -111,7 +113,8 @@ class PMR(BalanceStrategy):
         for name, score in scores.items():
             ctx.log(f"{self.name}/score/{name}", score)
         if len(scores) > 1:
-            self.weak = min(scores, key=lambda name: scores[name])
+            lowest = min(scores, key=lambda name: scores[name])
+            self.weak = ctx.draw(self.name, ctx.step).choice(sorted(scores)) if self.random_side else lowest
         for part in all_gather_object(self._new):
             for name, own in part.items():
                 for answer, (total, number) in own.items():

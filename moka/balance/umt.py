@@ -63,7 +63,7 @@ class UMT(BalanceStrategy):
         return list(self.teachers)
 
     def needs(self) -> Needs:
-        return Needs(teachers=True)
+        return Needs(adapter=True, teachers=True, media=1)
 
     def check(self, model: nn.Module) -> None:
         for modality, folder in self.teachers.items():

@@ -85,6 +85,15 @@ def test_the_modality_that_tells_the_classes_apart_worse_is_pulled(kit, model, b
     assert any(grad[row[weak]].any() for grad in grads)
 
 
+def test_the_control_draws_the_modality(model):
+    ctx, strategy, seen = Context(model), PMR(random_side=True), set()
+    for step in range(20):
+        ctx.step, strategy._scores = step, {"visual": [0.1, 1.0], "audio": [0.9, 1.0]}
+        strategy.update(None, ctx)
+        seen.add(strategy.weak)
+    assert seen == {"visual", "audio"}
+
+
 def test_prototypes_are_running_means_over_intervals():
     strategy, ctx = PMR(momentum=0.25, every=2), type("Step", (), {"step": 1})()
     strategy.prototypes = {"visual": {"5": torch.tensor([4.0, 0.0])}}

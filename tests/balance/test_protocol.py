@@ -11,14 +11,18 @@ from moka.balance import (
     CML,
     OGM,
     OPM,
+    PMR,
     STRATEGIES,
+    UMT,
     BalanceCallback,
     BalancedTrainer,
     BalanceStrategy,
+    Greedy,
     Handles,
     LearningRates,
     MMPareto,
     Needs,
+    NormBalance,
     ParetoB,
     Relearning,
     UnimodalLosses,
@@ -317,13 +321,15 @@ def test_with_one_modality_text_is_compared_by_its_adapter(kit, tmp_path):
         (OGM(apply="grad"), 2, False, "DeepSpeed.*apply: update"),
         (Relearning(), 2, False, "relearning.*moments.*ddp"),
         (MMPareto(), 2, False, "mmpareto.*DeepSpeed.*ddp"),
+        (UMT({"visual": "run"}), 3, False, "umt.*ZeRO-3.*zero2"),
+        (NormBalance(), None, True, "norm_balance.*FSDP.*ddp"),
     ],
 )
 def test_engines_that_cannot_give_what_is_needed_are_refused(strategy, zero, fsdp, words):
     with pytest.raises(MokaError, match=words):
         check_engine([strategy], zero, fsdp)
-    check_engine([OPM(), UnimodalLosses(), CML()], 3, False)
-    check_engine([OGM(), LearningRates({"visual": 2.0})], 2, False)
+    check_engine([OPM(), UnimodalLosses(), CML(), PMR()], 3, False)
+    check_engine([OGM(), LearningRates({"visual": 2.0}), Greedy(), NormBalance()], 2, False)
 
 
 def test_a_b_for_each_modality_is_refused_where_the_shared_one_is_split(kit, tmp_path):
