@@ -139,13 +139,19 @@ def test_two_processes_train_as_one(train, train_two, tmp_path, as_one, halves, 
 
 
 @pytest.mark.slow
-def test_rates_by_modality_under_zero_2_are_those_without(train, train_two, tmp_path, as_one, write_zero, losses):
+def test_rates_and_values_by_modality_under_zero_2_are_those_without(
+    train, train_two, tmp_path, as_one, write_zero, losses
+):
     changes = {
         **as_one,
         "stages": [2],
         "training__eval_strategy": "no",
         "training__adam_epsilon": 1e-3,
-        "balance": [{"name": "lr_scale", "scale": {"visual": 0.3, "audio": 2.0}}],
+        "balance": [
+            {"name": "lr_scale", "scale": {"visual": 0.3, "audio": 2.0}},
+            {"name": "norm_balance", "every": 5},
+            {"name": "greedy", "warmup": 0.0, "window": 2},
+        ],
     }
     one = train(tmp_path / "one", **changes)
     zero = {"training__deepspeed": str(write_zero(tmp_path, "zero2")), "training__per_device_train_batch_size": 2}
