@@ -20,7 +20,7 @@ class Echo:
     processor = SimpleNamespace(chat_template=None, decoding={"video_frames": 10, "audio_windows": None})
     decoding = MediaDecoding()
     quantization: str | None = None
-    settings: dict[str, str] = {}  # noqa: RUF012
+    settings: dict[str, str] = {}
 
     def __init__(self, fails_after=None, weights_sha256="one"):
         self.asked, self.fails_after, self.weights_sha256 = [], fails_after, weights_sha256
