@@ -551,6 +551,11 @@ def _check_balance(config: RunConfig, where: str) -> None:
                 f"{where}: balance: {strategy.name}: acts on the B that modalities share, and adapter.share_b is false. Set it "
                 "to true, or take the strategy out."
             )
+        if needs.paths_of_B and config.adapter["interaction"] not in ("question", "mean"):
+            raise MokaError(
+                f"{where}: balance: {strategy.name}: compares what media learn through the question, and adapter.interaction is "
+                f"{config.adapter['interaction']}. Set it to question or mean, or take the strategy out."
+            )
         if needs.sample_ids and config.training.get("train_sampling_strategy", "random") != "random":
             raise MokaError(
                 f"{where}: balance: {strategy.name}: draws samples itself, and training.train_sampling_strategy is "

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from transformers import BatchFeature
 from moka.adapter import MokaConfig
 from moka.adapter.checks import check_adapter_folder, check_finite
 from moka.adapter.matching import match_names, some
+from moka.analysis.contribution import media_modalities
 from moka.analysis.fork_merge import fork_merge_decoding
-from moka.config import ModelSection
+from moka.analysis.modality_fusion import fused_generate
+from moka.config import ModelSection, load_config
 from moka.data import MediaDecoding, check_sample
 from moka.data.media_io import BadMediaError
 from moka.distributed import default_device
@@ -35,7 +38,7 @@ from moka.modeling.quantization import check_quantization
 EXPORT = "export.json"
 # The backbone quantised as the run says, or not at all.
 AS_TRAINED = "as-trained"
-DECODINGS = ("standard", "fork-merge")
+DECODINGS = ("standard", "fork-merge", "entropy-fusion")
 
 
 class LoadedModel:
@@ -43,6 +46,7 @@ class LoadedModel:
 
     def __init__(self, model: PeftModel, processor: MokaProcessor, folder: Path) -> None:
         self.model, self.processor, self.folder = model, processor, folder
+        self.settings: dict[str, Any] = {}  # defaults of `generate_tokens`, such as {"decoding": "entropy-fusion"}
 
     def generate(
         self,
@@ -93,7 +97,8 @@ class LoadedModel:
             kwargs: of `generate_tokens`.
         """
         batch = self.encode(chats, max_new_tokens, names)
-        return self.processor.batch_decode(self.generate_tokens(batch, max_new_tokens, **kwargs))
+        settings = {**self.settings, **kwargs}
+        return self.processor.batch_decode(self.generate_tokens(batch, max_new_tokens, **settings))
 
     def encode(
         self, chats: Sequence[list[dict]], max_new_tokens: int = 64, names: Sequence[str] | None = None
@@ -144,7 +149,7 @@ class LoadedModel:
         """Return the tokens that answer what `encode` returned: [batch, new tokens].
 
         Args:
-            decoding: "standard" or "fork-merge".
+            decoding: "standard", "fork-merge", or "entropy-fusion" of forwards with one modality each.
             fork_layers, visual_weight: of ``moka.analysis.fork_merge``.
             kwargs: for ``generate`` of transformers; decoding is greedy by default.
         """
@@ -154,13 +159,15 @@ class LoadedModel:
             raise MokaError(f"generate: num_beams is {kwargs['num_beams']}; at least 1 is expected.")
         self.model.eval()
         model: Any = self.model
-        how = (
-            fork_merge_decoding(model, batch, fork_layers, visual_weight) if decoding == "fork-merge" else nullcontext()
-        )
-        with how:
-            tokens = model.generate(
-                **model_inputs(model, batch), **{"do_sample": False, **kwargs, "max_new_tokens": max_new_tokens}
+        settings = {"do_sample": False, **kwargs, "max_new_tokens": max_new_tokens}
+        if decoding == "entropy-fusion":
+            tokens = fused_generate(
+                dict.fromkeys(media_modalities(model), model), batch, bound_generate, "entropy", **settings
             )
+        else:
+            fork = decoding == "fork-merge"
+            with fork_merge_decoding(model, batch, fork_layers, visual_weight) if fork else nullcontext():
+                tokens = model.generate(**model_inputs(model, batch), **settings)
         return tokens[:, batch["input_ids"].shape[1] :]
 
     @property
@@ -183,6 +190,57 @@ class LoadedModel:
         """Tokens that fit into the backbone's context."""
         base: Any = self.model.get_base_model()
         return context_length(ModelSection(), base)
+
+
+class Ensemble(LoadedModel):
+    """UME: models that were trained on one modality each answer together; the next token's logits are their mean.
+
+    Source: Du et al., ICML 2023, https://arxiv.org/abs/2305.01233.
+
+    Args:
+        members: modality -> the run that was trained on it only (``balance: [{name: single_modality, ...}]``).
+    Raises:
+        MokaError: fewer than two; runs whose prompts differ.
+    """
+
+    def __init__(self, members: Mapping[str, LoadedModel]) -> None:
+        self.members = dict(members)
+        if len(self.members) < 2:
+            raise MokaError(f"ensemble: {list(self.members)} is one modality; give the runs of at least two.")
+        first, *others = self.members.values()
+        for other in others:
+            if other.processor.modalities != first.processor.modalities:
+                raise MokaError(
+                    f"ensemble: {other.folder} has the modalities {other.processor.modalities} and {first.folder} has "
+                    f"{first.processor.modalities}; train them with the same model section."
+                )
+        super().__init__(first.model, first.processor, first.folder)
+
+    @torch.no_grad()
+    def generate_tokens(
+        self, batch: BatchFeature, max_new_tokens: int = 64, decoding: str = DECODINGS[0], *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """Return the tokens that answer what `encode` returned: [batch, new tokens]. ``kwargs``: for ``generate``.
+
+        Raises:
+            MokaError: another decoding than the standard one.
+        """
+        if decoding != DECODINGS[0]:
+            raise MokaError(f"ensemble: decoding {decoding!r} is for one model; leave it out.")
+        models = {name: member.model.eval() for name, member in self.members.items()}
+        settings = {"do_sample": False, **kwargs, "max_new_tokens": max_new_tokens}
+        tokens = fused_generate(models, batch, bound_generate, "equal", **settings)
+        return tokens[:, batch["input_ids"].shape[1] :]
+
+    @property
+    def weights_sha256(self) -> str:
+        """Of all members' adapters."""
+        return "+".join(member.weights_sha256 for member in self.members.values())
+
+
+def bound_generate(model: Any, batch: Mapping[str, Any]) -> Any:
+    """Return ``generate`` of a model with the inputs that it takes of a batch."""
+    return partial(model.generate, **model_inputs(model, batch))
 
 
 def _as_list(media: Any) -> list[Any]:
@@ -352,6 +410,30 @@ def load(
     if absent:
         raise MokaError(f"{folder}: the weights lack {some(absent)}, which would stay random. Copy or save it again.")
     return LoadedModel(model.to(device).eval(), processor, folder)
+
+
+def load_ensemble(runs: Sequence[str | Path], **kwargs: Any) -> Ensemble:
+    """Load runs that were trained on one modality each, by ``single_modality`` in their ``balance``, as one model.
+
+    Args:
+        runs: run folders of ``moka train``.
+        kwargs: of `load`.
+    Raises:
+        MokaError: a run that was trained on all modalities; two of the same one.
+    """
+    members: dict[str, LoadedModel] = {}
+    for run in runs:
+        entries = load_config(Path(run) / "config.yaml").balance
+        names = [str(entry.get("modality")) for entry in entries if entry.get("name") == "single_modality"]
+        if not names:
+            raise MokaError(
+                f"ensemble: {run} was trained on all modalities. Train a run for each modality, with balance: "
+                "[{name: single_modality, modality: ...}]."
+            )
+        if names[0] in members:
+            raise MokaError(f"ensemble: {run} is a second run of {names[0]}; give one run for each modality.")
+        members[names[0]] = load(run, **kwargs)
+    return Ensemble(members)
 
 
 def _device(name: str | None) -> str:

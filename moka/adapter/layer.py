@@ -81,7 +81,7 @@ class MokaLinear(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("moka_A", "moka_B")
-    # Each is called with (layer, adapter name, z~ [tokens, width], view, result) in forwards that keep a graph.
+    # Each is called with (layer, adapter name, x, z~ [tokens, width], view, result) in forwards that keep a graph.
     moka_observers: tuple[Any, ...] = ()
     other_param_names = ("moka_r", "moka_alpha", "moka_scaling", "moka_dropout", "moka_config", "moka_tower")
 
@@ -166,7 +166,7 @@ class MokaLinear(nn.Module, BaseTunerLayer):
                 result = add_update(result, z, *self._up(name, z, view))
                 if self.moka_observers and result.requires_grad:
                     for observe in self.moka_observers:
-                        observe(self, name, z, view, result)
+                        observe(self, name, x, z, view, result)
         return result
 
     def adapters_in_use(self) -> list[str]:

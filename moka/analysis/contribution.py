@@ -14,6 +14,7 @@ Three ablations answer three questions, and are never mixed in one number:
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -25,6 +26,7 @@ from torch import nn
 from moka.adapter import MokaConfig
 from moka.adapter.config import TEXT
 from moka.adapter.diagnostics import active_modalities
+from moka.adapter.inputs import cache_length, cache_of
 from moka.adapter.layer import MokaLinear
 from moka.adapter.targets import placeholder_ids
 from moka.adapter.text_decoder import language_decoder
@@ -256,7 +258,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def hidden_from_attention(model: nn.Module, hidden: torch.Tensor) -> Iterator[None]:
+def hidden_from_attention(model: nn.Module, hidden: torch.Tensor, decoding: bool = False) -> Iterator[None]:
     """Mask tokens out of the decoder's attention inside the block. All positions stay as they are.
 
     The mask is changed on its way into the decoder, after the outer model computed positions from the original one (such as
@@ -264,21 +266,26 @@ def hidden_from_attention(model: nn.Module, hidden: torch.Tensor) -> Iterator[No
 
     Args:
         hidden: [batch, seq] bool, True for tokens that no other token attends to.
+        decoding: they are those of a prompt, and what is decoded after it is seen; only forwards of this thread are changed.
     """
     decoder = language_decoder(unwrapped(model))
     parameters = list(inspect.signature(type(decoder).forward).parameters)[1:]
+    thread = threading.get_ident()
 
-    def hide(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def hide(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        if decoding and threading.get_ident() != thread:
+            return None
         given = {**dict(zip(parameters, args, strict=False)), **kwargs}
         embeds = given.get("inputs_embeds")
         embeds = given.get("input_ids") if embeds is None else embeds
-        if embeds is None or tuple(embeds.shape[:2]) != tuple(hidden.shape):
+        places = extended(hidden, given) if decoding and embeds is not None else hidden
+        if embeds is None or (not decoding and tuple(embeds.shape[:2]) != tuple(hidden.shape)):
             got = None if embeds is None else list(embeds.shape[:2])
             raise MokaError(
                 f"mm_token_type_ids is {list(hidden.shape)}, and the decoder was given {got} tokens: this model expands "
                 "media inside. Pass the ids of the expanded tokens."
             )
-        given["attention_mask"] = hidden_in(given.get("attention_mask"), hidden.to(embeds.device))
+        given["attention_mask"] = hidden_in(given.get("attention_mask"), places.to(embeds.device))
         return (), given
 
     handle = decoder.register_forward_pre_hook(hide, with_kwargs=True)
@@ -286,6 +293,20 @@ def hidden_from_attention(model: nn.Module, hidden: torch.Tensor) -> Iterator[No
         yield
     finally:
         handle.remove()
+
+
+def extended(hidden: torch.Tensor, given: Mapping[str, Any]) -> torch.Tensor:
+    """Return the hidden tokens of a prompt [prompts, seq] for a forward of a decoder inside ``generate``: [batch, keys].
+
+    A row for each beam; columns for the decoded tokens, which are seen, and for all places of a static cache.
+    """
+    tokens = given["input_ids"] if given.get("inputs_embeds") is None else given["inputs_embeds"]
+    batch, seq = tokens.shape[:2]
+    mask, cache = given.get("attention_mask"), cache_of(given)
+    made = [one for one in (mask.values() if isinstance(mask, Mapping) else [mask]) if one is not None]
+    keys = made[0].shape[-1] if made else cache_length(cache) + seq
+    hidden = hidden.to(tokens.device).repeat_interleave(batch // len(hidden), 0)
+    return nn.functional.pad(hidden, (0, keys - hidden.shape[1]))
 
 
 def hidden_in(mask: Any, hidden: torch.Tensor) -> Any:

@@ -26,7 +26,7 @@ from moka.adapter.inputs import CACHE, cache_of
 from moka.adapter.text_decoder import decoder_blocks, language_decoder
 from moka.errors import MokaError
 
-from .contribution import hidden_in, modality_index, unwrapped
+from .contribution import extended, hidden_in, modality_index, unwrapped
 
 
 @contextmanager
@@ -82,15 +82,13 @@ class _Fork:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         given = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         tokens = given["input_ids"] if given.get("inputs_embeds") is None else given["inputs_embeds"]
-        batch, seq = tokens.shape[:2]
+        seq = tokens.shape[1]
         cache = cache_of(given)
         if cache is None and given.get("use_cache") is not False:
             cache = given[CACHE] = DynamicCache()
         past = int(cache.get_seq_length()) if cache is not None else 0
         mask = given.get("attention_mask")
-        made = [one for one in (mask.values() if isinstance(mask, Mapping) else [mask]) if one is not None]
-        width = made[0].shape[-1] if made else past + seq  # of a static cache: all its places
-        hidden = [self._extended(one, batch, width, tokens.device) for one in self.hidden]
+        hidden = [extended(one, given) for one in self.hidden]
         masks = [self._masks({**given, "attention_mask": hidden_in(mask, one)}) for one in hidden]
         if cache is not None and len(cache.layers) == len(self.blocks):
             cache.layers += [copy.deepcopy(layer) for layer in cache.layers[: self.depth]]
@@ -100,12 +98,6 @@ class _Fork:
                 columns = [one[:, past : past + seq, None] for one in hidden]
                 stack.enter_context(_replaced(block, self._block(k, block.forward, masks, columns)))
             return self.own(**given)
-
-    @staticmethod
-    def _extended(hidden: torch.Tensor, batch: int, length: int, device: torch.device) -> torch.Tensor:
-        """Return [batch, length]: a row for each beam, and columns for the decoded tokens."""
-        hidden = hidden.to(device).repeat_interleave(batch // len(hidden), 0)
-        return nn.functional.pad(hidden, (0, length - hidden.shape[1]))
 
     def _masks(self, given: dict[str, Any]) -> list[Any]:
         """Return the attention mask that the decoder gives each block, of a forward in which no block runs."""

@@ -19,6 +19,7 @@ from torch import nn
 
 from moka.adapter.config import TEXT
 from moka.adapter.layer import MokaLinear
+from moka.adapter.ops import interact
 from moka.adapter.routing import View
 from moka.adapter.text_decoder import language_decoder
 from moka.errors import MokaError
@@ -34,8 +35,11 @@ class ModalityGradients:
     tokens: dict[str, int] = field(
         default_factory=lambda: defaultdict(int)
     )  # modality -> tokens without padding, counted in one layer
-    z_norm: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # sum of |z~| over tokens and layers
-    z_count: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    # layer -> modality -> the part of `parts` that comes through the interaction; only if it was asked for
+    interaction: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    # (layer, modality) -> sum of |z~| over tokens, and their number
+    z_norm: dict[tuple[str, str], float] = field(default_factory=lambda: defaultdict(float))
+    z_count: dict[tuple[str, str], int] = field(default_factory=lambda: defaultdict(int))
     z_sums: dict[str, dict[str, torch.Tensor]] = field(
         default_factory=dict
     )  # layer -> modality -> sum of z~ [r] over tokens
@@ -65,7 +69,19 @@ class ModalityGradients:
 
     def z_norms(self) -> dict[str, float]:
         """Return the mean norm of z~ over tokens and layers, by modality."""
-        return {name: self.z_norm[name] / self.z_count[name] for name in self.modalities() if self.z_count[name]}
+        sums: dict[str, list[float]] = {}
+        for (layer, name), norm in self.z_norm.items():
+            own = sums.setdefault(name, [0.0, 0])
+            own[0], own[1] = own[0] + norm, own[1] + self.z_count[layer, name]
+        return {name: sums[name][0] / sums[name][1] for name in self.modalities() if name in sums and sums[name][1]}
+
+    def layer_norms(self) -> dict[str, dict[str, float]]:
+        """Return the mean norm of z~ over tokens: layer -> modality -> norm."""
+        found: dict[str, dict[str, float]] = {}
+        for (layer, name), count in self.z_count.items():
+            if count:
+                found.setdefault(layer, {})[name] = self.z_norm[layer, name] / count
+        return found
 
     def _dot(self, a: str, b: str) -> float:
         layers = (parts for parts in self.parts.values() if a in parts and b in parts)
@@ -73,7 +89,9 @@ class ModalityGradients:
 
 
 @contextmanager
-def observed_gradients(model: nn.Module, adapter: str | None = None) -> Iterator[ModalityGradients]:
+def observed_gradients(
+    model: nn.Module, adapter: str | None = None, paths: bool = False
+) -> Iterator[ModalityGradients]:
     """Split the gradient of B by modality in every backward inside the block; micro-batches add up.
 
     Right under gradient checkpointing, whose recomputation is what is observed. On several processes the parts are those of
@@ -82,6 +100,7 @@ def observed_gradients(model: nn.Module, adapter: str | None = None) -> Iterator
     Args:
         model: an adapted model.
         adapter: its name; default: the first active one of each layer.
+        paths: also what comes through the interaction, of z without dropout.
     Raises:
         MokaError: the model has no MokA adapter.
     """
@@ -97,7 +116,9 @@ def observed_gradients(model: nn.Module, adapter: str | None = None) -> Iterator
         mask = kwargs.get("attention_mask")
         present = mask.flatten() > 0 if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
 
-    def observe(layer: MokaLinear, name: str, z: torch.Tensor, view: View, result: torch.Tensor) -> None:
+    def observe(
+        layer: MokaLinear, name: str, x: torch.Tensor, z: torch.Tensor, view: View, result: torch.Tensor
+    ) -> None:
         if name != (adapter or layer.adapters_in_use()[0]):
             return
         config, z = layer.moka_config[name], z.detach()
@@ -106,6 +127,7 @@ def observed_gradients(model: nn.Module, adapter: str | None = None) -> Iterator
         rows = view.rows
         flat = torch.full((len(z),), view.row, device=z.device) if rows is None else rows.flatten()
         valid = torch.ones_like(flat, dtype=torch.bool) if present is None or len(present) != len(z) else present
+        read = interaction_term(layer, name, x, view) if paths else None
 
         def split(grad: torch.Tensor) -> None:
             delta = grad.reshape(len(z), -1).float()  # [tokens, out]
@@ -118,11 +140,15 @@ def observed_gradients(model: nn.Module, adapter: str | None = None) -> Iterator
                 mine = mine.view(len(mine), -1, layer.moka_r[name]).sum(1)
                 part = scale * delta[here].T @ mine
                 own[modality] = own[modality] + part if modality in own else part
+                if read is not None:
+                    part = scale * delta[here].T @ read[here]
+                    through = found.interaction.setdefault(names[id(layer)], {})
+                    through[modality] = through[modality] + part if modality in through else part
                 counted = valid.to(here.device)[here]  # padding has no gradient, and counts as no token
-                found.z_norm[modality] += float(mine.norm(dim=-1)[counted].sum())
+                found.z_norm[names[id(layer)], modality] += float(mine.norm(dim=-1)[counted].sum())
                 sums, total = found.z_sums.setdefault(names[id(layer)], {}), mine[counted].sum(0)
                 sums[modality] = sums[modality] + total if modality in sums else total
-                found.z_count[modality] += int(counted.sum())
+                found.z_count[names[id(layer)], modality] += int(counted.sum())
                 if layer is first:
                     found.tokens[modality] += int(counted.sum())
 
@@ -139,6 +165,27 @@ def observed_gradients(model: nn.Module, adapter: str | None = None) -> Iterator
             layer.moka_observers = tuple(other for other in layer.moka_observers if other is not observe)
 
 
+@torch.no_grad()
+def interaction_term(layer: MokaLinear, name: str, x: torch.Tensor, view: View) -> torch.Tensor | None:
+    """Return lambda * sum_j softmax_j(z_t . z_j / sqrt(r)) z_j of each token, without dropout: [tokens, r] float32.
+
+    None: no token of this forward interacts.
+
+    Args:
+        x: [..., in] the layer's input.
+    """
+    if view.attention is None:
+        return None
+    config, A = layer.moka_config[name], layer.moka_A[name]()  # [M, r, in]
+    factor = layer.moka_scaling[name] if config.scale_position == "input" else 1.0
+    flat = x.reshape(-1, x.shape[-1])
+    z_all = (flat @ A.flatten(0, 1).to(flat.dtype).t()).view(-1, A.shape[1]) * factor  # [tokens * M, r]
+    assert view.index is not None
+    z = z_all.index_select(0, view.index).float()  # [tokens, r]
+    z = z if view.adapter_mask is None else z * view.adapter_mask
+    return interact(z, view.attention, 1, config.interaction == "mean") - z
+
+
 def average(gradients: ModalityGradients) -> ModalityGradients:
     """Average the parts over all processes, as DDP averages gradients; a modality that a process lacks counts as zero there.
 
@@ -147,23 +194,26 @@ def average(gradients: ModalityGradients) -> ModalityGradients:
     if not (dist.is_available() and dist.is_initialized()):
         return gradients
     everyone: list[Any] = [None] * dist.get_world_size()
-    shapes = {(layer, m): part.shape for layer, parts in gradients.parts.items() for m, part in parts.items()}
+    tables = (gradients.parts, gradients.interaction)
+    own_shapes = [{(layer, m): t.shape for layer, own in table.items() for m, t in own.items()} for table in tables]
     counts = [dict(values) for values in (gradients.tokens, gradients.z_norm, gradients.z_count)]
-    dist.all_gather_object(everyone, (shapes, counts))
+    dist.all_gather_object(everyone, (own_shapes, counts))
     found = ModalityGradients()
-    shapes = {key: shape for theirs, _ in everyone for key, shape in theirs.items()}
+    device = next((part.device for parts in gradients.parts.values() for part in parts.values()), torch.device("cpu"))
+    for k, (table, into) in enumerate(zip(tables, (found.parts, found.interaction), strict=True)):
+        shapes = {key: shape for theirs, _ in everyone for key, shape in theirs[k].items()}
+        if not shapes:
+            continue
+        own = [table.get(layer, {}).get(m) for layer, m in shapes]
+        flat = [torch.zeros(s, device=device) if p is None else p for p, s in zip(own, shapes.values(), strict=True)]
+        total = torch.cat([part.flatten() for part in flat])
+        dist.all_reduce(total)
+        parts = (total / len(everyone)).split([part.numel() for part in flat])
+        for (layer, m), shape, part in zip(shapes, shapes.values(), parts, strict=True):
+            into.setdefault(layer, {})[m] = part.view(shape)
+    shapes = {key: shape for theirs, _ in everyone for key, shape in theirs[0].items()}
     if not shapes:
         return found
-    device = next((part.device for parts in gradients.parts.values() for part in parts.values()), torch.device("cpu"))
-    own = [gradients.parts.get(layer, {}).get(m) for layer, m in shapes]
-    flat = [
-        torch.zeros(shape, device=device) if p is None else p for p, shape in zip(own, shapes.values(), strict=True)
-    ]
-    total = torch.cat([part.flatten() for part in flat])
-    dist.all_reduce(total)
-    parts = (total / len(everyone)).split([part.numel() for part in flat])
-    for (layer, m), shape, part in zip(shapes, shapes.values(), parts, strict=True):
-        found.parts.setdefault(layer, {})[m] = part.view(shape)
     # Sums of z~ of layers and modalities that have a part have its width.
     sums = [gradients.z_sums.get(layer, {}).get(m) for layer, m in shapes]
     total = torch.cat(
@@ -176,7 +226,7 @@ def average(gradients: ModalityGradients) -> ModalityGradients:
     for (layer, m), z in zip(shapes, total.split([shape[1] for shape in shapes.values()]), strict=True):
         found.z_sums.setdefault(layer, {})[m] = z
     for _, theirs in everyone:
-        totals: tuple[dict[str, Any], ...] = (found.tokens, found.z_norm, found.z_count)
+        totals: tuple[dict[Any, Any], ...] = (found.tokens, found.z_norm, found.z_count)
         for into, values in zip(totals, theirs, strict=True):
             for name, value in values.items():
                 into[name] += value

@@ -104,7 +104,8 @@ class Balance:
         if self.handles is not None:
             self.ctx.learning_rate = self.handles.learning_rate()
         if any(need.parts_of_B for need in self.needs):
-            self._observed = self._block.enter_context(observed_gradients(self.ctx.model))
+            paths = any(need.paths_of_B for need in self.needs)
+            self._observed = self._block.enter_context(observed_gradients(self.ctx.model, paths=paths))
 
     def prepare(self) -> None:
         """Let strategies act before the forward of the current micro-batch."""
@@ -254,6 +255,7 @@ def check_model(strategies: Sequence[BalanceStrategy], model: nn.Module) -> None
                 f"balance: {strategy.name}: acts on the B that modalities share, and adapter.share_b is false. Set it to true, or "
                 "take it out."
             )
+        strategy.check(model)
     if any(need.adapter for need in (s.needs() for s in strategies)) and config is not None:
         sharded = any(is_sharded_tensor(p) for n, p in model.named_parameters() if ".moka_A." in n)
         if sharded:

@@ -103,6 +103,10 @@ class Handles:
         grads = ((name, self._weight(layer).grad) for name, layer in self.layers.items())
         return {name: grad[index] for name, grad in grads if grad is not None}
 
+    def B(self) -> dict[str, torch.Tensor]:
+        """Return every layer's B, as it is stored: [out, r]."""
+        return {name: layer.moka_B[self.adapter].local().detach() for name, layer in self.layers.items()}
+
     def gradients_of_B(self) -> dict[str, torch.Tensor]:
         """Return the gradient of every layer's shared B, as it is stored: [out, r]."""
         grads = ((name, layer.moka_B[self.adapter].weight.grad) for name, layer in self.layers.items())
@@ -148,6 +152,13 @@ class Handles:
             weight = self._weight(self.layers[name])
             _write(weight, index, row)
             self._clear(weight, index)
+
+    def scale(self, modality: str, factors: Mapping[str, float]) -> None:
+        """Multiply a modality's rows by a factor for each layer; the optimizer's moments stay."""
+        index = self.modalities.index(modality)
+        for name, factor in factors.items():
+            weight = self._weight(self.layers[name])
+            _write(weight, index, _read(weight)[index].detach().float() * factor)
 
     def before_step(self) -> None:
         """Keep what the next step's updates are taken from."""

@@ -26,7 +26,8 @@ class MLA(BalanceStrategy):
     its input has only r dimensions, so that P is small.
 
     Source: CVPR 2024, https://arxiv.org/abs/2311.10707. Adapted: joint steps stay, as only they train what needs
-    both modalities; they are not projected. The leak, 0 in the paper, keeps P from running out of its r dimensions.
+    both modalities; they are not projected. The leak, 0 in the paper, keeps P from running out of its r dimensions. The paper's
+    fusion of modalities at inference is `moka eval --decoding entropy-fusion`, for which `p_alt` trains the model.
 
     Args:
         p_alt: share of the steps with one modality.
@@ -92,17 +93,3 @@ def projection(before: torch.Tensor, z: torch.Tensor, alpha: float, leak: float)
     after = before - torch.outer(k, k) / (alpha + z @ k)
     after = (1 - leak) * after + leak * torch.eye(len(z), dtype=torch.float64)
     return (after / after.norm()).float()
-
-
-def entropy_fusion(logits: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Mix the next token's logits [..., vocabulary] of forwards with one modality each by how sure each is.
-
-        w_m = exp(max_k H_k - H_m) / sum_j exp(max_k H_k - H_j),    H_m: the entropy of softmax(logits of m), in nats
-
-    Source: MLA's test-time fusion, https://arxiv.org/abs/2311.10707.
-    """
-    stacked = torch.stack([one.float() for one in logits.values()])  # [M, ..., vocabulary]
-    log_p = stacked.log_softmax(-1)
-    entropy = -(log_p.exp() * log_p).sum(-1)  # [M, ...]
-    weights = torch.softmax(entropy.amax(0) - entropy, 0)
-    return (weights[..., None] * stacked).sum(0)

@@ -9,14 +9,19 @@ from moka.errors import MokaError, nearest
 from moka.type_checks import from_mapping
 
 from .balance import check_together
+from .greedy import Greedy
 from .inforeg import InfoReg
 from .mla import MLA
+from .norms import NormBalance
 from .ogm import OGM
 from .opm import OPM
 from .pareto import MMPareto, ParetoB
+from .pmr import PMR
 from .rates import LearningRates
 from .relearning import Relearning
+from .single import SingleModality
 from .strategy import BalanceStrategy
+from .umt import UMT
 from .unimodal import CML, UnimodalLosses
 from .valuation import Valuation
 
@@ -34,6 +39,11 @@ STRATEGIES: dict[str, type[BalanceStrategy]] = {
         InfoReg,
         MLA,
         Valuation,
+        PMR,
+        UMT,
+        SingleModality,
+        Greedy,
+        NormBalance,
     )
 }
 

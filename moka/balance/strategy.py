@@ -16,7 +16,7 @@ import copy
 import functools
 import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
@@ -29,6 +29,7 @@ from moka.adapter.targets import placeholder_ids
 from moka.analysis import Contribution
 from moka.analysis.contribution import (
     adapter_config,
+    evaluating,
     hidden_from_attention,
     media_modalities,
     modality_index,
@@ -37,6 +38,8 @@ from moka.analysis.contribution import (
 from moka.distributed import all_gather_object, all_reduce_sum, rank_and_world_size
 from moka.errors import MokaError
 from moka.type_checks import check_types
+
+from .features import hidden_states
 
 # Arguments of a forward that choose what it returns, not what the model reads.
 _OUTPUT_ARGUMENTS = ("loss_only", "logits_to_keep", "num_items_in_batch")
@@ -55,7 +58,9 @@ class Needs:
         adapter: it reads or changes A or B, so there must be a MokA adapter whose tensors are complete.
         gradients: it changes gradients, which DeepSpeed does not show.
         moments: it clears the optimizer's moments, which DeepSpeed keeps elsewhere.
+        teachers: hidden states of other adapters, with each modality by itself: a forward without gradients each.
         parts_of_B: B's gradient split by modality.
+        paths_of_B: these parts split by the path too: directly, or through the interaction.
         validation: validation data.
         sample_ids: names of the samples, and a data set that can be drawn from by index.
         media: the fewest modalities other than text that it can balance.
@@ -68,7 +73,9 @@ class Needs:
     adapter: bool = False
     gradients: bool = False
     moments: bool = False
+    teachers: bool = False
     parts_of_B: bool = False
+    paths_of_B: bool = False
     validation: bool = False
     sample_ids: bool = False
     media: int = 2
@@ -78,7 +85,8 @@ class Needs:
         return self._measured(players) / self.every
 
     def _measured(self, players: int) -> int:
-        return {"none": 0, "single": players, "lift": players + 1, "all": 2**players}[self.likelihoods]
+        likelihoods = {"none": 0, "single": players, "lift": players + 1, "all": 2**players}[self.likelihoods]
+        return likelihoods + players * self.teachers
 
     def backwards(self, players: int) -> int:
         """Return the forwards with a backward that a step takes more."""
@@ -109,6 +117,9 @@ class BalanceStrategy:
     def needs(self) -> Needs:
         """Return what it needs with its settings."""
         return Needs()
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse a model that it cannot work with, before training."""
 
     def prepare(self, batch: Mapping[str, Any], ctx: Context) -> None:
         """Act before the forward of a micro-batch: measure, or hide tokens (`Context.hide`)."""
@@ -168,6 +179,8 @@ class Context:
         self.batch: dict[str, Any] = {}
         self.sample_ids: list[str] = []
         self.hidden: torch.Tensor | None = None  # [batch, seq] bool
+        self.apart: torch.Tensor | None = None  # [batch, seq] bool: media tokens that do not interact
+        self._kept: list[torch.Tensor] | None = None
         self._tokens: Any = None
         self._backward: Any = None
 
@@ -189,12 +202,13 @@ class Context:
         """
         self.batch = {key: value for key, value in batch.items() if key not in _OUTPUT_ARGUMENTS}
         self.sample_ids = list(sample_ids)
-        self._tokens, self._backward, self.hidden = tokens, backward, None
+        self._tokens, self._backward = tokens, backward
+        self.hidden = self.apart = self._kept = None
         try:
             yield
         finally:
             self.micro += 1
-            self.batch, self._backward = {}, None
+            self.batch, self._backward, self._kept = {}, None, None
             for known in ("_tokens_of", "_contribution"):
                 self.__dict__.pop(known, None)
 
@@ -300,6 +314,38 @@ class Context:
             mask[i, chosen] = True
         self.hidden = mask if self.hidden is None else self.hidden | mask
 
+    def without_interaction(self, modality: str) -> None:
+        """Let the tokens of a modality read nothing from the question in the step's own forward: lambda is 0 for them."""
+        if self.batch.get("interaction_ids") is None:
+            raise MokaError(
+                "balance: interaction_ids: the batch has none, so that a modality cannot be taken out of the interaction. Pass "
+                "them, as moka's collators do."
+            )
+        tokens = self._tokens_of[modality]
+        self.apart = tokens if self.apart is None else self.apart | tokens
+
+    def keep_hidden_states(self) -> None:
+        """Keep the `hidden_states` of the step's own forward, which begins after ``prepare``."""
+        self._kept = []
+
+    @property
+    def own_hidden_states(self) -> torch.Tensor | None:
+        """Return what was kept, with its graph: [batch, seq, hidden]; None if the micro-batch has no answer, or no medium."""
+        return self._kept[-1] if self._kept and self._contribution is not None else None
+
+    def single_hidden_states(self, modality: str) -> torch.Tensor | None:
+        """Return `hidden_states` [batch, seq, hidden] of a forward in eval mode, without gradients, with one modality only."""
+        if self._contribution is None:
+            return None
+        self.forwards += 1
+        with evaluating(self.model), torch.no_grad(), hidden_states(self.model) as found:
+            self._contribution.log_likelihood([modality], grad=True)  # computed again: the adapter may be another
+        return found[-1]
+
+    def tokens_of(self, modality: str) -> torch.Tensor:
+        """Return which tokens are of a modality: [batch, seq] bool."""
+        return self._tokens_of[modality]
+
     def row_keys(self) -> list[str]:
         """Return a name of each row to draw for: its sample's id, or else its process, micro-batch and place."""
         rows = len(self.batch["labels"])
@@ -315,13 +361,16 @@ class Context:
 
     def visible(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
         """Return the arguments of the forward without what is hidden, and the block in which it has to run."""
-        if self.hidden is None or not bool(self.hidden.any()):
-            return dict(given), nullcontext()
-        changed = dict(given)
+        changed, block = dict(given), ExitStack()
         ids = changed.get("interaction_ids")
-        if ids is not None:
-            changed["interaction_ids"] = ids.masked_fill(self.hidden.to(ids.device), 0)
-        return changed, hidden_from_attention(self.model, self.hidden)
+        for tokens in (self.hidden, self.apart):
+            if ids is not None and tokens is not None:
+                ids = changed["interaction_ids"] = ids.masked_fill(tokens.to(ids.device), 0)
+        if self._kept is not None:
+            self._kept = block.enter_context(hidden_states(self.model))
+        if self.hidden is not None and bool(self.hidden.any()):
+            block.enter_context(hidden_from_attention(self.model, self.hidden))
+        return changed, block
 
     def draw(self, *keys: Any) -> random.Random:
         """Return random numbers that depend only on the seed and ``keys``, on every process and after a resume."""

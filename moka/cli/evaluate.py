@@ -2,6 +2,7 @@
 
   moka eval runs/quickstart
   moka eval RUN --benchmark pope --root data/pope
+  moka eval runs/visual --ensemble runs/audio             # UME: runs of one modality each answer together
   moka eval RUN --launcher ddp --num-processes 4          # several GPUs share the questions
 
 The first prints a table and writes RUN/evaluation.json, RUN/predictions.jsonl and the model card; the second writes raw
@@ -24,7 +25,7 @@ from moka.errors import MokaError
 from moka.evaluation import BENCHMARKS, evaluate, evaluate_benchmark, show, write
 from moka.evaluation.benchmarks.table import score_table
 from moka.evaluation.evaluate import benchmark_source, open_benchmark, open_questions
-from moka.inference import LoadedModel, export_kind, find_adapter
+from moka.inference import DECODINGS, LoadedModel, export_kind, find_adapter, load_ensemble
 from moka.io import read_json
 from moka.training import RunConfig, load_config
 from moka.training.model_card import write_card
@@ -45,6 +46,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--blank-size", type=int, help="questions repeated with a modality blanked")
     parser.add_argument("--no-blank", action="store_true", help="leave the blanked repetitions out")
     parser.add_argument("--batch-size", type=int, help="questions generated at once")
+    parser.add_argument(
+        "--decoding",
+        choices=[name for name in DECODINGS if name != "fork-merge"],
+        default=DECODINGS[0],
+        help="entropy-fusion: of forwards with one modality each (MLA, arXiv 2311.10707)",
+    )
+    parser.add_argument(
+        "--ensemble",
+        nargs="+",
+        metavar="RUN",
+        help="runs of other modalities, each trained with single_modality, that answer with this one; to RUN/ensemble",
+    )
     parser.add_argument("--backbone", metavar="FOLDER", help="where the language model is, if not where it was trained")
     parser.add_argument("--device", help="cpu, cuda, ... (default: an accelerator if there is one)")
     add_quantization(parser)
@@ -65,6 +78,9 @@ def run(arguments: argparse.Namespace) -> None:
         for name in ("root", "format"):
             if getattr(arguments, name) is not None:
                 raise MokaError(f"--{name} belongs to --benchmark NAME; give that too, or --data FILE instead.")
+    if arguments.ensemble and (arguments.benchmark or arguments.decoding != DECODINGS[0]):
+        other = "--benchmark" if arguments.benchmark else "--decoding"
+        raise MokaError(f"--ensemble: {other} is for one run; leave one of them out.")
     if launch := launch_of_command(arguments, ["eval"]):
         launch.start()
         return
@@ -82,13 +98,14 @@ def run(arguments: argparse.Namespace) -> None:
     if source is None:
         raise MokaError(f"data.{split} is not set in {folder / CONFIG}; give --data FILE.")
     find_adapter(folder)
+    output = folder / "ensemble" if arguments.ensemble else folder
     # The media of another file are next to it, not where those of the run are.
     media_root = None if arguments.data else config.data.media_root
     samples = run_on_all(lambda: open_questions(source, split, media_root), main_first=True)
     result = evaluate(
         run_on_all(lambda: _load(arguments), main_first=True),
         samples,
-        folder,
+        output,
         source=source,
         size=arguments.size or settings.size,
         blank=settings.blank and not arguments.no_blank,
@@ -100,23 +117,29 @@ def run(arguments: argparse.Namespace) -> None:
     result["protocol"]["data"] = describe_source(source)
     if is_embedded(source):
         result["protocol"]["data"] += f", {split}"
-    run_on_main(lambda: _report(folder, config, result))
+    run_on_main(lambda: _report(output, config, result))
 
 
 def _report(folder: Path, config: RunConfig, result: dict[str, Any]) -> None:
     """Write the result, then print it: nothing is lost if the output is closed."""
     path = write(result, folder)
     summary = folder / SUMMARY
-    if export_kind(folder) is None:  # an export's card says what it keeps and loses; the numbers are in its folder
+    if (folder / CONFIG).is_file() and export_kind(
+        folder
+    ) is None:  # an export's card says what it keeps and loses; the numbers are in its folder
         write_card(RunFolder(folder), config, read_json(summary) if summary.exists() else {})
     show(result, f"{folder}: {result['protocol']['data']}")
     print(f"written: {path}")
 
 
 def _load(arguments: argparse.Namespace) -> LoadedModel:
-    return moka.load(
-        arguments.run, device=arguments.device, backbone=arguments.backbone, quantization=quantization(arguments)
-    )
+    settings = {"device": arguments.device, "backbone": arguments.backbone, "quantization": quantization(arguments)}
+    if arguments.ensemble:
+        return load_ensemble([arguments.run, *arguments.ensemble], **settings)
+    loaded = moka.load(arguments.run, **settings)
+    if arguments.decoding != DECODINGS[0]:
+        loaded.settings = {"decoding": arguments.decoding}
+    return loaded
 
 
 def _benchmarks(arguments: argparse.Namespace, config: RunConfig) -> None:

@@ -27,7 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--decoding",
         choices=DECODINGS,
         default=DECODINGS[0],
-        help="fork-merge: the first layers see pictures and sound apart (arXiv 2505.20873); the prompt needs both",
+        help="fork-merge: the first layers see pictures and sound apart (arXiv 2505.20873); the prompt needs both. "
+        "entropy-fusion: of forwards with one modality each (MLA, arXiv 2311.10707)",
     )
     parser.add_argument("--fork-layers", type=int, metavar="N", help="of fork-merge: how many (default: a quarter)")
     parser.add_argument(

@@ -106,6 +106,7 @@ def generation_settings(loaded: LoadedModel, source: Any, max_new_tokens: int) -
     return {
         "source": source,
         "decoding": f"greedy, at most {max_new_tokens} new tokens",
+        **({"generation": loaded.settings} if loaded.settings else {}),
         "media": loaded.processor.decoding,
         "chat_template": loaded.processor.chat_template or "the tokenizer's own",
         "weights_sha256": loaded.weights_sha256,

@@ -112,9 +112,10 @@ def evaluate(
     if folder is None:
         shutil.rmtree(kept_in)
     settings = generation_settings(loaded, None, max_new_tokens)
+    how = ", ".join(["greedy", *map(str, loaded.settings.values())])
     result["protocol"] = {
         "scoring": "exact match of the full answer, case and outer punctuation ignored; 95 % Wilson intervals",
-        "decoding": f"greedy, free-running, at most {max_new_tokens} new tokens",
+        "decoding": f"{how}, free-running, at most {max_new_tokens} new tokens",
         "quantization": loaded.quantization or "none",
         **{key: settings[key] for key in ("chat_template", "moka", "torch", "transformers")},
         "questions_sha256": digest.hexdigest(),

@@ -124,10 +124,18 @@ class GradientGuard(TrainerCallback):
         self.type_ids, self.section = type_ids, section
         self.done = False
         self.ids: set[int] = set()
+        self.batch: dict[str, Any] = {}
 
     def on_batch(self, trainer: Any, inputs: dict[str, Any], sample_ids: list[str]) -> None:
+        self.batch = {} if self.done else inputs
+
+    def on_loss(self, trainer: Any, loss: torch.Tensor, sample_ids: list[str]) -> None:
         if not self.done:
-            self.ids |= supervised_type_ids(inputs)
+            # Balance strategies may have hidden media, which get no gradient then.
+            ctx, types = trainer.balance.ctx, self.batch["mm_token_type_ids"]
+            if ctx is not None and ctx.hidden is not None:
+                types = types.masked_fill(ctx.hidden.to(types.device), 0)
+            self.ids |= supervised_type_ids({**self.batch, "mm_token_type_ids": types})
 
     def on_gradients(self, trainer: Any, norms: Callable[[], dict[str, list[float] | None]]) -> None:
         if self.done:

@@ -11,14 +11,18 @@ from moka.balance import (
     CML,
     OGM,
     OPM,
+    PMR,
     STRATEGIES,
+    UMT,
     BalanceCallback,
     BalancedTrainer,
     BalanceStrategy,
+    Greedy,
     Handles,
     LearningRates,
     MMPareto,
     Needs,
+    NormBalance,
     ParetoB,
     Relearning,
     UnimodalLosses,
@@ -317,13 +321,15 @@ def test_with_one_modality_text_is_compared_by_its_adapter(kit, tmp_path):
         (OGM(apply="grad"), 2, False, "DeepSpeed.*apply: update"),
         (Relearning(), 2, False, "relearning.*moments.*ddp"),
         (MMPareto(), 2, False, "mmpareto.*DeepSpeed.*ddp"),
+        (UMT({"visual": "run"}), 3, False, "umt.*ZeRO-3.*zero2"),
+        (NormBalance(), None, True, "norm_balance.*FSDP.*ddp"),
     ],
 )
 def test_engines_that_cannot_give_what_is_needed_are_refused(strategy, zero, fsdp, words):
     with pytest.raises(MokaError, match=words):
         check_engine([strategy], zero, fsdp)
-    check_engine([OPM(), UnimodalLosses(), CML()], 3, False)
-    check_engine([OGM(), LearningRates({"visual": 2.0})], 2, False)
+    check_engine([OPM(), UnimodalLosses(), CML(), PMR()], 3, False)
+    check_engine([OGM(), LearningRates({"visual": 2.0}), Greedy(), NormBalance()], 2, False)
 
 
 def test_a_b_for_each_modality_is_refused_where_the_shared_one_is_split(kit, tmp_path):
@@ -383,6 +389,11 @@ ACTING = {
     "inforeg": {"every": 2, "window": 3, "beta": 30.0, "threshold": -10.0},
     "mla": {},
     "valuation": {"every": 2, "warmup": 0.0, "value": "log_likelihood"},
+    "pmr": {"every": 1, "momentum": 0.5},
+    "umt": {},  # with the teachers of the fixture `build`
+    "single_modality": {"modality": "visual"},
+    "greedy": {"warmup": 0.0, "window": 2},
+    "norm_balance": {"every": 3},
 }
 CASES = {
     **{name: {"name": name, **settings} for name, settings in ACTING.items()},
@@ -398,17 +409,36 @@ CASES = {
 }
 
 
+@pytest.fixture(scope="session")
+def build(kit, tmp_path_factory):
+    """``build(case)``: its strategies, a list of one; of UMT with teachers that were saved as adapters."""
+    folders = {}
+    for k, name in enumerate(("visual", "audio"), start=1):
+        teacher = kit.make_model()
+        for key, weight in teacher.named_parameters():
+            if "moka_" in key:
+                weight.data += 0.1 * k
+        folders[name] = str(tmp_path_factory.mktemp(name) / "adapter")
+        teacher.save_pretrained(folders[name])
+
+    def make(case):
+        own = {"teachers": folders} if case == "umt" else {}
+        return build_strategies([{**CASES[case], **own}])
+
+    return make
+
+
 def test_every_strategy_is_among_the_cases():
     assert {case["name"] for case in CASES.values()} == set(STRATEGIES)
 
 
 @pytest.mark.parametrize(("name", "step"), [*((name, 4) for name in CASES), ("valuation", 6)])
-def test_a_resumed_run_is_the_uninterrupted_one(kit, tmp_path, name, step):
+def test_a_resumed_run_is_the_uninterrupted_one(kit, build, tmp_path, name, step):
     """At the end of an epoch, and within one."""
 
     def trainer(folder):
         data = kit.make_data(kit.make_model(), 16, (("visual", "audio"), ("visual",), ("audio",), ("visual", "audio")))
-        balance = build_strategies([CASES[name]])
+        balance = build(name)
         settings = {"save_strategy": "steps", "save_steps": step, "gradient_accumulation_steps": 2}
         return kit.make_trainer(folder, balance, data=data, per_device_train_batch_size=2, **settings)
 
@@ -440,9 +470,9 @@ def test_a_resume_with_other_strategies_is_refused(kit, tmp_path):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_measured_forwards_are_those_declared(kit, tmp_path, name):
+def test_measured_forwards_are_those_declared(kit, build, tmp_path, name):
     """Over six steps of two micro-batches, each of whose rows has both modalities."""
-    strategy = build_strategies([CASES[name]])[0]
+    strategy = build(name)[0]
     trainer = kit.make_trainer(
         tmp_path, [strategy], max_steps=6, per_device_train_batch_size=2, gradient_accumulation_steps=2
     )
@@ -459,10 +489,10 @@ def test_measured_forwards_are_those_declared(kit, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_batches_without_media_and_with_one_kind_are_trained_on(kit, tmp_path, name):
+def test_batches_without_media_and_with_one_kind_are_trained_on(kit, build, tmp_path, name):
     model = kit.make_model()
     data = kit.make_data(model, 16, ((), ("visual",), ("audio",), ("visual", "audio")))
-    balance = build_strategies([CASES[name]])
+    balance = build(name)
     trainer = kit.make_trainer(tmp_path, balance, model, data, per_device_train_batch_size=1, max_steps=16)
     trainer.train()
     assert all(weight.isfinite().all() for weight in kit.weights(model).values())

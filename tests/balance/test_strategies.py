@@ -10,7 +10,7 @@ from moka.analysis import Contribution
 from moka.balance import MLA, OGM, OPM, Handles, InfoReg, MMPareto, ParetoB, Relearning, UnimodalLosses
 from moka.balance.handles import averaged
 from moka.balance.inforeg import in_window, leading
-from moka.balance.mla import entropy_fusion, projection
+from moka.balance.mla import projection
 from moka.balance.ogm import agm_coefficients, ogm_coefficients, speed_coefficients
 from moka.balance.opm import amco_share, dependence, opm_rates
 from moka.balance.pareto import pareto_mix, pareto_weights
@@ -593,19 +593,6 @@ def test_mlas_projection_protects_what_the_modality_before_has_learnt(kit):
     grad = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
     kept = (grad @ P.T @ z).norm() / (grad @ z).norm()
     assert kept < 0.01
-
-
-def test_entropy_fusion_by_hand():
-    sure, unsure = torch.tensor([4.0, 0.0]), torch.tensor([0.0, 0.0])
-    p = math.exp(4) / (math.exp(4) + 1)
-    h = -(p * math.log(p) + (1 - p) * math.log(1 - p))
-    w = math.exp(math.log(2) - h) / (math.exp(math.log(2) - h) + 1)
-    assert entropy_fusion({"a": sure, "b": unsure}).tolist() == pytest.approx([4 * w, 0.0], **EXACT)
-    three = entropy_fusion({"a": sure, "b": unsure, "c": unsure})
-    w = math.exp(math.log(2) - h) / (math.exp(math.log(2) - h) + 2)
-    assert three.tolist() == pytest.approx([4 * w, 0.0], **EXACT)
-    batch = torch.randn(3, 5)
-    torch.testing.assert_close(entropy_fusion({"a": batch, "b": batch}), batch)
 
 
 def test_copies_by_hand():

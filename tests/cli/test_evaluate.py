@@ -7,7 +7,9 @@ import shutil
 import pytest
 import yaml
 
-from moka.evaluation import wilson
+from moka.demo.digit_tasks import EmbeddedTask
+from moka.evaluation import evaluate, wilson
+from moka.inference import Ensemble, load
 
 QUIET = ("training.save_strategy=no", "alignment.save_strategy=no", "training.max_steps=2", "alignment.max_steps=2")
 
@@ -129,3 +131,37 @@ def test_a_category_of_markup_is_no_markup(moka, run, media, tmp_path):
     done = moka("eval", run, "--data", data, "--no-blank")
     assert done.code == 0, done.err[-500:]
     assert "[/red]" in done.out
+
+
+def test_entropy_fusion_is_that_of_the_library_and_says_so(moka, run):
+    done = moka("eval", run, "--decoding", "entropy-fusion", "--no-blank")
+    assert done.code == 0, done.err[-500:]
+    assert "entropy-fusion" in json.loads((run / "evaluation.json").read_text())["protocol"]["decoding"]
+    loaded = load(run)
+    loaded.settings = {"decoding": "entropy-fusion"}
+    samples = EmbeddedTask("audio-visual-text", "test", size=8)
+    expected = evaluate(loaded, samples, blank=False, batch_size=3, max_new_tokens=4, progress=False)["predictions"]
+    found = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    assert [one["prediction"] for one in found] == [one["prediction"] for one in expected]
+
+
+def test_runs_of_one_modality_each_answer_together(moka, refused, run, config_file, tmp_path):
+    members = {}
+    for name in ("visual", "audio"):
+        members[name] = tmp_path / name
+        balance = [{"name": "single_modality", "modality": name}]
+        config, _ = config_file(output__dir=str(members[name]), stages=[2], balance=balance, training__seed=len(name))
+        assert moka("train", config, *(option for option in QUIET if "alignment" not in option)).code == 0
+    done = moka("eval", members["visual"], "--ensemble", members["audio"], "--no-blank")
+    assert done.code == 0, done.err[-500:]
+    result = json.loads((members["visual"] / "ensemble/evaluation.json").read_text())
+    assert result["conditions"]["as given"]["overall"]["n"] == 8
+    assert not (members["visual"] / "evaluation.json").exists()
+    ensemble = Ensemble({name: load(folder) for name, folder in members.items()})
+    samples = EmbeddedTask("audio-visual-text", "test", size=8)
+    expected = evaluate(ensemble, samples, blank=False, batch_size=4, max_new_tokens=4, progress=False)["predictions"]
+    found = [json.loads(line) for line in (members["visual"] / "ensemble/predictions.jsonl").read_text().splitlines()]
+    assert [one["prediction"] for one in found] == [one["prediction"] for one in expected]
+    assert "trained on all modalities" in refused("eval", members["visual"], "--ensemble", run)
+    assert "second run of visual" in refused("eval", members["visual"], "--ensemble", members["visual"])
+    assert "--benchmark" in refused("eval", run, "--ensemble", run, "--benchmark", "pope")

@@ -20,6 +20,7 @@ class Echo:
     processor = SimpleNamespace(chat_template=None, decoding={"video_frames": 10, "audio_windows": None})
     decoding = MediaDecoding()
     quantization: str | None = None
+    settings: dict[str, str] = {}
 
     def __init__(self, fails_after=None, weights_sha256="one"):
         self.asked, self.fails_after, self.weights_sha256 = [], fails_after, weights_sha256
@@ -105,6 +106,14 @@ def test_answers_of_another_model_or_other_settings_are_kept_aside(tmp_path, cap
     assert len(lines(tmp_path)) == 7
     assert "predictions.previous.jsonl" in capsys.readouterr().out
     assert len((tmp_path / "predictions.previous.jsonl").read_text().splitlines()) == 7
+
+
+def test_answers_by_another_decoding_are_asked_again(tmp_path):
+    asked(Echo(), tmp_path)
+    again = Echo()
+    again.settings = {"decoding": "entropy-fusion"}
+    asked(again, tmp_path)
+    assert len(again.asked) == 7
 
 
 def test_answers_over_a_quantised_backbone_are_those_of_another_model(tmp_path):
