@@ -3,7 +3,7 @@
 # make test-all     these, and the slow ones: processes under each launcher, killed and resumed
 # make test-oldest  the adapter's tests with the oldest peft and transformers that it supports, in an environment of their own
 # make test-newest  the same with the newest that are published
-# make test-integrations  the plug-ins with the newest ms-swift and lmms-eval, in environments of their own
+# make test-integrations  the plug-ins with the newest ms-swift, axolotl and lmms-eval, in environments of their own
 # make lint         ruff and mypy
 # make bench        what the adapter is held to in time and memory; BENCH=LEVEL another level, ARGS="--help" its options
 # make docs         the documentation as a site, in site/
@@ -46,14 +46,25 @@ test-newest: $(VENV)-newest/.versions
 	OMP_NUM_THREADS=1 $(VENV)-newest/bin/python -m pytest -n 2 --dist loadfile -q -m "not slow" tests/adapter
 
 # Each program in an environment of its own, as their requirements exclude each other; not part of the other tests.
-test-integrations: $(VENV)-ms-swift/.installed $(VENV)-lmms-eval/.installed
+test-integrations: $(VENV)-ms-swift/.installed $(VENV)-axolotl/.installed $(VENV)-lmms-eval/.installed
 	$(VENV)-ms-swift/bin/python -m pytest -q tests/external/test_ms_swift.py
+	$(VENV)-axolotl/bin/python -m pytest -q tests/external/test_axolotl.py
 	$(VENV)-lmms-eval/bin/python -m pytest -q tests/external/test_lmms_eval.py
 
 $(VENV)-ms-swift/.installed: pyproject.toml
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check ms-swift -e . pytest soundfile
+	@touch $@
+
+# Without its requirements: the pinned and the few that training needs are named, for all of them need a GPU's libraries.
+$(VENV)-axolotl/.installed: pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps axolotl axolotl-contribs-lgpl axolotl-contribs-mit
+	$(@D)/bin/python -c 'from importlib.metadata import requires; print(*(r for r in requires("axolotl") if r.split("==")[0] in ("transformers", "peft", "accelerate", "datasets", "trl", "tokenizers", "huggingface_hub")), sep="\n")' > $(@D)/pinned.txt
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $(@D)/pinned.txt
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check addict fire colorama python-dotenv fastcore art schedulefree posthog mistral-common einops pydantic typer sentencepiece requests numba scipy tensorboard bitsandbytes evaluate wandb kernels liger-kernel -e . pytest
 	@touch $@
 
 # Without its requirements: the few that answering needs are named, for it pins an older PyAV than moka uses.
