@@ -104,6 +104,16 @@ def load_image(path: MediaFile) -> Image.Image:
                 return image.copy()
 
 
+def has_sound(path: MediaFile) -> bool:
+    """Return whether a file has an audio stream.
+
+    Raises:
+        BadMediaError: absent, or damaged.
+    """
+    with _opened(path, "video") as (container, _):
+        return bool(container.streams.audio)
+
+
 def load_audio(path: MediaFile, rate: int | None = None, track: int = 0) -> Waveform:
     """Load an audio stream of a sound or video file, mixed down to one channel, from the start of the file.
 

@@ -1,6 +1,8 @@
 """Runs of `moka train` as a model of lmms-eval (https://github.com/EvolvingLMMs-Lab/lmms-eval), behind its entry point.
 
 python -m lmms_eval --model moka --model_args pretrained=runs/mine --tasks mme --batch_size 8
+
+AVE and MUSIC-AVQA are in ``lmms_eval_tasks``, for ``--include_path``.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ from PIL import Image
 from tqdm import tqdm
 
 import moka
+from moka.data.media_io import has_sound
 from moka.errors import MokaError
+from moka.modeling.configuration import MEDIA_TYPE_IDS
 from moka.modeling.media import Waveform
 
 _SOUND = (".wav", ".mp3", ".flac", ".ogg", ".opus", ".m4a", ".aac")
@@ -73,7 +77,16 @@ class Moka(lmms):
     def _content(self, request: tuple) -> list[dict[str, Any]]:
         context, _, doc_to_visual, doc_id, task, split = request
         media = doc_to_visual(self.task_dict[task][split][doc_id]) or []
-        return [*(_part(medium) for medium in media), {"type": "text", "text": context}]
+        parts = [part for medium in media for part in self._parts(medium)]
+        return [*parts, {"type": "text", "text": context}]
+
+    def _parts(self, medium: Any) -> list[dict[str, Any]]:
+        """Return a medium as parts of a message: of a video its pictures, and its sound if the model hears."""
+        part = _part(medium)
+        specs = self.loaded.processor.modalities.values()
+        hears = any(MEDIA_TYPE_IDS["audio"] in spec["type_ids"] for spec in specs)
+        with_sound = part["type"] == "video" and hears and has_sound(medium)
+        return [part, {"type": "audio", "audio": medium}] if with_sound else [part]
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Refuse: these tasks are scored by generated answers here."""
