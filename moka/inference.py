@@ -189,7 +189,7 @@ class LoadedModel:
     def context(self) -> int | None:
         """Tokens that fit into the backbone's context."""
         base: Any = self.model.get_base_model()
-        return context_length(ModelSection(), base)
+        return context_length(ModelSection(), base.config)
 
 
 class Ensemble(LoadedModel):

@@ -28,7 +28,9 @@ from moka.data.sources import attribution, open_samples
 from moka.errors import MokaError, nearest
 from moka.io import write_json, write_text
 from moka.modeling.build import build_processor, context_length
-from moka.modeling.processing import TooLongError
+from moka.modeling.hf_model import load_chat_processor, load_mllm_config
+from moka.modeling.hf_processing import ChatProcessor
+from moka.modeling.processing import MokaProcessor, TooLongError
 from moka.training import load_config
 from moka.yaml_files import load_yaml
 
@@ -79,15 +81,14 @@ def check(arguments: argparse.Namespace) -> None:
         raise MokaError(f"--manifest has one split, and {', '.join(splits)} are checked. Name one by --split.")
     if arguments.manifest and Path(arguments.manifest).exists():
         raise MokaError(f"--manifest: {arguments.manifest} is there already. Name another file, or delete it.")
-    skeleton, processor = build_processor(config.model)
-    limit = context_length(config.model, skeleton)
+    processor, encoders, limit = _processor(config)
     reports: list[CheckReport] = []
     for split in splits:
         samples = _open(config, split)
         report = check_samples(
             samples,
             processor,
-            encoders=dict(skeleton.encoders.items()),
+            encoders=encoders,
             max_length=limit,
             workers=arguments.workers,
             name=f"data.{split}",
@@ -105,6 +106,16 @@ def check(arguments: argparse.Namespace) -> None:
         raise SystemExit(1)
 
 
+def _processor(config: RunConfig) -> tuple[MokaProcessor | ChatProcessor, dict[str, Any], int | None]:
+    """Return the processor, its encoders without weights (of a Hugging Face model none), and the longest sample in tokens."""
+    if config.model.kind == "hf":
+        assert config.model.name is not None
+        limit = context_length(config.model, load_mllm_config(config.model.name))
+        return load_chat_processor(config.model.name, config.model.interaction), {}, limit
+    skeleton, processor = build_processor(config.model)
+    return processor, dict(skeleton.encoders.items()), context_length(config.model, skeleton.config)
+
+
 def _add_show(parser: argparse.ArgumentParser) -> None:
     _add_config(parser)
     parser.add_argument("--split", choices=SPLITS, default="train", help="which data (default train)")
@@ -119,8 +130,7 @@ def show_samples(arguments: argparse.Namespace) -> None:
     _splits(config.data, arguments.split)
     samples = _open(config, arguments.split)
     wanted = _wanted(samples, arguments)
-    skeleton, processor = build_processor(config.model)
-    limit = context_length(config.model, skeleton)
+    processor, _, limit = _processor(config)
     for index in wanted:
         sample = MediaDecoding.of(config.data).decode_sample(samples[index])
         category = f", category {sample['category']!r}" if "category" in sample else ""

@@ -24,6 +24,7 @@ from moka.data.media_validation import try_media
 from moka.data.schema import map_media, media_parts
 from moka.errors import MokaError
 from moka.modeling.configuration import MEDIA_TYPE_IDS
+from moka.modeling.hf_processing import ChatProcessor
 from moka.modeling.media import Waveform
 from moka.modeling.processing import IGNORE, MokaProcessor, TooLongError
 
@@ -128,7 +129,7 @@ def spread(values: list[int]) -> dict[str, int]:
 
 def check_samples(
     samples: Any,
-    processor: MokaProcessor,
+    processor: MokaProcessor | ChatProcessor,
     *,
     encoders: Mapping[str, Any] | None = None,
     max_length: int | None = None,
@@ -151,7 +152,8 @@ def check_samples(
     """
     report = CheckReport(name, len(samples), max_length)
     look = _Look(processor, encoders or {}, decoding or MediaDecoding())
-    counter = token_counter(processor)
+    # Of a Hugging Face model only its processor knows how many tokens a medium takes.
+    counter = token_counter(processor) if isinstance(processor, MokaProcessor) else None
     bar = tqdm(desc=f"checking {name}", total=len(samples), unit="sample", delay=BAR_AFTER_S, leave=False)
     with bar:
         counted: set[tuple[str, str]] = set()
@@ -161,6 +163,8 @@ def check_samples(
             bad = _media_problem(where, index, sample, seen)
             if bad is not None:
                 report.problems.append(bad)
+            elif counter is None:
+                _count_tokens(report, processor, where, index, look.decoding.decode_sample(sample))
             else:
                 items = iter([facts.items for facts in seen])
                 light = map_media(sample, lambda kind, medium: [0] * next(items))  # noqa: B023  # used at once
@@ -204,7 +208,9 @@ class _Facts:
 class _Look:
     """Decodes one medium, passes it through its front end, and keeps only what is known of it then."""
 
-    def __init__(self, processor: MokaProcessor, encoders: Mapping[str, Any], decoding: MediaDecoding) -> None:
+    def __init__(
+        self, processor: MokaProcessor | ChatProcessor, encoders: Mapping[str, Any], decoding: MediaDecoding
+    ) -> None:
         self.processor, self.encoders, self.decoding = processor, encoders, decoding
         self.full_sound = dataclasses.replace(decoding, audio_windows=None)
         self.owner = {type_id: name for name, spec in processor.modalities.items() for type_id in spec["type_ids"]}
@@ -224,19 +230,21 @@ class _Look:
             known = ", ".join(self.processor.modalities) or "none"
             reason = f"the model has no encoder for {kind}; its modalities: {known}"
             return _Facts(problem=("encoder", reason, file))
+        if isinstance(self.processor, ChatProcessor):
+            return self._sound(self.processor.sampling_rate, None, decoded, items)
         front_end = self.processor.front_ends[name]
         try:
             for item in items:
                 front_end(item)
         except MokaError as error:
             return _Facts(problem=("encoder", str(error), file))
-        return self._sound(name, decoded, items)
+        seconds = getattr(self.encoders.get(name), "length_in_seconds", None)
+        return self._sound(front_end.sampling_rate, seconds, decoded, items)
 
-    def _sound(self, name: str, decoded: Any, items: Any) -> _Facts:
+    @staticmethod
+    def _sound(wanted: int | None, seconds: float | None, decoded: Any, items: Any) -> _Facts:
         if not isinstance(decoded, Waveform):
             return _Facts(len(items))
-        wanted = self.processor.front_ends[name].sampling_rate
-        seconds = getattr(self.encoders.get(name), "length_in_seconds", None)
         longest = max(len(item.samples) / item.rate for item in items)
         return _Facts(
             items=len(items),
@@ -267,7 +275,9 @@ def _media_problem(where: str, index: int, sample: dict[str, Any], seen: list[_F
     return None
 
 
-def _count_tokens(report: CheckReport, counter: MokaProcessor, where: str, index: int, sample: dict[str, Any]) -> None:
+def _count_tokens(
+    report: CheckReport, counter: MokaProcessor | ChatProcessor, where: str, index: int, sample: dict[str, Any]
+) -> None:
     """Return what the sample becomes in training: its length, and what is left when it has to be shortened."""
     try:
         counter.check_chat(sample["messages"])

@@ -20,6 +20,7 @@ from rich.text import Text
 
 from moka.data.schema import media_parts
 from moka.modeling.configuration import MEDIA_TYPE_IDS
+from moka.modeling.hf_processing import ChatProcessor
 from moka.modeling.processing import IGNORE, MokaProcessor
 
 TEXT = "text"
@@ -54,7 +55,9 @@ class Span:
     supervised: bool
 
 
-def spans(encoded: dict[str, Any], processor: MokaProcessor, sample: dict[str, Any] | None = None) -> list[Span]:
+def spans(
+    encoded: dict[str, Any], processor: MokaProcessor | ChatProcessor, sample: dict[str, Any] | None = None
+) -> list[Span]:
     """Return the tokens of one encoded sample in order; the counts add up to its length.
 
     Args:
@@ -63,7 +66,8 @@ def spans(encoded: dict[str, Any], processor: MokaProcessor, sample: dict[str, A
         sample: the decoded sample; says where one medium ends and the next of its kind begins.
     """
     rows = zip(*(encoded[key] for key in ("input_ids", "mm_token_type_ids", "interaction_ids", "labels")), strict=True)
-    sizes = _sizes(processor, sample) if sample is not None else {}
+    counted = sample is not None and isinstance(processor, MokaProcessor)
+    sizes = _sizes(processor, sample) if counted else {}
     made: list[Span] = []
     position = 0
     for (type_id, group), run in groupby(rows, key=lambda row: (row[1], row[2])):

@@ -109,9 +109,9 @@ def check_not_sharded(section: ModelSection, stages: Collection[TrainingArgument
         )
 
 
-def context_length(section: ModelSection, model: Any) -> int | None:
-    """Longest sample in tokens: the configured one, within the backbone's context."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def context_length(section: ModelSection, config: Any) -> int | None:
+    """Return the longest sample in tokens: the configured one, within the context of a backbone's configuration."""
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if section.max_length and context and section.max_length > context:
         raise MokaError(f"model.max_length: {section.max_length} exceeds the backbone's context of {context} tokens.")
     return section.max_length or context
@@ -240,8 +240,8 @@ def build_processor(section: ModelSection) -> tuple[MokaForConditionalGeneration
     """
     if section.kind == "hf":
         raise MokaError(
-            "model.kind: hf: this command counts tokens of moka's own processor only. `moka train` checks the data of a "
-            "Hugging Face model before it begins."
+            "model.kind: hf: this command needs a model that moka composes of encoders and a language model. Set "
+            "model.backbone and model.modalities in place of model.name."
         )
     folder = resolve_backbone(section.backbone)
     with loading_errors("model.backbone", section.backbone):

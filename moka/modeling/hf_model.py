@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import AutoModelForMultimodalLM, AutoProcessor, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor, BitsAndBytesConfig, PreTrainedConfig
 
 from moka.adapter import MokaConfig
 from moka.errors import MokaError
@@ -89,23 +89,51 @@ def load_mllm(
             settings["bnb_4bit_use_double_quant"] = True
         where = device or (f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu")
         extra |= {"quantization_config": BitsAndBytesConfig(**settings), "device_map": {"": where}}
+    processor = load_chat_processor(name, interaction)
     if name.startswith("tiny:"):
         from moka.testing import tiny_mllms  # known by name only
 
         model: Any = tiny_mllms.tiny_model(tiny_mllms.tiny_kind(name))
         model = model.to(dtype)
-        own = tiny_mllms.tiny_processor(tiny_mllms.tiny_kind(name))
     else:
         with loading_errors("model.name", name, _EXPECTED):
-            if "Tiny" in str(_processor_class(name)):
-                import moka.testing.tiny_mllms  # noqa: F401  # registers the processors of `--tiny`
-            own = AutoProcessor.from_pretrained(name, trust_remote_code=False)
             model = AutoModelForMultimodalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False, **extra)
             model = getattr(model, "thinker", model)
-    processor = ChatProcessor(own, interaction)
     type_ids = {modality: spec["type_ids"] for modality, spec in processor.modalities.items()}
     model.moka_base = BaseInfo(name, type_ids, quantization)
     return model.eval(), processor
+
+
+def load_chat_processor(name: str, interaction: Interaction = "own_turn") -> ChatProcessor:
+    """Load the processor of a multimodal LLM.
+
+    Raises:
+        MokaError: it cannot be loaded, or has no chat template.
+    """
+    if name.startswith("tiny:"):
+        from moka.testing import tiny_mllms  # known by name only
+
+        return ChatProcessor(tiny_mllms.tiny_processor(tiny_mllms.tiny_kind(name)), interaction)
+    with loading_errors("model.name", name, _EXPECTED):
+        if "Tiny" in str(_processor_class(name)):
+            import moka.testing.tiny_mllms  # noqa: F401  # registers the processors of `--tiny`
+        own = AutoProcessor.from_pretrained(name, trust_remote_code=False)
+    return ChatProcessor(own, interaction)
+
+
+def load_mllm_config(name: str) -> PreTrainedConfig:
+    """Load the configuration of a multimodal LLM; of a speaking model that of the part that understands.
+
+    Raises:
+        MokaError: it cannot be loaded.
+    """
+    if name.startswith("tiny:"):
+        from moka.testing import tiny_mllms  # known by name only
+
+        return tiny_mllms.tiny_model(tiny_mllms.tiny_kind(name)).config
+    with loading_errors("model.name", name, _EXPECTED):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    return getattr(config, "thinker_config", config)
 
 
 def _processor_class(name: str) -> Any:

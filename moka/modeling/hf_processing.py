@@ -68,6 +68,11 @@ class ChatProcessor(ChatCalls):
         return {name: {"type_ids": ids} for name, ids in DEFAULT_TYPE_IDS.items() if takes.intersection(ids)}
 
     @property
+    def sampling_rate(self) -> int | None:
+        """Return the rate (Hz) of sound that the processor takes; None if it takes none."""
+        return getattr(getattr(self.processor, "feature_extractor", None), "sampling_rate", None)
+
+    @property
     def chat_template(self) -> str | None:
         """Return the processor's chat template, as Jinja text."""
         return getattr(self.processor, "chat_template", None) or self.tokenizer.chat_template
@@ -109,7 +114,7 @@ class ChatProcessor(ChatCalls):
         # As in `ProcessorMixin.apply_chat_template`.
         special = not (self.tokenizer.bos_token and text.startswith(self.tokenizer.bos_token))
         if "audio" in media:
-            media["sampling_rate"] = self.processor.feature_extractor.sampling_rate
+            media["sampling_rate"] = self.sampling_rate
         row = dict(
             self.processor(
                 text=[text], return_tensors="pt", return_mm_token_type_ids=True, add_special_tokens=special, **media
@@ -161,7 +166,7 @@ class ChatProcessor(ChatCalls):
                 )
             medium = part[kind]
             if kind == "audio":
-                medium = samples_at(medium, self.processor.feature_extractor.sampling_rate)
+                medium = samples_at(medium, self.sampling_rate)
             found.setdefault(argument, []).append(medium)
         return found
 

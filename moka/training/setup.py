@@ -70,7 +70,7 @@ class Run:
 
     @property
     def max_length(self) -> int | None:
-        return context_length(self.config.model, self.model)
+        return context_length(self.config.model, self.model.config)
 
 
 @contextmanager
