@@ -93,8 +93,7 @@ class ModelSection:
 class AdapterSection(MokaConfig):
     """The keys of ``adapter``: the fields of `MokaConfig`, and their method and preset. Not instantiated."""
 
-    # Those of MokaConfig, and more.
-    method: Literal[  # type: ignore[assignment]
+    method: Literal[
         "moka",
         "lora",
         "dora",
@@ -105,12 +104,11 @@ class AdapterSection(MokaConfig):
         "uni_mm_lora_gate",
         "imod",
         "none",
-    ] = field(
+    ] = field(  # type: ignore[assignment]  # more than MokaConfig has
         default="moka",
         metadata=_help("moka; lora or dora (peft's, on the same layers); a method of docs/comparison.md; or none."),
     )
-    # A method of MokaConfig.
-    preset: Literal[  # type: ignore[assignment]
+    preset: Literal[
         "paper",
         "official-avt",
         "official-vt",
@@ -118,9 +116,11 @@ class AdapterSection(MokaConfig):
         "moka_no_interaction",
         "moka_reversed",
         "moka_mean",
-    ] = field(
+    ] = field(  # type: ignore[assignment]  # a method of MokaConfig
         default="paper",
-        metadata=_help("Where defaults come from: paper, official-avt, official-vt, or a baseline that is a setting of MokA."),
+        metadata=_help(
+            "Where defaults come from: paper, official-avt, official-vt, or a baseline that is a setting of MokA."
+        ),
     )
 
 

@@ -25,7 +25,7 @@ DEFAULT_MODALITIES = {TEXT: [0], "visual": [1, 2], "audio": [3]}
 # The linear projections of a decoder block that the paper adapts (arXiv 2506.05191, appendix I).
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-PRESETS = {
+PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"scale_position": "output", "interaction_weight": 1.0, "modalities": DEFAULT_MODALITIES},
     "official-avt": {"scale_position": "input", "interaction_weight": 1.0, "modalities": DEFAULT_MODALITIES},
     "official-vt": {
@@ -56,9 +56,9 @@ class MokaConfig(PeftConfig):
         MokaError: a field is out of its range; the message names the field, the value and what is allowed.
     """
 
-    method: Literal[
-        "moka", "multiple_lora", "loramoe", "hydralora", "uni_mm_lora", "uni_mm_lora_gate", "imod"
-    ] = field(default="moka", metadata={"help": "MokA, or a method to compare it with."})
+    method: Literal["moka", "multiple_lora", "loramoe", "hydralora", "uni_mm_lora", "uni_mm_lora_gate", "imod"] = field(
+        default="moka", metadata={"help": "MokA, or a method to compare it with."}
+    )
     method_options: dict[str, float] = field(
         default_factory=dict, metadata={"help": "Settings of a method other than MokA by name, see docs/comparison.md."}
     )
@@ -168,7 +168,13 @@ class MokaConfig(PeftConfig):
         """Return a published variant (``paper``, ``official-avt``, ``official-vt``) or baseline by name; ``overrides`` win."""
         if name not in PRESETS:
             raise MokaError(f"Unknown preset {name!r}; known: {', '.join(PRESETS)}.{nearest(name, PRESETS)}")
-        values: dict[str, Any] = {"r": 4, "alpha": 16, "dropout": 0.05, "modalities": DEFAULT_MODALITIES, **PRESETS[name]}
+        values: dict[str, Any] = {
+            "r": 4,
+            "alpha": 16,
+            "dropout": 0.05,
+            "modalities": DEFAULT_MODALITIES,
+            **PRESETS[name],
+        }
         values["modalities"] = {key: list(ids) for key, ids in values["modalities"].items()}
         return cls(**{**values, **overrides})
 
@@ -223,6 +229,13 @@ class MokaConfig(PeftConfig):
     def rival(self) -> Rival | None:
         """Return the method if it is another than MokA."""
         return RIVALS.get(self.method)
+
+    def require_moka(self, caller: str) -> None:
+        """Refuse, in the name of ``caller``, an adapter of another method."""
+        if self.rival is not None:
+            raise MokaError(
+                f"{caller}: it reads MokA's matrices by modality, and this adapter's method is {self.method}."
+            )
 
     def method_option(self, name: str) -> float:
         """Return a setting of the method."""

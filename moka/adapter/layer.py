@@ -166,8 +166,7 @@ class MokaLinear(nn.Module, BaseTunerLayer):
             return result
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
-        steps = routing is not None and routing.text_steps is not None
-        if steps and self.moka_constant and not self.moka_tower:
+        if routing is not None and routing.text_steps is not None and self.moka_constant and not self.moka_tower:
             return text_update(self, result, x, routing)
         names = self.adapters_in_use()
         if routing is None and names and not self.moka_tower:

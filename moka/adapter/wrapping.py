@@ -419,6 +419,13 @@ def _complete_routing(model: RoutedModel, block: Block, ids: GivenIds) -> Routin
     return model.build(configs, Span(ids, (ids.types.shape[0], ids.types.shape[1])), training=False)
 
 
+def set_auxiliary_scale(model: nn.Module, scale: float) -> None:
+    """Set the factor of the gradients that IMoD and balance losses add in backward: 1 / batches accumulated for a step."""
+    for module in model.modules():
+        if isinstance(module, MokaLinear):
+            module.moka_model.auxiliary_scale = scale
+
+
 def routed_models(model: nn.Module, caller: str) -> list[RoutedModel]:
     """Return the models with adapters in ``model``; ``caller`` is named if there is none."""
     found = {id(m.moka_model): m.moka_model for m in model.modules() if isinstance(m, MokaLinear)}

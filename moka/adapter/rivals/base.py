@@ -1,8 +1,8 @@
 """The interface of a method that is not MokA: how a token's low-rank activations are mixed.
 
-    z_k  = A_k dropout(x_t)            every A in one product                 [tokens, #A, r]
-    z~_t = mix(z, W_g x_t, m(t))       the method's own                       [tokens, #B, r]
-    y_t += s sum_k B_k z~_t,k          s = alpha / r
+z_k  = A_k dropout(x_t)            every A in one product                 [tokens, #A, r]
+z~_t = mix(z, W_g x_t, m(t))       the method's own                       [tokens, #B, r]
+y_t += s sum_k B_k z~_t,k          s = alpha / r
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ from torch import nn
 from .base import Rival
 
 if TYPE_CHECKING:
+    from ..layer import MokaLinear
     from ..routing import View
 
 TEXT, OTHER, SHARED = 0, 1, 2
@@ -53,7 +54,9 @@ class IMoD(Rival):
             parts = A[0].float() * torch.stack([masks == part for part in (TEXT, OTHER, SHARED)])  # [3, r, in]
             s = (x.detach().float() @ parts.flatten(0, 1).t()).view(*text.shape, 3, -1)  # [batch, seq, 3, r]
             # A masked less A: the others' elements are taken from text, and text's from the others.
-            taken = (s[:, :, OTHER] * text[..., None]).square().sum() + (s[:, :, TEXT] * other[..., None]).square().sum()
+            taken = (s[:, :, OTHER] * text[..., None]).square().sum() + (
+                s[:, :, TEXT] * other[..., None]
+            ).square().sum()
             alignment = _alignment(s[:, :, SHARED], text, other)
         weights = config.method_option("decoupling_weight"), config.method_option("alignment_weight")
         return weights[0] * taken / len(text) + weights[1] * alignment
@@ -79,11 +82,11 @@ def _alignment(s: torch.Tensor, text: torch.Tensor, other: torch.Tensor) -> torc
         means.append(mean)
         concentrations.append((cosine * mask).sum(1) / count)
     both = text.any(1) & other.any(1)
-    loss = 1 - (concentrations[0] + concentrations[1]) * F.cosine_similarity(*means, dim=-1)
+    loss = 1 - (concentrations[0] + concentrations[1]) * F.cosine_similarity(means[0], means[1], dim=-1)
     return (loss * both).sum() / len(both)
 
 
-def element_masks(layer: nn.Module, name: str, A: torch.Tensor) -> torch.Tensor:
+def element_masks(layer: MokaLinear, name: str, A: torch.Tensor) -> torch.Tensor:
     """Return whose each element of A [r, in] is, int8: 0 text, 1 other, 2 shared. Kept with the layer, not saved."""
     kept = layer.moka_masks.get(name)
     if kept is None or kept.shape != A.shape:
