@@ -148,6 +148,24 @@ def test_saved_and_loaded_adapter_is_the_same(tiny, batch, name, tmp_path):
     assert torch.equal(tiny.logits(other, batch), tiny.logits(model, batch))
 
 
+def test_method_and_its_options_survive_json(tmp_path):
+    config = moka.MokaConfig(method="imod", method_options={"shared_share": 0.5, "seed": 2})
+    config.save_pretrained(tmp_path)
+    loaded = moka.MokaConfig.from_pretrained(tmp_path)
+    assert loaded == config
+    assert (loaded.method_option("shared_share"), loaded.method_option("alignment_weight")) == (0.5, 1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["autocast", "float32"])
+@every
+def test_step_with_dropout_under_autocast_is_finite(tiny, batch, name, dtype):
+    model = tiny.adapted(**SETTINGS[name], dropout=0.2)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        gradients = step(model, batch, tiny)
+    assert len(gradients) == (42 if name in GATED else 28)
+    assert all(gradient.isfinite().all() and gradient.any() for gradient in gradients.values())
+
+
 @merged
 def test_merged_equals_live_for_every_token(tiny, batch, name):
     model = tiny.adapted(**SETTINGS[name])
