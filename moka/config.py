@@ -93,11 +93,34 @@ class ModelSection:
 class AdapterSection(MokaConfig):
     """The keys of ``adapter``: the fields of `MokaConfig`, and their method and preset. Not instantiated."""
 
-    method: Literal["moka", "lora", "none"] = field(
-        default="moka", metadata=_help("moka, lora (peft's LoRA on the same layers) or none.")
+    method: Literal[
+        "moka",
+        "lora",
+        "dora",
+        "multiple_lora",
+        "loramoe",
+        "hydralora",
+        "uni_mm_lora",
+        "uni_mm_lora_gate",
+        "imod",
+        "none",
+    ] = field(  # type: ignore[assignment]  # more than MokaConfig has
+        default="moka",
+        metadata=_help("moka; lora or dora (peft's, on the same layers); a method of docs/comparison.md; or none."),
     )
-    preset: Literal["paper", "official-avt", "official-vt"] = field(  # type: ignore[assignment]  # a method of MokaConfig
-        default="paper", metadata=_help("Where defaults come from: paper, official-avt or official-vt.")
+    preset: Literal[
+        "paper",
+        "official-avt",
+        "official-vt",
+        "uni_modal_lora",
+        "moka_no_interaction",
+        "moka_reversed",
+        "moka_mean",
+    ] = field(  # type: ignore[assignment]  # a method of MokaConfig
+        default="paper",
+        metadata=_help(
+            "Where defaults come from: paper, official-avt, official-vt, or a baseline that is a setting of MokA."
+        ),
     )
 
 
@@ -243,11 +266,12 @@ _MINIMUM = {
     **dict.fromkeys(("learning_rate", "dataloader_num_workers", "seed", "data_seed"), 0),
 }
 _ABOVE_ZERO = ("num_train_epochs", "logging_steps", "eval_steps", "save_steps")
-# The fields of `adapter` that mean nothing to peft's LoRA.
+PEFT_METHODS = ("lora", "dora")  # methods that are peft's LoraConfig
+# The fields of `adapter` that mean nothing to them.
 MOKA_ONLY = tuple(
     f.name
     for f in dataclasses.fields(MokaConfig)
-    if f.name not in (*_RESERVED[AdapterSection], *LoraConfig.__dataclass_fields__, "alpha", "dropout")
+    if f.name not in (*_RESERVED[AdapterSection], *LoraConfig.__dataclass_fields__, "alpha", "dropout", "method")
 )
 
 
@@ -379,7 +403,7 @@ def adapter_settings(section: dict[str, Any]) -> dict[str, Any]:
     """Return a section ``adapter`` in full: its values over those of its preset, over the defaults of `MokaConfig`."""
     reserved = _RESERVED[AdapterSection]
     defaults = {f.name: _default(f) for f in dataclasses.fields(AdapterSection)}
-    settings = {"method": "moka", "preset": "paper", **defaults, **PRESETS[section.get("preset", "paper")], **section}
+    settings = {**defaults, **PRESETS[section.get("preset", "paper")], **section}
     return {key: value for key, value in settings.items() if key not in reserved}
 
 
@@ -574,13 +598,20 @@ def _check_adapter(config: RunConfig, where: str) -> None:
     section = config.adapter
     if 2 in config.stages and section["method"] == "none":
         raise MokaError(
-            f"{where}: adapter.method: none leaves stage 2 nothing to train. Set stages: [1], or moka or lora."
+            f"{where}: adapter.method: none leaves stage 2 nothing to train. Set stages: [1], or moka or another method."
         )
     defaults = adapter_settings({"preset": section["preset"]})
-    for name in MOKA_ONLY if section["method"] == "lora" else ():
+    method = section["method"]
+    for name in MOKA_ONLY if method in PEFT_METHODS else ():
         if section[name] != defaults[name]:
-            raise MokaError(f"{where}: adapter.{name} has no meaning for method lora; take it out, or use moka.")
-    settings = {key: value for key, value in section.items() if key not in ("method", "preset")}
+            raise MokaError(f"{where}: adapter.{name} has no meaning for method {method}; take it out, or use moka.")
+    settings = {key: value for key, value in section.items() if key != "preset"}
+    if method in (*PEFT_METHODS, "none"):
+        settings["method"] = "moka"
+    if method == "imod" and config.training.get("fp16"):
+        raise MokaError(
+            f"{where}: training.fp16 scales the loss, and method imod adds gradients beside it. Use training.bf16, or float32."
+        )
     if config.model.modalities:
         settings["modalities"] = {name: [i] for i, name in enumerate((TEXT, *config.model.modalities))}
     try:

@@ -185,14 +185,11 @@ def planned_tensors(layers: Mapping[str, tuple[int, int]], config: MokaConfig) -
     Args:
         layers: full name in the backbone -> (in_features, out_features) of the layers to adapt.
     """
-    modalities = len(config.modalities)
     planned: dict[str, tuple[int, ...]] = {}
     for name, (in_features, out_features) in layers.items():
         r = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.r)
-        planned[f"{PREFIX}{name}.moka_A.weight"] = (modalities, r, in_features)
-        planned[f"{PREFIX}{name}.moka_B.weight"] = (
-            (out_features, r) if config.share_b else (modalities, out_features, r)
-        )
+        for tensor, shape in config.tensor_shapes(r, in_features, out_features).items():
+            planned[f"{PREFIX}{name}.{tensor}.weight"] = shape
     return planned
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +12,8 @@ from peft.utils import PeftType
 
 from moka.errors import MokaError, nearest
 from moka.type_checks import check_types
+
+from .rivals import RIVALS, Rival
 
 # Raised by one when older code can no longer read a saved adapter. 2: names end in `.weight`, `moka_A.<adapter>.weight`.
 FORMAT_VERSION = 2
@@ -22,7 +25,7 @@ DEFAULT_MODALITIES = {TEXT: [0], "visual": [1, 2], "audio": [3]}
 # The linear projections of a decoder block that the paper adapts (arXiv 2506.05191, appendix I).
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-PRESETS = {
+PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"scale_position": "output", "interaction_weight": 1.0, "modalities": DEFAULT_MODALITIES},
     "official-avt": {"scale_position": "input", "interaction_weight": 1.0, "modalities": DEFAULT_MODALITIES},
     "official-vt": {
@@ -30,7 +33,14 @@ PRESETS = {
         "interaction_weight": 0.05,
         "modalities": {TEXT: [0], "visual": [1, 2]},
     },
+    # The paper's baselines that are settings of MokA (tables 1, 4 and 5); Phi-4-multimodal's mixture of LoRAs is the first.
+    "uni_modal_lora": {"share_b": False, "interaction": "none"},
+    "moka_no_interaction": {"interaction": "none"},
+    "moka_reversed": {"interaction": "reversed"},
+    "moka_mean": {"interaction": "mean"},
 }
+# Fields that are MokA's own: another method has no use for them.
+OF_MOKA = ("interaction", "interaction_weight", "scale_position", "share_b")
 
 
 @dataclass
@@ -40,11 +50,18 @@ class MokaConfig(PeftConfig):
     Baselines of the paper are one changed field away: ``interaction="none"`` (MokA without cross-attention),
     ``share_b=False, interaction="none"`` (uni-modal LoRA: A and B for each modality), ``adapt=["visual"]`` (only that
     modality's tokens), ``interaction="reversed"`` (text queries the media), ``interaction="mean"`` (naive interaction).
+    ``method="loramoe"`` and the like are other methods on the same layers (`moka.adapter.rivals`).
 
     Raises:
         MokaError: a field is out of its range; the message names the field, the value and what is allowed.
     """
 
+    method: Literal["moka", "multiple_lora", "loramoe", "hydralora", "uni_mm_lora", "uni_mm_lora_gate", "imod"] = field(
+        default="moka", metadata={"help": "MokA, or a method to compare it with."}
+    )
+    method_options: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "Settings of a method other than MokA by name, see docs/comparison.md."}
+    )
     r: int = field(default=4, metadata={"help": "Rank: width of the low-rank space, shared by all modalities."})
     alpha: float = field(default=16, metadata={"help": "Scale numerator: the update is multiplied by alpha / r."})
     dropout: float = field(default=0.05, metadata={"help": "Dropout on the input of A, as in LoRA (0 <= p < 1)."})
@@ -148,10 +165,16 @@ class MokaConfig(PeftConfig):
 
     @classmethod
     def preset(cls, name: str, **overrides) -> MokaConfig:
-        """Return a published variant by name: ``paper``, ``official-avt`` or ``official-vt``; ``overrides`` win."""
+        """Return a published variant (``paper``, ``official-avt``, ``official-vt``) or baseline by name; ``overrides`` win."""
         if name not in PRESETS:
             raise MokaError(f"Unknown preset {name!r}; known: {', '.join(PRESETS)}.{nearest(name, PRESETS)}")
-        values: dict[str, Any] = {"r": 4, "alpha": 16, "dropout": 0.05, **PRESETS[name]}
+        values: dict[str, Any] = {
+            "r": 4,
+            "alpha": 16,
+            "dropout": 0.05,
+            "modalities": DEFAULT_MODALITIES,
+            **PRESETS[name],
+        }
         values["modalities"] = {key: list(ids) for key, ids in values["modalities"].items()}
         return cls(**{**values, **overrides})
 
@@ -200,7 +223,34 @@ class MokaConfig(PeftConfig):
     @property
     def interacts(self) -> bool:
         """Return whether any token can attend to another: that needs adapted text and another adapted modality."""
-        return self.interaction != "none" and TEXT in self.adapted and len(self.adapted) > 1
+        return self.rival is None and self.interaction != "none" and TEXT in self.adapted and len(self.adapted) > 1
+
+    @property
+    def rival(self) -> Rival | None:
+        """Return the method if it is another than MokA."""
+        return RIVALS.get(self.method)
+
+    def require_moka(self, caller: str) -> None:
+        """Refuse, in the name of ``caller``, an adapter of another method."""
+        if self.rival is not None:
+            raise MokaError(
+                f"{caller}: it reads MokA's matrices by modality, and this adapter's method is {self.method}."
+            )
+
+    def method_option(self, name: str) -> float:
+        """Return a setting of the method."""
+        rival = RIVALS[self.method]
+        return self.method_options.get(name, rival.options[name])
+
+    def tensor_shapes(self, r: int, in_features: int, out_features: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of an adapter's tensors in one layer, by the names of the layer's attributes."""
+        modalities = len(self.modalities)
+        if self.rival is None:
+            up = (out_features, r) if self.share_b else (modalities, out_features, r)
+            return {"moka_A": (modalities, r, in_features), "moka_B": up}
+        a, b, gates = self.rival.counts(modalities)
+        shapes: dict[str, tuple[int, ...]] = {"moka_A": (a, r, in_features), "moka_B": (b, out_features, r)}
+        return {**shapes, "moka_gate": (gates, in_features)} if gates else shapes
 
     @property
     def text_row(self) -> int:
@@ -256,6 +306,29 @@ def _check(config: MokaConfig) -> None:
     if config.target_modules is not None and not config.target_modules:
         raise MokaError("target_modules: the list is empty; name linear layers, or leave it out for the defaults.")
     _check_modalities(config)
+    _check_method(config)
+
+
+def _check_method(config: MokaConfig) -> None:
+    rival = config.rival
+    options = {} if rival is None else rival.options
+    for name, value in config.method_options.items():
+        if name not in options:
+            raise MokaError(
+                f"method_options: method {config.method} has no {name!r}; allowed: {', '.join(options) or 'none'}."
+                f"{nearest(name, options)}"
+            )
+        if value < 0:
+            raise MokaError(f"method_options[{name!r}]: must be at least 0, got {value!r}.")
+    defaults = {f.name: f.default for f in dataclasses.fields(config)}
+    for name in OF_MOKA if rival is not None else ():
+        if getattr(config, name) != defaults[name] and (name, config.interaction) != ("interaction", "none"):
+            raise MokaError(
+                f"{name}: {getattr(config, name)!r} has no meaning for method {config.method}; leave it out, or set method to "
+                "'moka'."
+            )
+    if rival is not None and config.text_merged:
+        raise MokaError(f"text_merged: only for method 'moka', and method is {config.method!r}.")
 
 
 def _check_modalities(config: MokaConfig) -> None:

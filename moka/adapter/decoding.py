@@ -39,10 +39,9 @@ def _factors(layer: MokaLinear, x: torch.Tensor, routing: Routing) -> tuple[torc
         # s, 0, or -s: what a text token gets beyond what the base weight contains.
         factor = ((not disabled) - layer.is_merged(name)) * layer.moka_scaling[name]
         if factor:
-            row = layer.moka_config[name].text_row
-            A.append(layer.moka_A[name]()[row].detach() * factor)  # [r, in]
-            own = layer.moka_B[name]().detach()
-            B.append(own if own.dim() == 2 else own[row])  # [out, r]
+            down, up = layer.text_path(name)  # [r, in], [out, r]
+            A.append(down.detach() * factor)
+            B.append(up.detach())
     if not A:
         return ()
     dtype = compute_dtype(x)

@@ -148,6 +148,7 @@ def gradient_norms(model: nn.Module, adapter: str | None = None) -> dict[str, di
         if key not in layer.moka_A or layer.moka_A[key].weight.grad is None:
             continue
         config = layer.moka_config[key]
+        config.require_moka("gradient_norms")
         norms = layer.moka_A[key].weight.grad.float().flatten(1).norm(dim=1)  # [M]
         found[name] = {f"A.{m}": norm.item() for m, norm in zip(config.modalities, norms, strict=True)}
         grad = layer.moka_B[key].weight.grad
@@ -170,6 +171,9 @@ def _forward(model: nn.Module, batch: Mapping[str, Any], record: Record) -> None
     if len(used) != 1:
         raise MokaError(f"The diagnostics look at one adapter; active here: {sorted(used) or 'none'}. Use set_adapter.")
     (adapter,) = used
+    for _, layer in _layers(model):
+        if adapter in layer.moka_config:
+            layer.moka_config[adapter].require_moka("The diagnostics")
     training = {module: module.training for module in model.modules()}
     with ExitStack() as hooks:
         for name, layer in _layers(model):

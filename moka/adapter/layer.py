@@ -34,6 +34,7 @@ from .decoding import text_update
 from .input_groups import partners
 from .ops import add_update, compute_dtype, interact, project
 from .quantization import quantization_extra_repr, resolve_quantization_backend
+from .rivals.imod import relative_depth
 from .routing import Routing, View, uniform_view
 
 if TYPE_CHECKING:
@@ -72,26 +73,31 @@ class MokaLinear(nn.Module, BaseTunerLayer):
     """A linear map (``nn.Linear``, ``Conv1D``, or a quantised linear) with MokA adapters.
 
     ``moka_A``: name -> [M, r, in]; ``moka_B``: name -> [out, r], or [M, out, r] without sharing. All modalities are stacked in
-    one tensor, so each gets a gradient at every step on every rank.
+    one tensor, so each gets a gradient at every step on every rank. Methods other than MokA stack their own numbers of matrices,
+    and may have ``moka_gate``: name -> [rows, in].
 
     Args:
         base_layer: the frozen layer, or a layer of another adapter around it.
         model: the `RoutedModel` that it becomes a part of.
+        path: its name in the model.
         kwargs: settings of peft's quantisation backend.
     """
 
-    adapter_layer_names = ("moka_A", "moka_B")
+    adapter_layer_names = ("moka_A", "moka_B", "moka_gate")
     # Each is called with (layer, adapter name, x, z~ [tokens, width], view, result) in forwards that keep a graph.
     moka_observers: tuple[Any, ...] = ()
-    other_param_names = ("moka_r", "moka_alpha", "moka_scaling", "moka_dropout", "moka_config", "moka_tower")
+    other_param_names = (
+        *("moka_r", "moka_alpha", "moka_scaling", "moka_dropout", "moka_config", "moka_tower", "moka_masks"),
+    )
 
-    def __init__(self, base_layer: nn.Module, model: RoutedModel, **kwargs: Any) -> None:
+    def __init__(self, base_layer: nn.Module, model: RoutedModel, path: str = "", **kwargs: Any) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.moka_model = model
         self.moka_group: tuple[MokaLinear, ...] = ()  # layers that read the same input
         self.moka_A: Any = nn.ModuleDict({})  # name -> StackedWeight
         self.moka_B: Any = nn.ModuleDict({})
+        self.moka_gate: Any = nn.ModuleDict({})
         self.moka_dropout: Any = nn.ModuleDict({})  # trainers look for modules to set their rate to 0
         self.moka_r: dict[str, int] = {}
         self.moka_alpha: dict[str, float] = {}
@@ -99,6 +105,9 @@ class MokaLinear(nn.Module, BaseTunerLayer):
         self.moka_config: dict[str, MokaConfig] = {}
         # Outside of the decoder: by adapter, the one modality of all of its tokens.
         self.moka_tower: dict[str, str] = {}
+        self.moka_path, self.moka_depth = path, relative_depth(model.root, path)
+        self.moka_masks: dict[str, torch.Tensor] = {}  # IMoD's
+        self.moka_constant = True  # the text path of every adapter is a constant matrix
         # Quantised and tied weights as they were before an adapter was merged.
         self.moka_unmerged: dict[str, tuple[Any, dict]] = {}
         self.merged_adapters: list[str] = []
@@ -114,19 +123,22 @@ class MokaLinear(nn.Module, BaseTunerLayer):
         self, adapter_name: str, r: int, alpha: float, config: MokaConfig, tower: str | None = None
     ) -> None:
         """Add an adapter to this layer, with its own rank and alpha; ``tower``: see ``moka_tower``."""
-        modalities = len(config.modalities)
         self.moka_r[adapter_name] = r
         self.moka_alpha[adapter_name] = alpha
         self.moka_scaling[adapter_name] = alpha / math.sqrt(r) if config.use_rslora else alpha / r
         self.moka_config[adapter_name] = config
         if tower is not None:
             self.moka_tower[adapter_name] = tower
-        shape = (self.out_features, r) if config.share_b else (modalities, self.out_features, r)
-        self.moka_A[adapter_name] = A = StackedWeight(modalities, r, self.in_features)
-        self.moka_B[adapter_name] = B = StackedWeight(*shape)
+        self.moka_constant = self.moka_constant and (config.rival is None or config.rival.mergeable)
+        shapes = config.tensor_shapes(r, self.in_features, self.out_features)
+        self.moka_A[adapter_name] = A = StackedWeight(*shapes["moka_A"])
+        self.moka_B[adapter_name] = B = StackedWeight(*shapes["moka_B"])
+        if "moka_gate" in shapes:
+            self.moka_gate[adapter_name] = gate = StackedWeight(*shapes["moka_gate"])
+            nn.init.kaiming_uniform_(gate.weight, a=math.sqrt(5))
         self.moka_dropout[adapter_name] = nn.Dropout(config.dropout)
-        for modality in A.weight:
-            nn.init.kaiming_uniform_(modality, a=math.sqrt(5))
+        for matrix in A.weight:
+            nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
         if config.init_weights:
             nn.init.zeros_(B.weight)
         else:
@@ -154,7 +166,7 @@ class MokaLinear(nn.Module, BaseTunerLayer):
             return result
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
-        if routing is not None and routing.text_steps is not None and not self.moka_tower:
+        if routing is not None and routing.text_steps is not None and self.moka_constant and not self.moka_tower:
             return text_update(self, result, x, routing)
         names = self.adapters_in_use()
         if routing is None and names and not self.moka_tower:
@@ -191,10 +203,10 @@ class MokaLinear(nn.Module, BaseTunerLayer):
             MokaError: ``x`` has other tokens than the routing.
         """
         config = self.moka_config[name]
-        if self.moka_tower or routing is None:
+        if self.moka_tower or routing is None or routing.text_steps is not None:
             return uniform_view(config, self.moka_tower.get(name, TEXT), active_only(self.moka_model))
         view = routing.view(name, x.device)
-        if view.uniform:
+        if view.uniform and view.valid is None:
             return view
         batch, seq = routing.shape
         if x.dim() == 3 and x.shape[0] == batch and x.shape[1] < seq and self.moka_model.knows_layers:
@@ -213,10 +225,13 @@ class MokaLinear(nn.Module, BaseTunerLayer):
 
     def _rank_space(self, name: str, x: torch.Tensor, view: View, call: Call | None) -> torch.Tensor | None:
         """Return z~ [tokens, width] of one adapter, less what the base weight contains of it; None: nothing to add."""
-        merged = self.is_merged(name)
-        text_only = view.rows is None and view.row == self.moka_config[name].text_row
+        merged, config = self.is_merged(name), self.moka_config[name]
+        text_only = view.rows is None and view.row == config.text_row
         if view.disabled and not merged:
             return self._zero(name, x)
+        if config.rival is not None:
+            same = text_only or (view.adapter_mask is None and not config.rival.by_modality)
+            return None if merged and same and not view.disabled else config.rival.rank_space(self, name, x, view)
         if merged and text_only and not view.disabled:
             return None
         # A compiler finds by itself what can be computed together.
@@ -234,25 +249,36 @@ class MokaLinear(nn.Module, BaseTunerLayer):
         A = self.moka_A[name]() if torch.is_grad_enabled() else None
         if A is None or not A.requires_grad:
             return None
-        width = self.moka_r[name] * (1 if self.moka_config[name].share_b else len(A))
-        zero = (A.sum() * 0).to(compute_dtype(x))
-        return zero.expand(x.shape[:-1].numel(), width)
+        zero = A.sum() * 0
+        if name in self.moka_gate:
+            zero = zero + self.moka_gate[name]().sum() * 0
+        config = self.moka_config[name]
+        shape = config.tensor_shapes(self.moka_r[name], self.in_features, self.out_features)["moka_B"]
+        width = self.moka_r[name] * (1 if len(shape) == 2 else shape[0])
+        return zero.to(compute_dtype(x)).expand(x.shape[:-1].numel(), width)
 
     def _up(self, name: str, z: torch.Tensor, view: View) -> tuple[torch.Tensor, float]:
         """Return B [out, width] in the dtype of ``z``, and the scale."""
         config, B = self.moka_config[name], self.moka_B[name]()
-        if not config.share_b:
+        if config.rival is not None:
+            B = B.transpose(0, 1).flatten(1)
+        elif not config.share_b:
             # That of the one modality, or side by side for the slots of z: [out, M * r].
             B = B[view.row] if z.shape[-1] == B.shape[-1] and len(B) > 1 else B.transpose(0, 1).flatten(1)
         return B.to(z.dtype), self.moka_scaling[name] if config.scale_position == "output" else 1.0
 
+    def text_path(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the constant path of text tokens, A [width, in] and B [out, width]."""
+        config, A, B = self.moka_config[name], self.moka_A[name](), self.moka_B[name]()
+        row = config.text_row
+        if config.rival is not None:
+            return config.rival.text_path(A, B, row)
+        return A[row], B if config.share_b else B[row]
+
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """Return the text path s B A_text as a weight update, float32, in the layout of the base weight."""
-        config = self.moka_config[adapter]
-        text = config.text_row
-        A, B = self.moka_A[adapter].weight, self.moka_B[adapter].weight
-        B = B if config.share_b else B[text]  # [out, r]
-        delta = (B.float() @ A[text].float()) * self.moka_scaling[adapter]
+        A, B = self.text_path(adapter)
+        delta = (B.float() @ A.float()) * self.moka_scaling[adapter]
         return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
 
     def merge(  # type: ignore[override]
@@ -272,7 +298,7 @@ class MokaLinear(nn.Module, BaseTunerLayer):
         Returns:
             For each merge into a quantised weight the error, relative to the weight and to the update.
         Raises:
-            MokaError: a quantised base layer without ``requantize``; with ``safe_merge``, an adapter not finite.
+            MokaError: a quantised base layer without ``requantize``; with ``safe_merge``, an adapter not finite; a method with a gate.
         """
         errors = []
         for name in check_adapters_to_merge(self, adapter_names):
@@ -286,6 +312,12 @@ class MokaLinear(nn.Module, BaseTunerLayer):
 
     def check_merge(self, name: str, safe_merge: bool, requantize: bool) -> None:
         """Refuse a merge of this adapter before anything changes. Raises: see ``merge``."""
+        rival = self.moka_config[name].rival
+        if rival is not None and not rival.mergeable:
+            raise MokaError(
+                f"Adapter {name!r} cannot be merged: method {rival.name} weighs its matrices by a gate at every token, so its "
+                "update is no constant matrix. Keep it as an adapter, or train a method that merges, such as moka or imod."
+            )
         backend = self.quantization_backend
         if self._changes_weight(name) and backend is not None and not (requantize and backend.supports_merge):
             raise MokaError(_merge_refused(backend))

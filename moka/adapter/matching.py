@@ -14,9 +14,9 @@ PREFIX = "base_model.model."  # peft's, before every name in an adapter file
 
 # A parameter in a file or a model, of format 1 (no .weight) or 2; peft's path to a trained copy of a module; what names
 # the adapters in a parameter's name.
-_PARAMETER = re.compile(r"\.(moka_[AB])(?:\.[^.]+)?(?:\.weight)?$")
+_PARAMETER = re.compile(r"\.(moka_(?:[AB]|gate))(?:\.[^.]+)?(?:\.weight)?$")
 _TRAINED_COPY = re.compile(r"\.modules_to_save\.[^.]+(?=\.)")
-_ADAPTER_NAMES = re.compile(r"\.moka_[AB]((?:\.[^.]+)*?)(?:\.weight)?$")
+_ADAPTER_NAMES = re.compile(r"\.moka_(?:[AB]|gate)((?:\.[^.]+)*?)(?:\.weight)?$")
 _OTHER_MODEL = "It was made for another backbone or other target_modules; use the model it was trained on."
 
 

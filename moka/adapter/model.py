@@ -173,7 +173,7 @@ class MokaModel(BaseTuner):
             target.update_layer(adapter_name, r, alpha, moka_config, tower)
             return
         routed = RoutedModel.of(self.model)
-        layer = MokaLinear(target, routed, **get_quantization_kwargs(self))
+        layer = MokaLinear(target, routed, current_key, **get_quantization_kwargs(self))
         layer.set_adapter(adapter_name)
         layer.update_layer(adapter_name, r, alpha, moka_config, tower)
         if adapter_name not in self.active_adapters:
@@ -248,10 +248,13 @@ class MokaModel(BaseTuner):
         for name in adapter_names or self.active_adapters:
             config: Any = self.peft_config[name]
             lost = [m for m in config.adapted if m != TEXT]
+            if config.rival is not None and not config.rival.by_modality and config.adapt is None:
+                continue  # every token has the path that is merged
             if lost:
+                interaction = " and their interaction with the question" if config.interacts else ""
                 warnings.warn(
                     f"merge_and_unload keeps only the text path of adapter {name!r}. Lost: the {', '.join(lost)} "
-                    "projections and their interaction with the question. Use merge_adapter() to keep exact outputs.",
+                    f"projections{interaction}. Use merge_adapter() to keep exact outputs.",
                     stacklevel=2,
                 )
         with warnings.catch_warnings():

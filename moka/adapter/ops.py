@@ -11,12 +11,14 @@ Source: Wei, Miao, Zhou, Hu, "MokA" (NeurIPS 2025), section 3, https://arxiv.org
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .routing import Attention
+if TYPE_CHECKING:
+    from .routing import Attention
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:

@@ -59,6 +59,7 @@ class View:
     adapter_mask: torch.Tensor | None = None  # [batch * seq, 1] 0: not adapted, 1: adapted; None: all are
     attention: Attention | None = None  # None: no token interacts
     disabled: bool = False  # no token goes through the adapter
+    valid: torch.Tensor | None = None  # [batch, seq] bool, False at padding; None: no padding, or nobody asks
 
     @property
     def uniform(self) -> bool:
@@ -79,11 +80,12 @@ class View:
     def at(self, positions: torch.Tensor, modalities: int) -> View:
         """Return the view of the tokens at ``positions`` [n] of every row; those outside are neither queries nor keys."""
         if self.rows is None:
-            return self
+            return self if self.valid is None else replace(self, valid=self.valid[:, positions])
         batch, seq = self.rows.shape
         rows = self.rows[:, positions]
         mask = self.adapter_mask
         mask = None if mask is None else mask.view(batch, seq)[:, positions].reshape(-1, 1)
+        valid = None if self.valid is None else self.valid[:, positions]
         attention = None
         if self.attention is not None:
             new = torch.full((seq,), -1, dtype=torch.long, device=positions.device)
@@ -92,7 +94,8 @@ class View:
             pairs = (query >= 0)[:, :, None] & (key >= 0)[:, None]
             pairs = pairs if old is None else pairs & old
             attention = Attention.build(query.clamp(0), key.clamp(0), pairs, self.attention.weight, len(positions))
-        return replace(self, rows=rows, index=_flat_index(rows, modalities), adapter_mask=mask, attention=attention)
+        index = _flat_index(rows, modalities)
+        return replace(self, rows=rows, index=index, adapter_mask=mask, attention=attention, valid=valid)
 
 
 @dataclass(frozen=True)
@@ -154,7 +157,9 @@ def view_key(config: MokaConfig) -> tuple:
     tokens = tuple((name, tuple(ids)) for name, ids in (config.modality_token_ids or {}).items())
     markers = tuple((name, tuple(ids)) for name, ids in (config.turn_markers or {}).items())
     structure = tuple(config.structure_token_ids or ())
-    return modalities, tuple(config.adapted), config.interaction, weights, tokens, markers, structure
+    interaction = config.interaction if config.interacts else "none"
+    padding = config.rival is not None and config.rival.reads_padding(config)
+    return modalities, tuple(config.adapted), interaction, weights, tokens, markers, structure, padding
 
 
 def build_view(
@@ -163,6 +168,7 @@ def build_view(
     groups: np.ndarray | None,
     only: frozenset[str] | None,
     device: torch.device,
+    valid: np.ndarray | None = None,
 ) -> View:
     """Build one adapter's view of a forward: in host memory, then on ``device``.
 
@@ -172,10 +178,14 @@ def build_view(
         groups: ``interaction_ids`` [batch, seq] int, 0 at padding; None: no interaction.
         only: the modalities whose tokens go through the adapter; None: all that it adapts.
         device: where the layers' inputs are.
+        valid: [batch, seq] bool, False at padding; None: not known, or none.
     """
     is_text = rows == config.text_row
+    real = None
+    if config.rival is not None and config.rival.reads_padding(config):
+        real = torch.from_numpy(np.ones(rows.shape, bool) if valid is None else np.ascontiguousarray(valid)).to(device)
     if is_text.all():
-        return uniform_view(config, TEXT, only)
+        return replace(uniform_view(config, TEXT, only), valid=real)
     names = list(config.modalities)
     takes = np.array([name in config.adapted and (only is None or name in only) for name in names])
     adapted = None if takes.all() else takes[rows]
@@ -189,7 +199,7 @@ def build_view(
         attention = _attention(query, key, groups, weights[rows], device)
     there = torch.from_numpy(np.ascontiguousarray(rows)).to(device, non_blocking=True)
     mask = None if adapted is None else torch.from_numpy(adapted.reshape(-1, 1)).to(device, non_blocking=True)
-    return View(config.text_row, there, _flat_index(there, len(names)), mask, attention)
+    return View(config.text_row, there, _flat_index(there, len(names)), mask, attention, valid=real)
 
 
 def _flat_index(rows: torch.Tensor, modalities: int) -> torch.Tensor:

@@ -62,6 +62,7 @@ class RoutedModel:
         self.has_routed = False  # some forward was routed: a recomputation without routing has lost it
         self.unchecked: set[str] = set()  # adapters that came through a loader of which we see nothing
         self.modules: list[nn.Module] = []  # with hooks, each inside of the one before
+        self.auxiliary_scale = 1.0  # of gradients that methods add in backward: 1 / batches accumulated
         self.knows_layers = False  # a transformers model: fewer tokens in a layer are the last ones, or those named
         self._handles: list = []
 
@@ -150,11 +151,12 @@ class RoutedModel:
         """Build the routing of a forward for ``configs``."""
         only, device = active_only(self), span.ids.device or torch.device("cpu")  # layers elsewhere move it, once
         made: dict[tuple, View] = {}
+        valid = None if span.ids.valid is None else span.cut(span.ids.valid, False)
         with torch.inference_mode(False):  # it may outlive an inference
             for config in configs.values():
                 key = view_key(config)
                 if key not in made:
-                    made[key] = build_view(config, *resolve(self, config, span, training), only, device)
+                    made[key] = build_view(config, *resolve(self, config, span, training), only, device, valid)
         self.has_routed = True
         kept = kept if isinstance(kept, torch.Tensor) and kept.dim() == 1 else None
         return Routing(span.shape, {name: made[view_key(c)] for name, c in configs.items()}, device, kept, only)
@@ -181,6 +183,7 @@ class RoutedModel:
         if torch.compiler.is_compiling():
             return None
         configs = [config for config in layer.moka_config.values() if len(config.modalities) > 1]
+        configs = [config for config in configs if config.rival is None or config.rival.routed]
         if configs and layer.training and torch.is_grad_enabled() and any(c.modality_token_ids for c in configs):
             raise MokaError(_NO_ROUTING.replace("every token is treated", "every token would be treated"))
         if configs:
@@ -414,6 +417,13 @@ def _complete_routing(model: RoutedModel, block: Block, ids: GivenIds) -> Routin
     else:
         model.check(configs)
     return model.build(configs, Span(ids, (ids.types.shape[0], ids.types.shape[1])), training=False)
+
+
+def set_auxiliary_scale(model: nn.Module, scale: float) -> None:
+    """Set the factor of the gradients that IMoD and balance losses add in backward: 1 / batches accumulated for a step."""
+    for module in model.modules():
+        if isinstance(module, MokaLinear):
+            module.moka_model.auxiliary_scale = scale
 
 
 def routed_models(model: nn.Module, caller: str) -> list[RoutedModel]:

@@ -109,6 +109,9 @@ def observed_gradients(
     present: torch.Tensor | None = None  # [batch * seq] bool, of the last forward
     if not layers:
         raise MokaError(f"observed_gradients: {type(model).__name__} has no MokA adapter.")
+    for layer in layers.values():
+        for name in layer.adapters_in_use():
+            layer.moka_config[name].require_moka("observed_gradients")
     names, first = {id(layer): name for name, layer in layers.items()}, next(iter(layers.values()))
 
     def read_mask(module: nn.Module, args: tuple, kwargs: dict) -> None:

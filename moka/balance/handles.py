@@ -68,6 +68,7 @@ class Handles:
         first = next(iter(self.layers.values()))
         self.adapter = first.adapters_in_use()[0]
         self.config = first.moka_config[self.adapter]
+        self.config.require_moka("balance")
         self.modalities = list(self.config.modalities)
         self.lr_scale = Rates(self.modalities)
         self.parts: ModalityGradients | None = None  # of the last backward, averaged over processes

@@ -66,8 +66,7 @@ def spans(
         sample: the decoded sample; says where one medium ends and the next of its kind begins.
     """
     rows = zip(*(encoded[key] for key in ("input_ids", "mm_token_type_ids", "interaction_ids", "labels")), strict=True)
-    counted = sample is not None and isinstance(processor, MokaProcessor)
-    sizes = _sizes(processor, sample) if counted else {}
+    sizes = _sizes(processor, sample) if sample is not None and isinstance(processor, MokaProcessor) else {}
     made: list[Span] = []
     position = 0
     for (type_id, group), run in groupby(rows, key=lambda row: (row[1], row[2])):

@@ -172,9 +172,10 @@ def _names(given: str | Sequence[str], allowed: Collection[str], field: str) -> 
 
 
 def adapter_kind(model: nn.Module) -> str:
-    """Return "MokA", the name of another peft method, or "none"."""
-    if adapter_config(model) is not None:
-        return "MokA"
+    """Return "MokA", the name of another method, or "none"."""
+    found = adapter_config(model)
+    if found is not None:
+        return "MokA" if found.method == "moka" else found.method
     configs = getattr(model, "peft_config", {})
     return str(next(iter(configs.values())).peft_type.value) if configs else "none"
 

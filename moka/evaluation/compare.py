@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 import moka
-from moka.config import MOKA_ONLY
+from moka.adapter.config import OF_MOKA, PRESETS
+from moka.adapter.rivals import RIVALS
+from moka.config import MOKA_ONLY, PEFT_METHODS
 from moka.data.sources import describe_source
 from moka.errors import MokaError, nearest
 from moka.io import read_json, write_json
@@ -22,14 +24,19 @@ from moka.training.run_dir import CONFIG, CONNECTOR, SUMMARY
 from .comparison import RENAMED, RESULT, summarise, write_comparison
 from .evaluate import AS_GIVEN, evaluate, open_questions, write
 
+_SETTINGS_OF_MOKA = ("uni_modal_lora", "moka_no_interaction", "moka_reversed", "moka_mean")
+_OFFICIAL = ("official-avt", "official-vt")
 # Method -> what differs in the adapter section.
 METHODS: dict[str, dict[str, Any]] = {
-    "lora": {"method": "lora"},
-    "uni_modal_lora": {"method": "moka", "share_b": False, "interaction": "none"},
-    "moka": {"method": "moka"},
-    "moka_no_interaction": {"method": "moka", "interaction": "none"},
-    "moka_reversed": {"method": "moka", "interaction": "reversed"},
-    "moka_mean": {"method": "moka", "interaction": "mean"},
+    **{name: {"method": name} for name in (*PEFT_METHODS, *RIVALS, "moka")},
+    **{name: {"method": "moka", **PRESETS[name]} for name in _SETTINGS_OF_MOKA},
+    **{
+        name: {
+            **{"method": "moka", "preset": name, "interaction": "question", "share_b": True},
+            **{key: value for key, value in PRESETS[name].items() if key != "modalities"},
+        }
+        for name in _OFFICIAL
+    },
 }
 
 
@@ -117,9 +124,14 @@ def _check(config: RunConfig, methods: list[str], seeds: int) -> None:
 
 
 def _adapter_section(config: RunConfig, method: str) -> dict[str, Any]:
-    section = {**config.to_dict()["adapter"], **METHODS[method]}
-    if section["method"] == "lora":
+    own = config.to_dict()["adapter"]
+    section = {**own, **METHODS[method]}
+    if section["method"] in PEFT_METHODS:
         return {key: value for key, value in section.items() if key not in MOKA_ONLY}
+    if section["method"] != own["method"]:
+        section.pop("method_options")
+    if section["method"] in RIVALS:
+        section = {**{key: value for key, value in section.items() if key not in OF_MOKA}, "preset": "paper"}
     return section
 
 
@@ -136,17 +148,28 @@ def _with(config: RunConfig, **changes: Any) -> RunConfig:
 
 
 def _match(config: RunConfig, adapters: dict[str, dict[str, Any]]) -> None:
-    """Set each method's rank so that its adapter has about as many parameters as MokA's."""
+    """Set each method's rank so that its adapter has about as many parameters as MokA's.
+
+    Raises:
+        MokaError: a method has more than MokA with rank 1.
+    """
     model, _ = build_model(config.model)
 
     def parameters(section: dict[str, Any]) -> int:
         return adapter_parameters(model, _with(config, adapter=section).adapter)
 
     wanted = parameters(_adapter_section(config, "moka"))
-    for section in adapters.values():
+    for method, section in adapters.items():
         ratio = section["alpha"] / section["r"]
-        # The count is proportional to the rank.
-        section["r"] = max(1, round(wanted / parameters({**section, "r": 1})))
+        # The count is a line in the rank: gates, and DoRA's magnitudes, have none.
+        first, second = (parameters({**section, "r": r}) for r in (1, 2))
+        rank = round(1 + (wanted - first) / (second - first))
+        if rank < 1:
+            raise MokaError(
+                f"--match-params: {method} has {first:,} parameters with rank 1, and moka {wanted:,} with adapter.r "
+                f"{config.adapter['r']}. Raise adapter.r, or leave {method} or --match-params out."
+            )
+        section["r"] = rank
         section["alpha"] = ratio * section["r"]
 
 

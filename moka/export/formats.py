@@ -127,6 +127,8 @@ class Source:
     def _problem(self, modality: str | None) -> str:
         """Return why this adapter cannot be exported in this format, or an empty string."""
         config, path = self.config, self.modality
+        if self.is_moka and config.method != "moka":
+            return f"an adapter of method {config.method} cannot be exported; MokA and LoRA can."
         if not self.is_moka and not isinstance(config, LoraConfig):
             return f"an adapter of type {config.peft_type} cannot be exported; MokA and LoRA can."
         if modality is not None and self.format != LORA:

@@ -350,7 +350,16 @@ def _check_preset(source: Path, config: MokaConfig, to: str) -> None:
     preset = MokaConfig.preset(to)
     weights = {config.weight_of(name) for name in config.modalities if name != "text"}
     given: dict[str, Any] = {"modalities": list(config.modalities)}
-    for name in ("scale_position", "interaction", "share_b", "text_merged", "rank_pattern", "alpha_pattern", "bias"):
+    for name in (
+        "method",
+        "scale_position",
+        "interaction",
+        "share_b",
+        "text_merged",
+        "rank_pattern",
+        "alpha_pattern",
+        "bias",
+    ):
         given[name] = getattr(config, name)
     given["interaction_weight"] = weights.pop() if len(weights) == 1 else config.interaction_weight
     given["adapt"] = config.adapt if config.adapted != list(config.modalities) else None

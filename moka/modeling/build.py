@@ -20,7 +20,7 @@ from moka.adapter import MokaConfig
 from moka.adapter.config import DEFAULT_MODALITIES, TEXT
 from moka.adapter.targets import fill_targets
 from moka.adapter.text_decoder import coverage, language_decoder
-from moka.config import MOKA_ONLY, ModelSection, RunConfig, adapter_settings
+from moka.config import MOKA_ONLY, PEFT_METHODS, ModelSection, RunConfig, adapter_settings
 from moka.errors import MokaError
 from moka.modeling import MokaForConditionalGeneration, MokaProcessor
 from moka.modeling.configuration import MokaModelConfig
@@ -147,18 +147,20 @@ def attach_adapter(model: Any, section: dict[str, Any], processor: Any = None) -
 
 def _adapter_config(model: Any, section: dict[str, Any], processor: Any = None) -> PeftConfig:
     settings: dict[str, Any] = {
-        **{key: value for key, value in adapter_settings(section).items() if key not in ("method", "preset")},
+        **{key: value for key, value in adapter_settings(section).items() if key != "preset"},
         "modules_to_save": trained_parts(model),
         "task_type": "CAUSAL_LM",
     }
-    if section.get("method") != "lora":
+    if settings["method"] not in PEFT_METHODS:
         settings["modalities"] = adapter_modalities(model)
         if isinstance(processor, ChatProcessor):
             return MokaConfig.from_processor(processor.processor, **settings)
         return MokaConfig(**settings)
+    method = settings.pop("method")
     settings = {key: value for key, value in settings.items() if key not in MOKA_ONLY}
     settings["target_modules"] = _lora_targets(model, settings["target_modules"])
-    return LoraConfig(lora_alpha=settings.pop("alpha"), lora_dropout=settings.pop("dropout"), **settings)
+    alpha, dropout = settings.pop("alpha"), settings.pop("dropout")
+    return LoraConfig(lora_alpha=alpha, lora_dropout=dropout, use_dora=method == "dora", **settings)
 
 
 def adapter_coverage(adapted: PeftModel) -> float:

@@ -166,7 +166,7 @@ class ChatProcessor(ChatCalls):
                 )
             medium = part[kind]
             if kind == "audio":
-                medium = samples_at(medium, self.sampling_rate)
+                medium = samples_at(medium, self.processor.feature_extractor.sampling_rate)
             found.setdefault(argument, []).append(medium)
         return found
 

@@ -80,10 +80,9 @@ class GradientReader(TrainerCallback):
 
 
 def modality_rows(model: Any) -> list[str]:
-    """Return the modalities of the rows of ``moka_A``; none without a MokA adapter."""
-    if not isinstance(model, PeftModel):
-        return []
-    return list(getattr(model.peft_config[model.active_adapter], "modalities", []))
+    """Return the modalities of the rows of ``moka_A``; none without a MokA adapter, and none of another method."""
+    config: Any = model.peft_config[model.active_adapter] if isinstance(model, PeftModel) else None
+    return list(getattr(config, "modalities", [])) if getattr(config, "method", None) == "moka" else []
 
 
 def media_part(name: str) -> tuple[str, str] | None:
@@ -93,16 +92,16 @@ def media_part(name: str) -> tuple[str, str] | None:
 
 
 def norms_by_part(norms: dict[str, list[float] | None], rows: list[str]) -> dict[str, float]:
-    """Return the norm of the gradient by part: A/MODALITY (A with LoRA), B, projector/MODALITY, encoder/MODALITY, other."""
+    """Return the norm of the gradient by part: A/MODALITY (A with other methods), B, projector/MODALITY, encoder/MODALITY, other."""
     squares: dict[str, float] = {}
     for name, values in norms.items():
         media, dotted = media_part(name), f".{name}"
         for index, value in enumerate(values or []):
             if media is not None:
                 part = "/".join(media)
-            elif ".moka_A." in dotted:
+            elif ".moka_A." in dotted and rows:
                 part = f"A/{rows[index]}"
-            elif ".lora_A." in dotted:
+            elif ".lora_A." in dotted or ".moka_A." in dotted:
                 part = "A"
             else:
                 part = "B" if ".moka_B." in dotted or ".lora_B." in dotted else "other"

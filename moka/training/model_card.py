@@ -22,7 +22,17 @@ from moka.modeling.hf_model import model_inputs
 from .distributed_backend import in_words
 from .run_dir import RunFolder
 
-_NAMES = {"moka": "MokA (https://arxiv.org/abs/2506.05191)", "lora": "LoRA"}
+_NAMES = {
+    "moka": "MokA (https://arxiv.org/abs/2506.05191)",
+    "lora": "LoRA",
+    "dora": "DoRA (https://arxiv.org/abs/2402.09353)",
+    "multiple_lora": "Multiple LoRA (several LoRAs for every token)",
+    "loramoe": "LoRAMoE (https://arxiv.org/abs/2312.09979)",
+    "hydralora": "HydraLoRA (https://arxiv.org/abs/2404.19245)",
+    "uni_mm_lora": "Uni-modal + multimodal LoRA (https://arxiv.org/abs/2506.05191)",
+    "uni_mm_lora_gate": "Uni-modal + multimodal LoRA with a gate (https://arxiv.org/abs/2506.05191)",
+    "imod": "IMoD (CVPR 2026; experimental)",
+}
 # Panels of a plot: prefixes of the logged keys, label, settings of the axis.
 Panels = list[tuple[tuple[str, ...], str, dict[str, Any]]]
 _LOSS: Panels = [(("loss", "eval_loss"), "loss", {}), (("learning_rate",), "learning rate", {})]

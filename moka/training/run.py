@@ -11,6 +11,7 @@ import transformers
 from peft import PeftModel
 from transformers.trainer_utils import IntervalStrategy
 
+from moka.adapter.wrapping import set_auxiliary_scale
 from moka.balance import build_strategies
 from moka.config import DATA, SECTIONS, RunConfig
 from moka.data import Collator, EncodedDataset, MediaDecoding
@@ -129,6 +130,7 @@ def _train(run: Run, stage: int, module: torch.nn.Module) -> dict[str, torch.Ten
         )
     _note_batch(run, stage, resumed=checkpoint is not None)
     trainer = _trainer(run, stage, module, step)
+    set_auxiliary_scale(module, 1 / arguments.gradient_accumulation_steps)
     if checkpoint is not None and is_main():
         print_changes(checkpoint, arguments.world_size, trainer.data_fingerprint, f"data.{DATA[stage]}")
     trainer.add_callback(BackendNote(trainer, stage, run.engines))

@@ -42,8 +42,8 @@ def strong_(model, seed: int = 1):
     """Random A and B, large enough that the adapter and its interaction clearly change the logits."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if "moka_A" in name or "moka_B" in name:
-            std = 0.3 if "moka_A" in name else 0.1
+        if ".moka_" in name:
+            std = 0.1 if "moka_B" in name else 0.3
             parameter.data = (torch.randn(parameter.shape, generator=generator) * std).to(parameter)
     return model
 

@@ -20,6 +20,7 @@ from moka.data.schema import media_parts
 from moka.data.sources import open_samples
 from moka.errors import MokaError
 from moka.modeling import build
+from moka.modeling.hf_model import load_chat_processor
 from moka.training import config_from_dict
 
 
@@ -342,3 +343,27 @@ def test_formats_are_listed_and_explained(moka, refused):
         assert format.about in out
         assert all(field in out for field in [*format.fields, *format.options, *format.splits])
     assert "Did you mean 'messages'" in refused("data", "formats", "mesages")
+
+
+def test_data_of_a_hugging_face_model(moka, folder, tmp_path):
+    config = tmp_path / "run.yaml"
+    data = {"train": str(folder / "data.jsonl")}
+    model = {"kind": "hf", "name": "Qwen/Qwen2.5-Omni-7B"}
+    config.write_text(yaml.safe_dump({"stages": [2], "model": model, "data": data}))
+    done = moka("data", "check", config, "--tiny", "--json", tmp_path / "report.json")
+    assert done.code == 0, done.err[-500:]
+    (found,) = json.loads((tmp_path / "report.json").read_text())
+    assert found["good"] == found["samples"] == 8
+    samples = open_samples(data["train"], "train")
+    processor = load_chat_processor("tiny:Qwen2.5-Omni")
+    lengths = [len(processor.encode(MediaDecoding().decode_sample(one)["messages"])["input_ids"]) for one in samples]
+    assert (found["tokens"]["min"], found["tokens"]["max"]) == (min(lengths), max(lengths))
+    assert f"{lengths[1]} tokens" in moka("data", "show", config, "--tiny", "--index", 1).out
+
+    (folder / "2.png").write_bytes(b"no picture")
+    (folder / "3.wav").unlink()
+    done = moka("data", "check", config, "--tiny", "--json", tmp_path / "bad.json")
+    assert done.code == 1
+    (found,) = json.loads((tmp_path / "bad.json").read_text())
+    assert [problem["index"] for problem in found["problems"]["decoding"]] == [2]
+    assert [problem["index"] for problem in found["problems"]["missing"]] == [3]
