@@ -138,7 +138,7 @@ def test_a_processor_is_made_without_the_backbones_weights(tiny_config, tmp_path
     assert {parameter.device.type for parameter in skeleton.parameters()} == {"meta"}
     assert ours.modalities == processor.modalities
     assert (ours.vocab_size, ours.end_token_id) == (processor.vocab_size, processor.end_token_id)
-    assert build.context_length(section, skeleton.config) == build.context_length(section, model)
+    assert build.context_length(section, skeleton.config) == build.context_length(section, model.config)
     picture = {"role": "user", "content": [{"type": "image", "image": Image.new("L", (9, 9), 9)}]}
     for name, value in ours.encode([picture]).items():
         np.testing.assert_array_equal(value, processor.encode([picture])[name])
