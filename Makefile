@@ -43,7 +43,7 @@ test-oldest: $(VENV)-oldest/.versions
 # Upgrades first, every time: what is newest changes.
 test-newest: $(VENV)-newest/.versions
 	$(VENV)-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade -c $(VENV)-newest/constraints.txt peft transformers accelerate
-	OMP_NUM_THREADS=1 $(VENV)-newest/bin/python -m pytest -n 2 --dist loadfile -q -m "not slow" tests/adapter
+	OMP_NUM_THREADS=1 $(VENV)-newest/bin/python -m pytest -n 2 --dist loadfile -q -m "not slow" tests/adapter tests/modeling tests/test_inference.py
 
 # Each program in an environment of its own, as their requirements exclude each other; not part of the other tests.
 test-integrations: $(VENV)-ms-swift/.installed $(VENV)-axolotl/.installed $(VENV)-lmms-eval/.installed

@@ -47,9 +47,9 @@ def connect(use_cpu: bool = False) -> torch.device:
 
 
 def default_device() -> torch.device:
-    """Return the accelerator of this machine (CUDA, MPS, XPU, NPU, ...), or the CPU if there is none."""
+    """Return the accelerator of this process (CUDA, MPS, XPU, NPU, ...), or the CPU if there is none."""
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return found or torch.device("cpu")
+    return torch.device("cpu") if found is None else torch.device(found.type, torch.accelerator.current_device_index())
 
 
 def is_main() -> bool:

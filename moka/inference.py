@@ -412,6 +412,26 @@ def load(
     return LoadedModel(model.to(device).eval(), processor, folder)
 
 
+def share_equal_weights(models: Sequence[LoadedModel]) -> int:
+    """Let models hold their equal tensors once, such as those of one backbone with several adapters; return the bytes saved.
+
+    Only for answering: training one of them would change the others.
+    """
+    saved, kept = 0, dict[tuple[Any, ...], list[torch.nn.Parameter]]()
+    for loaded in models:
+        for name, parameter in loaded.model.named_parameters():
+            others = kept.setdefault(
+                (name.replace(".base_layer", ""), parameter.shape, parameter.dtype, parameter.device), []
+            )
+            same = next((other for other in others if torch.equal(other, parameter)), None)
+            if same is None:
+                others.append(parameter)
+            elif same.data_ptr() != parameter.data_ptr():
+                parameter.data = same.data
+                saved += parameter.nbytes
+    return saved
+
+
 def load_ensemble(runs: Sequence[str | Path], **kwargs: Any) -> Ensemble:
     """Load runs that were trained on one modality each, by ``single_modality`` in their ``balance``, as one model.
 

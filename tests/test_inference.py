@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import moka
 from moka.demo.digit_tasks import EmbeddedTask
 from moka.errors import MokaError
+from moka.inference import share_equal_weights
 from moka.modeling.build import build_model
 from moka.training import config_from_dict, run_training
 
@@ -247,3 +248,20 @@ def test_a_run_loads_in_another_dtype_and_is_still_known_by_its_backbone(trained
     assert loaded.model.get_base_model().language_model.dtype == torch.bfloat16
     full = moka.load(trained_run).model.get_base_model()
     assert loaded.model.get_base_model().backbone_fingerprint() == full.backbone_fingerprint()
+
+
+def test_models_of_one_backbone_keep_it_once_and_answer_as_before(trained_run, lora_run):
+    models = [moka.load(trained_run), moka.load(lora_run), moka.load(trained_run)]
+    question = "which digit is written"
+    before = [one.generate(question, max_new_tokens=4) for one in models]
+    own = [{name: p.detach().clone() for name, p in one.model.named_parameters()} for one in models]
+    saved = share_equal_weights(models)
+    backbone = [one.model.get_base_model().language_model for one in models]
+    embeddings = [one.get_input_embeddings().weight for one in backbone]
+    assert len({weight.data_ptr() for weight in embeddings}) == 1
+    whole = sum(p.nbytes for p in models[2].model.parameters())
+    assert saved >= whole + sum(w.nbytes for w in embeddings[:1])
+    assert share_equal_weights(models) == 0
+    for one, mine in zip(models, own, strict=True):
+        assert all(torch.equal(parameter, mine[name]) for name, parameter in one.model.named_parameters())
+    assert [one.generate(question, max_new_tokens=4) for one in models] == before

@@ -1,7 +1,7 @@
 """Serve trained models over HTTP, as OpenAI's chat completions.
 
   moka serve runs/quickstart                               http://127.0.0.1:8000/v1, the model's name is quickstart
-  moka serve digits=runs/quickstart photos=runs/photos     two models by name
+  moka serve digits=runs/quickstart photos=runs/photos     two models by name; one backbone is kept once
   moka serve runs/quickstart --host 0.0.0.0 --api-key-file key.txt
 
 Any client of that interface asks it; pictures, sounds and videos come inside the request. docs/serving.md has examples.
@@ -49,6 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
     import uvicorn
 
     import moka
+    from moka.inference import LoadedModel, share_equal_weights
     from moka.serving import Limits, build_app
 
     named = dict(_named(word) for word in arguments.runs)
@@ -64,7 +65,12 @@ def run(arguments: argparse.Namespace) -> None:
     transformers.utils.logging.disable_progress_bar()
     options = {"device": arguments.device, "backbone": arguments.backbone, "quantization": quantization(arguments)}
     with _listening(arguments.host, arguments.port) as listening:  # before models are loaded, which takes a while
-        models = {name: moka.load(folder, **options) for name, folder in named.items()}
+        models: dict[str, LoadedModel] = {}
+        for name, folder in named.items():
+            models[name] = moka.load(folder, **options)
+            saved = share_equal_weights(list(models.values()))
+            if saved:
+                print(f"{name}: {saved / 1e6:,.0f} MB are those of a model before it, and are kept once")
         app = build_app(models, Limits(*given), key)
         address, port = listening.getsockname()[:2]
         if key is None and not ipaddress.ip_address(address).is_loopback:

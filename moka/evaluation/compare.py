@@ -21,7 +21,7 @@ from moka.modeling.build import adapter_parameters, build_model
 from moka.training import RunConfig, config_from_dict, load_config, run_training
 from moka.training.run_dir import CONFIG, CONNECTOR, SUMMARY
 
-from .comparison import RENAMED, RESULT, summarise, write_comparison
+from .comparison import FORMAT, RESULT, summarise, write_comparison
 from .evaluate import AS_GIVEN, evaluate, open_questions, write
 
 _SETTINGS_OF_MOKA = ("uni_modal_lora", "moka_no_interaction", "moka_reversed", "moka_mean")
@@ -74,6 +74,7 @@ def compare(
 
     def result() -> dict[str, Any]:
         return {
+            "format": FORMAT,
             "data": describe_source(config.data.test),
             "seeds": numbers,
             "matched_parameters": match_params,
@@ -106,11 +107,10 @@ def compare(
 def _check(config: RunConfig, methods: list[str], seeds: int) -> None:
     """Refuse what would fail, or compare nothing, after hours of training."""
     unknown = next((method for method in methods if method not in METHODS), "")
-    renamed = f"; it is called {RENAMED[unknown]!r}, as in the paper" if unknown in RENAMED else ""
     problems = {
         f"--methods: name each method once; got {', '.join(methods) or 'none'}.": len({*methods})
         < max(1, len(methods)),
-        f"--methods: unknown {unknown!r}{renamed}; known: {', '.join(METHODS)}.{nearest(unknown, METHODS)}": unknown,
+        f"--methods: unknown {unknown!r}; known: {', '.join(METHODS)}.{nearest(unknown, METHODS)}": unknown,
         f"--seeds: at least 1 is expected, got {seeds}.": seeds < 1,
         "data.test is not set, and a comparison is made on it.": config.data.test is None,
         f"stages: {config.stages} trains no adapter to compare; set stages: [1, 2] or [2].": 2 not in config.stages,

@@ -15,7 +15,8 @@ from .tables import Table
 
 RESULT, MARKDOWN, LATEX = "comparison.json", "comparison.md", "comparison.tex"
 REFERENCE = "moka"  # what the others are compared with
-# Methods of older results -> their names now.
+FORMAT = 2
+# Methods of results without a format -> their names now.
 RENAMED = {"multiple_lora": "uni_modal_lora"}
 
 
@@ -132,7 +133,8 @@ def read_comparison(folder: str | Path) -> dict[str, Any]:
         problem = f"has a {RESULT} in which methods are no comparison, or damaged. Run the comparison again"
     if problem:
         raise MokaError(f"{folder} {problem}.")
-    result["methods"] = {RENAMED.get(name, name): summary for name, summary in result["methods"].items()}
-    for missing in result.get("missing", []):
-        missing["method"] = RENAMED.get(missing["method"], missing["method"])
+    if "format" not in result:
+        result["methods"] = {RENAMED.get(name, name): summary for name, summary in result["methods"].items()}
+        for missing in result.get("missing", []):
+            missing["method"] = RENAMED.get(missing["method"], missing["method"])
     return result

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor, BitsAndBytesConfig, PreTrainedConfig
 
 from moka.adapter import MokaConfig
+from moka.distributed import default_device
 from moka.errors import MokaError
 from moka.io import read_json
 
@@ -87,7 +88,7 @@ def load_mllm(
         if quantization == "nf4":
             settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
             settings["bnb_4bit_use_double_quant"] = True
-        where = device or (f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu")
+        where = device or default_device()
         extra |= {"quantization_config": BitsAndBytesConfig(**settings), "device_map": {"": where}}
     processor = load_chat_processor(name, interaction)
     if name.startswith("tiny:"):

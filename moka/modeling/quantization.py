@@ -17,6 +17,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.utils import is_bitsandbytes_available
 
+from moka.distributed import default_device
 from moka.errors import MokaError, nearest
 
 from .language_models import HUB_ARGUMENTS, create_language_model, decoder_config, load_config, load_language_model
@@ -74,13 +75,11 @@ def load_quantized(
             "bnb_4bit_quant_storage": torch.uint8,
         }
         settings["llm_int8_skip_modules"] = _left_out(backbone, config)
-    if device is None:
-        device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
     model = load_language_model(
         backbone,
         dtype=dtype,
         quantization_config=BitsAndBytesConfig(**settings),
-        device_map={"": device},
+        device_map={"": device or default_device()},
         **kwargs,
     )
     layer: Any

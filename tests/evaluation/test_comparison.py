@@ -111,6 +111,8 @@ def test_an_older_result_is_read_with_the_names_of_now(tmp_path):
     old = {**COMPLETE, "methods": {"multiple_lora": COMPLETE["methods"]["lora"], "moka": COMPLETE["methods"]["moka"]}}
     (tmp_path / "comparison.json").write_text(json.dumps(old))
     assert list(read_comparison(tmp_path)["methods"]) == ["uni_modal_lora", "moka"]
+    (tmp_path / "comparison.json").write_text(json.dumps({**old, "format": 2}))
+    assert list(read_comparison(tmp_path)["methods"]) == ["multiple_lora", "moka"]
 
 
 def test_method_names_are_escaped_in_latex():

@@ -26,8 +26,9 @@ def gpu(monkeypatch):
 def test_the_accelerator_that_there_is_is_used(tmp_path, monkeypatch, kind):
     """torch and accelerate name it; only a machine without any is told to use the CPU."""
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: kind is not None)
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(kind or "cpu"))
-    assert default_device() == torch.device(kind or "cpu")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(kind) if kind else None)
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 1)
+    assert default_device() == torch.device(f"{kind}:1" if kind else "cpu")
     assert training_arguments({}, tmp_path).use_cpu is (kind is None)
     assert training_arguments({"use_cpu": True}, tmp_path).use_cpu
 
