@@ -119,12 +119,12 @@ def build_page(
 
 def _medium(kind: str) -> Any:
     """Return the input for a medium; its value is the path of the uploaded file, as it is."""
-    label, own = LABELS[kind].capitalize(), {"elem_id": kind}
+    label = LABELS[kind].capitalize()
     if kind == "audio":
-        return gr.Audio(sources=["upload", "microphone"], type="filepath", label=label, **own)
+        return gr.Audio(sources=["upload", "microphone"], type="filepath", label=label, elem_id=kind)
     if kind == "video":
-        return gr.Video(sources=["upload", "webcam"], label=label, height=240, **own)
-    picture = gr.Image(sources=["upload", "webcam"], type="filepath", label=label, height=240, **own)
+        return gr.Video(sources=["upload", "webcam"], label=label, height=240, elem_id=kind)
+    picture = gr.Image(sources=["upload", "webcam"], type="filepath", label=label, height=240, elem_id=kind)
     # Gradio would open the file itself, and answer a file that is no picture with a traceback.
     setattr(picture, "preprocess", lambda payload: payload and payload.path)  # noqa: B010
     return picture
@@ -260,7 +260,8 @@ def write_examples(
     Returns:
         rows of the path or None of each of `media_kinds`, and the question.
     """
-    kinds, rows = media_kinds(loaded), []
+    kinds = media_kinds(loaded)
+    rows: list[list[str | None]] = []
     for number in range(len(samples)):
         if len(rows) == most:
             break
