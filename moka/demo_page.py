@@ -82,7 +82,7 @@ def build_page(
                     elem_id="use",
                 )
             with gr.Column():
-                shown = gr.Chatbot(label="Chat", height=360, elem_id="chat")
+                shown = gr.Chatbot(label="Chat", height=360, render_markdown=False, elem_id="chat")
                 question = gr.Textbox(label="Question", placeholder="Ask something", elem_id="question")
                 with gr.Row():
                     ask = gr.Button("Ask", variant="primary", elem_id="ask")
@@ -105,6 +105,7 @@ def build_page(
                 given,
                 [shown, chat, counts, question],
                 api_name="ask",
+                show_progress_on=counts,
                 **one_at_a_time,
             )
         ]
