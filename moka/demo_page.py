@@ -95,7 +95,8 @@ def build_page(
         table = gr.Dataframe(headers=COLUMNS, interactive=False, wrap=True, label="Compared", elem_id="compared")
         pictures = gr.HTML(elem_id="pictures")
         if examples:
-            gr.Examples([list(row) for row in examples], [*media, question], label="From the run's test data")
+            rows = gr.Examples([list(row) for row in examples], [*media, question], label="From the run's test data")
+            rows.dataset.click(lambda: ([], [], ""), None, [shown, chat, counts], api_visibility="private")
 
         given = [question, use, chat, *media]
         asked = [
@@ -111,6 +112,7 @@ def build_page(
         ]
         asked += [compare.click(asking.compare, given, table, api_name="compare", **one_at_a_time)]
         asked += [maps.click(asking.maps, given, pictures, api_name="maps", **one_at_a_time)]
+        shown.clear(lambda: ([], ""), None, [chat, counts], api_visibility="private")
         stop.click(None, cancels=asked, api_visibility="private")
         clear.click(
             lambda: ([], [], "", None, ""), None, [shown, chat, counts, table, pictures], api_visibility="private"
