@@ -12,8 +12,12 @@ def run(program, *arguments):
     return subprocess.run([sys.executable, *program, *arguments], capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize("words", [["--help"], ["--version"], ["demo", "--help"]], ids=" ".join)
-def test_help_does_not_import_torch(words):
+@pytest.mark.parametrize(
+    "words",
+    [["--help"], ["--version"], ["demo", "--help"], ["data", "formats"], ["data", "formats", "pope"]],
+    ids=" ".join,
+)
+def test_help_and_lists_do_not_import_torch(words):
     program = "import sys; sys.argv = ['moka', *sys.argv[1:]]; sys.orig_argv[1:] = ['-m', 'moka']\n"
     program += "try:\n    from moka.cli.main import main\n    main()\n"
     program += "finally:\n    print(sorted({'torch', 'transformers', 'peft', 'gradio'} & set(sys.modules)))\n"
