@@ -30,6 +30,9 @@ export GOMP_SPINCOUNT ?= 2000
 quickstart: $(VENV)/.demo
 	$(BIN)/moka train $(CONFIG) output.dir=$(RUN) --overwrite
 	$(BIN)/moka eval $(RUN)
+	@echo 'ask it:         $(BIN)/moka generate $(RUN) --image digit.png --audio digit.wav "What is the sum of both digits?"'
+	@echo 'open its page:  $(BIN)/pip install -c constraints.txt gradio && $(BIN)/moka demo $(RUN)'
+	@echo 'diagnose it:    $(BIN)/moka diagnose $(RUN)'
 
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q -m "not slow"

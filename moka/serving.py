@@ -17,16 +17,13 @@ import base64
 import binascii
 import hmac
 import json
-import threading
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
-
+from moka.answer import Answer
 from moka.errors import MokaError
 from moka.inference import LoadedModel
 from moka.type_checks import check_types
@@ -169,105 +166,10 @@ def _part(part: Any, where: str) -> dict[str, Any]:
     return {"type": known[kind], known[kind]: medium}
 
 
-class _Ending(StoppingCriteria):
-    """Ends an answer when nobody waits for it, at a stop text, or when its time is over."""
-
-    def __init__(self, seconds: float) -> None:
-        self.deadline = time.monotonic() + seconds
-        self.asked = threading.Event()
-
-    @property
-    def late(self) -> bool:
-        return time.monotonic() > self.deadline
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        over = self.asked.is_set() or self.late
-        return torch.full((len(input_ids),), over, dtype=torch.bool, device=input_ids.device)
-
-
-@dataclass
-class Answer:
-    """One answer as it is computed: iterate over its texts, then read the numbers."""
-
-    loaded: LoadedModel
-    request: ChatRequest
-    limits: Limits
-    prompt_tokens: int = 0
-    new_tokens: int = 0
-    reason: str = "stop"
-    ending: _Ending = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.ending = _Ending(self.limits.seconds)
-
-    def texts(self) -> Generator[str, None, None]:
-        """Yield the answer's text in parts, as soon as they are sure.
-
-        Raises:
-            MokaError: a medium that cannot be read, a chat that is too long, or an answer that takes too long.
-        """
-        most = self.request.new_tokens(self.limits)
-        batch = self.loaded.encode([read_chat(self.request.messages)], most, ["the request"])
-        self.prompt_tokens = int(batch["input_ids"].shape[1])
-        tokenizer: Any = self.loaded.processor.tokenizer
-        streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        result: list[Any] = []
-
-        def run() -> None:
-            try:
-                if self.request.seed is not None:
-                    torch.manual_seed(self.request.seed)
-                criteria = StoppingCriteriaList([self.ending])
-                options = {"streamer": streamer, "stopping_criteria": criteria, **self.request.sampling()}
-                result.append(self.loaded.generate_tokens(batch, most, **options))
-            except Exception as error:  # raised again in the thread that reads
-                result.append(error)
-            finally:
-                streamer.end()
-
-        thread = threading.Thread(target=run, daemon=True)
-        thread.start()
-        try:
-            yield from _until_stop(streamer, self.request.stops, self.ending)
-        finally:
-            self.ending.asked.set()
-            thread.join()
-        if isinstance(result[0], Exception):
-            raise result[0]
-        self.new_tokens = int(result[0].shape[1])
-        if self.ending.late:
-            raise MokaError(f"The answer took longer than {self.limits.seconds:g} s. Ask for a shorter one.")
-        ends = self.loaded.model.generation_config.eos_token_id
-        last = int(result[0][0, -1]) if self.new_tokens else None
-        if self.new_tokens >= most and last not in (ends if isinstance(ends, list) else [ends]):
-            self.reason = "length"
-
-    @property
-    def usage(self) -> dict[str, int]:
-        """Tokens, as OpenAI names them; a medium counts as its placeholders."""
-        total = self.prompt_tokens + self.new_tokens
-        return {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.new_tokens, "total_tokens": total}
-
-
-def _until_stop(texts: Iterator[str], stops: list[str], ending: _Ending) -> Iterator[str]:
-    """Yield ``texts`` up to the first stop text, without white space around the whole, as ``processor.decode`` returns it."""
-    kept, begun = "", False
-    longest = max(map(len, stops), default=1) - 1
-    for text in texts:
-        kept += text
-        if not begun:
-            kept = kept.lstrip()
-        found = min((place for stop in stops if (place := kept.find(stop)) >= 0), default=None)
-        if found is not None:
-            ending.asked.set()
-            kept = kept[:found]
-            break
-        sure = kept[: max(len(kept) - longest, 0)].rstrip()
-        if sure:
-            begun, kept = True, kept[len(sure) :]
-            yield sure
-    if kept.rstrip():
-        yield kept.rstrip()
+def usage(answer: Answer) -> dict[str, int]:
+    """Return the tokens of an answer, as OpenAI names them; a medium counts as its placeholders."""
+    total = answer.prompt_tokens + answer.new_tokens
+    return {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.new_tokens, "total_tokens": total}
 
 
 def build_app(models: dict[str, LoadedModel], limits: Limits | None = None, api_key: str | None = None) -> FastAPI:
@@ -313,10 +215,19 @@ def build_app(models: dict[str, LoadedModel], limits: Limits | None = None, api_
         if asked.model not in models:
             names = ", ".join(models)
             raise _Refused(404, f"model {asked.model!r} is not served; there is {names}.", "model_not_found")
-        asked.new_tokens(limits)
+        most = asked.new_tokens(limits)
         if len(here) >= limits.waiting:
             raise _Refused(429, f"{len(here)} requests are here already; try again later.", "rate_limit_exceeded")
-        answer = Answer(models[asked.model], asked, limits)
+        answer = Answer(
+            models[asked.model],
+            read_chat(asked.messages),
+            most,
+            limits.seconds,
+            stops=asked.stops,
+            seed=asked.seed,
+            options=asked.sampling(),
+            name="the request",
+        )
         about: dict[str, Any] = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -332,7 +243,7 @@ def build_app(models: dict[str, LoadedModel], limits: Limits | None = None, api_
             await texts.aclose()
             raise
         if asked.stream:
-            events = _events(answer, about, first, texts)
+            events = _events(answer, asked, about, first, texts)
             return StreamingResponse(
                 _finally(events, texts, lambda: here.discard(about["id"])), media_type="text/event-stream"
             )
@@ -345,7 +256,7 @@ def build_app(models: dict[str, LoadedModel], limits: Limits | None = None, api_
             await texts.aclose()
         message = {"role": "assistant", "content": "".join(parts)}
         choice = {"index": 0, "message": message, "finish_reason": answer.reason, "logprobs": None}
-        return {**about, "object": "chat.completion", "choices": [choice], "usage": answer.usage}
+        return {**about, "object": "chat.completion", "choices": [choice], "usage": usage(answer)}
 
     return app
 
@@ -378,7 +289,7 @@ async def _json_body(request: Request, limits: Limits) -> Any:
 async def _read(answer: Answer, one_at_a_time: asyncio.Semaphore) -> AsyncGenerator[str, None]:
     """Yield the texts of an answer without holding up other requests; its computation ends when this is closed."""
     async with one_at_a_time:
-        answer.ending.deadline = time.monotonic() + answer.limits.seconds
+        answer.ending.deadline = time.monotonic() + answer.seconds
         texts, step = answer.texts(), None
         try:
             while True:
@@ -407,7 +318,7 @@ async def _unless_gone(request: Request, answer: Answer, step: Any) -> str | Non
 
 
 async def _events(
-    answer: Answer, about: dict[str, Any], first: str | None, texts: AsyncIterator[str]
+    answer: Answer, asked: ChatRequest, about: dict[str, Any], first: str | None, texts: AsyncIterator[str]
 ) -> AsyncIterator[str]:
     """Yield the server-sent events of an answer."""
 
@@ -423,8 +334,8 @@ async def _events(
         yield _line(_Refused(400, str(error)).body)
         return
     yield event({}, answer.reason)
-    if (answer.request.stream_options or {}).get("include_usage"):
-        yield _line({**about, "object": "chat.completion.chunk", "choices": [], "usage": answer.usage})
+    if (asked.stream_options or {}).get("include_usage"):
+        yield _line({**about, "object": "chat.completion.chunk", "choices": [], "usage": usage(answer)})
     yield "data: [DONE]\n\n"
 
 

@@ -20,9 +20,10 @@ import uvicorn
 from PIL import Image
 
 import moka
+from moka.answer import Answer, _Ending, _until_stop
 from moka.cli.serve import _key, _named
 from moka.errors import MokaError
-from moka.serving import Answer, ChatRequest, Limits, _Ending, _until_stop, build_app
+from moka.serving import ChatRequest, Limits, build_app
 
 KEY = "secret"
 

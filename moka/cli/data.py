@@ -8,33 +8,22 @@ moka data formats [NAME]                        the published layouts that can b
 
 from __future__ import annotations
 
+# `moka data formats` does not wait for torch: what needs it is imported where it is used.
 import argparse
 from inspect import cleandoc
 from pathlib import Path
 from textwrap import indent
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import yaml
-from rich.console import Console
-from rich.table import Table
-
-from moka.config import DataSection, RunConfig
-from moka.data.check import PROBLEMS, CheckReport, check_samples, spread
-from moka.data.convert import MEDIA_MODES, convert, write_manifest
+from moka.data.convert import MEDIA_MODES
 from moka.data.formats import FORMATS
-from moka.data.media import MediaDecoding
-from moka.data.preview import printable, show, spans
-from moka.data.sources import attribution, open_samples
 from moka.errors import MokaError, nearest
-from moka.io import write_json, write_text
-from moka.modeling.build import build_processor, context_length
-from moka.modeling.hf_model import load_chat_processor, load_mllm_config
-from moka.modeling.hf_processing import ChatProcessor
-from moka.modeling.processing import MokaProcessor, TooLongError
-from moka.training import load_config
-from moka.yaml_files import load_yaml
 
-from .train import with_tiny
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from moka.config import DataSection, RunConfig
+    from moka.data.check import CheckReport
 
 SPLITS = ("train", "alignment", "validation", "test")
 
@@ -75,6 +64,14 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
 
 def check(arguments: argparse.Namespace) -> None:
     """Exit code 0: no problem found; 1: some were."""
+    from moka.data.check import check_samples
+    from moka.data.convert import write_manifest
+    from moka.data.media import MediaDecoding
+    from moka.io import write_json
+    from moka.training import load_config
+
+    from .train import with_tiny
+
     config = load_config(arguments.config, with_tiny(arguments))
     splits = _splits(config.data, arguments.split)
     if arguments.manifest and len(splits) > 1:
@@ -106,8 +103,11 @@ def check(arguments: argparse.Namespace) -> None:
         raise SystemExit(1)
 
 
-def _processor(config: RunConfig) -> tuple[MokaProcessor | ChatProcessor, dict[str, Any], int | None]:
+def _processor(config: RunConfig) -> tuple[Any, dict[str, Any], int | None]:
     """Return the processor, its encoders without weights (of a Hugging Face model none), and the longest sample in tokens."""
+    from moka.modeling.build import build_processor, context_length
+    from moka.modeling.hf_model import load_chat_processor, load_mllm_config
+
     if config.model.kind == "hf":
         assert config.model.name is not None
         limit = context_length(config.model, load_mllm_config(config.model.name))
@@ -126,6 +126,13 @@ def _add_show(parser: argparse.ArgumentParser) -> None:
 
 
 def show_samples(arguments: argparse.Namespace) -> None:
+    from moka.data.media import MediaDecoding
+    from moka.data.preview import show, spans
+    from moka.modeling.processing import TooLongError
+    from moka.training import load_config
+
+    from .train import with_tiny
+
     config = load_config(arguments.config, with_tiny(arguments))
     _splits(config.data, arguments.split)
     samples = _open(config, arguments.split)
@@ -180,6 +187,13 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
 
 
 def convert_source(arguments: argparse.Namespace) -> None:
+    import yaml
+
+    from moka.data.convert import convert
+    from moka.data.sources import attribution, open_samples
+    from moka.io import write_text
+    from moka.yaml_files import load_yaml
+
     source, root = arguments.source, arguments.root
     options = list(arguments.overrides)
     if arguments.format and source and "=" in source and not Path(source).exists():
@@ -264,6 +278,8 @@ def _splits(data: DataSection, wanted: str) -> list[str]:
 
 def _open(config: RunConfig, split: str) -> Any:
     """Return the samples as the run will read them, media undecoded."""
+    from moka.data.sources import open_samples
+
     data = config.data
     return open_samples(
         getattr(data, split),
@@ -283,6 +299,10 @@ def _positive(text: str) -> int:
 
 
 def _show_report(report: CheckReport, notes: list[str], limit: int) -> None:
+    from rich.console import Console
+
+    from moka.data.preview import printable
+
     console = Console()
     console.print(_table(report))
     for note in notes:
@@ -294,6 +314,10 @@ def _show_report(report: CheckReport, notes: list[str], limit: int) -> None:
 
 
 def _table(report: CheckReport) -> Table:
+    from rich.table import Table
+
+    from moka.data.check import PROBLEMS
+
     table = Table(title=f"{report.name}: {len(report.good)} of {report.samples} samples are good", title_justify="left")
     table.add_column("what")
     table.add_column("found", overflow="fold")
@@ -323,11 +347,15 @@ def _table(report: CheckReport) -> Table:
 
 
 def _counted(counts: Any, most: int = 12) -> str:
+    from moka.data.preview import printable
+
     text = ", ".join(f"{printable(name)}: {count}" for name, count in counts.most_common(most))
     return text + (f", ... {len(counts) - most} more" if len(counts) > most else "") or "-"
 
 
 def _spread(values: list[int]) -> str:
+    from moka.data.check import spread
+
     return ", ".join(f"{name} {value}" for name, value in spread(values).items()) or "-"
 
 

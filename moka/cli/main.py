@@ -33,6 +33,7 @@ COMMANDS = {
     "train": ("train", "train connectors (stage 1) and an adapter (stage 2)"),
     "generate": ("generate", "answer a question about pictures, sounds and videos"),
     "serve": ("serve", "serve models over HTTP, as OpenAI's chat completions"),
+    "demo": ("demo", "open a page in the browser to ask a trained run"),
     "eval": ("evaluate", "measure a trained run on unseen questions"),
     "diagnose": ("diagnose", "measure which modality a model uses, and write a report"),
     "score": ("score", "score a file of predictions on a benchmark"),

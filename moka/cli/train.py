@@ -72,6 +72,17 @@ def run(arguments: argparse.Namespace) -> None:
     if is_main():
         after = f"moka eval {folder}" if 2 in config.stages else f"stages=[2] model.connectors=[{folder / CONNECTOR}]"
         print(f"done: {folder}  (next: {after})")
+        if 2 in config.stages:
+            print(ways_to_ask(folder))
+
+
+def ways_to_ask(folder: Path) -> str:
+    """Return the commands that ask and look into a finished run, a line each."""
+    return (
+        f'ask it:         moka generate {folder} "..."   (with --image, --audio or --video FILE)\n'
+        f"open its page:  moka demo {folder}\n"
+        f"diagnose it:    moka diagnose {folder}"
+    )
 
 
 def _check_folder(path: str, arguments: argparse.Namespace) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import wave
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from moka.modeling.media import AudioFeatures, Waveform
 SIDE, FRAMES = 256, 4  # pixels of the longer side of a picture; pictures of a video
 SECONDS, RATE = 6, 8000  # of a sound: 96 kB
 MAPS, WORDS = 4, 3  # pictures with maps, and words of the question for each
+NO_GRID = "the tokens of a picture have no place in it (a projector that mixes them)"
 
 
 def examples_of(messages: Sequence[dict]) -> list[dict[str, str]]:
@@ -74,13 +75,18 @@ def _sound(medium: Any) -> dict[str, str]:
         return _unshown(medium)
     cut = Waveform(medium.samples[: SECONDS * medium.rate], medium.rate)
     cut = Waveform(resample(cut.samples, cut.rate, RATE), RATE) if cut.rate > RATE else cut
+    return {"kind": "audio", "uri": "data:audio/wav;base64," + base64.b64encode(sound_file(cut)).decode()}
+
+
+def sound_file(sound: Waveform) -> bytes:
+    """Return a sound as a WAV file of 16 bits."""
     buffer = io.BytesIO()
     with wave.open(buffer, "wb") as file:
         file.setnchannels(1)
         file.setsampwidth(2)
-        file.setframerate(cut.rate)
-        file.writeframes((np.clip(cut.samples, -1, 1) * 32767).astype("<i2").tobytes())
-    return {"kind": "audio", "uri": "data:audio/wav;base64," + base64.b64encode(buffer.getvalue()).decode()}
+        file.setframerate(sound.rate)
+        file.writeframes((np.clip(sound.samples, -1, 1) * 32767).astype("<i2").tobytes())
+    return buffer.getvalue()
 
 
 def interaction_pictures(
@@ -105,25 +111,38 @@ def interaction_pictures(
         batch = reader.load([place]).inputs
         if len(pictures) != 1 or not isinstance(pictures[0], Image.Image) or not batch:
             continue
-        here = (batch["mm_token_type_ids"][0] == 1).cpu() if "mm_token_type_ids" in batch else torch.zeros(0)
-        grid = picture_grid(model, batch, int(here.sum()))
-        if grid is None:
-            reason = "the tokens of a picture have no place in it (a projector that mixes them)"
-            continue
         try:
-            weights = _mean_weights(interaction_weights(model, batch), here)
+            words = interaction_words(model, batch, pictures[0], decode)
         except MokaError as error:
             return [], str(error)
-        chosen = sorted(weights, key=lambda position: -float(weights[position].std()))[:WORDS]
-        words = [
-            {"word": decode([int(batch["input_ids"][0, k])]), **_overlay(pictures[0], weights[k].view(grid))}
-            for k in chosen
-        ]
+        if words is None:
+            reason = NO_GRID
         if words:
             found.append({"place": place, "words": words})
         if len(found) == MAPS:
             break
     return found, None if found else reason
+
+
+def interaction_words(
+    model: nn.Module, batch: Any, picture: Image.Image, decode: Callable[[list[int]], str], words: int = WORDS
+) -> list[dict[str, Any]] | None:
+    """Return maps over the only picture of a batch of one row, for the words whose weight differs most between its parts.
+
+    Returns:
+        [{word, low, high, uri}]; None if the picture's tokens have no place in it.
+    Raises:
+        MokaError: no token of the batch interacts.
+    """
+    here = (batch["mm_token_type_ids"][0] == 1).cpu() if "mm_token_type_ids" in batch else torch.zeros(0)
+    grid = picture_grid(model, batch, int(here.sum()))
+    if grid is None:
+        return None
+    weights = _mean_weights(interaction_weights(model, batch), here)
+    chosen = sorted(weights, key=lambda position: -float(weights[position].std()))[:words]
+    return [
+        {"word": decode([int(batch["input_ids"][0, k])]), **_overlay(picture, weights[k].view(grid))} for k in chosen
+    ]
 
 
 def picture_grid(model: nn.Module, batch: Any, tokens: int) -> tuple[int, int] | None:

@@ -296,6 +296,113 @@ def masked_mels(count: int) -> dict[str, torch.Tensor]:
     return {**mels(count), "input_features_mask": torch.ones(count, 16, dtype=torch.long)}
 
 
+def lfm2_pictures(count: int) -> dict[str, torch.Tensor]:
+    return {
+        "pixel_values": torch.randn(count, 16, 48),
+        "pixel_attention_mask": torch.ones(count, 16, dtype=torch.int32),
+        "spatial_shapes": torch.tensor([[4, 4]] * count),
+    }
+
+
+def videollama_pictures(count: int) -> dict[str, torch.Tensor]:
+    return {
+        "pixel_values": torch.randn(16 * count, 48),
+        "image_grid_thw": torch.tensor([[1, 4, 4]] * count),
+        "image_merge_sizes": torch.tensor([2] * count),
+    }
+
+
+def videollama_clips(count: int) -> dict[str, torch.Tensor]:
+    return {
+        "pixel_values_videos": torch.randn(32 * count, 48),
+        "video_grid_thw": torch.tensor([[2, 4, 4]] * count),
+        "video_merge_sizes": torch.tensor([2] * count),
+        "video_compression_mask": torch.ones(8 * count, dtype=torch.bool),
+    }
+
+
+def granite_sounds(count: int) -> dict[str, torch.Tensor]:
+    return {"input_features": torch.randn(count, 10, 16), "input_features_mask": torch.ones(count, 2, dtype=torch.bool)}
+
+
+def asr_sounds(count: int) -> dict[str, torch.Tensor]:
+    return {
+        "input_features": torch.randn(count, 16, 100),
+        "input_features_mask": torch.ones(count, 100, dtype=torch.long),
+    }
+
+
+def omni_sounds(count: int) -> dict[str, torch.Tensor]:
+    mask = torch.ones(count, 64, dtype=torch.long)
+    return {"input_features": torch.randn(count, 16, 64), "feature_attention_mask": mask}
+
+
+def molmo_pictures(count: int) -> dict[str, torch.Tensor]:
+    pool = torch.arange(16).view(4, 4)
+    return {
+        "pixel_values": torch.randn(count, 16, 48),
+        "image_token_pooling": torch.cat([pool + 16 * i for i in range(count)]),
+        "image_grids": torch.tensor([[2, 2, 0, 0]] * count),
+        "image_num_crops": torch.ones(count, dtype=torch.long),
+    }
+
+
+def phi_pictures(count: int) -> dict[str, torch.Tensor]:
+    return {
+        "image_pixel_values": torch.randn(count, 2, 3, 16, 16),
+        "image_sizes": torch.full((count, 2), 16),
+        "image_attention_mask": torch.ones(count, 2, 4, 4),
+    }
+
+
+def gemma3n_sounds(count: int) -> dict[str, torch.Tensor]:
+    return {
+        "input_features": torch.randn(count, 32, 16),
+        "input_features_mask": torch.ones(count, 32, dtype=torch.bool),
+    }
+
+
+def gemma3n() -> Any:
+    config = tf.Gemma3nConfig(
+        text_config={
+            **TEXT,
+            "vocab_size": VOCABULARY + 8,
+            "head_dim": 8,
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "num_kv_shared_layers": 2,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": VOCABULARY,
+            "laurel_rank": 4,
+            "altup_num_inputs": 2,
+            "activation_sparsity_pattern": [0.0] * 4,
+        },
+        audio_config={
+            "hidden_size": 32,
+            "vocab_size": 4,
+            "vocab_offset": 132,
+            "input_feat_size": 16,
+            "conf_num_attention_heads": 4,
+            "conf_num_hidden_layers": 1,
+            "sscp_conv_channel_size": [8, 4],
+            "conf_attention_chunk_size": 4,
+            "conf_attention_context_left": 5,
+        },
+        audio_soft_tokens_per_image=2,
+        vision_soft_tokens_per_image=4,
+        image_token_id=IMAGE,
+        audio_token_id=AUDIO,
+        boi_token_id=VISION_START,
+        eoi_token_id=VISION_END,
+        boa_token_id=AUDIO_START,
+        eoa_token_id=AUDIO_END,
+    )
+    # The real tower is timm's, which the tests do not have.
+    tower = tf.SiglipVisionConfig(**{**SIGLIP, "rms_norm_eps": 1e-6, "vocab_size": 4, "vocab_offset": 128})
+    object.__setattr__(config, "vision_config", tower)
+    return config
+
+
 NEWER: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "Qwen3VLForConditionalGeneration": (
         lambda: _qwen_like(tf.Qwen3VLConfig, QWEN3_TOWER),
@@ -468,6 +575,170 @@ NEWER: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
         ),
         {"I": pieces(4, pictures, 3, 8, 8)},
     ),
+    "Lfm2VlForConditionalGeneration": (
+        lambda: tf.Lfm2VlConfig(
+            vision_config={**TOWER, "num_patches": 16, "model_type": "siglip2_vision_model", "vision_use_head": False},
+            text_config=_text(
+                "lfm2", layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False, conv_L_cache=3
+            ),
+            image_token_id=IMAGE,
+            projector_hidden_size=32,
+            downsample_factor=2,
+        ),
+        {"I": pieces(4, lfm2_pictures)},
+    ),
+    "VideoLlama3ForConditionalGeneration": (
+        lambda: tf.VideoLlama3Config(
+            vision_config=dict(TOWER), text_config=_text("qwen2"), image_token_id=IMAGE, video_token_id=VIDEO
+        ),
+        {"I": pieces(4, videollama_pictures), "V": pieces(8, videollama_clips)},
+    ),
+    "Llama4ForConditionalGeneration": (
+        lambda: tf.Llama4Config(
+            vision_config={
+                **TOWER,
+                "image_size": 16,
+                "vision_output_dim": 32,
+                "projector_input_dim": 32,
+                "projector_output_dim": 32,
+                "intermediate_size": 128,
+                "pixel_shuffle_ratio": 0.5,
+            },
+            text_config={
+                **TEXT,
+                "intermediate_size_mlp": 48,
+                "head_dim": 8,
+                "num_local_experts": 4,
+                "attention_chunk_size": 256,
+                "interleave_moe_layer_step": 2,
+                "attn_temperature_tuning": False,
+            },
+            image_token_index=IMAGE,
+            boi_token_index=VISION_START,
+            eoi_token_index=VISION_END,
+        ),
+        {"I": pieces(4, pictures, 3, 16, 16)},
+    ),
+    "GraniteSpeechForConditionalGeneration": (
+        lambda: tf.GraniteSpeechConfig(
+            text_config=_text("granite"),
+            encoder_config={
+                "input_dim": 16,
+                "num_layers": 2,
+                "hidden_dim": 32,
+                "num_heads": 4,
+                "dim_head": 8,
+                "output_dim": 12,
+                "context_size": 10,
+                "max_pos_emb": 16,
+                "dropout": 0.0,
+            },
+            projector_config={
+                **SIZES,
+                "model_type": "blip_2_qformer",
+                "num_hidden_layers": 2,
+                "encoder_hidden_size": 32,
+                "cross_attention_frequency": 1,
+                "vocab_size": 8,
+                "hidden_dropout_prob": 0.0,
+                "attention_probs_dropout_prob": 0.0,
+            },
+            audio_token_index=AUDIO,
+            downsample_rate=5,
+            window_size=5,
+            has_lora_adapter=False,
+        ),
+        {"A": pieces(2, granite_sounds)},
+    ),
+    "Qwen3ASRForConditionalGeneration": (
+        lambda: tf.Qwen3ASRConfig(
+            audio_config={
+                **AUDIO_TOWER,
+                "num_mel_bins": 16,
+                "n_window": 50,
+                "n_window_infer": 100,
+                "output_dim": 32,
+                "downsample_hidden_size": 8,
+            },
+            text_config=_text("qwen3", head_dim=8),
+            audio_token_id=AUDIO,
+            timestamp_token_id=127,
+            pad_token_id=0,
+            eos_token_id=2,
+        ),
+        {"A": pieces(13, asr_sounds)},
+    ),
+    "Qwen3OmniMoeThinkerForConditionalGeneration": (
+        lambda: tf.models.qwen3_omni_moe.Qwen3OmniMoeThinkerConfig(
+            audio_config={
+                **AUDIO_TOWER,
+                "num_mel_bins": 16,
+                "n_window": 50,
+                "n_window_infer": 100,
+                "output_dim": 32,
+                "downsample_hidden_size": 8,
+                "max_source_positions": 64,
+            },
+            vision_config=QWEN3_TOWER,
+            text_config={**MROPE, **EXPERTS, "head_dim": 8},
+            audio_token_id=AUDIO,
+            image_token_id=IMAGE,
+            video_token_id=VIDEO,
+            audio_start_token_id=AUDIO_START,
+            audio_end_token_id=AUDIO_END,
+            vision_start_token_id=VISION_START,
+            vision_end_token_id=VISION_END,
+        ),
+        {"I": pieces(4, qwen_pictures), "V": pieces(8, omni_clips), "A": pieces(8, omni_sounds)},
+    ),
+    "Molmo2ForConditionalGeneration": (
+        lambda: tf.Molmo2Config(
+            vision_config={
+                **TOWER,
+                "num_key_value_heads": 4,
+                "head_dim": 8,
+                "image_size": [16, 16],
+                "num_position_embeddings": 16,
+            },
+            adapter_config={
+                "vision_feature_layer": [-1],
+                "hidden_size": 32,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 4,
+                "head_dim": 8,
+                "intermediate_size": 48,
+                "text_hidden_size": 32,
+            },
+            text_config={**TEXT, "head_dim": 8, "additional_vocab_size": 8},
+            image_start_token_id=VISION_START,
+            image_end_token_id=VISION_END,
+            image_patch_id=IMAGE,
+            low_res_image_start_token_id=VISION_START,
+            frame_start_token_id=AUDIO_START,
+            frame_end_token_id=AUDIO_END,
+        ),
+        {"I": pieces(4, molmo_pictures)},
+    ),
+    "Phi4MultimodalForCausalLM": (
+        lambda: tf.Phi4MultimodalConfig(
+            **{**TEXT, "bos_token_id": 1},
+            vision_config={**TOWER, "image_size": 16, "crop_size": 16, "image_token_id": IMAGE, "feature_layer": -1},
+            audio_config={
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_blocks": 1,
+                "num_attention_heads": 4,
+                "ext_pw_out_channel": 32,
+                "depthwise_separable_out_channel": 32,
+                "nemo_conv_channels": 16,
+                "audio_token_id": AUDIO,
+                "input_size": 16,
+                "feature_layer": -1,
+            },
+        ),
+        {"I": pieces(13, phi_pictures)},
+    ),
+    "Gemma3nForConditionalGeneration": (gemma3n, {"I": pieces(4, pictures, 3, 8, 8), "A": pieces(2, gemma3n_sounds)}),
 }
 
 

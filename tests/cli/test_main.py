@@ -12,12 +12,16 @@ def run(program, *arguments):
     return subprocess.run([sys.executable, *program, *arguments], capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize("word", ["--help", "--version"])
-def test_help_does_not_import_torch(word):
+@pytest.mark.parametrize(
+    "words",
+    [["--help"], ["--version"], ["demo", "--help"], ["data", "formats"], ["data", "formats", "pope"]],
+    ids=" ".join,
+)
+def test_help_and_lists_do_not_import_torch(words):
     program = "import sys; sys.argv = ['moka', *sys.argv[1:]]; sys.orig_argv[1:] = ['-m', 'moka']\n"
     program += "try:\n    from moka.cli.main import main\n    main()\n"
-    program += "finally:\n    print(sorted({'torch', 'transformers', 'peft'} & set(sys.modules)))\n"
-    done = run(["-c", program], word)
+    program += "finally:\n    print(sorted({'torch', 'transformers', 'peft', 'gradio'} & set(sys.modules)))\n"
+    done = run(["-c", program], *words)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
 

@@ -37,6 +37,8 @@ def test_a_run_leaves_all_it_promises(moka, config_file):
     done = moka("train", path, *QUIET)
     assert done.code == 0
     assert f"done: {run}  (next: moka eval {run})" in done.out
+    for command in ("generate", "demo", "diagnose"):
+        assert f"moka {command} {run}" in done.out
     names = {p.name for p in run.iterdir()}
     assert names >= {
         *("config.yaml", "connector", "adapter", "metrics.jsonl", "loss.png", "samples.jsonl", "README.md"),
