@@ -337,6 +337,19 @@ def omni_sounds(count: int) -> dict[str, torch.Tensor]:
     return {"input_features": torch.randn(count, 16, 64), "feature_attention_mask": mask}
 
 
+def qwen3_omni() -> Any:
+    marks: dict[str, Any] = {"image_token_id": IMAGE, "video_token_id": VIDEO, "audio_token_id": AUDIO}
+    marks |= {"audio_start_token_id": AUDIO_START, "audio_end_token_id": AUDIO_END}
+    marks |= {"vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END}
+    audio = {"num_mel_bins": 16, "n_window": 50, "n_window_infer": 100, "output_dim": 32, "downsample_hidden_size": 8}
+    return tf.models.qwen3_omni_moe.Qwen3OmniMoeThinkerConfig(
+        audio_config={**AUDIO_TOWER, **audio, "max_source_positions": 64},
+        vision_config=QWEN3_TOWER,
+        text_config={**MROPE, **EXPERTS, "head_dim": 8},
+        **marks,
+    )
+
+
 def molmo_pictures(count: int) -> dict[str, torch.Tensor]:
     pool = torch.arange(16).view(4, 4)
     return {
@@ -367,6 +380,7 @@ def gemma3n() -> Any:
         text_config={
             **TEXT,
             "vocab_size": VOCABULARY + 8,
+            "pad_token_id": None,  # its row would be zeros, at which the model's root has no gradient
             "head_dim": 8,
             "num_hidden_layers": 4,
             "layer_types": ["sliding_attention", "full_attention"] * 2,
@@ -669,26 +683,7 @@ NEWER: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
         {"A": pieces(13, asr_sounds)},
     ),
     "Qwen3OmniMoeThinkerForConditionalGeneration": (
-        lambda: tf.models.qwen3_omni_moe.Qwen3OmniMoeThinkerConfig(
-            audio_config={
-                **AUDIO_TOWER,
-                "num_mel_bins": 16,
-                "n_window": 50,
-                "n_window_infer": 100,
-                "output_dim": 32,
-                "downsample_hidden_size": 8,
-                "max_source_positions": 64,
-            },
-            vision_config=QWEN3_TOWER,
-            text_config={**MROPE, **EXPERTS, "head_dim": 8},
-            audio_token_id=AUDIO,
-            image_token_id=IMAGE,
-            video_token_id=VIDEO,
-            audio_start_token_id=AUDIO_START,
-            audio_end_token_id=AUDIO_END,
-            vision_start_token_id=VISION_START,
-            vision_end_token_id=VISION_END,
-        ),
+        qwen3_omni,
         {"I": pieces(4, qwen_pictures), "V": pieces(8, omni_clips), "A": pieces(8, omni_sounds)},
     ),
     "Molmo2ForConditionalGeneration": (
