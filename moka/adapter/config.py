@@ -179,7 +179,7 @@ class MokaConfig(PeftConfig):
         return cls(**{**values, **overrides})
 
     @classmethod
-    def from_processor(cls, processor, **fields) -> MokaConfig:
+    def from_processor(cls, processor: Any, **fields: Any) -> MokaConfig:
         """Return a configuration that knows a processor's turn markers and structure tokens.
 
         Args:
