@@ -76,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return guarded(lambda: _run(words), debug="--debug" in words)
 
 
-def _run(words: list[str]) -> int | None:
+def parse(words: list[str]) -> argparse.Namespace:
+    """Return the arguments of a command line; exit with 2 if it is wrong."""
     top = parser(next((word for word in words if word in COMMANDS), None))
     arguments, extra = top.parse_known_args(words)
     # argparse takes all positional arguments in one go; key=value may also follow an option.
@@ -84,6 +85,11 @@ def _run(words: list[str]) -> int | None:
         top.error(f"unrecognized arguments: {' '.join(extra)}")
     if extra:
         arguments.overrides += extra
+    return arguments
+
+
+def _run(words: list[str]) -> int | None:
+    arguments = parse(words)
     # peft asks transformers 5.23 for an attribute by its old name; no one at the command line can change that.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     if arguments.command not in _DISTRIBUTED and os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
