@@ -208,9 +208,9 @@ def test_media_that_the_model_does_not_take_are_named(write_data, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_commands_that_count_tokens_say_so(write_data, write_yaml, tmp_path, capsys):
+def test_the_feature_cache_is_for_composed_models(write_data, write_yaml, tmp_path, capsys):
     config = write_yaml(tmp_path / "run.yaml", raw("qwen2-audio", write_data("qwen2-audio"), tmp_path / "run"))
-    assert main(["data", "check", str(config)]) == 2
+    assert main(["cache", str(config), f"data.feature_cache={tmp_path / 'cache'}"]) == 2
     assert "model.kind" in capsys.readouterr().err
 
 

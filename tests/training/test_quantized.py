@@ -144,8 +144,9 @@ def test_outputs_are_close_to_those_of_full_precision(built, batch, kind, least,
 
 
 def test_a_run_and_an_answer_on_the_cpu_next_to_a_gpu_stay_there(raw, runs, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
     changes = {"model__dtype": "float32", "stages": [2], "training__use_cpu": True}
     config = config_from_dict(raw("unused", "nf4", **changes))
     places = [build_for_stage_two(config)[0], moka.load(runs["nf4"], device="cpu", dtype="float32").model]
