@@ -23,28 +23,33 @@ from moka.type_checks import from_mapping
 _SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "val", "dev"), "test": ("test",)}
 EMBEDDED = "embedded:"
 PHOTOGRAPHS = "embedded:photographs"
+SCENES = "embedded:scenes"
 Split = Literal["train", "validation", "test"]
 Source = str | dict[str, Any] | list[Any]
 
 
 def is_embedded(source: Any) -> bool:
     """Return whether a source is one of moka's own small tasks, as it is or with knobs, whose media come decoded."""
-    if isinstance(source, dict) and set(source) > {"source"} and set(source) <= {"source", *_knob_names()}:
+    if isinstance(source, dict) and {"source"} < set(source) <= {"source", *_knob_names(source.get("source"))}:
         source = source["source"]
     return isinstance(source, str) and source.startswith(EMBEDDED)
 
 
-def _knob_names() -> tuple[str, ...]:
-    from moka.demo.knobs import KNOBS  # the embedded tasks are known by name only
+def _knobs_class(source: Any) -> Any:
+    from moka.demo.knobs import Knobs, SceneKnobs  # the embedded tasks are known by name only
 
-    return KNOBS
+    return SceneKnobs if source == SCENES else Knobs
+
+
+def _knob_names(source: Any) -> tuple[str, ...]:
+    return tuple(f.name for f in fields(_knobs_class(source)))
 
 
 def describe_source(source: Source | None) -> str:
     """Return a source on one line, for tables and messages."""
     if isinstance(source, dict) and "source" in source:
         weight = f" x {source['weight']}" if "weight" in source else ""
-        knobs = "".join(f", {name} {source[name]}" for name in _knob_names() if name in source)
+        knobs = "".join(f", {name} {source[name]}" for name in _knob_names(source["source"]) if name in source)
         return describe_source(source["source"]) + knobs + weight
     if isinstance(source, list):
         return " + ".join(describe_source(one) for one in source)
@@ -106,13 +111,14 @@ def open_samples(
 def _open_task(source: Source, split: Split, size: int | None, seed: int, stage: int) -> Any:
     # The embedded tasks are known by name only: nothing else here needs them.
     from moka.demo.digit_tasks import EmbeddedTask
-    from moka.demo.knobs import Knobs
+    from moka.demo.scene_tasks import ScenesTask
     from moka.demo.stamp_tasks import PhotographsTask
 
     knobs: dict[str, Any] = dict(source) if isinstance(source, dict) else {}
     name = str(knobs.pop("source", source))
-    task: Any = PhotographsTask if name == PHOTOGRAPHS else EmbeddedTask
-    return task(name.removeprefix(EMBEDDED), split, size=size, seed=seed, stage=stage, knobs=Knobs(**knobs))
+    task: Any = {PHOTOGRAPHS: PhotographsTask, SCENES: ScenesTask}.get(name, EmbeddedTask)
+    made = _knobs_class(name)(**knobs)
+    return task(name.removeprefix(EMBEDDED), split, size=size, seed=seed, stage=stage, knobs=made)
 
 
 def mixture_of(source: Source) -> list[MixtureEntry] | None:
@@ -132,13 +138,14 @@ def _mixture_entry(entry: dict[str, Any]) -> MixtureEntry:
     """Check an entry. The knobs of an embedded task, which are written next to ``source``, become a part of its source."""
     where, knobs = f"data source {describe_source(entry)!r}", {}
     if is_embedded(entry["source"]):
-        known = (*(f.name for f in fields(MixtureEntry)), *_knob_names())
+        names = _knob_names(entry["source"])
+        known = (*(f.name for f in fields(MixtureEntry)), *names)
         for key in entry:
             if key not in known:
                 raise MokaError(
                     f"{where}: unknown key {key!r}; allowed are {', '.join(known)}.{nearest(str(key), known)}"
                 )
-        knobs = {key: entry[key] for key in _knob_names() if key in entry}
+        knobs = {key: entry[key] for key in names if key in entry}
     if knobs:
         entry = {key: value for key, value in entry.items() if key not in knobs}
         entry["source"] = {"source": entry["source"], **knobs}

@@ -225,12 +225,12 @@ class EmbeddedTask:
         stored = self._items[medium][item]
         if medium == "drawing":
             image = Image.fromarray(stored)
-            return {"type": "image", "image": _augment_drawing(image, rng) if self.augment else image}
-        values = _augment_recording(stored, rng) if self.augment else stored.copy()
+            return {"type": "image", "image": augment_drawing(image, rng) if self.augment else image}
+        values = augment_recording(stored, rng) if self.augment else stored.copy()
         return {"type": "audio", "audio": AudioFeatures(values, "mfcc")}
 
 
-def _augment_drawing(image: Image.Image, rng: np.random.RandomState) -> Image.Image:
+def augment_drawing(image: Image.Image, rng: np.random.RandomState) -> Image.Image:
     """Turned by up to 10 degrees, 10 % larger or smaller, and moved by up to 2 pixels."""
     turn, zoom = np.deg2rad(rng.uniform(-10, 10)), rng.uniform(0.9, 1.1)
     shift = rng.uniform(-2, 2, size=2)
@@ -242,7 +242,7 @@ def _augment_drawing(image: Image.Image, rng: np.random.RandomState) -> Image.Im
     return image.transform(image.size, Image.Transform.AFFINE, rows.ravel().tolist(), Image.Resampling.BILINEAR)
 
 
-def _augment_recording(values: np.ndarray, rng: np.random.RandomState) -> np.ndarray:
+def augment_recording(values: np.ndarray, rng: np.random.RandomState) -> np.ndarray:
     """Louder or softer by up to 4 dB, and up to 10 % faster or slower: float32 [other number of frames, 13]."""
     gain, tempo = rng.uniform(-4, 4), rng.uniform(0.9, 1.1)
     frames = max(2, round(len(values) * tempo))
@@ -266,7 +266,7 @@ def check_task(
         sizes: split -> number of samples; those of validation and test are the lengths of fixed lists.
     """
     if name not in known:
-        every = [*TASKS, "photographs"]  # the latter is a task of its own, in moka.demo.stamp_tasks
+        every = [*TASKS, "photographs", "scenes"]  # the last two are in moka.demo.stamp_tasks and scene_tasks
         raise MokaError(f"unknown embedded task {name!r}; there are {', '.join(every)}.{nearest(name, every)}")
     if split not in SPLITS:
         raise MokaError(f"unknown split {split!r}; there are {', '.join(SPLITS)}.{nearest(split, SPLITS)}")

@@ -105,6 +105,33 @@ class Knobs:
 
 KNOBS = tuple(f.name for f in fields(Knobs))
 OFF = Knobs()
+SCENE_WORDINGS = 6  # of each category of questions about scenes, in training
+
+
+@dataclass(frozen=True)
+class SceneKnobs(Knobs):
+    """The knobs of ``embedded:scenes``: those of the others, and how large a scene is.
+
+    Args:
+        drawings: drawings in the picture, 4 ... 9; each is two facts, a digit and a colour.
+        digits: spoken digits in the recording, 2 ... 4; each is one fact.
+        templates: wordings of each category in training, 1 ... 6; of nine categories.
+    """
+
+    drawings: int = 6
+    digits: int = 3
+    templates: int = SCENE_WORDINGS
+
+    def check(self, task: str, modalities: tuple[str, ...], stage: int) -> None:
+        super().check(task, modalities, stage)
+        for knob, low, high in (("drawings", 4, 9), ("digits", 2, 4), ("templates", 1, SCENE_WORDINGS)):
+            value = getattr(self, knob)
+            if type(value) is not int or not low <= value <= high:
+                raise MokaError(f"{task}: {knob}: {value!r}: give a whole number from {low} to {high}.")
+        if stage == 1 and self.templates != SCENE_WORDINGS:
+            raise MokaError(
+                f"{task}: templates: {self.templates}: stage 1 asks no questions. Take it out of data.alignment."
+            )
 
 
 @dataclass
