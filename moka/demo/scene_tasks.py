@@ -151,7 +151,7 @@ def _sum(deal: Deal) -> tuple[Scene, str]:
 
 
 def _wordings(text: str) -> tuple[str, ...]:
-    return tuple(line.strip() for line in text.strip().splitlines())
+    return tuple(one.strip() for line in text.strip().splitlines() for one in line.split(" | "))
 
 
 # Category -> what makes scene and answer, and its wordings; the last two of each are for tests only. {drawing} is the
@@ -162,118 +162,82 @@ CATEGORIES: dict[str, tuple[Maker, tuple[str, ...]]] = {
     "position": (
         _drawn,
         _wordings("""
-            Which digit is at the {position}?
-            What is written at the {position}?
-            Name the digit at the {position}.
-            Which number do you see at the {position}?
-            Read the {position} digit.
-            At the {position}, which digit is there?
-            What does the {position} drawing show?
-            Tell me the number drawn at the {position}.
+            Which digit is at the {position}? | What is written at the {position}?
+            Name the digit at the {position}. | Which number do you see at the {position}?
+            Read the {position} digit. | At the {position}, which digit is there?
+            What does the {position} drawing show? | Tell me the number drawn at the {position}.
         """),
     ),
     "colour": (
         _drawn,
         _wordings("""
-            Which digit is {colour}?
-            What is written in {colour}?
-            Name the {colour} digit.
-            Which number do you see in {colour}?
-            Read the {colour} digit.
-            In {colour}, which digit is there?
-            What does the {colour} drawing show?
-            Tell me the number drawn in {colour}.
+            Which digit is {colour}? | What is written in {colour}?
+            Name the {colour} digit. | Which number do you see in {colour}?
+            Read the {colour} digit. | In {colour}, which digit is there?
+            What does the {colour} drawing show? | Tell me the number drawn in {colour}.
         """),
     ),
     "order": (
         _order,
         _wordings("""
-            Which digit is spoken {order}?
-            What is said {order}?
-            Name the {order} spoken digit.
-            Which number do you hear {order}?
-            Repeat the {order} word.
-            In the recording, which digit comes {order}?
-            What does the voice say {order}?
-            Tell me the number that is heard {order}.
+            Which digit is spoken {order}? | What is said {order}?
+            Name the {order} spoken digit. | Which number do you hear {order}?
+            Repeat the {order} word. | In the recording, which digit comes {order}?
+            What does the voice say {order}? | Tell me the number that is heard {order}.
         """),
     ),
     "ink": (
         _ink,
         _wordings("""
-            What colour is the digit at the {position}?
-            Which colour is at the {position}?
-            Name the colour of the {position} digit.
-            Which colour do you see at the {position}?
-            The {position} digit has which colour?
-            At the {position}, which colour is used?
-            In what colour is the {position} drawing?
-            Tell me the colour found at the {position}.
+            What colour is the digit at the {position}? | Which colour is at the {position}?
+            Name the colour of the {position} digit. | Which colour do you see at the {position}?
+            The {position} digit has which colour? | At the {position}, which colour is used?
+            In what colour is the {position} drawing? | Tell me the colour found at the {position}.
         """),
     ),
     "find ink": (
         _find_ink,
         _wordings("""
-            What colour is the digit that is spoken {order}?
-            Which colour has {spoken} in the picture?
-            Name the colour of {spoken}.
-            Find {spoken} in the picture: which colour is it?
-            In which colour is {spoken} written?
-            The digit said {order} is drawn in which colour?
-            Look for {spoken}; what is its colour?
-            Tell me the colour in which {spoken} appears.
+            What colour is the digit that is spoken {order}? | Which colour has {spoken} in the picture?
+            Name the colour of {spoken}. | Find {spoken} in the picture: which colour is it?
+            In which colour is {spoken} written? | The digit said {order} is drawn in which colour?
+            Look for {spoken}; what is its colour? | Tell me the colour in which {spoken} appears.
         """),
     ),
     "find position": (
         _find_position,
         _wordings("""
-            Where is the digit that is spoken {order}?
-            Which place has {spoken} in the picture?
-            Name the place of {spoken}.
-            Find {spoken} in the picture: where is it?
-            At which place is {spoken} written?
-            The digit said {order} is drawn where?
-            Look for {spoken}; what is its place?
-            Tell me the place at which {spoken} appears.
+            Where is the digit that is spoken {order}? | Which place has {spoken} in the picture?
+            Name the place of {spoken}. | Find {spoken} in the picture: where is it?
+            At which place is {spoken} written? | The digit said {order} is drawn where?
+            Look for {spoken}; what is its place? | Tell me the place at which {spoken} appears.
         """),
     ),
     "larger": (
         _larger,
         _wordings("""
-            Is {drawing} larger than {spoken}?
-            Is {spoken} smaller than {drawing}?
-            Does {drawing} exceed {spoken}?
-            Compare: is {drawing} greater than {spoken}?
-            Is {spoken} less than {drawing}?
-            Is {drawing} more than {spoken}?
-            Is {drawing} above {spoken} in value?
-            Does {spoken} fall below {drawing}?
+            Is {drawing} larger than {spoken}? | Is {spoken} smaller than {drawing}?
+            Does {drawing} exceed {spoken}? | Compare: is {drawing} greater than {spoken}?
+            Is {spoken} less than {drawing}? | Is {drawing} more than {spoken}?
+            Is {drawing} above {spoken} in value? | Does {spoken} fall below {drawing}?
         """),
     ),
     "same": (
         _same,
         _wordings("""
-            Is {drawing} the same as {spoken}?
-            Are {drawing} and {spoken} equal?
-            Does {drawing} match {spoken}?
-            Is {spoken} the same as {drawing}?
-            Compare: is {drawing} equal to {spoken}?
-            Do {drawing} and {spoken} agree?
-            Is {drawing} identical to {spoken}?
-            Does {spoken} have the value of {drawing}?
+            Is {drawing} the same as {spoken}? | Are {drawing} and {spoken} equal?
+            Does {drawing} match {spoken}? | Is {spoken} the same as {drawing}?
+            Compare: is {drawing} equal to {spoken}? | Do {drawing} and {spoken} agree?
+            Is {drawing} identical to {spoken}? | Does {spoken} have the value of {drawing}?
         """),
     ),
     "sum": (
         _sum,
         _wordings("""
-            What is {drawing} plus {spoken}?
-            Add {drawing} and {spoken}.
-            What is the sum of {drawing} and {spoken}?
-            How much are {drawing} and {spoken} together?
-            What do {drawing} and {spoken} add up to?
-            Give the total of {drawing} and {spoken}.
-            What results from adding {spoken} to {drawing}?
-            Combine {drawing} with {spoken}: how much is it?
+            What is {drawing} plus {spoken}? | Add {drawing} and {spoken}.
+            What is the sum of {drawing} and {spoken}? | How much are {drawing} and {spoken} together?
+            What do {drawing} and {spoken} add up to? | Give the total of {drawing} and {spoken}.
+            What results from adding {spoken} to {drawing}? | Combine {drawing} with {spoken}: how much is it?
         """),
     ),
 }
@@ -332,7 +296,7 @@ class ScenesTask:
         knobs: SceneKnobs | None = None,
     ):
         check_task(TASKS, DEFAULT_SIZES, name, split, size, seed, stage)
-        self.knobs = knobs or SceneKnobs()
+        self.knobs = SceneKnobs() if knobs is None else knobs
         self.knobs.check(PREFIX + name, ("visual", "audio"), stage)
         self.name, self.split, self.stage = name, split, stage
         self.size = DEFAULT_SIZES[split] if size is None else size
