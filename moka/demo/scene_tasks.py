@@ -226,7 +226,7 @@ CATEGORIES: dict[str, tuple[Maker, tuple[str, ...]]] = {
         _same,
         _wordings("""
             Is {drawing} the same as {spoken}? | Are {drawing} and {spoken} equal?
-            Does {drawing} match {spoken}? | Is {spoken} the same as {drawing}?
+            Does {drawing} match {spoken}? | Does {spoken} equal {drawing}?
             Compare: is {drawing} equal to {spoken}? | Do {drawing} and {spoken} agree?
             Is {drawing} identical to {spoken}? | Does {spoken} have the value of {drawing}?
         """),
